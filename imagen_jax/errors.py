@@ -1,0 +1,36 @@
+"""What a user can do wrong, one exception per exit code.
+
+Every message is one sentence that says what failed, in which file, step or
+key, why it probably did, and what to run next. `cli/errors.py` turns these
+into an exit code and a single line; library users catch them as exceptions.
+"""
+
+
+class ImagenError(Exception):
+  """A mistake the user can mend; shown as one sentence, never a traceback."""
+
+  exit_code = 1
+
+
+class UsageError(ImagenError):
+  """A flag, config key or argument is wrong (exit code 2)."""
+
+  exit_code = 2
+
+
+class DataError(ImagenError):
+  """A data set or picture cannot be used (exit code 3)."""
+
+  exit_code = 3
+
+
+class ModelError(ImagenError):
+  """A checkpoint or model folder cannot be used (exit code 4)."""
+
+  exit_code = 4
+
+
+class NumericError(ImagenError):
+  """Training or sampling left the finite numbers (exit code 5)."""
+
+  exit_code = 5

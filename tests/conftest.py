@@ -1,0 +1,15 @@
+"""Eight fake CPU devices and one shared compile cache for every test."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR',
+  str(pathlib.Path.home() / '.cache' / 'imagen_jax' / 'test-compile'),
+)
+
+import jax  # noqa: E402
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
