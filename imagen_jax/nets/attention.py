@@ -1,0 +1,173 @@
+"""One attention for every network, and the text attention of the U-Nets.
+
+Imagen feeds the caption to its U-Nets twice (Section 2.5, Appendix D.3.1):
+the token sequence through attention, where "the text embedding sequence is
+concatenated to the key-value pairs of each self-attention layer", and a pooled
+vector added to the time embedding. Text is LayerNorm-ed in both places.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def attention(q, k, v, mask=None, *, implementation='xla'):
+  """Scaled dot-product attention in which masked keys contribute nothing.
+
+  Args:
+    q: [B, T, N, H] queries, N heads of size H.
+    k: [B, S, N, H] keys.
+    v: [B, S, N, H] values.
+    mask: [B, S] bool, True where a key may be seen; None sees them all. A row
+      with no visible key at all gives exact zeros (a bare softmax would give
+      the mean of v).
+    implementation: 'xla', or 'cudnn' on an NVIDIA GPU. cuDNN takes half
+      precision and head sizes that are multiples of 8 up to 128 only; where
+      it cannot, 'xla' computes the same function.
+
+  Returns:
+    [B, T, N, H] in q's dtype; the softmax is computed in float32.
+
+  Raises:
+    ValueError: for an unknown implementation.
+  """
+  if implementation not in ('xla', 'cudnn'):
+    raise ValueError(f'attention implementation {implementation!r}')
+  if implementation == 'cudnn' and not _cudnn_can(q):
+    implementation = 'xla'
+  keys_mask = None if mask is None else mask[:, None, None, :]
+  out = jax.nn.dot_product_attention(
+    q, k, v, mask=keys_mask, implementation=implementation
+  )
+  if mask is not None:
+    out = jnp.where(jnp.any(mask, axis=-1)[:, None, None, None], out, 0)
+  return out.astype(q.dtype)
+
+
+def _cudnn_can(q):
+  """Whether cuDNN's fused attention takes these queries on this backend."""
+  half = q.dtype in (jnp.bfloat16, jnp.float16)
+  return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and (
+    jax.default_backend() == 'gpu'
+  )
+
+
+class TextAttention(nn.Module):
+  """Attention from pixels to [text; pixels], added to its input (D.3.1).
+
+  With `self_attention` the text's keys and values stand in one softmax beside
+  the pixels' own (base and 64→256 models); without it pixels see text alone
+  (the 256→1024 model, whose cost must not grow with the square of the area).
+
+  Attributes:
+    head_dim: size of a head; the base model uses 64. Ignored when `num_heads`
+      is given.
+    num_heads: number of heads; the Efficient U-Net uses 8.
+    inner: total width of the heads; None is the width of the input. The
+      Efficient U-Net uses twice its channels (Figure A.28).
+    self_attention: whether pixels see pixels.
+    text: whether pixels see text.
+    norm_groups: groups of the input's GroupNorm.
+    implementation: see `attention`.
+    dtype: computation type of the projections.
+  """
+
+  head_dim: int = 64
+  num_heads: int | None = None
+  inner: int | None = None
+  self_attention: bool = True
+  text: bool = True
+  norm_groups: int = 32
+  implementation: str = 'xla'
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, text, mask):
+    """x [B, H, W, C], text [B, L, D], mask [B, L] bool -> [B, H, W, C]."""
+    batch, height, width, channels = x.shape
+    inner = self.inner or channels
+    heads = self.num_heads or inner // self.head_dim
+    if inner % heads:
+      raise ValueError(f'{inner} channels do not split into {heads} heads')
+    dense = functools.partial(
+      nn.DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
+    )
+    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm')(x)
+    h = h.reshape(batch, height * width, channels)
+    keys, values, masks = [], [], []
+    if self.text:
+      t = nn.LayerNorm(dtype=self.dtype, name='text_norm')(text)
+      keys.append(dense(name='text_key')(t))
+      values.append(dense(name='text_value')(t))
+      masks.append(mask)
+    if self.self_attention:
+      keys.append(dense(name='key')(h))
+      values.append(dense(name='value')(h))
+      masks.append(jnp.ones((batch, height * width), bool))
+    out = attention(
+      dense(name='query')(h),
+      jnp.concatenate(keys, axis=1),
+      jnp.concatenate(values, axis=1),
+      jnp.concatenate(masks, axis=1),
+      implementation=self.implementation,
+    )
+    # Zero at the start, so that a new block is the identity.
+    out = nn.DenseGeneral(
+      channels,
+      axis=(-2, -1),
+      kernel_init=nn.initializers.zeros,
+      dtype=self.dtype,
+      name='out',
+    )(out)
+    return x + out.reshape(x.shape).astype(x.dtype)
+
+
+class TextPool(nn.Module):
+  """The attention-pooled text vector added to the time embedding (2.5, F.1).
+
+  One query, the mean of the caption's normalised tokens plus a learned vector,
+  looks at all of them. A caption with every position masked gives exact zeros,
+  which is the null condition of classifier-free guidance.
+
+  Attributes:
+    features: width of the result.
+    head_dim: size of a head.
+    inner: total width of the heads; None is the width of the text.
+    implementation: see `attention`.
+    dtype: computation type of the projections.
+  """
+
+  features: int
+  head_dim: int = 64
+  inner: int | None = None
+  implementation: str = 'xla'
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, text, mask):
+    """text [B, L, D], mask [B, L] bool -> [B, features]."""
+    inner = self.inner or text.shape[-1]
+    heads = max(1, inner // self.head_dim)
+    dense = functools.partial(
+      nn.DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
+    )
+    t = nn.LayerNorm(dtype=self.dtype, name='norm')(text)
+    seen = mask[..., None].astype(t.dtype)
+    mean = jnp.sum(t * seen, axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1)
+    query = self.param(
+      'query', nn.initializers.normal(0.02), (text.shape[-1],)
+    )
+    pooled = attention(
+      dense(name='to_query')((mean + query.astype(t.dtype))[:, None]),
+      dense(name='key')(t),
+      dense(name='value')(t),
+      mask,
+      implementation=self.implementation,
+    )[:, 0]
+    out = nn.DenseGeneral(
+      self.features, axis=(-2, -1), dtype=self.dtype, name='out'
+    )(pooled)
+    out = nn.LayerNorm(dtype=self.dtype, name='out_norm')(out)
+    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), out, 0)

@@ -1,0 +1,179 @@
+"""The super-resolution models' Efficient U-Net (Appendix B.1, F.2, F.3).
+
+Three changes against the ordinary U-Net: most residual blocks sit at the low
+resolutions, where they are cheap; a residual sum is divided by √2; a block
+downsamples before its convolutions and upsamples after them. The residual
+blocks of one level have equal shapes, so each run of them is one `nn.scan`
+with stacked parameters, which keeps compilation short.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.nets.attention import TextAttention
+from imagen_jax.nets.layers import (
+  Conditioning,
+  ResBlock,
+  conv,
+  remat,
+  upsample,
+)
+
+
+class _DownStep(nn.Module):
+  """One residual block of a run on the way down; its result is also a skip."""
+
+  block: functools.partial
+
+  @nn.compact
+  def __call__(self, h, _, emb, train):
+    h = self.block(name='res')(h, emb, train)
+    return h, h
+
+
+class _UpStep(nn.Module):
+  """One residual block of a run on the way up, fed with one skip."""
+
+  block: functools.partial
+
+  @nn.compact
+  def __call__(self, h, skip, emb, train):
+    h = jnp.concatenate([h, skip], axis=-1)
+    return self.block(name='res')(h, emb, train), None
+
+
+class EfficientUNet(nn.Module):
+  """The super-resolution U-Net; the defaults are 64→256's (F.2).
+
+  Every sequence has one entry per block, the highest resolution first.
+
+  Attributes:
+    channels: width of each block.
+    num_res_blocks: residual blocks in each block, down and up alike.
+    strides: 2 where a block first halves the resolution, 1 where not.
+    self_attention: whether the attention at a block's end sees pixels.
+    text_attention: whether it sees the text; a block with neither has none.
+    num_heads: heads of the attention, whose width is twice the block's.
+    emb_channels: width of the conditioning vector.
+    text_width: text is projected to this width before all else; None: raw.
+    conv_shortcut: see `ResBlock`.
+    dropout: rate in the residual blocks.
+    norm_groups: groups of every GroupNorm.
+    remat: None, or a `jax.checkpoint_policies` name.
+    unroll: whether the scans are unrolled. None: on CPU only, where XLA's
+      gradient of a convolution inside a rolled loop is 17–30 times slower
+      than outside. The parameters are the same.
+    attention: implementation, see `nets.attention.attention`.
+    out_channels: channels of the prediction.
+    dtype: activations' type; parameters are float32.
+  """
+
+  channels: Sequence[int] = (128, 256, 512, 1024)
+  num_res_blocks: Sequence[int] = (2, 4, 8, 8)
+  strides: Sequence[int] = (2, 2, 2, 2)
+  self_attention: Sequence[bool] = (False, False, False, True)
+  text_attention: Sequence[bool] = (False, False, False, True)
+  num_heads: int = 8
+  emb_channels: int = 512
+  text_width: int | None = None
+  conv_shortcut: bool = False
+  dropout: float = 0.0
+  norm_groups: int = 32
+  remat: str | None = None
+  unroll: bool | None = None
+  attention: str = 'xla'
+  out_channels: int = 3
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, z, logsnr, text, mask, low_res=None, aug_level=None, train=False
+  ):
+    """Predicts eps, v or x; arguments and result as `UNet.__call__`.
+
+    H and W are any multiple of the product of the strides: a model without
+    self-attention trains on crops and runs on whole pictures unchanged.
+    """
+    text = text.astype(self.dtype)
+    if self.text_width is not None:
+      text = nn.Dense(self.text_width, dtype=self.dtype, name='text_in')(text)
+    emb = Conditioning(
+      self.emb_channels,
+      sinusoid=self.channels[0],
+      dtype=self.dtype,
+      name='conditioning',
+    )(logsnr, text, mask, aug_level)
+    unroll = self.unroll
+    if unroll is None:
+      unroll = jax.default_backend() == 'cpu'
+
+    def run(step, h, skips, b, name):
+      """`num_res_blocks[b]` equal residual blocks as one scan."""
+      length = self.num_res_blocks[b]
+      block = functools.partial(
+        remat(ResBlock, self.remat),
+        self.channels[b],
+        residual_scale=1 / math.sqrt(2),
+        conv_shortcut=self.conv_shortcut,
+        dropout=self.dropout,
+        norm_groups=self.norm_groups,
+        dtype=self.dtype,
+      )
+      scanned = nn.scan(
+        step,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=length,
+        unroll=length if unroll else 1,
+      )
+      return scanned(block, name=name)(h, skips, emb, train)
+
+    def attend(h, b, name):
+      if not (self.self_attention[b] or self.text_attention[b]):
+        return h
+      return TextAttention(
+        num_heads=self.num_heads,
+        inner=2 * self.channels[b],
+        self_attention=self.self_attention[b],
+        text=self.text_attention[b],
+        norm_groups=self.norm_groups,
+        implementation=self.attention,
+        dtype=self.dtype,
+        name=name,
+      )(h, text, mask)
+
+    h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
+    h = conv(self.channels[0], dtype=self.dtype, name='conv_in')(h)
+    skips = []
+    for b, width in enumerate(self.channels):
+      if self.strides[b] > 1 or h.shape[-1] != width:
+        h = conv(
+          width,
+          strides=self.strides[b],
+          dtype=self.dtype,
+          name=f'down_{b}_conv',
+        )(h)
+      h, outputs = run(_DownStep, h, None, b, f'down_{b}')
+      skips.append(outputs)
+      h = attend(h, b, f'down_{b}_attn')
+
+    for b in reversed(range(len(self.channels))):
+      # The last skip made is the first used.
+      h, _ = run(_UpStep, h, skips[b][::-1], b, f'up_{b}')
+      h = attend(h, b, f'up_{b}_attn')
+      above = self.channels[max(b - 1, 0)]
+      if self.strides[b] > 1:
+        h = upsample(h)
+      if self.strides[b] > 1 or above != self.channels[b]:
+        h = conv(above, dtype=self.dtype, name=f'up_{b}_conv')(h)
+
+    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
+    return conv(
+      self.out_channels, zero=True, dtype=jnp.float32, name='conv_out'
+    )(nn.swish(h).astype(jnp.float32))

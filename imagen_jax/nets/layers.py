@@ -1,0 +1,172 @@
+"""The blocks that both U-Nets of Imagen are made of (Appendix F, A.27)."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.nets.attention import TextPool
+
+
+def sinusoidal(x, dim):
+  """Sine and cosine features of a number in [0, 1]: [B] -> [B, dim], fp32.
+
+  Frequencies fall geometrically from 1000 to 0.1, the Transformer's for
+  positions 0…1000; `dim` is even.
+  """
+  frequencies = 1000.0 * jnp.exp(
+    -math.log(10000.0) * jnp.arange(dim // 2) / (dim // 2 - 1)
+  )
+  angles = x.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def noise_angle(logsnr):
+  """A log-SNR as the angle atan(sigma/alpha)·2/π in [0, 1], fp32.
+
+  This is the time of the untruncated cosine schedule at that noise, whatever
+  schedule is in use; the networks are told the noise, not the time (A).
+  """
+  return jnp.arctan2(
+    jnp.exp(-0.5 * jnp.clip(logsnr.astype(jnp.float32), -20, 20)), 1.0
+  ) * (2 / math.pi)
+
+
+class Conditioning(nn.Module):
+  """Time, augmentation level and pooled text in one vector (Figure A.28).
+
+  Attributes:
+    features: width of the vector (4 × channels in the base model).
+    sinusoid: number of sinusoidal features (the model's channels).
+    pool_head_dim: head size of the text pooler.
+    pool_inner: width of the text pooler, None the text's.
+    dtype: computation type.
+  """
+
+  features: int
+  sinusoid: int
+  pool_head_dim: int = 64
+  pool_inner: int | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, logsnr, text, mask, aug_level=None):
+    """logsnr [B], text [B, L, D], mask [B, L], aug_level [B] -> [B, features].
+
+    `aug_level` is None for a model without low-resolution input.
+    """
+
+    def mlp(x, name):
+      h = sinusoidal(x, self.sinusoid).astype(self.dtype)
+      h = nn.Dense(self.features, dtype=self.dtype, name=f'{name}_in')(h)
+      return nn.Dense(self.features, dtype=self.dtype, name=f'{name}_out')(
+        nn.swish(h)
+      )
+
+    emb = mlp(noise_angle(logsnr), 'time')
+    if aug_level is not None:
+      emb = emb + mlp(aug_level, 'aug')
+    return emb + TextPool(
+      self.features,
+      head_dim=self.pool_head_dim,
+      inner=self.pool_inner,
+      dtype=self.dtype,
+      name='text_pool',
+    )(text, mask)
+
+
+def conv(features, *, kernel=3, strides=1, zero=False, dtype, name):
+  """A SAME convolution; zero-initialised where a block starts as identity."""
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=(strides, strides),
+    padding='SAME',
+    kernel_init=nn.initializers.zeros
+    if zero
+    else nn.initializers.lecun_normal(),
+    dtype=dtype,
+    name=name,
+  )
+
+
+def downsample(x):
+  """2×2 average pooling: [B, H, W, C] -> [B, H/2, W/2, C]."""
+  return nn.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def upsample(x):
+  """Nearest-neighbour doubling: [B, H, W, C] -> [B, 2H, 2W, C]."""
+  batch, height, width, channels = x.shape
+  x = jnp.broadcast_to(
+    x[:, :, None, :, None], (batch, height, 2, width, 2, channels)
+  )
+  return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+class ResBlock(nn.Module):
+  """A residual block with scale-shift conditioning (BigGAN; Figure A.27).
+
+  GroupNorm → swish → [resample] → conv3×3 → GroupNorm·(1+scale)+shift → swish
+  → conv3×3 (zero at the start), plus a shortcut. scale and shift come from
+  the conditioning vector.
+
+  Attributes:
+    features: channels of the result.
+    resample: None, 'down' (average pooling) or 'up' (nearest), of both paths.
+    residual_scale: the sum's factor; 1/√2 in the Efficient U-Net (B.1), which
+      keeps the variance however many blocks follow one another.
+    conv_shortcut: a 1×1 convolution on the shortcut even where the width does
+      not change (drawn so in Figure A.27).
+    dropout: rate before the second convolution.
+    norm_groups: groups of the GroupNorms.
+    dtype: computation type.
+  """
+
+  features: int
+  resample: str | None = None
+  residual_scale: float = 1.0
+  conv_shortcut: bool = False
+  dropout: float = 0.0
+  norm_groups: int = 32
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, emb, train=False):
+    """x [B, H, W, C], emb [B, E] -> [B, H', W', features]."""
+    resample = {None: lambda h: h, 'down': downsample, 'up': upsample}[
+      self.resample
+    ]
+    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm1')(x)
+    h = resample(nn.swish(h))
+    h = conv(self.features, dtype=self.dtype, name='conv1')(h)
+    film = nn.Dense(2 * self.features, dtype=self.dtype, name='film')(
+      nn.swish(emb)
+    )
+    scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
+    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm2')(h)
+    h = nn.swish(h * (1 + scale) + shift)
+    h = nn.Dropout(self.dropout, deterministic=not train)(h)
+    h = conv(self.features, zero=True, dtype=self.dtype, name='conv2')(h)
+    x = resample(x)
+    if self.conv_shortcut or x.shape[-1] != self.features:
+      x = conv(self.features, kernel=1, dtype=self.dtype, name='shortcut')(x)
+    return (x + h) * jnp.asarray(self.residual_scale, h.dtype)
+
+
+def remat(module, policy):
+  """`module` recomputed in the backward pass (None: not).
+
+  Args:
+    module: a Linen class whose `__call__` takes (x, emb, train).
+    policy: a name in `jax.checkpoint_policies`, such as 'nothing_saveable'.
+  """
+  if policy is None:
+    return module
+  # `train` is static: argument 0 is the module itself.
+  return nn.remat(
+    module,
+    policy=getattr(jax.checkpoint_policies, policy),
+    static_argnums=(3,),
+  )
