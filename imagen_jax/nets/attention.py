@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from imagen_jax.nets.norm import GroupNorm
+
 
 def attention(q, k, v, mask=None, *, implementation='xla'):
   """Scaled dot-product attention in which masked keys contribute nothing.
@@ -94,7 +96,7 @@ class TextAttention(nn.Module):
     dense = functools.partial(
       nn.DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
-    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm')(x)
+    h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm')(x)
     h = h.reshape(batch, height * width, channels)
     keys, values, masks = [], [], []
     if self.text:

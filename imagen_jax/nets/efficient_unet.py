@@ -23,6 +23,7 @@ from imagen_jax.nets.layers import (
   remat,
   upsample,
 )
+from imagen_jax.nets.norm import GroupNorm
 
 
 class _DownStep(nn.Module):
@@ -173,7 +174,7 @@ class EfficientUNet(nn.Module):
       if self.strides[b] > 1 or above != self.channels[b]:
         h = conv(above, dtype=self.dtype, name=f'up_{b}_conv')(h)
 
-    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
+    h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
     return conv(
       self.out_channels, zero=True, dtype=jnp.float32, name='conv_out'
     )(nn.swish(h).astype(jnp.float32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.nets.attention import TextPool
+from imagen_jax.nets.norm import GroupNorm
 
 
 def sinusoidal(x, dim):
@@ -98,11 +99,7 @@ def downsample(x):
 
 def upsample(x):
   """Nearest-neighbour doubling: [B, H, W, C] -> [B, 2H, 2W, C]."""
-  batch, height, width, channels = x.shape
-  x = jnp.broadcast_to(
-    x[:, :, None, :, None], (batch, height, 2, width, 2, channels)
-  )
-  return x.reshape(batch, 2 * height, 2 * width, channels)
+  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 class ResBlock(nn.Module):
@@ -138,14 +135,14 @@ class ResBlock(nn.Module):
     resample = {None: lambda h: h, 'down': downsample, 'up': upsample}[
       self.resample
     ]
-    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm1')(x)
+    h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm1')(x)
     h = resample(nn.swish(h))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
     film = nn.Dense(2 * self.features, dtype=self.dtype, name='film')(
       nn.swish(emb)
     )
     scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
-    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm2')(h)
+    h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm2')(h)
     h = nn.swish(h * (1 + scale) + shift)
     h = nn.Dropout(self.dropout, deterministic=not train)(h)
     h = conv(self.features, zero=True, dtype=self.dtype, name='conv2')(h)

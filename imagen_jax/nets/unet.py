@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from imagen_jax.nets.attention import TextAttention
 from imagen_jax.nets.layers import Conditioning, ResBlock, conv, remat
+from imagen_jax.nets.norm import GroupNorm
 
 
 class UNet(nn.Module):
@@ -137,7 +138,7 @@ class UNet(nn.Module):
       if level:
         h = res(h, width, f'up_{level}_resample', 'up')
 
-    h = nn.GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
+    h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
     return conv(
       self.out_channels, zero=True, dtype=jnp.float32, name='conv_out'
     )(nn.swish(h).astype(jnp.float32))

@@ -1,0 +1,33 @@
+r"""The demo's first super-resolution model: 16→64 (Efficient U-Net, F.2 shrunk).
+
+  python train.py --config shapes_sr1 --workdir runs/shapes/sr1
+
+Everything but the network's size is as in `shapes_base`; the low-resolution
+picture is the box mean of the large one, noised at a random level (2.4).
+"""
+
+from imagen_jax.configs import shapes_base
+
+
+def get_config():
+  """The 16→64 stage of the shapes cascade."""
+  config = shapes_base.get_config()
+  config.stage.update(
+    name='sr1',
+    resolution=64,
+    low_resolution=16,
+  )
+  config.stage.net = {
+    'kind': 'efficient_unet',
+    'channels': (32, 48, 96),
+    'num_res_blocks': (1, 1, 2),
+    'strides': (2, 2, 2),
+    'self_attention': (False, False, True),
+    'text_attention': (False, False, True),
+    'num_heads': 4,
+    'emb_channels': 128,
+    'norm_groups': 8,
+  }
+  config.stage.sampling.update(steps=16, guidance=2.0, aug_level=0.1)
+  config.train.update(num_steps=4000, batch_size=32, checkpoint_every=500)
+  return config

@@ -1,0 +1,27 @@
+r"""The demo's last super-resolution model: 64→256 (F.3 shrunk).
+
+  python train.py --config shapes_sr2 --workdir runs/shapes/sr2
+
+As the paper's 256→1024 model it has no self-attention, keeps the attention to
+the text, trains on crops and draws whole pictures. It paints the fills, which
+16 pixels cannot hold.
+"""
+
+from imagen_jax.configs import shapes_sr1
+
+
+def get_config():
+  """The 64→256 stage of the shapes cascade."""
+  config = shapes_sr1.get_config()
+  config.stage.update(name='sr2', resolution=256, low_resolution=64)
+  config.stage.crop = 128
+  config.stage.net.update(
+    channels=(16, 32, 48, 96),
+    num_res_blocks=(1, 1, 1, 2),
+    strides=(2, 2, 2, 2),
+    self_attention=(False, False, False, False),
+    text_attention=(False, False, False, True),
+  )
+  config.stage.sampling.update(steps=8, guidance=1.0)
+  config.train.update(num_steps=3000, batch_size=16, checkpoint_every=250)
+  return config

@@ -1,0 +1,370 @@
+"""Checkpoints of a training state: asynchronous, atomic, digested.
+
+  checkpoints/300/state/…                        the arrays, by Orbax
+  checkpoints/300/manifest-00000-of-00001.json   digests, leaves, `extra`
+
+A step counts once its manifest is there; see `manifest.py`. A state is a tree
+of arrays of at least one element each (Orbax stores no empty ones); typed keys
+come back as typed keys.
+"""
+
+import concurrent.futures
+import contextlib
+import datetime
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from imagen_jax import manifest
+from imagen_jax.errors import ModelError, UsageError
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one directory.
+
+  At most one save is on its way at a time. Closing waits for it; so does
+  leaving the `with` block.
+  """
+
+  def __init__(self, directory, *, keep_last=3, keep_every=None, warn=None):
+    """Opens a directory, which need not exist before the first save.
+
+    Args:
+      directory: a local path or a bucket's, such as gs://….
+      keep_last: how many of the newest steps are kept.
+      keep_every: steps that are a multiple of it are kept for good.
+      warn: called with a sentence about each step that is skipped; logged by
+        default.
+    """
+    if keep_last < 1:
+      raise UsageError(
+        f'train.keep_last is {keep_last}; at least 1 checkpoint must be kept.'
+      )
+    self.directory = epath.Path(directory)
+    self.keep_last = keep_last
+    self.keep_every = keep_every
+    self._warn = warn or _log.warning
+    self._bad = set()
+    self._last_saved = None
+    self._pending = None
+    self._worker = concurrent.futures.ThreadPoolExecutor(1)
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def all_steps(self):
+    """The complete steps, in order; their digests are not compared here."""
+    return [s for s in self._steps() if manifest.is_whole(self._path(s))]
+
+  def latest_step(self):
+    """The newest complete step, or None."""
+    return max(self.all_steps(), default=None)
+
+  def save(self, step, state, extra=None, *, wait=False):
+    """Saves a state in the background; its buffers may be donated right away.
+
+    An error of the save before surfaces here, in `wait` or in `close`. Saving
+    the step that was just saved does nothing.
+
+    Args:
+      step: its number.
+      state: tree of arrays or numbers.
+      extra: JSON-ready dict kept with it.
+      wait: return only when the step is on disk and digested.
+
+    Raises:
+      ModelError: the directory cannot be written, or holds this step or a
+        later one of another run.
+    """
+    self.wait()
+    if step != self._last_saved:
+      fields = {
+        'step': int(step),
+        'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+        'extra': extra or {},
+        'leaves': _leaves(state),
+      }
+      self._make_room(step)
+      args = ocp.args.Composite(state=ocp.args.PyTreeSave(_arrays(state)))
+      with self._saving(step):
+        self._orbax.save(self._path(step), args=args)
+      self._last_saved = step
+      self._pending = step, self._worker.submit(self._finish, step, fields)
+    if wait:
+      self.wait()
+
+  def wait(self):
+    """Returns when the last save is on disk and digested.
+
+    Raises:
+      ModelError: it could not be written.
+    """
+    if self._pending is not None:
+      (step, finished), self._pending = self._pending, None
+      with self._saving(step):
+        finished.result()
+
+  def close(self):
+    """Waits for the last save and gives the threads back."""
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+      self._orbax.close()
+
+  def verify(self, step):
+    """Compares every file of a step with its digest.
+
+    Returns:
+      the step's `extra`.
+
+    Raises:
+      ModelError: naming the file that is missing or damaged.
+    """
+    return self._verified(step)['extra']
+
+  def newest_good(self):
+    """(step, digest) of the newest step whose every file is good.
+
+    Raises:
+      ModelError: no step is good.
+    """
+    step, body = self._newest_good(None)
+    return step, body['digest']
+
+  def restore(self, abstract_state, step=None):
+    """Reads the newest good step, onto any mesh.
+
+    A step whose files are incomplete or damaged is named and skipped.
+
+    Args:
+      abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s; where a leaf
+        has a sharding, it is placed so, else on the first device.
+      step: this step and no other.
+
+    Returns:
+      (state, extra, step).
+
+    Raises:
+      ModelError: no step is good, or the state has other leaves or shapes.
+    """
+    step, body = self._newest_good(step)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract_state = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=getattr(x, 'sharding', None) or default
+      ),
+      abstract_state,
+    )
+    _check_leaves(self._path(step), body['leaves'], _leaves(abstract_state))
+    state = self._read(
+      step,
+      ocp.args.PyTreeRestore(
+        abstract_state,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(
+          abstract_state
+        ),
+      ),
+    )
+    return state, body['extra'], step
+
+  def restore_subtree(self, name, step=None):
+    """Reads one part of the state, such as 'ema_params', and nothing else.
+
+    Every file's digest is still compared.
+
+    Args:
+      name: a top-level field that holds nested dicts of arrays.
+      step: this step and no other; the newest good one by default.
+
+    Returns:
+      (nested dict of numpy arrays, extra, step).
+
+    Raises:
+      ModelError: no step is good, or the state has no such part.
+    """
+    step, body = self._newest_good(step)
+    wanted = {}
+    for leaf, kind in body['leaves'].items():
+      keys = leaf.split('/')
+      if keys[0] == name:
+        branch = wanted
+        for key in keys[:-1]:
+          branch = branch.setdefault(key, {})
+        dtype, shape = kind.removesuffix(']').split('[')
+        branch[keys[-1]] = jax.ShapeDtypeStruct(
+          [int(n) for n in shape.split(',') if n], jnp.dtype(dtype)
+        )
+    if not wanted:
+      raise ModelError(
+        f'{self._path(step)} holds no {name}; it holds '
+        f'{", ".join(sorted({k.split("/")[0] for k in body["leaves"]}))}.'
+      )
+    tree = self._read(
+      step,
+      ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+        ),
+        partial_restore=True,
+      ),
+    )
+    return tree[name], body['extra'], step
+
+  # ---- Directories ---------------------------------------------------------
+  def _path(self, step):
+    return self.directory / str(step)
+
+  def _steps(self):
+    """Every step that has a directory, complete or not, in order."""
+    if not self.directory.exists():
+      return []
+    names = (path.name for path in self.directory.iterdir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  def _make_room(self, step):
+    """Clears away what a killed run left in the place of this step."""
+    later = [s for s in self.all_steps() if s >= step and s not in self._bad]
+    if later:
+      raise ModelError(
+        f'{self.directory} already holds step {later[-1]}, so step {step} '
+        'is not saved there: resume from it, or use another --workdir.'
+      )
+    with self._saving(step):
+      self.directory.mkdir(parents=True, exist_ok=True)
+      if jax.process_index() == 0:
+        for path in self.directory.iterdir():
+          if '.orbax-checkpoint-tmp' in path.name:
+            path.rmtree()
+        self._remove(step)
+
+  def _remove(self, step):
+    path = self._path(step)
+    if path.exists():
+      # Manifests first: half a removal must not look like a whole step.
+      for name in path.glob('manifest-*'):
+        name.unlink()
+      path.rmtree()
+    self._bad.discard(step)
+
+  def _finish(self, step, fields):
+    """In the background: commit, then manifest, then old steps away."""
+    self._orbax.wait_until_finished()
+    first = jax.process_index() == 0
+    manifest.write(
+      self._path(step),
+      fields if first else {'step': fields['step']},
+      process=jax.process_index(),
+      processes=jax.process_count(),
+    )
+    if first:
+      good = [s for s in self.all_steps() if s not in self._bad]
+      keep = {step, *good[-self.keep_last :]}
+      if self.keep_every:
+        keep.update(s for s in good if s % self.keep_every == 0)
+      for old in self._steps():
+        if old not in keep:
+          self._remove(old)
+
+  # ---- Reading and writing -------------------------------------------------
+  @contextlib.contextmanager
+  def _saving(self, step):
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:
+      reason = str(error).strip().splitlines() or [type(error).__name__]
+      last = self.latest_step()
+      raise ModelError(
+        f'checkpoint {self._path(step)} could not be written '
+        f'({reason[0][:200]}); '
+        + (f'step {last} is the last good one: ' if last is not None else '')
+        + 'check space and permissions, then run the same command again.'
+      ) from error
+
+  def _read(self, step, args):
+    try:
+      return self._orbax.restore(
+        self._path(step), args=ocp.args.Composite(state=args)
+      )['state']
+    except Exception:
+      # A trainer may have removed the step meanwhile; then say so.
+      manifest.verify(self._path(step))
+      raise
+
+  def _verified(self, step):
+    """The first process's manifest of a step whose every file is good."""
+    path = self._path(step)
+    body = manifest.verify(path)[0]
+    if body['step'] != step:
+      raise manifest.Damaged(f'{path} is a copy of step {body["step"]}.')
+    return body
+
+  def _newest_good(self, step):
+    self.wait()
+    if step is not None:
+      return step, self._verified(step)
+    steps = self._steps()
+    for step in reversed(steps):
+      try:
+        return step, self._verified(step)
+      except manifest.Damaged as error:
+        self._bad.add(step)
+        self._warn(f'Step {step} is skipped: {error}')
+    if steps:
+      raise ModelError(
+        f'{self.directory} holds no good checkpoint: all of '
+        f'{", ".join(map(str, steps))} are incomplete or damaged; restore '
+        'them from a copy, or start again in another --workdir.'
+      )
+    raise ModelError(
+      f'{self.directory} holds no checkpoint; train first, or check the path.'
+    )
+
+
+def _leaves(tree):
+  """{'params/down_0/kernel': 'float32[3,3,8,8]'} for every leaf."""
+
+  def kind(x):
+    shape = ','.join(map(str, np.shape(x)))
+    return f'{getattr(x, "dtype", jax.dtypes.result_type(x))}[{shape}]'
+
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): kind(x)
+    for path, x in leaves
+  }
+
+
+def _arrays(tree):
+  """Numbers as arrays of the type that jax gives them."""
+
+  def array(x):
+    if isinstance(x, jax.Array):
+      return x
+    return np.asarray(x, getattr(x, 'dtype', jax.dtypes.result_type(x)))
+
+  return jax.tree.map(array, tree)
+
+
+def _check_leaves(path, saved, wanted):
+  for name in sorted(saved.keys() | wanted.keys()):
+    there, here = saved.get(name), wanted.get(name)
+    if there != here:
+      raise ModelError(
+        f'{path} was saved by another model: {name} is {there or "absent"} '
+        f'there and {here or "absent"} here; use the config that it was '
+        'trained with, or another --workdir.'
+      )

@@ -1,0 +1,99 @@
+"""How every command ends: an exit code, and one line when the user erred."""
+
+import argparse
+import difflib
+import errno
+import os
+import sys
+
+from imagen_jax.errors import ImagenError, UsageError
+
+_STORAGE = {
+  errno.ENOSPC: 'the disk is full at {}; free space, or write elsewhere.',
+  errno.EDQUOT: 'the disk quota is used up at {}; free space there.',
+  errno.EROFS: '{} is on a read-only file system; write elsewhere.',
+  errno.EACCES: 'permission is denied at {}; check who owns it.',
+  errno.EPERM: 'permission is denied at {}; check who owns it.',
+}
+
+
+def run(main, argv=None):
+  """Calls `main(argv)` and returns the exit code of the process.
+
+  A mistake of the user's becomes `error: …` on stderr, in one line. Any other
+  exception is a mistake of ours and keeps its traceback. With IMAGEN_DEBUG=1
+  in the environment every exception does.
+
+  Args:
+    main: function of a list of arguments; its result is the exit code, None
+      being 0.
+    argv: the arguments, `sys.argv[1:]` by default.
+
+  Returns:
+    0 ok, 2 usage, 3 data, 4 checkpoint or model, 5 numeric, 130 interrupted,
+    or what `main` returned.
+  """
+  argv = sys.argv[1:] if argv is None else list(argv)
+  try:
+    return main(argv) or 0
+  except SystemExit as stop:  # argparse after --help
+    return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except Exception as error:
+    sentence = _sentence(error)
+    if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
+      raise
+    print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
+    return getattr(error, 'exit_code', UsageError.exit_code)
+
+
+def _sentence(error):
+  """What to tell the user, or None for a bug."""
+  if isinstance(error, ImagenError):
+    return str(error)
+  if isinstance(error, OSError) and error.errno in _STORAGE:
+    return _STORAGE[error.errno].format(error.filename or 'an unnamed file')
+  # jax's error is known by name: importing jax here would slow --help.
+  device_full = type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError')
+  device_full = device_full and 'RESOURCE_EXHAUSTED' in str(error)
+  if isinstance(error, MemoryError) or device_full:
+    return (
+      'memory ran out; use a smaller batch (--batch_size, or '
+      '--config.train.batch_size when training) or fewer stages.'
+    )
+  return None
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse that raises `UsageError` and knows the nearest flag."""
+
+  def __init__(self, **options):
+    options.setdefault(
+      'formatter_class', argparse.ArgumentDefaultsHelpFormatter
+    )
+    super().__init__(allow_abbrev=False, **options)
+
+  def parse_args(self, args=None, namespace=None):
+    namespace, rest = self.parse_known_args(args, namespace)
+    if rest:
+      flag = rest[0].partition('=')[0]
+      raise UsageError(
+        f'{self.prog} has no argument {flag}'
+        + did_you_mean(flag, self._option_string_actions)
+        + f' See {self.prog} --help.'
+      )
+    return namespace
+
+  def error(self, message):
+    raise UsageError(f'{message}; see {self.prog} --help.')
+
+
+def did_you_mean(name, known):
+  """'; did you mean X?' for the nearest of `known`, or just '.'."""
+  near = difflib.get_close_matches(name, list(known), n=1)
+  return f'; did you mean {near[0]}?' if near else '.'

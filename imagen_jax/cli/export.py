@@ -1,0 +1,121 @@
+"""imagen-export: from a training workdir to a finished model folder."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+from imagen_jax.cli import errors
+
+
+def main(argv=None):
+  """Entry point; returns the exit code."""
+  return errors.run(_main, argv)
+
+
+def _main(argv):
+  parser = errors.Parser(
+    prog='imagen-export',
+    description='Write a stage of a training workdir as safetensors and JSON.',
+  )
+  parser.add_argument('--workdir', required=True, help='training directory')
+  parser.add_argument(
+    '--out', required=True, help='directory to write, such as models/mine/base'
+  )
+  parser.add_argument(
+    '--weights', default='ema', choices=['ema', 'raw'], help='which weights'
+  )
+  parser.add_argument(
+    '--step', type=int, help='which checkpoint; the newest good one if omitted'
+  )
+  parser.add_argument(
+    '--dtype', default='bfloat16', choices=['bfloat16', 'float32']
+  )
+  args = parser.parse_args(argv)
+
+  from imagen_jax.cli import runtime
+
+  runtime.start()
+  return export(
+    pathlib.Path(args.workdir),
+    pathlib.Path(args.out),
+    weights=args.weights,
+    step=args.step,
+    dtype=args.dtype,
+    command=' '.join(['imagen-export', *argv]),
+  )
+
+
+def export(workdir, out, *, weights, step, dtype, command):
+  """Writes the stage, and beside it the text encoder if none is there yet."""
+  import json
+  import shutil
+
+  import jax
+
+  from imagen_jax import model_folder
+  from imagen_jax.errors import UsageError
+
+  record = model_folder.load_stage(workdir)
+  if record.weights is not None:
+    raise UsageError(
+      f'{workdir} is an exported stage already; give a training workdir.'
+    )
+  if step is None:
+    step, _ = record.checkpoint
+  params = model_folder.load_params(record, weights=weights, step=step)
+  lines = (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+  rows = [row for row in map(json.loads, lines) if row['step'] <= step]
+  batch = record.config['train']['batch_size']
+  last, seconds = 0, 0.0
+  for row in rows:
+    seconds += batch * (row['step'] - last) / max(row['images_per_sec'], 1e-9)
+    last = row['step']
+  model_folder.save_stage(
+    out,
+    params,
+    config=record.config,
+    text=record.text,
+    provenance={
+      'command': command,
+      'commit': _commit(),
+      'steps': step,
+      'images': step * batch,
+      'training_seconds': round(seconds),
+      'weights': weights,
+      'exported': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+      'jax': jax.__version__,
+    },
+    dtype=dtype,
+  )
+  text = out.parent / 'text'
+  if not text.exists():
+    source = model_folder.text_path(workdir.parent, record)
+    shutil.copytree(source, text, ignore=_not_the_model)
+  size = (out / 'weights.safetensors').stat().st_size
+  print(f'{out}: step {step}, {weights} weights, {size / 1e6:.2f} MB {dtype}')
+  return 0
+
+
+def _not_the_model(_, names):
+  """Files beside an encoder that are not part of it."""
+  suffixes = ('.json', '.safetensors', '.model')
+  return [n for n in names if not n.endswith(suffixes)]
+
+
+def _commit():
+  """The commit that is checked out here, or None."""
+  try:
+    result = subprocess.run(
+      ['git', 'rev-parse', 'HEAD'],
+      capture_output=True,
+      text=True,
+      cwd=pathlib.Path(__file__).parent,
+    )
+  except OSError:
+    return None
+  return result.stdout.strip() or None
+
+
+if __name__ == '__main__':
+  sys.exit(main())

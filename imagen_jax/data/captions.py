@@ -1,0 +1,204 @@
+"""What a caption of the shapes world means, and how a person would type it.
+
+A `Meaning` is the checkable content of a caption: groups of things, relations
+between them, a background. `write` phrases a meaning as a person might, and
+`read` recovers the meaning from any such sentence, so a typed prompt can be
+judged as well as a generated one. Nothing here knows what a shape looks like.
+"""
+
+import dataclasses
+import re
+
+SHAPES = (
+  'circle',
+  'square',
+  'triangle',
+  'star',
+  'heart',
+  'moon',
+  'cross',
+  'diamond',
+)
+COLOURS = (
+  'red',
+  'orange',
+  'yellow',
+  'green',
+  'blue',
+  'purple',
+  'pink',
+  'white',
+  'black',
+  'grey',
+)
+SIZES = ('small', 'large')
+FILLS = ('plain', 'striped', 'dotted', 'checkered')
+RELATIONS = ('left of', 'right of', 'above', 'below')
+OPPOSITE = {
+  'left of': 'right of',
+  'right of': 'left of',
+  'above': 'below',
+  'below': 'above',
+}
+BACKGROUNDS = ('white', 'black', 'grey', 'blue', 'green', 'yellow')
+NUMBERS = ('one', 'two', 'three', 'four', 'five')
+
+# Each word with the ways to say it; the first is the usual one.
+SAID = {
+  'grey': ('grey', 'gray'),
+  'purple': ('purple', 'violet'),
+  'moon': ('moon', 'crescent'),
+  'circle': ('circle', 'disc'),
+  'small': ('small', 'little', 'tiny'),
+  'large': ('large', 'big', 'huge'),
+  'plain': ('plain', 'solid'),
+  'striped': ('striped', 'stripy'),
+  'dotted': ('dotted', 'spotted'),
+  'checkered': ('checkered', 'checked'),
+  'left of': ('left of', 'to the left of'),
+  'right of': ('right of', 'to the right of'),
+  'above': ('above', 'over'),
+  'below': ('below', 'under', 'beneath'),
+}
+WITH = {'striped': 'stripes', 'dotted': 'dots', 'checkered': 'checks'}
+PALE = ('blue', 'green', 'yellow')  # backgrounds of these names are light
+OPENINGS = ('a picture of ', 'a drawing of ', 'an image of ', 'there is ')
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """`count` (1 to 5) things alike; None for what the caption leaves open."""
+
+  shape: str
+  colour: str
+  count: int = 1
+  size: str | None = None
+  fill: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Meaning:
+  """What must be true of a picture for its caption to be true.
+
+  `relations` holds (a, word, b): group a is `word` group b, by their places in
+  `groups`. The picture shows these groups and nothing else.
+  """
+
+  groups: tuple[Group, ...]
+  relations: tuple[tuple[int, str, int], ...] = ()
+  background: str | None = None
+
+
+def pick(rng, options):
+  """One of a sequence, by a `random.Random`'s guaranteed stream."""
+  return options[int(rng.random() * len(options))]
+
+
+def _say(rng, word, usual=0.7):
+  """The word itself with probability `usual`, else one of its synonyms."""
+  ways = SAID.get(word, (word,))
+  if len(ways) == 1 or rng.random() < usual:
+    return ways[0]
+  return pick(rng, ways[1:])
+
+
+def _plural(noun):
+  return noun + ('es' if noun.endswith('s') else 's')
+
+
+def _phrase(rng, group, article=True):
+  """A noun phrase: 'a small striped green heart', 'three stars'."""
+  words, tail = [], ''
+  if group.size:
+    words.append(_say(rng, group.size))
+  words.append(_say(rng, group.colour, usual=0.85))
+  if group.fill in WITH and rng.random() < 0.2:
+    tail = ' with ' + WITH[group.fill]
+  elif group.fill:
+    first = rng.random() < 0.7
+    words.insert(len(words) - first, _say(rng, group.fill))
+  noun = _say(rng, group.shape, usual=0.85)
+  if group.count > 1:
+    noun = _plural(noun)
+    spelled = rng.random() < 0.85
+    words.insert(0, NUMBERS[group.count - 1] if spelled else str(group.count))
+  elif article:
+    words.insert(0, 'an' if words[0][0] in 'aeiou' else 'a')
+  else:
+    words.insert(0, 'one')
+  return ' '.join([*words, noun]) + tail
+
+
+def write(rng, meaning, *, count_one=False):
+  """A caption saying `meaning`, as a person might type it.
+
+  `rng` is a `random.Random`, of which only `.random()` is used: its stream is
+  guaranteed never to change. With `count_one` a lone thing is 'one red star'.
+  """
+  nouns = [_phrase(rng, g, article=not count_one) for g in meaning.groups]
+  if not meaning.relations:
+    text = nouns[-1]
+    if len(nouns) > 1:
+      text = ', '.join(nouns[:-1]) + ' and ' + nouns[-1]
+  else:
+    # Every relation of a scene starts from its first group.
+    said = [_say(rng, word) for _, word, _ in meaning.relations]
+    verb = ' is ' if rng.random() < 0.1 else ' '
+    if len(said) == 1 and rng.random() < 0.1:
+      # 'a blue square with a red circle above it'
+      text = f'{nouns[1]} with {nouns[0]} {said[0]} it'
+    else:
+      text = (
+        nouns[0]
+        + verb
+        + ' and '.join(
+          f'{word} {nouns[b]}'
+          for word, (_, _, b) in zip(said, meaning.relations)
+        )
+      )
+  if meaning.background:
+    name = _say(rng, meaning.background, usual=0.85)
+    if meaning.background in PALE and rng.random() < 0.6:
+      name = 'light ' + name
+    text += f' on a {name} background' if rng.random() < 0.8 else f' on {name}'
+  if rng.random() < 0.1 and ' is ' not in text:
+    opening = pick(rng, OPENINGS)
+    several = meaning.groups[0].count > 1
+    if opening == 'there is ' and several:
+      opening = 'there are '
+    text = opening + text
+  if rng.random() < 0.1:
+    text = text[0].upper() + text[1:] + '.'
+  return text
+
+
+def words(text):
+  """The words of a prompt, lower case, without punctuation."""
+  return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def vocabulary():
+  """Every word a caption can contain, as a frozenset."""
+  found = set('a an and background is there are on light with it'.split())
+  for word in (*SHAPES, *COLOURS, *SIZES, *FILLS, *RELATIONS, *BACKGROUNDS):
+    for way in SAID.get(word, (word,)):
+      found.update(way.split())
+      if word in SHAPES:
+        found.add(_plural(way))
+  for number, word in enumerate(NUMBERS, 1):
+    found.update((word, str(number)))
+  found.update(WITH.values(), *(words(opening) for opening in OPENINGS))
+  return frozenset(found - {'1'})
+
+
+def describe():
+  """One sentence on what can be drawn, for the note on unknown words."""
+
+  def listed(items):
+    return ', '.join(items[:-1]) + ' or ' + items[-1]
+
+  return (
+    f'It draws one to five {listed([_plural(s) for s in SHAPES])}, in '
+    f'{listed(COLOURS)}, {listed(SIZES)}, {listed(FILLS)}, '
+    f'{listed(RELATIONS)} one another, on a {listed(BACKGROUNDS)} background.'
+  )

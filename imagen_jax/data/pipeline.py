@@ -1,0 +1,78 @@
+"""From a source of examples to batches: the order is f(seed, step).
+
+Batch number k is a pure function of (source, seed, batch size, k): resuming is
+starting at k, on any number of hosts. That rests on the order of operations.
+Slicing by host comes after everything random, so hosts see disjoint parts of
+one global batch; slicing first would give every host the same random numbers
+for different pictures, and tear the epochs apart where the hosts do not
+divide the number of pictures.
+"""
+
+import os
+
+import grain
+
+from imagen_jax.errors import DataError, UsageError
+
+PREFETCH = 8  # batches
+
+
+def batches(
+  source,
+  *,
+  seed,
+  batch_size,
+  start_step=0,
+  host=0,
+  num_hosts=1,
+  augment=None,
+  transform=None,
+):
+  """An endless iterator over this host's share of the batches.
+
+  Every epoch is a new permutation of the source; batches run across the
+  ends of epochs, so a source may be smaller than a batch.
+
+  Args:
+    source: `__len__` and `__getitem__(i) -> dict`, safe to call from threads.
+    seed: of the permutations and of `augment`.
+    batch_size: the global one, over all hosts.
+    start_step: number of the first batch.
+    host, num_hosts: this process and how many there are. Row j of host h's
+      batch is row j · num_hosts + h of the global one.
+    augment: (example, numpy Generator) -> example, or None. The generator is
+      the example's own, new in every epoch, the same on any host.
+    transform: example -> example, or None; runs last, before batching. It and
+      `augment` must not return None, which would shift the hosts apart.
+
+  Returns:
+    an iterator over dicts of numpy arrays [batch_size / num_hosts, ...];
+    strings become arrays of strings. It reads ahead in threads.
+
+  Raises:
+    UsageError: the hosts do not divide the batch.
+    DataError: the source is empty.
+  """
+  if batch_size % num_hosts:
+    raise UsageError(
+      f'train.batch_size {batch_size} cannot be split over {num_hosts} hosts; '
+      f'make it a multiple of {num_hosts}.'
+    )
+  if len(source) == 0:
+    raise DataError('the data set has no pictures.')
+  data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+  if augment is not None:
+    data = data.random_map(augment)
+  if transform is not None:
+    data = data.map(transform)
+  data = data[host::num_hosts].batch(batch_size // num_hosts)
+  # Threads suffice: decoding and numpy let go of the interpreter's lock. Their
+  # number is no part of the order, as that of processes would be.
+  threads = min(16, os.cpu_count() or 1)
+  iterator = iter(
+    data.to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
+    )
+  )
+  iterator.set_state({'next_index': start_step})
+  return iterator

@@ -1,0 +1,73 @@
+"""Where the things of a shapes scene go, and how large they are.
+
+Things are as large as their scene permits, because the base model draws them
+on few pixels; their boxes keep a gap, and a stated relation holds by a clear
+margin, so that a picture can be judged without doubtful cases.
+"""
+
+BORDER = 0.03  # kept free around the picture, as a fraction of its side
+GAP = 0.06  # kept free between the boxes of two things
+# Diameters a size word stands for; between the two, no word is used.
+SMALL, LARGE = (0.24, 0.3), (0.42, 0.62)
+
+
+def uniform(rng, low, high):
+  """A float of [low, high)."""
+  return low + (high - low) * rng.random()
+
+
+def diameter(rng, group, number, vary):
+  """A diameter for a group in a scene of `number` things, as large as fits."""
+  if group.size == 'small':
+    return uniform(rng, *SMALL)
+  if group.size == 'large':
+    return uniform(rng, LARGE[0], LARGE[1] if number == 1 else 0.44)
+  if number == 1:
+    # With no size word a thing may be of either size, seldom small.
+    small = vary and rng.random() < 0.2
+    return uniform(rng, *(SMALL if small else (0.44, 0.66)))
+  largest = {2: 0.42, 3: 0.37, 4: 0.36, 5: 0.31}[number]
+  return uniform(rng, 0.85 * largest, largest)
+
+
+def _related(word, dx, dy):
+  """Whether an offset (a minus b) is `word` by a clear margin."""
+  along, across = (dx, dy) if word in ('left of', 'right of') else (dy, dx)
+  if word in ('left of', 'above'):
+    along = -along
+  return along > 0 and abs(across) < 0.4 * along
+
+
+def place(rng, diameters, relations):
+  """Centres of boxes that neither touch nor contradict the relations.
+
+  Draws places until they fit; every 20 failures all boxes shrink a little
+  (not below the smallest diameter that is still 'small').
+
+  Returns:
+    (diameters, [(x, y), ...]).
+  """
+  diameters, failures = list(diameters), 0
+  while True:
+    places = []
+    for i, d in enumerate(diameters):
+      low, high = BORDER + d / 2, 1 - BORDER - d / 2
+      for _ in range(12):
+        x, y = uniform(rng, low, high), uniform(rng, low, high)
+        if all(
+          max(abs(x - px), abs(y - py)) >= (d + e) / 2 + GAP
+          for (px, py), e in zip(places, diameters)
+        ) and all(
+          _related(word, places[a][0] - x, places[a][1] - y)
+          for a, word, b in relations
+          if b == i
+        ):
+          places.append((x, y))
+          break
+      else:
+        break
+    if len(places) == len(diameters):
+      return diameters, places
+    failures += 1
+    if failures % 20 == 0:
+      diameters = [d if d < 0.26 else 0.97 * d for d in diameters]

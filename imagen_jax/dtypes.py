@@ -1,0 +1,33 @@
+"""Which type activations are computed in."""
+
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.errors import UsageError
+
+
+def resolve_dtype(name):
+  """'float32', 'bfloat16' or 'auto' as a jax type.
+
+  'auto' is bfloat16 where the device multiplies it natively (every TPU, NVIDIA
+  GPUs from compute capability 8.0 on) and float32 elsewhere. Parameters are
+  float32 either way.
+
+  Raises:
+    UsageError: for any other name.
+  """
+  if name in ('float32', 'fp32'):
+    return jnp.float32
+  if name in ('bfloat16', 'bf16'):
+    return jnp.bfloat16
+  if name != 'auto':
+    raise UsageError(
+      f'dtype {name!r} is unknown; choose auto, float32 or bfloat16.'
+    )
+  device = jax.devices()[0]
+  if device.platform == 'tpu':
+    return jnp.bfloat16
+  capability = getattr(device, 'compute_capability', None)
+  if device.platform == 'gpu' and capability and float(capability) >= 8:
+    return jnp.bfloat16
+  return jnp.float32

@@ -1,0 +1,106 @@
+"""Does a picture show what its caption says? (the shapes world)
+
+`read` finds what is in the picture, by classical vision; `judge` compares that
+with the caption's meaning. A picture is right only if everything said is there
+and nothing else is. How often the judge itself errs is measured by
+`judge_accuracy` and printed beside every score.
+"""
+
+import collections
+import dataclasses
+import itertools
+
+from imagen_jax.data.captions import Meaning
+from imagen_jax.evaluation.reading import Reading, read
+
+__all__ = ['Verdict', 'judge', 'read']
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """`correct`, and for each aspect True, False, or None if not claimed.
+
+  Aspects: count, shape, colour, size, fill, relation, background.
+  """
+
+  correct: bool
+  aspects: dict[str, bool | None]
+  reading: Reading
+
+
+def related(a, word, b):
+  """Whether found thing a is `word` thing b.
+
+  As in GenEval (Ghosh et al. 2023), the offset of the centres is first reduced
+  by a tenth of the two extents, and must then point within 60° of the word's
+  direction.
+  """
+  dx, dy = a.x - b.x, a.y - b.y
+  slack_x, slack_y = 0.1 * (a.width + b.width), 0.1 * (a.height + b.height)
+  dx = max(abs(dx) - slack_x, 0) * (1 if dx > 0 else -1)
+  dy = max(abs(dy) - slack_y, 0) * (1 if dy > 0 else -1)
+  along = {'left of': -dx, 'right of': dx, 'above': -dy, 'below': dy}[word]
+  return along > 0.5 * (dx * dx + dy * dy) ** 0.5
+
+
+def _aspects(meaning, slots, things, first):
+  """Aspects of one way to match things to what was said, thing for slot."""
+  pairs = list(zip(slots, things))
+
+  def holds(field):
+    said = [(getattr(s, field), getattr(t, field)) for s, t in pairs]
+    said = [(s, t) for s, t in said if s is not None and t is not None]
+    return all(s == t for s, t in said) if said else None
+
+  relation = None
+  if meaning.relations:
+    relation = all(
+      related(things[i], word, things[j])
+      for a, word, b in meaning.relations
+      for i in range(first[a], first[a] + meaning.groups[a].count)
+      for j in range(first[b], first[b] + meaning.groups[b].count)
+    )
+  return {
+    'shape': holds('shape'),
+    'colour': holds('colour'),
+    'size': holds('size'),
+    'fill': holds('fill'),
+    'relation': relation,
+  }
+
+
+def judge(image, meaning: Meaning) -> Verdict:
+  """Judges a picture against a caption's meaning.
+
+  Args:
+    image: uint8 [H, W, 3]; a fill is judged from 256 pixels up, and below
+      that is left open.
+    meaning: of the caption.
+
+  Returns:
+    A `Verdict`. Of all ways to match the things found to the things said, the
+    one that satisfies most aspects is taken.
+  """
+  reading = read(image)
+  slots = [g for g in meaning.groups for _ in range(g.count)]
+  first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
+  things = reading.things
+  aspects = {'count': len(things) == len(slots)}
+  if aspects['count']:
+    ways = (
+      _aspects(meaning, slots, way, first)
+      for way in itertools.permutations(things)
+    )
+    aspects |= max(ways, key=lambda w: -sum(v is False for v in w.values()))
+  else:
+    for field in ('shape', 'colour'):
+      said = collections.Counter(getattr(s, field) for s in slots)
+      seen = collections.Counter(getattr(t, field) for t in things)
+      aspects[field] = said == seen
+    aspects |= dict.fromkeys(('size', 'fill'))
+    aspects['relation'] = False if meaning.relations else None
+  aspects['background'] = (
+    meaning.background == reading.background if meaning.background else None
+  )
+  correct = all(v is not False for v in aspects.values())
+  return Verdict(correct, aspects, reading)

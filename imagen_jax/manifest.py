@@ -1,0 +1,172 @@
+"""Digests of a directory's files, so that damage is noticed when reading.
+
+Orbax makes a checkpoint appear all at once but reads back flipped bits as
+weights. So a manifest is written next to the files once they are complete:
+the size and sha256 of each, and a digest of the manifest itself. Every process
+of a job describes the files it wrote, in `manifest-00000-of-00001.json` and
+so on; a directory that lacks one of them is incomplete.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+
+from imagen_jax.errors import ModelError
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r'manifest-(\d{5})-of-(\d{5})\.json')
+_OWNER = re.compile(r'(?:^|[._])process_(\d+)$')
+
+
+class Damaged(ModelError):
+  """The files are not those that were written, or not all of them."""
+
+
+def name(process, processes):
+  """File name of one process's manifest."""
+  return f'manifest-{process:05d}-of-{processes:05d}.json'
+
+
+def write(directory, fields, *, process=0, processes=1):
+  """Digests the files that `process` wrote, and adds its manifest.
+
+  Args:
+    directory: path of a complete directory that nobody writes to any more.
+    fields: JSON-ready dict recorded beside the digests.
+    process: index of this process.
+    processes: how many write manifests here.
+  """
+  own = [f for f in _files(directory) if _owner(f, processes) == process]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    digests = list(pool.map(lambda f: _digest(directory / f), own))
+  body = {
+    **fields,
+    'format_version': FORMAT_VERSION,
+    'process': process,
+    'processes': processes,
+    'files': dict(zip(own, digests)),
+  }
+  text = _text({**body, 'digest': _self_digest(body)})
+  path = directory / name(process, processes)
+  temporary = directory / (path.name + '.tmp')
+  with temporary.open('w') as f:
+    f.write(text)
+    f.flush()
+    if hasattr(f, 'fileno'):  # a file system, not a bucket
+      os.fsync(f.fileno())
+  temporary.replace(path)
+
+
+def is_whole(directory):
+  """Whether the manifest of every process is there; nothing is read."""
+  found = [m for m in map(_NAME.fullmatch, _names(directory)) if m]
+  return any(
+    sum(m[2] == count for m in found) == int(count)
+    for count in {m[2] for m in found}
+  )
+
+
+def read(directory):
+  """The checked manifests of a directory, in the order of the processes.
+
+  Raises:
+    Damaged: a manifest is missing or has changed since it was written.
+    ModelError: a newer version of the format wrote it.
+  """
+  if not is_whole(directory):
+    raise Damaged(f'{directory} is incomplete: it lacks its manifest.')
+  found = sorted(n for n in _names(directory) if _NAME.fullmatch(n))
+  return [_read(directory / n) for n in found]
+
+
+def verify(directory):
+  """Compares every file with its digest; returns `read(directory)`.
+
+  Raises:
+    Damaged: naming the first file that is missing or differs.
+    ModelError: as `read`.
+  """
+  manifests = read(directory)
+  files = {f: d for m in manifests for f, d in m['files'].items()}
+
+  def check(item):
+    file, written = item
+    try:
+      found = _digest(directory / file)
+    except OSError as error:
+      return f'{directory / file} cannot be read ({error.strerror}).'
+    if found['bytes'] != written['bytes']:
+      return (
+        f'{directory / file} has {found["bytes"]} bytes instead of '
+        f'{written["bytes"]}.'
+      )
+    if found != written:
+      return f'{directory / file} has changed since it was written.'
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for problem in pool.map(check, files.items()):
+      if problem:
+        raise Damaged(problem)
+  return manifests
+
+
+def _read(path):
+  try:
+    raw = path.read_bytes()
+  except OSError as error:
+    raise Damaged(f'{path} cannot be read ({error.strerror}).') from error
+  try:
+    body = json.loads(raw)
+    digest = body.pop('digest')
+    # The digest is of the content; that the bytes are the content's only
+    # spelling covers what parsing would forgive, such as a blank or a case.
+    whole = digest == _self_digest(body) and raw == _text(
+      {**body, 'digest': digest}
+    ).encode('ascii')
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    whole = False
+  if not whole:
+    raise Damaged(f'{path} has changed since it was written.')
+  if body['format_version'] != FORMAT_VERSION:
+    raise ModelError(
+      f'{path} has format {body["format_version"]} and this version reads '
+      f'{FORMAT_VERSION}: upgrade imagen_jax.'
+    )
+  return {**body, 'digest': digest}
+
+
+def _text(body):
+  return json.dumps(body, indent=1, sort_keys=True) + '\n'
+
+
+def _self_digest(body):
+  return hashlib.sha256(_text(body).encode('ascii')).hexdigest()
+
+
+def _digest(path):
+  """{'bytes': …, 'sha256': …} of a file."""
+  with path.open('rb') as f:
+    digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return {'bytes': f.tell(), 'sha256': digest}
+
+
+def _names(directory):
+  return [p.name for p in directory.iterdir()] if directory.exists() else []
+
+
+def _files(directory, prefix=''):
+  """Every file below, by relative path, but for the manifests themselves."""
+  for path in sorted(directory.iterdir()):
+    if path.is_dir():
+      yield from _files(path, f'{prefix}{path.name}/')
+    elif prefix or not path.name.startswith('manifest-'):
+      yield prefix + path.name
+
+
+def _owner(file, processes):
+  """The process that wrote a file, as Orbax names them; the first if shared."""
+  owners = [m for m in map(_OWNER.search, file.split('/')) if m]
+  owner = int(owners[0][1]) if owners else 0
+  return owner if owner < processes else 0

@@ -1,0 +1,370 @@
+"""A finished model on disk: JSON and safetensors, one directory per stage.
+
+  model/base/stage.json            shapes, config, digests, provenance
+  model/base/weights.safetensors   'down_0/blocks/conv1/kernel', …
+  model/sr1/…
+  model/text/                      the text encoder, in Hugging Face layout
+
+A stage can also be a training workdir (`config.json` and `checkpoints/`);
+then the EMA of its newest good checkpoint is used. Nothing here executes what
+it reads: a model folder is safe from anyone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from imagen_jax.errors import ModelError, UsageError
+
+FORMAT_VERSION = 1
+DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRecord:
+  """What a stage's directory says of itself, without its weights.
+
+  Attributes:
+    path: its directory.
+    config: the whole config that trained it; `config['stage']` is its shape.
+    text: `dim`, `max_len` and `digest` of the text encoder.
+    weights: `dtype`, `bytes` and `sha256`; None for a training workdir.
+    provenance: how it came to be; {} for a training workdir.
+  """
+
+  path: pathlib.Path
+  config: dict
+  text: dict
+  weights: dict | None = None
+  provenance: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def name(self):
+    return self.config['stage']['name']
+
+  @property
+  def resolution(self):
+    return self.config['stage']['resolution']
+
+  @property
+  def low_resolution(self):
+    return self.config['stage'].get('low_resolution')
+
+  @functools.cached_property
+  def checkpoint(self):
+    """(step, digest) of a workdir's newest good checkpoint, found once."""
+    with _checkpoints(self) as checkpoints:
+      return checkpoints.newest_good()
+
+
+def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
+  """Writes one stage; it appears complete or not at all.
+
+  Args:
+    path: its directory, which must not exist.
+    params: nested dict of arrays.
+    config: the whole config that trained it, as a plain dict.
+    text: `dim`, `max_len` and `digest` of the text encoder.
+    provenance: how it came to be: command, commit, steps, time, jax.
+    dtype: of the stored weights, 'bfloat16' or 'float32'.
+
+  Raises:
+    UsageError: the directory exists, or the dtype is unknown.
+    ModelError: the directory cannot be written.
+  """
+  path = pathlib.Path(path)
+  if dtype not in DTYPES:
+    raise UsageError(f'dtype {dtype!r} is unknown; use {" or ".join(DTYPES)}.')
+  if path.exists():
+    raise UsageError(f'{path} exists and is not overwritten; choose another.')
+  temporary = None
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(
+      tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent)
+    )
+    temporary.chmod(0o755)  # mkdtemp makes it private
+    file = temporary / 'weights.safetensors'
+    flat = {
+      name: np.asarray(leaf).astype(DTYPES[dtype], order='C')
+      for name, leaf in _flatten(params)
+    }
+    safetensors.numpy.save_file(flat, file)
+    record = {
+      'format_version': FORMAT_VERSION,
+      'name': config['stage']['name'],
+      'resolution': config['stage']['resolution'],
+      'low_resolution': config['stage'].get('low_resolution'),
+      'config': config,
+      'text': text,
+      'weights': {
+        'dtype': dtype,
+        'bytes': file.stat().st_size,
+        'sha256': _sha256(file),
+      },
+      'provenance': provenance,
+    }
+    write_json(temporary / 'stage.json', record)
+    temporary.rename(path)
+  except OSError as error:
+    raise ModelError(
+      f'{path} could not be written ({error.strerror or error}); check space '
+      'and permissions.'
+    ) from error
+  finally:
+    if temporary is not None and temporary.exists():
+      shutil.rmtree(temporary)
+
+
+def load_stage(path):
+  """The `StageRecord` of one directory, exported stage or training workdir.
+
+  Raises:
+    ModelError: it is neither, half of one, or of a newer format.
+  """
+  path = pathlib.Path(path)
+  exported = (path / 'stage.json').exists()
+  file = path / ('stage.json' if exported else 'config.json')
+  if not file.exists():
+    raise ModelError(
+      f'{path} is no stage: it has neither stage.json nor config.json; give a '
+      'model folder, a training workdir, or export one with imagen-export.'
+    )
+  record = read_json(file)
+  if exported and not (path / 'weights.safetensors').exists():
+    raise ModelError(
+      f'{path} has no weights.safetensors; copy the whole folder again.'
+    )
+  try:
+    stage = StageRecord(
+      path=path,
+      config=record['config'],
+      text=record['text'],
+      weights=record['weights'] if exported else None,
+      provenance=record['provenance'] if exported else {},
+    )
+    _ = stage.name, stage.resolution, stage.text['dim'], stage.text['max_len']
+    _ = stage.text['digest'], exported and record['weights']['sha256']
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ModelError(
+      f'{file} lacks what imagen_jax writes there ({error}); copy it again '
+      'from where it came.'
+    ) from error
+  return stage
+
+
+def find_stages(path, names=None):
+  """The stages of a model folder, from the base model up.
+
+  Args:
+    path: a folder of stages, or one stage.
+    names: use these alone; all by default.
+
+  Returns:
+    list of `StageRecord`s, each enlarging what the one before it draws.
+
+  Raises:
+    ModelError: the folder is missing or incomplete, or its stages do not
+      follow one another.
+    UsageError: a name is unknown.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise ModelError(
+      f'there is no model folder {path}; check --model, or leave it out for '
+      'the demo model.'
+    )
+  if _is_stage(path):
+    found = [load_stage(path)]
+  else:
+    found = [load_stage(p) for p in sorted(path.iterdir()) if _is_stage(p)]
+  if not found:
+    raise ModelError(
+      f'{path} holds no stage: no directory in it has a stage.json or a '
+      "training's config.json; check --model, or train first."
+    )
+  if names is not None:
+    have = [record.name for record in found]
+    for name in names:
+      if name not in have:
+        raise UsageError(
+          f'{path} has no stage {name!r}; it has {", ".join(have)}.'
+        )
+    found = [record for record in found if record.name in names]
+  found.sort(key=lambda r: (r.low_resolution or 0, r.resolution))
+  for lower, upper in zip(found, found[1:]):
+    if upper.low_resolution != lower.resolution:
+      raise ModelError(
+        f'the stages {lower.name} ({_span(lower)}) and {upper.name} '
+        f'({_span(upper)}) in {path} do not follow one another; choose ones '
+        'that do with --stages.'
+      )
+  return found
+
+
+def load_params(record, *, weights='ema', step=None):
+  """A stage's parameters, checked against their digest.
+
+  Args:
+    record: from `find_stages` or `load_stage`.
+    weights: of a training workdir, 'ema' or 'raw'.
+    step: of a training workdir, which checkpoint; the newest good one by
+      default.
+
+  Returns:
+    nested dict of float32 numpy arrays.
+
+  Raises:
+    ModelError: naming the file that is missing or damaged.
+  """
+  if record.weights is None:
+    part = {'ema': 'ema_params', 'raw': 'params'}[weights]
+    if step is None:
+      step, _ = record.checkpoint
+    with _checkpoints(record) as checkpoints:
+      params, _, _ = checkpoints.restore_subtree(part, step)
+    return params
+  file = record.path / 'weights.safetensors'
+  try:
+    intact = _sha256(file) == record.weights['sha256']
+    if intact:
+      params = {}
+      with safetensors.safe_open(file, 'np') as tensors:
+        for name in tensors.keys():
+          *branches, leaf = name.split('/')
+          branch = params
+          for key in branches:
+            branch = branch.setdefault(key, {})
+          branch[leaf] = tensors.get_tensor(name).astype(np.float32, copy=False)
+      return params
+  except (OSError, TypeError, safetensors.SafetensorError) as error:
+    raise ModelError(
+      f'{file} cannot be read ({error}); copy it again from where it came.'
+    ) from error
+  raise ModelError(
+    f'{file} is damaged: its sha256 is not the one in stage.json; copy it '
+    'again from where it came.'
+  )
+
+
+def weights_digest(record):
+  """The sha256 that stands for a stage's weights."""
+  if record.weights is None:
+    return record.checkpoint[1]
+  return record.weights['sha256']
+
+
+def model_digest(records):
+  """16 hex digits that stand for all the weights, text encoder included."""
+  digests = [weights_digest(r) + r.text['digest'] for r in records]
+  return hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]
+
+
+def text_path(path, record):
+  """Where a stage's text encoder lies.
+
+  The folder `text` beside the stage wins over the path in the stage's config,
+  which may be another machine's.
+
+  Raises:
+    ModelError: it lies nowhere.
+  """
+  configured = record.config.get('text', {}).get('path')
+  candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
+  candidates += [pathlib.Path(configured)] if configured else []
+  for candidate in candidates:
+    if candidate.is_dir():
+      return candidate
+  raise ModelError(
+    f'the text encoder of stage {record.name} is not in '
+    f'{" or ".join(dict.fromkeys(map(str, candidates)))}; put it in the '
+    'first of them.'
+  )
+
+
+def read_json(path, *, error=ModelError):
+  """A JSON object that imagen_jax wrote.
+
+  Raises:
+    error: it cannot be read, is not JSON, or is of another format version.
+  """
+  path = pathlib.Path(path)
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as problem:
+    raise error(
+      f'{path} cannot be read as JSON ({problem}); copy it again from where '
+      'it came.'
+    ) from problem
+  version = value.get('format_version') if isinstance(value, dict) else None
+  if version != FORMAT_VERSION:
+    raise error(
+      f'{path} has format {version} and this version of imagen_jax reads '
+      f'{FORMAT_VERSION}: upgrade, or check that the file is the right one.'
+    )
+  return value
+
+
+def write_json(path, value):
+  """Writes a JSON object so that a reader sees the old or the new, whole."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    with temporary.open('w', encoding='utf-8') as f:
+      json.dump(value, f, indent=2)
+      f.write('\n')
+      f.flush()
+      os.fsync(f.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _checkpoints(record):
+  # Orbax takes a third of a second to import, and finished models need none.
+  from imagen_jax.checkpoint import Checkpoints
+
+  return Checkpoints(record.path / 'checkpoints')
+
+
+def _is_stage(path):
+  """Whether a directory looks like a stage, even half of one."""
+  if path.name.startswith('.'):  # what a killed export left
+    return False
+  parts = ('stage.json', 'weights.safetensors', 'checkpoints')
+  if any((path / part).exists() for part in parts):
+    return True
+  try:  # a workdir before its first checkpoint; others have a config.json too
+    return 'stage' in json.loads((path / 'config.json').read_text())['config']
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
+
+
+def _span(record):
+  low = record.low_resolution
+  return f'{"text" if low is None else low}→{record.resolution}'
+
+
+def _flatten(tree, prefix=''):
+  for key, value in tree.items():
+    if '/' in key:
+      raise ValueError(f'parameter name {key!r} contains a slash')
+    if isinstance(value, dict):
+      yield from _flatten(value, f'{prefix}{key}/')
+    else:
+      yield prefix + key, value
+
+
+def _sha256(path):
+  with path.open('rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()

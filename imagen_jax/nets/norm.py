@@ -1,0 +1,43 @@
+"""Group normalisation, the norm of both U-Nets."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation with statistics in float32 (Wu and He 2018).
+
+  Means over pixels are taken channel by channel before channels are grouped:
+  XLA on CPU then reads memory in order, several times faster than Flax's
+  layer, of which this is the same function with the same parameters.
+
+  Attributes:
+    num_groups: number of groups; divides the channels.
+    dtype: type of the result.
+    epsilon: added to the variance.
+  """
+
+  num_groups: int = 32
+  dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x):
+    """[B, H, W, C] -> [B, H, W, C] of `dtype`."""
+    batch, _, _, channels = x.shape
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+    x = x.astype(jnp.float32)
+
+    def over_groups(per_channel):
+      grouped = per_channel.reshape(batch, self.num_groups, -1)
+      mean = jnp.mean(grouped, axis=-1, keepdims=True)
+      return jnp.broadcast_to(mean, grouped.shape).reshape(batch, channels)
+
+    mean = over_groups(jnp.mean(x, axis=(1, 2)))
+    square = over_groups(jnp.mean(jnp.square(x), axis=(1, 2)))
+    variance = jnp.maximum(square - jnp.square(mean), 0)
+    gain = jax.lax.rsqrt(variance + self.epsilon) * scale
+    x = x * gain[:, None, None] + (bias - mean * gain)[:, None, None]
+    return x.astype(self.dtype)

@@ -1,0 +1,178 @@
+"""The T5 encoder, Imagen's frozen reader of captions (Section 2.1).
+
+One module is all three families: v1.0 (ReLU), v1.1 and Flan (gated GELU). Its
+layers are one `nn.scan` over stacked parameters, so that XXL's 24 compile like
+one. T5's peculiarities: RMS norms without bias before each sublayer, attention
+that is not scaled by √head size, and a learned bias on the distance between
+two tokens, which all layers share (Raffel et al. 2020, Section 2.1).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def distance_buckets(length, *, num_buckets, max_distance):
+  """The bucket of each (query, key) distance: int32 [length, length].
+
+  Half of the buckets are for keys after the query, half for the others. Of
+  each half, one half holds one distance per bucket; the other grows
+  geometrically up to `max_distance`, beyond which all share the last.
+  """
+  position = np.arange(length)
+  distance = position[None, :] - position[:, None]
+  half = num_buckets // 2
+  exact = half // 2
+  far = np.maximum(np.abs(distance), exact)
+  # float32, as in the models' training: at the edge of a bucket its rounding
+  # decides on which side a distance falls.
+  share = np.log((far / exact).astype(np.float32)) / np.float32(
+    math.log(max_distance / exact)
+  )
+  far = exact + (share * np.float32(half - exact)).astype(np.int32)
+  bucket = np.where(
+    np.abs(distance) < exact, np.abs(distance), np.minimum(far, half - 1)
+  )
+  return (bucket + half * (distance > 0)).astype(np.int32)
+
+
+def _rms_norm(x, scale, epsilon):
+  """x / rms(x) · scale in float32: T5's LayerNorm has no mean and no bias."""
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(mean_square + epsilon) * scale
+
+
+class _Block(nn.Module):
+  """One layer: self-attention and feed-forward, each added to the stream."""
+
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  gated: bool
+  epsilon: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, bias):
+    """x [B, L, D] and bias [B, N, L, L], both float32 -> (x, None)."""
+    width, heads, size = x.shape[-1], self.num_heads, self.head_dim
+    # 'highest', because TPUs and recent GPUs otherwise shorten float32.
+    precision = 'highest' if self.dtype == jnp.float32 else None
+
+    def weight(name, shape, fan):
+      init = nn.initializers.normal(fan**-0.5)
+      return self.param(name, init, shape).astype(self.dtype)
+
+    def product(equation, a, b, out=self.dtype):
+      return jnp.einsum(
+        equation, a, b, precision=precision, preferred_element_type=out
+      )
+
+    def norm(name, x):
+      scale = self.param(name, nn.initializers.ones, (width,))
+      return _rms_norm(x, scale, self.epsilon).astype(self.dtype)
+
+    h = norm('attention_norm', x)
+    shape = (width, heads, size)
+    # The missing 1/√size of the logits lives in the query's initial scale.
+    q = product('btd,dnh->btnh', h, weight('query', shape, width * size))
+    k = product('btd,dnh->btnh', h, weight('key', shape, width))
+    v = product('btd,dnh->btnh', h, weight('value', shape, width))
+    logits = product('btnh,bsnh->bnts', q, k, jnp.float32) + bias
+    seen = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+    h = product('bnts,bsnh->btnh', seen, v)
+    w = weight('out', (heads, size, width), heads * size)
+    x = x + product('btnh,nhd->btd', h, w, jnp.float32)
+
+    h = norm('mlp_norm', x)
+    shape = (width, self.mlp_dim)
+    if self.gated:
+      # Both families were trained with the tanh approximation of GELU.
+      gate = product('btd,df->btf', h, weight('gate', shape, width))
+      h = product('btd,df->btf', h, weight('in', shape, width))
+      h = jax.nn.gelu(gate, approximate=True) * h
+    else:
+      h = jax.nn.relu(product('btd,df->btf', h, weight('in', shape, width)))
+    w = weight('mlp_out', shape[::-1], self.mlp_dim)
+    return x + product('btf,fd->btd', h, w, jnp.float32), None
+
+
+class T5Encoder(nn.Module):
+  """Token ids to contextual embeddings; the defaults are v1.1 XXL's.
+
+  Attributes:
+    vocab_size: rows of the embedding table.
+    width: D, the embeddings' (`d_model`).
+    num_layers: number of layers.
+    num_heads: heads per layer.
+    head_dim: size of a head (`d_kv`).
+    mlp_dim: width of the feed-forward (`d_ff`).
+    gated: gated GELU (v1.1, Flan) instead of ReLU (v1.0).
+    num_buckets: of the distance bias.
+    max_distance: from which on distances share a bucket.
+    epsilon: of the norms.
+    dtype: of the matrix products. The residual stream, the norms, the
+      attention's logits and its softmax are float32 always.
+  """
+
+  vocab_size: int = 32128
+  width: int = 4096
+  num_layers: int = 24
+  num_heads: int = 64
+  head_dim: int = 64
+  mlp_dim: int = 10240
+  gated: bool = True
+  num_buckets: int = 32
+  max_distance: int = 128
+  epsilon: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, ids, mask):
+    """Reads captions.
+
+    Args:
+      ids: [B, L] int32 tokens, each < vocab_size.
+      mask: [B, L] bool, False at padding.
+
+    Returns:
+      [B, L, D] float32, exact zeros at padding: a row that is padding alone
+      is all zeros, whatever its ids.
+    """
+    table = self.param(
+      'embedding', nn.initializers.normal(1.0), (self.vocab_size, self.width)
+    )
+    distances = self.param(
+      'distance_bias',
+      nn.initializers.normal(self.width**-0.5),
+      (self.num_buckets, self.num_heads),
+    )
+    buckets = distance_buckets(
+      ids.shape[1],
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
+    )
+    bias = jnp.moveaxis(distances[buckets], -1, 0).astype(jnp.float32)
+    # Finite, so that a row without any token is a mean and not NaN.
+    bias = jnp.where(mask[:, None, None, :], bias, -1e9)
+    blocks = nn.scan(
+      _Block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=self.num_layers,
+    )(
+      self.num_heads,
+      self.head_dim,
+      self.mlp_dim,
+      self.gated,
+      self.epsilon,
+      self.dtype,
+      name='layers',
+    )
+    x, _ = blocks(table[ids].astype(jnp.float32), bias)
+    scale = self.param('norm', nn.initializers.ones, (self.width,))
+    return jnp.where(mask[..., None], _rms_norm(x, scale, self.epsilon), 0)

@@ -1,0 +1,90 @@
+"""Pictures on disk: grids, PNG files that remember how they were made."""
+
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from imagen_jax.errors import DataError
+
+METADATA_KEY = 'imagen_jax'
+
+
+def grid(images, columns=None, *, pad=2):
+  """Pictures side by side on white: uint8 [N, H, W, 3] -> [H', W', 3]."""
+  count, height, width, channels = images.shape
+  columns = columns or int(np.ceil(np.sqrt(count)))
+  rows = -(-count // columns)
+  shape = (
+    rows * (height + pad) - pad,
+    columns * (width + pad) - pad,
+    channels,
+  )
+  canvas = np.full(shape, 255, np.uint8)
+  for i, image in enumerate(images):
+    y = (i // columns) * (height + pad)
+    x = (i % columns) * (width + pad)
+    canvas[y : y + height, x : x + width] = image
+  return canvas
+
+
+def enlarge(images, min_side):
+  """Repeats pixels until the side is at least `min_side`: [N, H, W, 3]."""
+  factor = -(-min_side // images.shape[2])
+  return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_png(path, image, metadata=None):
+  """Writes uint8 [H, W, 3] with `metadata` (a JSON object) in a tEXt chunk.
+
+  The prompt stands in its own chunk too, so that other programs show it.
+  """
+  info = PngImagePlugin.PngInfo()
+  if metadata is not None:
+    if 'prompt' in metadata:
+      info.add_itxt('prompt', metadata['prompt'])
+    info.add_text(METADATA_KEY, json.dumps(metadata))
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(image).save(path, pnginfo=info)
+
+
+def read_metadata(path):
+  """The JSON object that `save_png` put into a picture.
+
+  Raises:
+    DataError: when the file is no picture, or carries no such record.
+  """
+  try:
+    with Image.open(path) as image:
+      record = dict(getattr(image, 'text', {})).get(METADATA_KEY)
+  except OSError as error:
+    raise DataError(f'{path} cannot be read as a picture ({error}).') from error
+  if record is None:
+    raise DataError(
+      f'{path} carries no record of how it was made; only PNG files written '
+      'by sample.py can be reproduced.'
+    )
+  return json.loads(record)
+
+
+def read_picture(path, size):
+  """A user's picture as uint8 [size, size, 3], squared and box-resized.
+
+  Raises:
+    DataError: when the file is no picture or smaller than `size`.
+  """
+  from imagen_jax.data import folder
+
+  try:
+    with Image.open(path) as image:
+      side = min(image.size)
+    if side < size:
+      raise DataError(
+        f'{path} is {side} pixels on its shorter side and {size} are needed; '
+        'give a larger picture.'
+      )
+    return folder.read_picture(path, size)
+  except (OSError, ValueError, SyntaxError) as error:
+    raise DataError(f'{path} cannot be read as a picture ({error}).') from error

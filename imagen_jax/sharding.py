@@ -1,0 +1,181 @@
+"""The device mesh, and where every array lives on it.
+
+One mesh with two axes. A batch is split over both; parameters, EMA and
+optimizer state are replicated over 'data' and split over 'fsdp' by one rule
+that looks at shapes only, so that no network knows about devices. A single
+device is the 1 x 1 mesh, not a special case.
+"""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from imagen_jax.errors import UsageError
+
+AXES = ('data', 'fsdp')
+BATCH = PartitionSpec(AXES)
+
+
+def set_cpu_devices(n=None):
+  """Splits the CPU into `n` virtual devices, one per usable core by default.
+
+  XLA runs one program per device, so on CPU this is what puts every core to
+  work. Call it before anything touches a device: once jax has started, and
+  where the user has chosen a number already, it changes nothing. Devices of
+  other kinds are not affected.
+  """
+  chosen = jax.config.jax_num_cpu_devices > 0 or (
+    'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  )
+  if chosen:
+    return
+  if n is None:
+    # The affinity mask, not cpu_count: containers and `taskset` narrow it.
+    affinity = getattr(os, 'sched_getaffinity', None)
+    n = len(affinity(0)) if affinity else os.cpu_count() or 1
+  try:
+    jax.config.update('jax_num_cpu_devices', n)
+  except RuntimeError:  # the backends have started
+    pass
+
+
+def make_mesh(data=-1, fsdp=1, *, devices=None):
+  """A mesh of `data` x `fsdp` devices; -1 stands for all the rest.
+
+  Args:
+    data: copies of the state, each working on its own part of the batch.
+    fsdp: devices that share one copy of the state.
+    devices: the devices to use, all of them by default. A single process may
+      use fewer than there are; several processes must use all.
+
+  Raises:
+    UsageError: the sizes do not fit the devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {'data': data, 'fsdp': fsdp}
+  asked = ', '.join(f'mesh.{k}={v}' for k, v in sizes.items())
+  have = f'{len(devices)} device{"" if len(devices) == 1 else "s"}'
+  if any(v == 0 or v < -1 for v in sizes.values()) or data == fsdp == -1:
+    raise UsageError(
+      f'{asked} is no mesh: give positive numbers, at most one of them -1 '
+      f'for "the rest" of the {have}.'
+    )
+  for axis in AXES:
+    if sizes[axis] == -1:
+      other = sizes[AXES[1 - AXES.index(axis)]]
+      if len(devices) % other:
+        raise UsageError(
+          f'{asked} does not fit: {other} does not divide the {have} here; '
+          f'choose a divisor of {len(devices)}.'
+        )
+      sizes[axis] = len(devices) // other
+  n = sizes['data'] * sizes['fsdp']
+  if n > len(devices):
+    raise UsageError(
+      f'{asked} needs {n} devices and there are {len(devices)}; use smaller '
+      'numbers, or -1 for one of them.'
+    )
+  if n < len(devices) and jax.process_count() > 1:
+    raise UsageError(
+      f'{asked} would leave {len(devices) - n} of {have} idle, which several '
+      'processes cannot do; use -1 for one of them.'
+    )
+  # Auto: Linen knows nothing of Explicit axes, which jax.make_mesh defaults to.
+  return jax.make_mesh(
+    (sizes['data'], sizes['fsdp']),
+    AXES,
+    axis_types=(AxisType.Auto,) * 2,
+    devices=devices[:n],
+  )
+
+
+def replicated(mesh):
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+  """The leading axis split over every device of the mesh."""
+  return NamedSharding(mesh, BATCH)
+
+
+def state_shardings(abstract_tree, mesh, *, min_size=2**14):
+  """One sharding per leaf of a training state, from its shape alone.
+
+  The largest dimension that the fsdp axis divides is split over it. The first
+  dimension is taken only when no other will do: in a stack of scanned blocks
+  it counts the blocks, and a scan over a split axis would fetch every block
+  from somewhere else. Ties go to the last dimension, the one that is
+  contiguous in memory. A leaf of fewer than `min_size` elements is replicated:
+  gathering it costs more than keeping it.
+
+  Args:
+    abstract_tree: arrays or `jax.ShapeDtypeStruct`s.
+    mesh: from `make_mesh`.
+    min_size: leaves with fewer elements than this are replicated.
+  """
+  fsdp = mesh.shape['fsdp']
+
+  def place(leaf):
+    shape = np.shape(leaf)
+    if fsdp == 1 or np.prod(shape, dtype=np.int64) < min_size:
+      return replicated(mesh)
+    free = [i for i, n in enumerate(shape) if n % fsdp == 0 and n > 0]
+    if not free:
+      return replicated(mesh)
+    axis = max(free, key=lambda i: (i > 0, shape[i], i))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
+
+  return jax.tree.map(place, abstract_tree)
+
+
+def with_shardings(abstract_tree, shardings):
+  """The abstract tree with a sharding on every leaf, as restoring wants it."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract_tree,
+    shardings,
+  )
+
+
+def check_batch_size(batch_size, mesh):
+  """Refuses a global batch that the mesh's devices cannot share equally.
+
+  Raises:
+    UsageError: the number of devices does not divide `batch_size`.
+  """
+  n = mesh.size
+  if batch_size < 1 or batch_size % n:
+    near = max(n, round(batch_size / n) * n)
+    raise UsageError(
+      f'train.batch_size={batch_size} cannot be split equally over the {n} '
+      f'devices of the mesh; use a multiple of {n}, {near} for instance.'
+    )
+
+
+def put_batch(batch, mesh):
+  """This process's part of a batch, as global arrays on the mesh.
+
+  Args:
+    batch: tree of host arrays [b, ...]; the global batch is the
+      concatenation over processes.
+    mesh: from `make_mesh`.
+  """
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    batch,
+  )
+
+
+def constrain_batch(x):
+  """Keeps the leading axis of every array in `x` split over the mesh.
+
+  For use inside jitted code under `jax.set_mesh`. Without a mesh it is the
+  identity, so networks and samplers that call it run anywhere.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, BATCH), x)

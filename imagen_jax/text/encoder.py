@@ -1,0 +1,138 @@
+"""The frozen text encoder: prompts -> embeddings and mask (Section 2.1)."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.nets.t5 import T5Encoder
+from imagen_jax.text import weights
+from imagen_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+# The paper does not say how many tokens it keeps; 128 cuts no PartiPrompt.
+MAX_LEN = 128
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_tokens(module, params, ids, mask):
+  """Embeddings of tokens; to be used inside a jitted training step as well.
+
+  Args:
+    module: the `T5Encoder`.
+    params: its parameters.
+    ids: [B, L] int32.
+    mask: [B, L] bool, False at padding.
+
+  Returns:
+    [B, L, D] float32, exact zeros at padding.
+  """
+  return module.apply({'params': params}, ids, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+  """A frozen T5 with its tokenizer.
+
+  Attributes:
+    module: the `T5Encoder`.
+    params: its parameters, on the default device.
+    tokenizer: the `Tokenizer`.
+    dim: D, width of the embeddings.
+    max_len: L, positions where no other number is asked for.
+    digest: sha256 over hyper-parameters, weights and vocabulary: a model is
+      usable only with the encoder it was trained with.
+  """
+
+  module: T5Encoder
+  params: dict
+  tokenizer: Tokenizer
+  dim: int
+  max_len: int
+  digest: str
+
+  def tokenize(self, prompts, *, max_len=None):
+    """See `Tokenizer.__call__`; returns (ids, mask, cut)."""
+    return self.tokenizer(prompts, max_len or self.max_len)
+
+  def encode(self, prompts, *, max_len=None, batch_size=8):
+    """Embeds prompts, `batch_size` at a time.
+
+    The last batch is filled up with padding, so that there is one compiled
+    program and a prompt's embedding does not depend on its company.
+
+    Args:
+      prompts: list of B strings.
+      max_len: L, None for the encoder's own.
+      batch_size: prompts per call of the network.
+
+    Returns:
+      (emb [B, L, D] float32, zeros at padding; mask [B, L] bool), NumPy.
+    """
+    ids, mask, _ = self.tokenize(prompts, max_len=max_len)
+    emb = np.zeros((*ids.shape, self.dim), np.float32)
+    for start in range(0, len(prompts), batch_size):
+      rows = slice(start, start + batch_size)
+      fill = ((0, batch_size - len(ids[rows])), (0, 0))
+      emb[rows] = encode_tokens(
+        self.module,
+        self.params,
+        np.pad(ids[rows], fill),
+        np.pad(mask[rows], fill),
+      )[: len(ids[rows])]
+    return emb, mask
+
+
+def load_text_encoder(path, dtype='float32', *, max_len=None):
+  """Loads a T5 in Hugging Face layout: the demo's, or t5-v1_1-xxl itself.
+
+  Args:
+    path: folder with `config.json`, safetensors and `spiece.model`.
+    dtype: 'float32', or 'bfloat16' for matrices and their products (half the
+      memory; the residual stream, norms and softmax stay float32).
+    max_len: positions of a prompt; None is 128, or the folder's own
+      `model_max_length` where that is less.
+
+  Raises:
+    ModelError: the folder is no usable T5; the sentence names file and key.
+    UsageError: unknown dtype, or no room for a token.
+  """
+  path = pathlib.Path(path)
+  types = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+  if dtype not in types:
+    raise UsageError(
+      f'text encoder dtype {dtype!r} is unknown; choose float32 or bfloat16.'
+    )
+  if max_len is not None and max_len < 2:
+    raise UsageError(
+      f'max_len {max_len} has no room for a token; use 2 or more.'
+    )
+  config = weights.read_config(path)
+  module = weights.module_from_config(path, config, dtype=types[dtype])
+  tokenizer = load_tokenizer(path)
+  # tokenizer.json counts <extra_id_…>, which real vocabularies keep below
+  # vocab_size as well.
+  if tokenizer.size > module.vocab_size:
+    raise ModelError(
+      f'{path} has a tokenizer of {tokenizer.size} pieces and an embedding '
+      f'table of {module.vocab_size}; they belong to different models.'
+    )
+  params, digest = weights.load_params(path, module)
+  sizes = {
+    field.name: getattr(module, field.name)
+    for field in dataclasses.fields(module)
+    if field.name not in ('dtype', 'name', 'parent')
+  }
+  whole = f'{sorted(sizes.items())}\n{digest}\n{tokenizer.digest}'
+  return TextEncoder(
+    module=module,
+    params=params,
+    tokenizer=tokenizer,
+    dim=module.width,
+    max_len=max_len or min(MAX_LEN, weights.model_max_length(path)),
+    digest=hashlib.sha256(whole.encode()).hexdigest(),
+  )

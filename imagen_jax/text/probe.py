@@ -1,0 +1,151 @@
+"""What a linear map can read from a frozen encoder about each thing.
+
+The probe looks at one token per thing, its noun: in "a small red star above a
+blue moon" the feature at "star" must tell that it is red, small, a star and
+above something, and the feature at "moon" that it is blue and below. A linear
+map is all that the keys and values of a U-Net's attention apply, too.
+"""
+
+import numpy as np
+
+from imagen_jax.data import captions, shapes
+
+NOUNS = {
+  word + ending: shape
+  for shape in captions.SHAPES
+  for word in captions.SAID.get(shape, (shape,))
+  for ending in ('', 's', 'es')
+}
+COLOURS = {
+  word: colour
+  for colour in captions.COLOURS
+  for word in captions.SAID.get(colour, (colour,))
+}
+ACROSS, DOWN = captions.RELATIONS[:2], captions.RELATIONS[2:]
+ASPECTS = ('shape', 'colour', 'count', 'size', 'fill', 'across', 'down')
+# What the gate is about: each thing's colour, shape and place.
+GATE = ('shape', 'colour', 'across', 'down')
+
+
+def nouns(tokenizer, caption, meaning):
+  """Where the things are named: [(position of the noun's token, group)].
+
+  A noun belongs to the group of its shape and of the last colour before it,
+  so the order of the caption need not be that of the groups. Words are cut
+  into pieces one by one, as sentencepiece does.
+  """
+  found, position, colour = [], 0, None
+  groups = [(g.shape, g.colour) for g in meaning.groups]
+  for word in caption.lower().split():
+    bare = word.strip('.,')
+    colour = COLOURS.get(bare, colour)
+    key = NOUNS.get(bare), colour
+    if key in groups:
+      last = position + len(tokenizer.pieces(bare)) - 1
+      found.append((last, groups.index(key)))
+    position += len(tokenizer.pieces(word))
+  return found
+
+
+def relations_of(meaning, group):
+  """[(word, other group)] of one group, each relation seen from both ends."""
+  return [
+    (word, b) if a == group else (captions.OPPOSITE[word], a)
+    for a, word, b in meaning.relations
+    if group in (a, b)
+  ]
+
+
+def facts(meaning, group):
+  """{aspect: value} of one group; 'none' for what the caption leaves open."""
+  g = meaning.groups[group]
+  words = [word for word, _ in relations_of(meaning, group)]
+  return {
+    'shape': g.shape,
+    'colour': g.colour,
+    'count': str(g.count),
+    'size': g.size or 'none',
+    'fill': g.fill or 'none',
+    'across': next((w for w in words if w in ACROSS), 'none'),
+    'down': next((w for w in words if w in DOWN), 'none'),
+  }
+
+
+def features(encoder, scenes):
+  """The nouns' embeddings [N, D] and their facts, a list of N dicts."""
+  emb, _ = encoder.encode([s.caption for s in scenes], batch_size=256)
+  rows, labels = [], []
+  for i, s in enumerate(scenes):
+    for position, group in nouns(encoder.tokenizer, s.caption, s.meaning):
+      if position < emb.shape[1]:
+        rows.append(emb[i, position])
+        labels.append(facts(s.meaning, group))
+  return np.stack(rows).astype(np.float64), labels
+
+
+def linear_readout(x, labels, tests, *, ridge=1e-3):
+  """Accuracy of least squares onto one-hot facts, per aspect and test set.
+
+  Args:
+    x: [N, D] features to fit on.
+    labels: their facts.
+    tests: {name: (features, facts)}.
+    ridge: weight decay, relative to the features' variance.
+
+  Returns:
+    {name: {aspect: accuracy in [0, 1]}}.
+  """
+  mean, deviation = x.mean(0), x.std(0) + 1e-6
+
+  def design(x):
+    return np.pad((x - mean) / deviation, ((0, 0), (0, 1)), constant_values=1)
+
+  a = design(x)
+  gram = a.T @ a + ridge * len(a) * np.eye(a.shape[1])
+  scores = {name: {} for name in tests}
+  for aspect in ASPECTS:
+    values = sorted({label[aspect] for label in labels})
+    y = np.array([[lab[aspect] == v for v in values] for lab in labels])
+    w = np.linalg.solve(gram, a.T @ y)
+    for name, (x_test, wanted) in tests.items():
+      read = np.argmax(design(x_test) @ w, axis=1)
+      right = [values[r] == lab[aspect] for r, lab in zip(read, wanted)]
+      scores[name][aspect] = float(np.mean(right))
+  return scores
+
+
+def probe(encoder, *, num_fit=4000, num_test=2000, seed=0):
+  """Fits on training captions, tests on unseen ones.
+
+  Returns:
+    {'eval' | 'heldout': {aspect: accuracy}}; 'heldout' are captions with
+    combinations that the training split never shows.
+  """
+
+  def take(split, number, category=None):
+    return features(
+      encoder,
+      [shapes.scene(seed, split, i, category=category) for i in range(number)],
+    )
+
+  return linear_readout(
+    *take('train', num_fit),
+    {
+      'eval': take('eval', num_test),
+      'heldout': take('eval', num_test, 'heldout'),
+    },
+  )
+
+
+def passes(scores, least=0.99):
+  """Whether every aspect of the gate is read with at least this accuracy."""
+  return all(s[aspect] >= least for s in scores.values() for aspect in GATE)
+
+
+def table(scores):
+  """The accuracies in percent, a line per test set."""
+  return '\n'.join(
+    f'  {name:8}'
+    + '  '.join(f'{a} {100 * v:.2f}' for a, v in score.items())
+    for name, score in scores.items()
+  )

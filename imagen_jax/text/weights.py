@@ -1,0 +1,378 @@
+"""T5 encoders in Hugging Face folders: safetensors <-> the Flax tree.
+
+A folder holds `config.json`, the weights as `model.safetensors` or as shards
+with `model.safetensors.index.json`, and a tokenizer. Tensors are read one at a
+time straight into their stacked place, so that reading XXL takes little more
+memory than XXL. Nothing is unpickled, ever.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from imagen_jax.errors import ModelError
+from imagen_jax.nets.t5 import T5Encoder
+
+SINGLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+
+# Flax name: Hugging Face name, of a parameter that all layers have.
+LAYER = {
+  'attention_norm': 'layer.0.layer_norm.weight',
+  'query': 'layer.0.SelfAttention.q.weight',
+  'key': 'layer.0.SelfAttention.k.weight',
+  'value': 'layer.0.SelfAttention.v.weight',
+  'out': 'layer.0.SelfAttention.o.weight',
+  'mlp_norm': 'layer.1.layer_norm.weight',
+  'gate': 'layer.1.DenseReluDense.wi_0.weight',
+  'in': 'layer.1.DenseReluDense.wi_1.weight',
+  'mlp_out': 'layer.1.DenseReluDense.wo.weight',
+}
+TOP = {
+  'embedding': 'shared.weight',
+  'distance_bias': (
+    'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+  ),
+  'norm': 'encoder.final_layer_norm.weight',
+}
+# The same tensor as shared.weight, under the name of its use.
+ALIAS = 'encoder.embed_tokens.weight'
+# A full T5 also brings its decoder, which Imagen does not use.
+IGNORED = ('decoder.', 'lm_head.')
+# These stay float32 whatever the dtype of the products.
+PRECISE = ('attention_norm', 'mlp_norm', 'norm', 'distance_bias')
+
+DTYPES = {
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+}
+
+
+def read_config(folder):
+  """A folder's `config.json` as a dictionary.
+
+  Raises:
+    ModelError: the file is missing or no JSON.
+  """
+  return _read_json(pathlib.Path(folder) / 'config.json')
+
+
+def model_max_length(folder):
+  """The most tokens a folder's `tokenizer_config.json` allows, or infinity."""
+  path = pathlib.Path(folder) / 'tokenizer_config.json'
+  if not path.exists():
+    return math.inf
+  return _read_json(path).get('model_max_length') or math.inf
+
+
+def module_from_config(folder, config, *, dtype=jnp.float32):
+  """The `T5Encoder` that a Hugging Face `config.json` describes.
+
+  Args:
+    folder: where the config is from, for the messages.
+    config: `read_config(folder)`.
+    dtype: the module's.
+
+  Raises:
+    ModelError: it is not of a T5 this project can build.
+  """
+  path = pathlib.Path(folder) / 'config.json'
+  kind = config.get('model_type', 't5')
+  if kind not in ('t5', 'mt5'):
+    raise ModelError(
+      f'{path} is of model_type {kind!r}, not a T5; give the folder of a T5 '
+      'such as google/t5-v1_1-xxl or flan-t5.'
+    )
+  gated = {'relu': False, 'gated-gelu': True}
+  activation = config.get('feed_forward_proj', 'relu')
+  if activation not in gated:
+    raise ModelError(
+      f'{path} has feed_forward_proj {activation!r}; only relu (T5 v1.0) and '
+      'gated-gelu (v1.1, Flan) are known.'
+    )
+
+  def size(key, default=None):
+    value = config.get(key, default)
+    if not isinstance(value, int) or value < 1:
+      raise ModelError(
+        f'{path} has {key} = {value!r} where a whole number above 0 belongs; '
+        'is it the config.json of a T5?'
+      )
+    return value
+
+  return T5Encoder(
+    vocab_size=size('vocab_size'),
+    width=size('d_model'),
+    num_layers=size('num_layers'),
+    num_heads=size('num_heads'),
+    head_dim=size('d_kv'),
+    mlp_dim=size('d_ff'),
+    gated=gated[activation],
+    num_buckets=size('relative_attention_num_buckets', 32),
+    max_distance=size('relative_attention_max_distance', 128),
+    epsilon=float(config.get('layer_norm_epsilon', 1e-6)),
+    dtype=dtype,
+  )
+
+
+def load_params(folder, module):
+  """Reads a folder's weights for `module`, tensor by tensor.
+
+  Matrices come in `module.dtype`, norms and the distance bias in float32.
+
+  Returns:
+    (params, digest): the tree `module.apply({'params': params}, …)` wants, and
+    the sha256 of the encoder's tensors, independent of how they are sharded.
+
+  Raises:
+    ModelError: weights are missing, pickled, cut short, or do not fit the
+      config; the sentence names the file and the tensor.
+  """
+  folder = pathlib.Path(folder)
+  tensors = _open(folder)
+  layer, top = _names(module)
+  wanted = {
+    _torch_name(name, i, module): ()
+    for name in layer
+    for i in range(module.num_layers)
+  } | {TOP[name]: () for name in top}
+  if ALIAS in tensors:
+    alias = tensors.pop(ALIAS)
+    tensors.setdefault(TOP['embedding'], alias)
+  for name in tensors:
+    if name not in wanted and not name.startswith(IGNORED):
+      raise ModelError(
+        f'{folder} holds a tensor {name!r} that no T5 encoder of its '
+        'config.json has; the weights and the config belong to different '
+        'models.'
+      )
+  missing = [name for name in wanted if name not in tensors]
+  if missing:
+    raise ModelError(
+      f'{folder} lacks the tensor {missing[0]!r}'
+      + (f' and {len(missing) - 1} more' if missing[1:] else '')
+      + ', which its config.json asks for; download the folder again.'
+    )
+
+  digests = {}
+
+  def read(name, shape):
+    """A tensor in the Flax orientation, of the given shape."""
+    array = tensors[name]()
+    digests[name] = _sha256(array)
+    expected = _torch_shape(shape, name)
+    if array.shape != expected:
+      raise ModelError(
+        f'{folder}: tensor {name!r} has shape {array.shape} where '
+        f'config.json asks for {expected}; the weights and the config '
+        'belong to different models.'
+      )
+    return array.T.reshape(shape) if _turned(name) else array
+
+  def dtype(name):
+    return np.float32 if name in PRECISE else np.dtype(module.dtype)
+
+  params = {'layers': {}}
+  for name, shape in layer.items():
+    stack = np.empty((module.num_layers, *shape), dtype(name))
+    for i in range(module.num_layers):
+      stack[i] = read(_torch_name(name, i, module), shape)
+    params['layers'][name] = jnp.asarray(stack)
+  for name, shape in top.items():
+    params[name] = jnp.asarray(read(TOP[name], shape).astype(dtype(name)))
+  whole = ''.join(f'{name} {digests[name]}\n' for name in sorted(digests))
+  return params, hashlib.sha256(whole.encode()).hexdigest()
+
+
+def save_folder(folder, module, params, *, files, dtype=None, **config):
+  """Writes an encoder as a Hugging Face folder that transformers can load.
+
+  Args:
+    folder: created if need be.
+    module: the `T5Encoder`.
+    params: its parameters.
+    files: {name: bytes} of further files, such as the tokenizer's.
+    dtype: type of the saved tensors; None keeps each tensor's.
+    **config: further keys for `config.json`.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  layer, top = _names(module)
+  tensors = {}
+
+  def put(name, array):
+    array = np.asarray(array if dtype is None else array.astype(dtype))
+    if _turned(name):
+      array = array.reshape(_torch_shape(array.shape, name)[::-1]).T
+    tensors[name] = np.ascontiguousarray(array)
+
+  for name in layer:
+    for i in range(module.num_layers):
+      put(_torch_name(name, i, module), params['layers'][name][i])
+  for name in top:
+    put(TOP[name], params[name])
+  # transformers takes files without this mark for TensorFlow's or refuses.
+  save_file(tensors, folder / SINGLE, metadata={'format': 'pt'})
+  text = json.dumps(
+    {
+      'architectures': ['T5EncoderModel'],
+      'model_type': 't5',
+      'vocab_size': module.vocab_size,
+      'd_model': module.width,
+      'num_layers': module.num_layers,
+      'num_heads': module.num_heads,
+      'd_kv': module.head_dim,
+      'd_ff': module.mlp_dim,
+      'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
+      'relative_attention_num_buckets': module.num_buckets,
+      'relative_attention_max_distance': module.max_distance,
+      'layer_norm_epsilon': module.epsilon,
+      'pad_token_id': 0,
+      'eos_token_id': 1,
+      'tie_word_embeddings': False,
+      **config,
+    },
+    indent=2,
+  )
+  (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
+  for name, data in files.items():
+    (folder / name).write_bytes(data)
+
+
+def _names(module):
+  """({Flax name: shape} of one layer, {Flax name: shape} of the rest)."""
+  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  tree = jax.eval_shape(module.init, jax.random.key(0), ids, ids)['params']
+  layer = {k: v.shape[1:] for k, v in tree.pop('layers').items()}
+  return layer, {k: v.shape for k, v in tree.items()}
+
+
+def _torch_name(name, i, module):
+  if name == 'in' and not module.gated:
+    return f'encoder.block.{i}.layer.1.DenseReluDense.wi.weight'
+  return f'encoder.block.{i}.{LAYER[name]}'
+
+
+def _turned(name):
+  """Whether a tensor is a Linear's, which torch keeps as [out, in]."""
+  return name.endswith(
+    tuple(f'.{w}.weight' for w in ('q', 'k', 'v', 'o'))
+    + tuple(f'.{w}.weight' for w in ('wi', 'wi_0', 'wi_1', 'wo'))
+  )
+
+
+def _torch_shape(shape, name):
+  if not _turned(name):
+    return tuple(shape)
+  # [D, N, H] -> [N·H, D], but the way out, [N, H, D], -> [D, N·H].
+  split = len(shape) - 1 if name.endswith('.o.weight') else 1
+  return math.prod(shape[split:]), math.prod(shape[:split])
+
+
+def _sha256(array):
+  digest = hashlib.sha256(f'{array.dtype} {array.shape} '.encode())
+  digest.update(np.ascontiguousarray(array).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _read_json(path):
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise ModelError(
+      f'{path} does not exist; a text encoder is a folder in Hugging Face '
+      'layout: config.json, model.safetensors, spiece.model.'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise ModelError(
+      f'{path} cannot be read as JSON ({error}); download it again.'
+    ) from None
+  if not isinstance(value, dict):
+    raise ModelError(f'{path} holds no JSON object; download it again.')
+  return value
+
+
+def _open(folder):
+  """{tensor name: function that reads it} over a folder's safetensors."""
+  if (folder / SINGLE).exists():
+    return _open_file(folder / SINGLE)
+  if (folder / INDEX).exists():
+    index = _read_json(folder / INDEX).get('weight_map', {})
+    tensors = {}
+    for file in sorted(set(index.values())):
+      if not (folder / file).exists():
+        raise ModelError(
+          f'{folder / file}, named in {INDEX}, does not exist; the download '
+          'is incomplete: download the folder again.'
+        )
+      tensors |= _open_file(folder / file)
+    return tensors
+  pickled = sorted(folder.glob('*.bin')) + sorted(folder.glob('*.pt'))
+  if pickled:
+    raise ModelError(
+      f'{pickled[0]} is a pickle, which can run code and is never read; '
+      'download the safetensors version of this model, or convert it with '
+      "transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)."
+    )
+  raise ModelError(
+    f'{folder} holds neither {SINGLE} nor {INDEX}; a text encoder is a folder '
+    'in Hugging Face layout: config.json, model.safetensors, spiece.model.'
+  )
+
+
+def _open_file(path):
+  """{name: function that reads it}; the layout is checked, no data is read.
+
+  safetensors' own numpy reader knows bfloat16 only in its latest versions,
+  so its simple format is read here: length of header, header, bytes.
+  """
+  try:
+    size = path.stat().st_size
+    with path.open('rb') as file:
+      length = int.from_bytes(file.read(8), 'little')
+      if not 2 <= length <= min(size - 8, 100_000_000):
+        raise ValueError('no safetensors header')
+      header = json.loads(file.read(length))
+    start = 8 + length
+    tensors = {}
+    for name, entry in header.items():
+      if name == '__metadata__':
+        continue
+      if entry['dtype'] not in DTYPES:
+        raise ValueError(f'tensor {name!r} is of type {entry["dtype"]}')
+      dtype = np.dtype(DTYPES[entry['dtype']])
+      shape = tuple(entry['shape'])
+      begin, end = entry['data_offsets']
+      if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+        raise ValueError(f'tensor {name!r} does not fill its place')
+      if start + end > size:
+        raise ValueError(f'it ends before tensor {name!r} does')
+      tensors[name] = _reader(path, dtype, shape, start + begin)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ModelError(
+      f'{path} cannot be read as safetensors ({error}); the file is damaged '
+      'or incomplete: download it again.'
+    ) from None
+  return tensors
+
+
+def _reader(path, dtype, shape, offset):
+  def read():
+    if not math.prod(shape):
+      return np.zeros(shape, dtype)
+    # bfloat16 is no type of numpy's own, so the bytes are mapped and viewed.
+    raw = np.memmap(
+      path, np.uint8, 'r', offset, math.prod(shape) * dtype.itemsize
+    )
+    return raw.view(dtype).reshape(shape)
+
+  return read

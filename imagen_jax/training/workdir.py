@@ -1,0 +1,87 @@
+"""A training directory and the config it was started with."""
+
+import json
+
+from imagen_jax.errors import UsageError
+from imagen_jax.model_folder import FORMAT_VERSION, read_json, write_json
+
+# What may change between two starts of one run: it does not change the
+# numbers that the run computes.
+FREE = (
+  'mesh.',
+  'text.path',
+  'data.path',
+  'stage.sampling.',
+  'train.log_every',
+  'train.checkpoint_every',
+  'train.sample_every',
+  'train.keep_last',
+  'train.keep_every',
+  'train.max_bad_steps',
+)
+
+
+def claim(workdir, config, encoder, *, write=True):
+  """Writes the config into a new workdir, or checks it against an old one's.
+
+  Args:
+    workdir: `pathlib.Path`.
+    config: the run's ConfigDict.
+    encoder: the text encoder; its width and digest are recorded.
+    write: whether this process writes.
+
+  Raises:
+    UsageError: the workdir was started with another config or text encoder;
+      the sentence names each key with both values.
+  """
+  record = {
+    'format_version': FORMAT_VERSION,
+    'config': json.loads(json.dumps(config.to_dict())),
+    'text': {
+      'dim': encoder.dim,
+      'max_len': config.text.max_len,
+      'digest': encoder.digest,
+    },
+  }
+  path = workdir / 'config.json'
+  if path.exists():
+    old = read_json(path)
+    changed = differences(old, record)
+    if changed:
+      raise UsageError(
+        f'{path} belongs to another run: {"; ".join(changed)}; use another '
+        '--workdir, or repeat the command that started this one.'
+      )
+  if write:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+
+
+def differences(old, new):
+  """'key: old, now new' for every key that a resumed run may not change."""
+  before, after = _flat(old), _flat(new)
+  free = FREE
+  decays = after.get('config.train.optimizer.decay')
+  if not decays and decays == before.get('config.train.optimizer.decay'):
+    free = (*FREE, 'train.num_steps')
+  changed = []
+  for key in sorted(before.keys() | after.keys()):
+    name = key.removeprefix('config.')
+    if any(
+      name == f or (f.endswith('.') and name.startswith(f)) for f in free
+    ):
+      continue
+    if before.get(key) != after.get(key):
+      changed.append(
+        f'{name} was {before.get(key)!r} and is now {after.get(key)!r}'
+      )
+  return changed
+
+
+def _flat(tree, prefix=''):
+  if isinstance(tree, dict) and tree:
+    flat = {}
+    for key, value in tree.items():
+      flat.update(_flat(value, f'{prefix}{key}.'))
+    return flat
+  return {prefix[:-1]: tree}

@@ -1,0 +1,410 @@
+"""The samplers, against data whose exact denoiser is known.
+
+For pixels x ~ N(mu, s²) the perfect denoiser is linear,
+
+  E[x | z] = mu + s² alpha / (alpha² s² + sigma²) (z − alpha mu),
+
+and the probability-flow ODE keeps (z − alpha mu) / sqrt(alpha² s² + sigma²)
+constant, so the picture that a given noise turns into is known exactly.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.diffusion import process, samplers
+from imagen_jax.diffusion.guidance import static_threshold
+from imagen_jax.diffusion.process import over
+from imagen_jax.diffusion.schedule import alpha_sigma, cosine_logsnr
+
+MU, S = 0.3, 2.0
+SHAPE = (2, 2, 3)
+SAMPLERS = ('ddpm', 'ddim', 'dpmpp')
+
+
+def gaussian_denoise(z, logsnr, *, mu=MU, s=S):
+  alpha, sigma = alpha_sigma(over(z, logsnr))
+  gain = s**2 * alpha / (alpha**2 * s**2 + sigma**2)
+  return mu + gain * (z - alpha * mu)
+
+
+def gaussian_flow(z, logsnr, *, mu=MU, s=S):
+  """Where the probability-flow ODE takes z, in closed form."""
+  alpha, sigma = alpha_sigma(logsnr)
+  return mu + s * (z - alpha * mu) / jnp.sqrt(alpha**2 * s**2 + sigma**2)
+
+
+def keys(num, seed=0):
+  return jax.random.split(jax.random.key(seed), num)
+
+
+@functools.partial(jax.jit, static_argnames=('steps', 'options'))
+def run(keys, z=None, *, steps, options=()):
+  return samplers.sample(
+    keys,
+    gaussian_denoise,
+    SHAPE if z is None else z.shape[1:],
+    logsnr_fn=cosine_logsnr,
+    steps=steps,
+    z=z,
+    **dict(options),
+  )
+
+
+def trajectory(denoise, num=2, **options):
+  return jax.jit(
+    lambda keys: samplers.sample(
+      keys,
+      denoise,
+      SHAPE,
+      logsnr_fn=cosine_logsnr,
+      return_trajectory=True,
+      **options,
+    )
+  )(keys(num))
+
+
+# Accuracy.
+
+
+def flow_errors(sampler, grid, all_steps):
+  with jax.enable_x64(True):
+    z = jax.random.normal(jax.random.key(1), (64, 1, 1, 1), jnp.float64)
+    exact = gaussian_flow(z, cosine_logsnr(jnp.float64(1)))
+    return [
+      float(jnp.sqrt(jnp.mean((picture - exact) ** 2)))
+      for picture in (
+        run(
+          keys(64),
+          z,
+          steps=steps,
+          options=(('sampler', sampler), ('grid', grid)),
+        )
+        for steps in all_steps
+      )
+    ]
+
+
+@pytest.mark.parametrize(
+  'sampler, low, high', [('dpmpp', 1.8, 2.3), ('ddim', 0.85, 1.15)]
+)
+def test_order_of_the_deterministic_solvers(sampler, low, high):
+  """Error against the exact flow falls as steps^−2 and steps^−1."""
+  steps = [64, 128, 256]
+  errors = flow_errors(sampler, 'logsnr', steps)
+  order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+  assert low < order < high, (order, errors)
+  assert errors[-1] < {'dpmpp': 1e-3, 'ddim': 5e-2}[sampler]
+
+
+@pytest.mark.parametrize('sampler', ['dpmpp', 'ddim'])
+def test_error_falls_on_the_time_uniform_grid(sampler):
+  errors = flow_errors(sampler, 'time', [16, 32, 64, 128, 256])
+  ratios = np.divide(errors[:-1], errors[1:])
+  assert (ratios > {'dpmpp': 2.7, 'ddim': 1.8}[sampler]).all(), errors
+
+
+def moments(steps, gamma):
+  """Mean and standard deviation of DDPM's pictures, without sampling any.
+
+  Each step is affine in (z, noise), so three probes give its coefficients.
+  """
+  with jax.enable_x64(True):
+    logsnr = cosine_logsnr(jnp.linspace(1.0, 0.0, steps + 1))
+
+    @jax.jit
+    def probe(z, noise, now, then):
+      x = gaussian_denoise(z, now)
+      return samplers.ddpm_step(
+        z, x, noise, logsnr_t=now, logsnr_s=then, gamma=gamma
+      )
+
+    mean, variance = 0.0, 1.0
+    for now, then in zip(logsnr[:-2], logsnr[1:-1]):
+      at_mean = probe(mean, 0.0, now, then)
+      on_z = probe(mean + 1, 0.0, now, then) - at_mean
+      on_noise = probe(mean, 1.0, now, then) - at_mean
+      mean, variance = at_mean, on_z**2 * variance + on_noise**2
+    x = gaussian_denoise(mean, logsnr[-2])
+    gain = gaussian_denoise(mean + 1, logsnr[-2]) - x
+    return float(x), float(gain * np.sqrt(variance))
+
+
+@pytest.mark.parametrize('gamma', [0.0, 0.3, 1.0])
+def test_ddpm_moments_converge_to_the_datas(gamma):
+  results = [moments(steps, gamma) for steps in (32, 64, 128)]
+  # The mean is right for any number of steps, but for starting from N(0, 1).
+  np.testing.assert_allclose([m for m, _ in results], MU, atol=1e-6)
+  errors = np.abs([s - S for _, s in results])
+  assert errors[-1] < 0.04
+  assert (errors[:-1] / errors[1:] > 1.8).all(), errors
+
+
+def test_ddpm_pictures_have_the_datas_mean_and_deviation():
+  pictures = run(keys(4096), steps=128, options=(('gamma', 0.3),))
+  num = pictures.size
+  assert float(pictures.mean()) == pytest.approx(MU, abs=5 * S / num**0.5)
+  assert float(pictures.std()) == pytest.approx(S, abs=0.02 + 5 / num**0.5)
+  # All 12 numbers of a picture, and all pictures, are independent.
+  flat = np.asarray(pictures).reshape(4096, -1)
+  correlation = np.corrcoef(flat.T) - np.eye(12)
+  assert np.abs(correlation).max() < 5 / 64
+
+
+# Steps against one another.
+
+
+def step_inputs():
+  draws = jax.random.normal(jax.random.key(2), (3, 4, *SHAPE), jnp.float64)
+  return tuple(draws)
+
+
+@pytest.mark.parametrize('pair', [(-15.0, -5.0), (-1.0, -0.5), (2.0, 9.0)])
+def test_ddim_with_eta_one_is_the_ancestral_step(pair):
+  with jax.enable_x64(True):
+    options = dict(logsnr_t=jnp.float64(pair[0]), logsnr_s=jnp.float64(pair[1]))
+    ddim = samplers.ddim_step(*step_inputs(), **options, eta=1.0)
+    ddpm = samplers.ddpm_step(*step_inputs(), **options, gamma=0.0)
+    np.testing.assert_allclose(ddim, ddpm, rtol=1e-8, atol=1e-10)
+
+
+def test_first_step_of_the_multistep_solver_is_ddim():
+  with jax.enable_x64(True):
+    z, x, noise = step_inputs()
+    options = dict(logsnr_t=jnp.float64(-3), logsnr_s=jnp.float64(-2))
+    past = jnp.zeros_like(x), jnp.float64(-jnp.inf)
+    np.testing.assert_allclose(
+      samplers.dpmpp_step(z, x, noise, **options, last=past),
+      samplers.ddim_step(z, x, noise, **options),
+      rtol=1e-12,
+    )
+
+
+def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
+  """For x linear in the half log-SNR the step is off by O(h³) only."""
+  with jax.enable_x64(True):
+
+    def error(h):
+      now = jnp.float64(0.5)
+      z, x = jnp.float64(0.7), lambda lam: 0.2 + 0.3 * (lam - now)
+      step = samplers.dpmpp_step(
+        z,
+        x(now),
+        None,
+        logsnr_t=2 * now,
+        logsnr_s=2 * (now + h),
+        last=(x(now - h), 2 * (now - h)),
+      )
+      # d(z / sigma) = e^λ x(λ) dλ, in closed form.
+      _, sigma_t = alpha_sigma(2 * now)
+      _, sigma_s = alpha_sigma(2 * (now + h))
+      primitive = lambda lam: jnp.exp(lam) * (x(lam) - 0.3)
+      exact = sigma_s * (z / sigma_t + primitive(now + h) - primitive(now))
+      return abs(float(step - exact))
+
+    assert error(0.1) / error(0.05) == pytest.approx(8, rel=0.1)
+
+
+# The loop.
+
+
+@pytest.mark.parametrize('grid', ['time', 'logsnr'])
+def test_the_network_sees_every_point_but_the_last(grid):
+  """The points run from pure noise towards the data, each seen once."""
+  told = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
+  _, path = trajectory(told, steps=5, grid=grid)
+  times = jnp.linspace(1, 0, 6)
+  expected = (
+    cosine_logsnr(times) if grid == 'time' else jnp.linspace(-15, 15, 6)
+  )
+  np.testing.assert_allclose(
+    path['logsnr'], expected[:-1], rtol=1e-3, atol=1e-4
+  )
+  for i in range(5):
+    assert (path['x'][i] == path['logsnr'][i]).all()
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_the_last_step_returns_the_prediction_itself(sampler):
+  pictures, path = trajectory(gaussian_denoise, steps=4, sampler=sampler)
+  np.testing.assert_array_equal(pictures, path['x'][-1])
+  expected = gaussian_denoise(path['z'][-1], path['logsnr'][-1])
+  np.testing.assert_allclose(pictures, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_one_step_is_one_denoising(sampler):
+  z = jax.random.normal(jax.random.key(3), (2, *SHAPE))
+  found = run(keys(2), z, steps=1, options=(('sampler', sampler),))
+  np.testing.assert_allclose(found, gaussian_denoise(z, -15.0), rtol=1e-3)
+
+
+def test_ddim_derives_eps_anew_from_a_thresholded_picture():
+  denoise = lambda z, logsnr: static_threshold(gaussian_denoise(z, logsnr))
+  _, path = trajectory(denoise, steps=4, sampler='ddim')
+  assert np.abs(path['x']).max() == 1, 'nothing was clipped'
+  alpha, sigma = (np.asarray(a) for a in alpha_sigma(path['logsnr']))
+  for i in range(3):
+    z, x = path['z'][i], path['x'][i]
+    eps = (z - alpha[i] * x) / sigma[i]
+    np.testing.assert_allclose(
+      path['z'][i + 1],
+      alpha[i + 1] * x + sigma[i + 1] * eps,
+      rtol=1e-4,
+      atol=1e-4,
+    )
+
+
+def test_noise_is_fresh_at_every_step_and_standard():
+  """With x = 0 what each step adds is its noise alone."""
+  _, path = trajectory(lambda z, logsnr: 0 * z, num=512, steps=4)
+  noises = [path['z'][0]]
+  for i in range(3):
+    mean, variance = process.posterior(
+      path['z'][i],
+      0 * path['z'][i],
+      logsnr_t=path['logsnr'][i],
+      logsnr_s=path['logsnr'][i + 1],
+    )
+    noises.append((path['z'][i + 1] - mean) / jnp.sqrt(variance))
+  flat = np.stack([np.ravel(noise) for noise in noises])
+  np.testing.assert_allclose(flat.std(axis=1), 1, atol=0.05)
+  assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 0.06
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_picture_does_not_depend_on_its_batch(sampler):
+  options = (('sampler', sampler),)
+  batch = run(keys(4), steps=3, options=options)
+  swapped = run(keys(4)[::-1], steps=3, options=options)
+  np.testing.assert_array_equal(batch, swapped[::-1])
+  alone = run(keys(4)[2:3], steps=3, options=options)
+  np.testing.assert_allclose(batch[2:3], alone, rtol=1e-6, atol=1e-6)
+  assert (batch[0] != batch[1]).any()
+
+
+def test_eta_and_gamma_reach_the_steps():
+  pictures = [
+    run(keys(1), steps=4, options=tuple(options.items()))
+    for options in (
+      dict(sampler='ddim'),
+      dict(sampler='ddim', eta=1.0),
+      dict(sampler='ddpm', gamma=0.0),
+      dict(sampler='ddpm', gamma=1.0),
+    )
+  ]
+  np.testing.assert_allclose(pictures[1], pictures[2], rtol=1e-3, atol=1e-4)
+  assert (pictures[0] != pictures[1]).any()
+  assert (pictures[2] != pictures[3]).any()
+
+
+def test_sampling_can_start_from_a_noisy_picture():
+  """From z at t = 0.4 of a known picture, close to it again."""
+  start = 0.4
+  logsnr = cosine_logsnr(jnp.float32(start))
+  picture = jnp.full((2, *SHAPE), 0.8)
+  z = process.diffuse(
+    picture, jax.random.normal(jax.random.key(4), z_shape(2)), logsnr
+  )
+  found, path = jax.jit(
+    lambda z: samplers.sample(
+      keys(2),
+      gaussian_denoise,
+      SHAPE,
+      logsnr_fn=cosine_logsnr,
+      steps=64,
+      sampler='dpmpp',
+      z=z,
+      start=start,
+      return_trajectory=True,
+    )
+  )(z)
+  np.testing.assert_array_equal(path['z'][0], z)
+  np.testing.assert_allclose(path['logsnr'][0], logsnr, rtol=1e-5)
+  np.testing.assert_allclose(found, gaussian_flow(z, logsnr), atol=0.01)
+
+
+def z_shape(num):
+  return (num, *SHAPE)
+
+
+def test_a_bfloat16_denoiser_is_stepped_in_float32():
+  low = lambda z, logsnr: gaussian_denoise(z, logsnr).astype(jnp.bfloat16)
+  pictures, path = trajectory(low, steps=3)
+  assert pictures.dtype == path['z'].dtype == jnp.float32
+
+
+def test_float64_stays_float64():
+  with jax.enable_x64(True):
+    z = jnp.ones(z_shape(1), jnp.float64)
+    for sampler in SAMPLERS:
+      found = run(keys(1), z, steps=2, options=(('sampler', sampler),))
+      assert found.dtype == jnp.float64
+
+
+def test_the_network_is_traced_once_for_any_number_of_steps():
+  def traces(steps):
+    count = []
+
+    def denoise(z, logsnr):
+      count.append(1)
+      return z
+
+    jax.eval_shape(
+      lambda keys: samplers.sample(
+        keys, denoise, SHAPE, logsnr_fn=cosine_logsnr, steps=steps
+      ),
+      keys(1),
+    )
+    return len(count)
+
+  assert traces(2) == traces(200) == 1
+
+
+@pytest.mark.parametrize(
+  'wrong',
+  [dict(steps=0), dict(sampler='euler'), dict(grid='sigma')],
+)
+def test_wrong_arguments_are_named(wrong):
+  options = dict(steps=2) | wrong
+  with pytest.raises(ValueError, match=next(iter(wrong))):
+    samplers.sample(
+      keys(1), gaussian_denoise, SHAPE, logsnr_fn=cosine_logsnr, **options
+    )
+
+
+# Keys.
+
+
+def test_picture_keys_differ_by_seed_prompt_and_number():
+  arguments = [(0, 'a', 0), (1, 'a', 0), (0, 'b', 0), (0, 'a', 1), (0, 'é', 0)]
+  data = {
+    tuple(np.asarray(jax.random.key_data(samplers.picture_key(*a))))
+    for a in arguments
+  }
+  assert len(data) == len(arguments)
+
+
+def test_picture_keys_are_threefry_whatever_the_default():
+  """A golden key: were it to change, every seed would mean new pictures."""
+  with jax.default_prng_impl('rbg'):
+    key = samplers.picture_key(7, 'a red circle', 3)
+  assert jax.random.key_impl(key) == 'threefry2x32'
+  assert jax.random.key_data(key).tolist() == [3303254978, 343842836]
+
+
+@pytest.mark.parametrize('seed', [0, 2**31, 2**32 - 1])
+def test_every_32_bit_seed_is_a_seed(seed):
+  key = samplers.picture_key(seed, 'a', 0)
+  with jax.enable_x64(True):
+    wide = samplers.picture_key(seed, 'a', 0)
+  assert (jax.random.key_data(key) == jax.random.key_data(wide)).all()
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_seeds_that_jax_would_cut_are_refused(seed):
+  with pytest.raises(ValueError, match='seed'):
+    samplers.picture_key(seed, 'a', 0)

@@ -1,0 +1,147 @@
+"""Mesh sizes, the rule that places a state, batches on the mesh."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from imagen_jax import sharding
+from imagen_jax.errors import UsageError
+
+
+def spec(shape, fsdp=4, **options):
+  mesh = sharding.make_mesh(-1, fsdp)
+  leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return tuple(sharding.state_shardings(leaf, mesh, **options).spec)
+
+
+def test_minus_one_is_the_rest_of_the_devices():
+  assert dict(sharding.make_mesh().shape) == {'data': 8, 'fsdp': 1}
+  assert dict(sharding.make_mesh(-1, 4).shape) == {'data': 2, 'fsdp': 4}
+  assert dict(sharding.make_mesh(2, -1).shape) == {'data': 2, 'fsdp': 4}
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  assert dict(one.shape) == {'data': 1, 'fsdp': 1}
+
+
+def test_a_single_process_may_use_fewer_devices_than_there_are():
+  mesh = sharding.make_mesh(2, 2)
+  assert list(mesh.devices.flat) == jax.devices()[:4]
+
+
+def test_the_axes_are_auto_because_linen_knows_no_other():
+  types = sharding.make_mesh().axis_types
+  assert set(types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+  ('data', 'fsdp', 'words'),
+  [
+    (-1, 3, '3 does not divide the 8 devices'),
+    (4, 4, 'needs 16 devices and there are 8'),
+    (-1, -1, 'at most one of them -1'),
+    (0, 1, 'is no mesh'),
+    (-2, 1, 'is no mesh'),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_sentence(data, fsdp, words):
+  with pytest.raises(UsageError, match=words):
+    sharding.make_mesh(data, fsdp)
+
+
+def test_the_largest_dimension_that_fsdp_divides_is_split():
+  assert spec((3, 3, 64, 256)) == (None, None, None, 'fsdp')
+  assert spec((3, 3, 256, 64)) == (None, None, 'fsdp')
+  assert spec((3, 3, 256, 255)) == (None, None, 'fsdp')
+
+
+def test_equal_dimensions_are_split_at_the_last():
+  assert spec((256, 256)) == (None, 'fsdp')
+
+
+def test_the_scan_axis_is_split_only_when_nothing_else_can_be():
+  assert spec((1024, 3, 3, 64, 64)) == (None, None, None, None, 'fsdp')
+  assert spec((4096, 6)) == ('fsdp',)
+
+
+def test_small_and_indivisible_leaves_are_replicated():
+  assert spec((127, 128)) == ()
+  assert spec((127, 128), min_size=1) == (None, 'fsdp')
+  assert spec((1001, 1001)) == ()
+  assert spec(()) == ()
+
+
+def test_one_fsdp_device_replicates_everything():
+  assert spec((256, 256), fsdp=1) == ()
+
+
+def test_a_state_takes_its_share_of_each_device():
+  mesh = sharding.make_mesh(1, 8)
+  tree = {'w': jnp.zeros((256, 512)), 'key': jax.random.key(0)}
+  placed = jax.device_put(tree, sharding.state_shardings(tree, mesh))
+  shares = {s.data.nbytes for s in placed['w'].addressable_shards}
+  assert shares == {tree['w'].nbytes // 8}
+  assert len(placed['key'].sharding.device_set) == 8
+
+
+def test_a_batch_is_split_over_both_axes():
+  mesh = sharding.make_mesh(2, 4)
+  batch = {'image': np.arange(16 * 3).reshape(16, 3), 'mask': np.ones(16)}
+  placed = sharding.put_batch(batch, mesh)
+  assert {s.data.shape for s in placed['image'].addressable_shards} == {(2, 3)}
+  np.testing.assert_array_equal(placed['image'], batch['image'])
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_with_one_they_can():
+  mesh = sharding.make_mesh(2, 4)
+  sharding.check_batch_size(16, mesh)
+  with pytest.raises(UsageError, match='a multiple of 8, 16 for instance'):
+    sharding.check_batch_size(15, mesh)
+  with pytest.raises(UsageError, match='a multiple of 8, 8 for instance'):
+    sharding.check_batch_size(0, mesh)
+
+
+def test_constrain_batch_splits_under_a_mesh_and_is_nothing_without():
+  f = jax.jit(lambda: sharding.constrain_batch({'x': jnp.zeros((16, 3))}))
+  assert len(f()['x'].sharding.device_set) == 1
+  with jax.set_mesh(sharding.make_mesh(2, 4)):
+    assert f()['x'].sharding.spec == PartitionSpec(('data', 'fsdp'))
+
+
+def test_set_cpu_devices_after_the_start_changes_nothing():
+  jax.devices()
+  sharding.set_cpu_devices(3)
+  assert len(jax.devices()) == 8
+
+
+def cpu_devices(call, **environment):
+  code = (
+    'import jax; from imagen_jax import sharding; '
+    f'sharding.{call}; print(len(jax.devices()))'
+  )
+  env = {'PATH': '', 'JAX_PLATFORMS': 'cpu', **environment}
+  out = subprocess.run(
+    [sys.executable, '-c', code], env=env, capture_output=True, check=True
+  )
+  return int(out.stdout)
+
+
+def test_set_cpu_devices_splits_the_cpu_before_the_start():
+  assert cpu_devices('set_cpu_devices(3)') == 3
+
+
+@pytest.mark.slow
+def test_set_cpu_devices_leaves_a_number_that_the_user_chose():
+  flag = '--xla_force_host_platform_device_count=5'
+  assert cpu_devices('set_cpu_devices(3)', XLA_FLAGS=flag) == 5
+  assert cpu_devices('set_cpu_devices(3)', JAX_NUM_CPU_DEVICES='4') == 4
+
+
+@pytest.mark.slow
+def test_set_cpu_devices_gives_one_per_usable_core():
+  code = 'set_cpu_devices(); import os; assert len(os.sched_getaffinity(0))'
+  expected = len(__import__('os').sched_getaffinity(0))
+  assert cpu_devices(code) == expected

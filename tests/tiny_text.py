@@ -1,0 +1,65 @@
+"""Small text encoders for tests, made in a moment and without torch."""
+
+import functools
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+
+from imagen_jax.nets.t5 import T5Encoder
+from imagen_jax.text.weights import save_folder
+
+WORDS = (
+  'a an the red green blue circle square star above below left of and on '
+  'one two three small large picture'
+).split()
+
+
+@functools.cache
+def vocabulary():
+  """Bytes of a spiece.model of about 60 pieces, with T5's special ids."""
+  out = io.BytesIO()
+  rng = np.random.default_rng(0)
+  lines = [' '.join(rng.choice(WORDS, 6)) for _ in range(500)]
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines),
+    model_writer=out,
+    vocab_size=60,
+    hard_vocab_limit=False,
+    required_chars='abcdefghijklmnopqrstuvwxyz.,',
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  return out.getvalue()
+
+
+def random_params(module, seed=0):
+  """Parameters of a `T5Encoder`, none of them at a special value."""
+  ids = jnp.zeros((1, 2), jnp.int32)
+  params = module.init(jax.random.key(seed), ids, ids == 0)['params']
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params
+  )
+
+
+def random_folder(folder, seed=0, **sizes):
+  """Writes a random T5 as a Hugging Face folder; returns (module, params)."""
+  sizes = {
+    'vocab_size': 80,
+    'width': 16,
+    'num_layers': 2,
+    'num_heads': 2,
+    'head_dim': 8,
+    'mlp_dim': 24,
+    **sizes,
+  }
+  module = T5Encoder(**sizes)
+  params = random_params(module, seed)
+  save_folder(folder, module, params, files={'spiece.model': vocabulary()})
+  return module, params
