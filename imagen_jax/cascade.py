@@ -209,12 +209,14 @@ class Cascade:
     if embedding is None:
       prompts = [prompts] if isinstance(prompts, str) else list(prompts)
       embedding = self.embed(prompts)
+    if not 0 <= seed < 2**32:
+      raise UsageError(f'seed is {seed}; it lies in 0 … 2³² − 1.')
     indices = list(range(num_images)) if indices is None else list(indices)
     rows = [
       (p, i) for p in range(len(embedding.prompts)) for i in indices
     ]
     if not rows:
-      raise UsageError('there is nothing to draw: give at least one prompt.')
+      raise UsageError('there is nothing to draw: give a prompt, and num_images ≥ 1.')
     low = self._first_input(low_res, len(rows))
     mesh = _sampling_mesh()
     batch = batch_size or min(4, len(rows))

@@ -330,7 +330,7 @@ def test_damaged_steps_do_not_count_among_the_last(copy):
 def test_a_damaged_or_half_written_step_is_written_again(copy):
   (copy / '200' / 'state' / '_METADATA').unlink()
   (copy / '300').mkdir()
-  (copy / '300.orbax-checkpoint-tmp').mkdir()
+  (copy / '250.orbax-checkpoint-tmp').mkdir()
   with Checkpoints(copy, warn=lambda _: None) as checkpoints:
     state, _, step = checkpoints.restore(jax.eval_shape(lambda: fresh()))
     assert step == 100

@@ -13,3 +13,13 @@ import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory):
+  """A tiny model folder; tests that change it copy it first."""
+  from tests import tiny_model
+
+  return tiny_model.write(tmp_path_factory.mktemp('model'))

@@ -59,15 +59,23 @@ def test_default_is_the_papers_mean_squared_error_of_eps(float64):
 
 
 def test_noise_is_standard_and_independent_of_time_and_picture():
-  batch = 256
-  x = jnp.zeros((batch, 8, 8, 3))
+  batch, seen = 256, []
+
+  def predict(z, logsnr):
+    seen.append(z / alpha_sigma(process.over(z, logsnr))[1])
+    return 0 * z
+
   value, aux = loss.diffusion_loss(
-    jax.random.key(0), x, lambda z, logsnr: 0 * z, logsnr_fn=COSINE
+    jax.random.key(0), jnp.zeros((batch, 8, 8, 3)), predict, logsnr_fn=COSINE
   )
   # mean(eps²) has mean 1 and standard deviation sqrt(2/192) per sample.
   assert float(value.mean()) == pytest.approx(1, abs=4 * 0.102 / 16)
   assert float(value.std()) == pytest.approx(0.102, abs=0.02)
   assert abs(np.corrcoef(value, aux['t'])[0, 1]) < 0.25
+  # Nor are they made of the same random bits.
+  eps = np.ravel(seen[0])
+  assert abs(np.corrcoef(eps[:batch], aux['t'])[0, 1]) < 0.25
+  assert abs(np.corrcoef(eps.reshape(batch, -1)[:, 0], aux['t'])[0, 1]) < 0.25
 
 
 @pytest.mark.parametrize('prediction', PREDICTIONS)

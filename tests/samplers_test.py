@@ -171,6 +171,23 @@ def test_ddim_with_eta_one_is_the_ancestral_step(pair):
     np.testing.assert_allclose(ddim, ddpm, rtol=1e-8, atol=1e-10)
 
 
+def test_eta_scales_the_fresh_noise_and_keeps_the_marginal():
+  with jax.enable_x64(True):
+    now, then, eta = jnp.float64(-1), jnp.float64(1), 0.5
+    step = lambda z, noise: float(
+      samplers.ddim_step(
+        jnp.float64(z), 0.0, noise, logsnr_t=now, logsnr_s=then, eta=eta
+      )
+    )
+    _, variance = process.posterior(
+      jnp.zeros((1,)), 0.0, logsnr_t=now, logsnr_s=then
+    )
+    (_, sigma_t), (_, sigma_s) = alpha_sigma(now), alpha_sigma(then)
+    fresh, kept = step(0.0, 1.0), step(sigma_t, 0.0)
+    np.testing.assert_allclose(fresh, eta * jnp.sqrt(variance)[()], rtol=1e-9)
+    np.testing.assert_allclose(fresh**2 + kept**2, sigma_s**2, rtol=1e-9)
+
+
 def test_first_step_of_the_multistep_solver_is_ddim():
   with jax.enable_x64(True):
     z, x, noise = step_inputs()

@@ -80,7 +80,7 @@ def read_picture(file, size):
     image = _rgb(ImageOps.exif_transpose(image))
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
-  # BOX is the exact mean over each target pixel's area, also for fractions.
+  # BOX is the mean over each target pixel's area, fractions of pixels too.
   square = image.resize(
     (size, size),
     Image.Resampling.BOX,

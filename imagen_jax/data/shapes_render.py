@@ -41,7 +41,7 @@ def second_tone(colour):
   red would be a pink); black, which has no shade, takes a grey.
   """
   if colour == 'black':
-    return (118, 118, 124)
+    return (104, 104, 110)
   keep = 0.62 if colour == 'white' else 0.5
   return tuple(round(keep * c) for c in PALETTE[colour])
 

@@ -18,9 +18,9 @@ import numpy as np
 WORK = 128  # pictures larger than this are averaged down to find things
 FILL_SIZE = 256  # smallest picture in which a fill is told
 SPECK = 0.004  # regions below this fraction of the picture are ignored
-MATCH = 0.75  # least overlap with a silhouette that names a shape
+MATCH = 0.78  # least overlap with a silhouette that names a shape
 SMALL = 0.36  # things below this fraction of the picture's side are small
-GRID, REACH = 24, 1.05  # samples, and their reach in units of sqrt(area)
+GRID, REACH = 32, 1.05  # samples, and their reach in units of sqrt(area)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +149,19 @@ def _hsv(rgb):
 def colour_name(pixels):
   """Names the colour of a thing from its pixels [N, 3] in [0, 1].
 
-  A thing may have two tones of one colour, so hue and saturation are those of
-  the mean; among greys, white is known by its light tone, black by its dark.
+  A thing may have two tones of one colour, in stripes too fine to separate,
+  so it is the mean that is named.
   """
-  hue, saturation, _ = _hsv(pixels.mean(0))
-  dark, light = np.percentile(pixels.max(1), (25, 75))
-  if saturation < 0.22 or light < 0.16:
-    if light > 0.82:
-      return 'white'
-    return 'black' if dark < 0.2 else 'grey'
+  mean = pixels.mean(0)
+  hue, saturation, value = _hsv(mean)
+  if saturation < 0.22 or mean.max() - mean.min() < 0.08:
+    if value < 0.325:
+      return 'black'
+    return 'white' if value > 0.7 else 'grey'
   name = _hue_name(hue)
-  if name == 'red' and saturation < 0.5 and light > 0.7:
+  if name == 'red' and saturation < 0.5 and value > 0.6:
     return 'pink'
-  if name == 'orange' and light < 0.55:
+  if name == 'orange' and value < 0.5:
     return 'unknown'  # brown
   return name
 
@@ -187,6 +187,15 @@ def _polygon(x, y, corners):
   return inside
 
 
+def _lobes(x, y, spread, tip, bulge):
+  """Two discs side by side that both shrink to one point below."""
+  inside = np.zeros(x.shape, bool)
+  for s in np.linspace(0, 1, 24):
+    radius, middle = 0.5 * (1 - s**bulge), spread * (1 - s)
+    inside |= np.hypot(abs(x) - middle, y - s * tip) <= radius
+  return inside
+
+
 def _silhouettes():
   """(name, test of points) of every silhouette, y downwards, of any scale."""
   yield 'circle', lambda x, y: np.hypot(x, y) < 0.8
@@ -203,14 +212,10 @@ def _silhouettes():
     radii = np.where(np.arange(10) % 2, notch, 1) * 0.95
     corners = list(zip(radii * np.sin(turns), -radii * np.cos(turns)))
     yield 'star', functools.partial(_polygon, corners=corners)
-  for depth in (0.75, 0.9):
-    # Two discs side by side upon a triangle.
+  for bulge, spread, tip in ((1, 0.35, 1.1), (2, 0.35, 1), (2, 0.45, 1.1)):
     yield (
       'heart',
-      lambda x, y, d=depth: (
-        (np.hypot(abs(x) - 0.38, y + 0.25) < 0.42)
-        | ((y > -0.25) & (abs(x) / 0.8 + (y + 0.1) / d < 1) & (abs(x) < 0.8))
-      ),
+      functools.partial(_lobes, spread=spread, tip=tip, bulge=bulge),
     )
   for bite, shift in ((0.75, 0.45), (0.7, 0.55), (0.8, 0.6)):
     for turn in np.radians((0, 30, -30, 180)):
@@ -273,7 +278,9 @@ def shape_name(mask):
   cx, cy, side = _normalised(mask, x, y)
   steps = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * side
   sx, sy = np.meshgrid(cx + steps, cy + steps)
-  seen = _sample(mask, sx, sy).ravel()
+  # The edges of a small picture are a pixel wide: sharpen them about their
+  # middle, where the outline is.
+  seen = np.clip(3 * _sample(mask, sx, sy).ravel() - 1, 0, 1)
   names, masks = _templates()
   overlap = np.minimum(masks, seen).sum(1) / np.maximum(masks, seen).sum(1)
   best = int(overlap.argmax())
@@ -284,26 +291,30 @@ def fill_name(pixels, core):
   """Names the fill of a thing from its pixels [H, W, 3], inside `core`.
 
   The edges between two tones run one way in stripes, two ways crosswise in
-  checks, and every way around dots.
+  checks, and every way around dots; and dots are the rarer tone of their
+  thing, while checks share it evenly.
   """
   if core.sum() < 64:
     return 'plain'
-  inside = pixels[core]
-  centred = inside - inside.mean(0)
-  axis = np.linalg.svd(centred.T @ centred)[0][:, 0]
-  tone = (pixels - inside.mean(0)) @ axis
-  low, high = np.percentile(tone[core], (10, 90))
-  if high - low < 0.15:
+  inside = pixels[core] - pixels[core].mean(0)
+  axis = np.linalg.svd(inside.T @ inside)[0][:, 0]
+  seen = inside @ axis
+  low, high = np.percentile(seen, (15, 85))
+  if high - low < 0.13:
     return 'plain'
-  dy, dx = np.gradient(tone)
+  dy, dx = np.gradient(pixels @ axis)
   edge = (dx + 1j * dy)[core]
+  edge = edge[np.abs(edge) > 0.3 * np.abs(edge).max()]
   power = np.abs(edge) ** 2
-  strong = power > 0.1 * power.max()
-  unit = edge[strong] / np.abs(edge[strong])
-  two, four = (np.abs((power[strong] * unit**n).sum()) for n in (2, 4))
-  if two > 0.5 * power[strong].sum():
+  # Share of the power in edges along one direction, and along two crosswise.
+  one, crosswise = (
+    np.abs((power * (edge / np.abs(edge)) ** n).sum()) / power.sum()
+    for n in (2, 4)
+  )
+  if one > 0.45:
     return 'striped'
-  return 'checkered' if four > 0.4 * power[strong].sum() else 'dotted'
+  skew = np.abs((seen**3).mean()) / (seen**2).mean() ** 1.5
+  return 'dotted' if skew > crosswise else 'checkered'
 
 
 def read(image):
@@ -343,13 +354,15 @@ def read(image):
     ys, xs = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     y0, y1 = max(ys[0] - 2, 0), min(ys[-1] + 3, h)
     x0, x1 = max(xs[0] - 2, 0), min(xs[-1] + 3, w)
-    part, near = region[y0:y1, x0:x1], distance[y0:y1, x0:x1]
+    part = region[y0:y1, x0:x1]
     others = (labels[y0:y1, x0:x1] > 0) & ~part
     core = _extreme(part, 1, np.min)
     if core.sum() < 4:
       core = part
-    reach = np.percentile(near[core], 60)
-    soft = np.clip(near / reach, 0, 1)
+    # How far each pixel has gone from the background to the thing's colour.
+    way = pixels[y0:y1, x0:x1][core].mean(0) - ground
+    soft = (pixels[y0:y1, x0:x1] - ground) @ way / (way @ way)
+    soft = np.clip(soft, 0, 1)
     soft = np.where(core, 1, np.where(others, 0, soft))
     soft = np.where(soft < 0.15, 0, soft)
     shape, match = shape_name(soft)

@@ -131,7 +131,8 @@ class EfficientUNet(nn.Module):
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=length,
-        unroll=length if unroll else 1,
+        # At least 2: jax leaves a loop of length 1 a loop.
+        unroll=max(length, 2) if unroll else 1,
       )
       return scanned(block, name=name)(h, skips, emb, train)
 

@@ -1,0 +1,144 @@
+"""The whole way from prompts to pictures, on a tiny random cascade."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import imagen_jax
+from imagen_jax import cascade as cascades
+from imagen_jax.errors import ModelError, UsageError
+
+RED, BLUE = 'a red circle', 'a blue square above a star'
+
+
+@pytest.fixture(scope='module')
+def cascade(model):
+  return imagen_jax.load(model)
+
+
+def draw(cascade, prompts, **kw):
+  kw.setdefault('batch_size', 2)
+  return cascade.sample(prompts, **kw)
+
+
+def test_every_stage_gives_its_pictures(cascade):
+  out = draw(cascade, [RED, BLUE], num_images=2)
+  assert list(out) == ['base', 'sr1']
+  assert out['base'].shape == (4, 8, 8, 3)
+  assert out['sr1'].shape == (4, 16, 16, 3)
+  assert out['sr1'].dtype == np.uint8
+
+
+def test_a_picture_does_not_depend_on_its_company(cascade):
+  alone = draw(cascade, [BLUE])['sr1'][0]
+  among = draw(cascade, [RED, 'a star', BLUE])['sr1'][2]
+  np.testing.assert_array_equal(alone, among)
+  third = draw(cascade, [BLUE], indices=[2])['sr1'][0]
+  np.testing.assert_array_equal(
+    third, draw(cascade, [BLUE], num_images=3)['sr1'][2]
+  )
+
+
+def test_batch_size_changes_at_most_two_grey_levels(cascade):
+  a = draw(cascade, [BLUE], batch_size=1)['sr1'].astype(int)
+  b = draw(cascade, [BLUE], batch_size=3)['sr1'].astype(int)
+  assert np.abs(a - b).max() <= 2
+
+
+def test_seed_prompt_and_index_all_matter(cascade):
+  one = draw(cascade, [RED])['base'][0]
+  for other in (
+    draw(cascade, [RED], seed=1)['base'][0],
+    draw(cascade, [BLUE])['base'][0],
+    draw(cascade, [RED], indices=[1])['base'][0],
+  ):
+    assert np.abs(one.astype(int) - other).max() > 8
+
+
+def test_guidance_and_augmentation_matter_and_need_no_new_compilation(cascade):
+  first = draw(cascade, [RED])
+  compiled = cascades._compiled.cache_info().misses
+  assert (first['base'] != draw(cascade, [RED], guidance=4.0)['base']).any()
+  low = draw(cascade, [RED], aug_level=[0, 0.9])
+  np.testing.assert_array_equal(first['base'], low['base'])
+  assert (first['sr1'] != low['sr1']).any()
+  # sr1 is unguided by default, so guidance=4.0 compiled that one branch.
+  assert cascades._compiled.cache_info().misses <= compiled + 1
+
+
+def test_an_empty_prompt_is_unconditional(cascade):
+  """Guidance cancels there: both branches see the null condition."""
+  a = draw(cascade, [''], guidance=3.0)['base'].astype(int)
+  b = draw(cascade, [''], guidance=7.0)['base'].astype(int)
+  assert np.abs(a - b).max() <= 1
+  assert (draw(cascade, ['red'])['base'] != a).any()
+
+
+def test_later_stages_enlarge_a_given_picture(model):
+  later = imagen_jax.load(model, stages=['sr1'])
+  low = np.full((1, 8, 8, 3), 200, np.uint8)
+  a = draw(later, [RED], low_res=low)['sr1']
+  b = draw(later, [RED], low_res=low // 4)['sr1']
+  assert a.shape == (1, 16, 16, 3) and (a != b).any()
+  with pytest.raises(UsageError, match='low_res'):
+    draw(later, [RED])
+
+
+def test_chain_equals_its_stages_run_one_by_one(model, cascade):
+  whole = draw(cascade, [RED], aug_level=0.0)
+  later = imagen_jax.load(model, stages=['sr1'])
+  again = draw(later, [RED], low_res=whole['base'], aug_level=0.0)['sr1']
+  # The chain hands on floats, a user's picture has 8 bits.
+  assert np.abs(again.astype(int) - whole['sr1']).mean() < 2
+
+
+def test_embedding_can_be_made_once(cascade):
+  embedding = cascade.embed([RED])
+  np.testing.assert_array_equal(
+    draw(cascade, embedding)['base'], draw(cascade, [RED])['base']
+  )
+
+
+@pytest.mark.parametrize(
+  'choices,words',
+  [
+    ({'steps': 0}, 'steps is 0'),
+    ({'steps': [3, 2, 1]}, '3 values for 2 stages'),
+    ({'sampler': 'euler'}, "'euler'"),
+    ({'aug_level': 1.5}, 'aug_level is 1.5'),
+    ({'percentile': 0.0}, 'percentile'),
+    ({'threshold': 'hard'}, "'hard'"),
+    ({'seed': -1}, 'seed'),
+    ({'num_images': 0}, 'nothing to draw'),
+  ],
+)
+def test_bad_choices_are_refused_in_a_sentence(cascade, choices, words):
+  with pytest.raises(UsageError, match=words):
+    draw(cascade, [RED], **choices)
+
+
+def test_guidance_needs_a_model_trained_with_caption_dropout(model, tmp_path):
+  copy = shutil.copytree(model, tmp_path / 'm')
+  record = json.loads((copy / 'base' / 'stage.json').read_text())
+  record['config']['stage']['cond_drop'] = 0.0
+  (copy / 'base' / 'stage.json').write_text(json.dumps(record))
+  with pytest.raises(UsageError, match='caption dropout'):
+    draw(imagen_jax.load(copy), [RED], guidance=3.0)
+
+
+def test_another_text_encoder_is_refused(model, tmp_path):
+  from tests import tiny_text
+
+  copy = shutil.copytree(model, tmp_path / 'm')
+  shutil.rmtree(copy / 'text')
+  tiny_text.random_folder(copy / 'text', seed=5)
+  with pytest.raises(ModelError, match='not the one'):
+    draw(imagen_jax.load(copy), [RED])
+
+
+def test_progress_is_told(cascade):
+  told = []
+  draw(cascade, [RED], num_images=3, callback=lambda *a: told.append(a))
+  assert told == [('base', 2, 3), ('base', 3, 3), ('sr1', 2, 3), ('sr1', 3, 3)]

@@ -1,0 +1,257 @@
+"""The U-Nets: what masked text may do (nothing), shapes, scans, norms."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.nets.attention import TextPool, attention
+from imagen_jax.nets.efficient_unet import EfficientUNet
+from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.unet import UNet
+
+BASE = UNet(
+  resolution=8,
+  channels=16,
+  channel_mults=(1, 2),
+  num_res_blocks=1,
+  attention_resolutions=(4,),
+  head_dim=8,
+  norm_groups=4,
+)
+# Attention to the text alone, as in the 256→1024 model.
+CROSS = EfficientUNet(
+  channels=(8, 16),
+  num_res_blocks=(1, 2),
+  strides=(2, 2),
+  self_attention=(False, False),
+  text_attention=(False, True),
+  num_heads=2,
+  emb_channels=16,
+  norm_groups=4,
+)
+FUSED = CROSS.clone(self_attention=(False, True))
+NETS = {'base': BASE, 'cross': CROSS, 'fused': FUSED}
+
+
+def inputs(net, size=8, seed=0):
+  rng = np.random.default_rng(seed)
+  z = jnp.asarray(rng.normal(size=(2, size, size, 3)), jnp.float32)
+  logsnr = jnp.asarray([-1.0, 2.0])
+  text = jnp.asarray(rng.normal(size=(2, 6, 12)), jnp.float32)
+  mask = jnp.asarray([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
+  extra = () if isinstance(net, UNet) else (z[::-1], jnp.asarray([0.1, 0.7]))
+  return z, logsnr, text, mask, *extra
+
+
+def random_like(shapes, spread=0.2):
+  """Parameters of these shapes with nothing at its initial zero or one.
+
+  Made by NumPy: an initialiser takes longer to compile than a whole test.
+  """
+  rng = np.random.default_rng(1)
+
+  def leaf(path, shape):
+    values = spread * rng.normal(size=shape.shape).astype(np.float32)
+    return values + (path[-1].key == 'scale')
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@functools.cache
+def params(name):
+  net = NETS[name]
+  shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs(net))
+  return random_like(shapes['params'])
+
+
+@functools.cache
+def apply(name):
+  return jax.jit(
+    functools.partial(NETS[name].apply, {'params': params(name)})
+  )
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_masked_text_contributes_exactly_nothing(name):
+  z, logsnr, text, mask, *extra = inputs(NETS[name])
+  other = jnp.where(mask[..., None], text, 1e3 * jnp.cos(text))
+  a = apply(name)(z, logsnr, text, mask, *extra)
+  b = apply(name)(z, logsnr, other, mask, *extra)
+  np.testing.assert_array_equal(a, b)
+  shown = apply(name)(z, logsnr, text[..., ::-1], mask, *extra)
+  assert np.abs(a - shown).max() > 1e-3  # text that is seen does matter
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_fully_masked_text_leaks_neither_words_nor_length(name):
+  z, logsnr, text, mask, *extra = inputs(NETS[name])
+  nothing = jnp.zeros_like(mask)
+  a = apply(name)(z, logsnr, text, nothing, *extra)
+  b = apply(name)(z, logsnr, jnp.zeros_like(text), nothing, *extra)
+  np.testing.assert_array_equal(a, b)
+  assert np.isfinite(a).all()
+
+
+@pytest.mark.parametrize('name', ['base', 'fused'])
+def test_a_new_network_predicts_zeros(name):
+  net = NETS[name]
+  fresh = jax.jit(net.init)(jax.random.key(0), *inputs(net))
+  assert not np.any(jax.jit(net.apply)(fresh, *inputs(net)))
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_noise_level_matters(name):
+  z, logsnr, *rest = inputs(NETS[name])
+  a = apply(name)(z, logsnr, *rest)
+  assert np.abs(a - apply(name)(z, logsnr + 3, *rest)).max() > 1e-3
+
+
+def test_augmentation_level_matters():
+  *rest, level = inputs(CROSS)
+  a = apply('cross')(*rest, level)
+  assert np.abs(a - apply('cross')(*rest, 1 - level)).max() > 1e-3
+
+
+def test_without_self_attention_crops_and_whole_pictures_run_alike():
+  whole = apply('cross')(*inputs(CROSS, 32))
+  assert whole.shape == (2, 32, 32, 3)
+  assert apply('cross')(*inputs(CROSS, 8)).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [{'unroll': False}, {'remat': 'nothing_saveable'}],
+  ids=['rolled', 'remat'],
+)
+def test_scan_and_remat_change_no_gradient(change):
+  args = inputs(FUSED)
+
+  def grad(net):
+    f = lambda p: jnp.sum(net.apply({'params': p}, *args, train=True) ** 2)
+    return jax.jit(jax.grad(f))(params('fused'))
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-6
+    ),
+    grad(FUSED.clone(**change)),
+    grad(FUSED.clone(unroll=True)),
+  )
+
+
+def test_blocks_of_a_run_are_stacked():
+  kernel = params('fused')['down_1']['res']['conv1']['kernel']
+  assert kernel.shape == (2, 3, 3, 16, 16)
+
+
+def test_residual_sums_are_divided_by_sqrt_2():
+  """Blocks whose branches are zero each leave 1/√2 of their input.
+
+  The last norm shows it for an input so small that its epsilon rules.
+  """
+
+  def seen(blocks):
+    net = EfficientUNet(
+      channels=(4,),
+      num_res_blocks=(blocks,),
+      strides=(1,),
+      self_attention=(False,),
+      text_attention=(False,),
+      emb_channels=4,
+      norm_groups=2,
+    )
+    z, *rest = inputs(net)
+    args = (1e-6 * z, *rest)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *args)['params']
+    p = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    p['conv_in']['kernel'][1, 1, :3, :3] = np.eye(3)
+    # On the way up the shortcut passes the block's input, not the skip.
+    p['up_0']['res']['shortcut']['kernel'][:, 0, 0, :4, :] = np.eye(4)
+    p['norm_out']['scale'][:] = 1
+    _, state = net.apply(
+      {'params': p},
+      *args,
+      capture_intermediates=lambda m, _: m.name == 'norm_out',
+    )
+    return state['intermediates']['norm_out']['__call__'][0]
+
+  np.testing.assert_allclose(seen(3), seen(1) / 4, rtol=1e-3, atol=1e-7)
+
+
+def test_bfloat16_is_close_to_float32():
+  args = inputs(FUSED)
+  half = FUSED.clone(dtype=jnp.bfloat16).apply(
+    {'params': params('fused')}, *args
+  )
+  full = apply('fused')(*args)
+  assert half.dtype == jnp.float32
+  assert np.abs(half - full).mean() < 0.05 * np.abs(full).mean()
+
+
+def test_group_norm_is_flax_group_norm():
+  x = jax.random.normal(jax.random.key(0), (2, 4, 5, 12)) * 3 + 1
+  own, theirs = GroupNorm(4), nn.GroupNorm(4)
+  p = {'scale': jnp.arange(12.0), 'bias': jnp.cos(jnp.arange(12.0))}
+  np.testing.assert_allclose(
+    own.apply({'params': p}, x), theirs.apply({'params': p}, x), atol=2e-5
+  )
+
+
+def test_attention_without_visible_keys_is_zero():
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 2, 8))
+  mask = jnp.asarray([[1, 1, 0, 0], [0, 0, 0, 0]], bool)
+  out = attention(q, k, v, mask)
+  assert not np.any(out[1])
+  weights = jax.nn.softmax(
+    jnp.einsum('tnh,snh->nts', q[0], k[0, :2]) / np.sqrt(8)
+  )
+  expected = jnp.einsum('nts,snh->tnh', weights, v[0, :2])
+  np.testing.assert_allclose(out[0], expected, atol=1e-5)
+
+
+def test_cudnn_falls_back_where_it_cannot():
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 2, 7))
+  np.testing.assert_array_equal(
+    attention(q, k, v, implementation='cudnn'), attention(q, k, v)
+  )
+  with pytest.raises(ValueError, match='flash9'):
+    attention(q, k, v, implementation='flash9')
+
+
+def test_pooled_text_of_the_null_condition_is_zero():
+  pool = TextPool(16, head_dim=4)
+  text = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  mask = jnp.asarray([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+  out = pool.apply(pool.init(jax.random.key(1), text, mask), text, mask)
+  assert not np.any(out[1]) and np.abs(out[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  'net,size,low,least,most',
+  [
+    (UNet(), 64, False, 2.0e9, 2.45e9),
+    (UNet(text_width=2048), 64, False, 2.0e9, 2.45e9),
+    (EfficientUNet(), 256, True, 570e6, 665e6),
+    (
+      EfficientUNet(text_width=1024, conv_shortcut=True),
+      256,
+      True,
+      585e6,
+      600e6,
+    ),
+  ],
+)
+def test_paper_sizes(net, size, low, least, most):
+  """2 B and 600 M parameters (4.1), by shape alone."""
+  z, level = jnp.zeros((1, size, size, 3)), jnp.zeros((1,))
+  text, mask = jnp.zeros((1, 128, 4096)), jnp.ones((1, 128), bool)
+  extra = (z, level) if low else ()
+  shapes = jax.eval_shape(
+    net.init, jax.random.key(0), z, level, text, mask, *extra
+  )
+  count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  assert least < count < most

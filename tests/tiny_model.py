@@ -1,0 +1,122 @@
+"""A whole cascade of a few thousand random parameters, for tests."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imagen_jax import model_folder, stage
+from imagen_jax.text.encoder import load_text_encoder
+from tests import tiny_text
+
+MAX_LEN = 12
+
+
+def config(name='base', **train):
+  """The config of stage 'base' (8 pixels) or 'sr1' (8→16)."""
+  base = {
+    'name': 'base',
+    'resolution': 8,
+    'low_resolution': None,
+    'net': {
+      'kind': 'unet',
+      'channels': 8,
+      'channel_mults': (1, 2),
+      'num_res_blocks': 1,
+      'attention_resolutions': (4,),
+      'head_dim': 8,
+      'norm_groups': 4,
+    },
+    'schedule': {'kind': 'cosine'},
+    'prediction': 'v',
+    'cond_drop': 0.1,
+    'sampling': {'sampler': 'dpmpp', 'steps': 3, 'guidance': 2.0},
+  }
+  if name == 'sr1':
+    base |= {
+      'name': 'sr1',
+      'resolution': 16,
+      'low_resolution': 8,
+      'net': {
+        'kind': 'efficient_unet',
+        'channels': (8, 8),
+        'num_res_blocks': (1, 2),
+        'strides': (2, 2),
+        'self_attention': (False, False),
+        'text_attention': (False, True),
+        'num_heads': 2,
+        'emb_channels': 16,
+        'norm_groups': 4,
+      },
+      'sampling': {'sampler': 'ddim', 'steps': 2, 'aug_level': 0.1},
+    }
+  return ConfigDict(
+    {
+      'kind': 'stage',
+      'seed': 0,
+      'dtype': 'float32',
+      'stage': base,
+      'text': {'path': '', 'max_len': MAX_LEN},
+      'data': {'kind': 'shapes', 'path': None, 'seed': 0},
+      'train': {
+        'num_steps': 6,
+        'batch_size': 8,
+        'log_every': 1,
+        'checkpoint_every': 3,
+        'sample_every': 100,
+        'keep_last': 2,
+        'keep_every': None,
+        'ema_decay': 0.99,
+        'max_bad_steps': 2,
+        'optimizer': {
+          'kind': 'adam',
+          'learning_rate': 1e-3,
+          'warmup': 2,
+          'decay': False,
+          'clip': 1.0,
+          'options': {},
+        },
+      }
+      | train,
+      'mesh': {'data': -1, 'fsdp': 1},
+    }
+  )
+
+
+def random_params(made, seed=0):
+  """NumPy parameters of a `Stage`, none at its initial zero."""
+  shapes = jax.eval_shape(
+    lambda key: stage.init_params(made, key), jax.random.key(0)
+  )
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda s: 0.15 * rng.normal(size=s.shape).astype(np.float32), shapes
+  )
+
+
+def build(made_config, encoder):
+  """The `Stage` of a config."""
+  return stage.from_config(
+    made_config.stage.to_dict(), text_dim=encoder.dim, text_len=MAX_LEN
+  )
+
+
+def write(folder):
+  """Writes a model folder with stages base and sr1."""
+  tiny_text.random_folder(folder / 'text')
+  encoder = load_text_encoder(folder / 'text')
+  for i, name in enumerate(['base', 'sr1']):
+    made = config(name)
+    made.text.path = str(folder / 'text')
+    model_folder.save_stage(
+      folder / name,
+      random_params(build(made, encoder), i),
+      config=made.to_dict(),
+      text={
+        'dim': encoder.dim,
+        'max_len': MAX_LEN,
+        'digest': encoder.digest,
+      },
+      provenance={},
+      dtype='float32',
+    )
+  return folder
