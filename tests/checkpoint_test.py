@@ -209,7 +209,10 @@ def test_truncation_is_noticed_in_any_file(copy):
   damage_every_file(
     copy,
     lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    lambda path: path.name,
+    lambda path: (
+      f'{path.name} has '
+      + ('changed' if path.name == MANIFEST else f'{path.stat().st_size} bytes')
+    ),
   )
 
 
@@ -253,13 +256,13 @@ def test_a_step_lacking_another_process_s_manifest_is_no_step(copy):
 
 
 def test_each_process_digests_its_own_files_and_all_are_covered(tmp_path):
-  for name in ['a', 'x/ocdbt.process_1/d/b', 'x/meta/process_1', 'process_0']:
+  for name in ['a', 'x/ocdbt.process_1/d/b', 'x/meta/process_1', 'process_7']:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(name)
   for process in range(2):
     manifest.write(tmp_path, {}, process=process, processes=2)
   first, second = (set(m['files']) for m in manifest.verify(tmp_path))
-  assert first == {'a', 'process_0'}
+  assert first == {'a', 'process_7'}
   assert second == {'x/ocdbt.process_1/d/b', 'x/meta/process_1'}
   (tmp_path / 'x/meta/process_1').write_text('?')
   with pytest.raises(manifest.Damaged, match='process_1'):

@@ -1,6 +1,7 @@
 """Every command ends well; configs are found, and changed only as they can."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -104,6 +105,19 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
   assert (out.stdout, out.stderr) == (b'0\n', b'')
 
 
+def test_a_reader_that_has_left_before_is_no_error_either():
+  code = (
+    'from imagen_jax.cli.errors import run; import sys; '
+    'sys.exit(run(lambda argv: print("x"), []))'
+  )
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, '-c', code]
+  out = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+  os.close(write)
+  assert (out.returncode, out.stderr) == (1, b'')
+
+
 def parser():
   parser = Parser(prog='sample.py')
   parser.add_argument('--prompt')
@@ -204,6 +218,7 @@ def test_a_config_that_is_not_there_or_does_not_run(here, name, words):
     ('path=/data/a=b', 'path', '/data/a=b'),
     ('path=3', 'path', 3),
     ('net.options.b2=0.99', 'net.options.b2', 0.99),
+    ('net.options.fused=true', 'net.options.fused', True),
     ('net.options.fused=False', 'net.options.fused', False),
   ],
 )
@@ -219,6 +234,7 @@ def test_a_value_is_read_as_the_type_it_replaces(here, override, key, value):
   [
     ('train.num_stpes=3', "'train.num_stpes'; did you mean train.num_steps"),
     ('num_steps=3', 'did you mean train.num_steps'),
+    ('clip=3', 'did you mean train.clip'),
     ('trian.num_steps=3', 'did you mean train.num_steps'),
     ('seed.x=3', "no key 'seed.x'"),
     ('train=3', 'is a section; set one of its keys: train.clip, tr'),

@@ -1,5 +1,6 @@
 """Mesh sizes, the rule that places a state, batches on the mesh."""
 
+import os
 import subprocess
 import sys
 
@@ -111,16 +112,10 @@ def test_constrain_batch_splits_under_a_mesh_and_is_nothing_without():
     assert f()['x'].sharding.spec == PartitionSpec(('data', 'fsdp'))
 
 
-def test_set_cpu_devices_after_the_start_changes_nothing():
-  jax.devices()
-  sharding.set_cpu_devices(3)
-  assert len(jax.devices()) == 8
-
-
 def cpu_devices(call, **environment):
   code = (
     'import jax; from imagen_jax import sharding; '
-    f'sharding.{call}; print(len(jax.devices()))'
+    f'{call}; print(len(jax.devices()))'
   )
   env = {'PATH': '', 'JAX_PLATFORMS': 'cpu', **environment}
   out = subprocess.run(
@@ -130,18 +125,24 @@ def cpu_devices(call, **environment):
 
 
 def test_set_cpu_devices_splits_the_cpu_before_the_start():
-  assert cpu_devices('set_cpu_devices(3)') == 3
+  assert cpu_devices('sharding.set_cpu_devices(3)') == 3
+
+
+def test_set_cpu_devices_after_the_start_changes_nothing():
+  late = 'jax.devices(); sharding.set_cpu_devices(3)'
+  assert cpu_devices(late) == 1
 
 
 @pytest.mark.slow
 def test_set_cpu_devices_leaves_a_number_that_the_user_chose():
   flag = '--xla_force_host_platform_device_count=5'
-  assert cpu_devices('set_cpu_devices(3)', XLA_FLAGS=flag) == 5
-  assert cpu_devices('set_cpu_devices(3)', JAX_NUM_CPU_DEVICES='4') == 4
+  assert cpu_devices('sharding.set_cpu_devices(3)', XLA_FLAGS=flag) == 5
+  assert (
+    cpu_devices('sharding.set_cpu_devices(3)', JAX_NUM_CPU_DEVICES='4') == 4
+  )
 
 
 @pytest.mark.slow
 def test_set_cpu_devices_gives_one_per_usable_core():
-  code = 'set_cpu_devices(); import os; assert len(os.sched_getaffinity(0))'
-  expected = len(__import__('os').sched_getaffinity(0))
-  assert cpu_devices(code) == expected
+  cores = len(os.sched_getaffinity(0))
+  assert cpu_devices('sharding.set_cpu_devices()') == cores

@@ -35,7 +35,9 @@ def run(main, argv=None):
   """
   argv = sys.argv[1:] if argv is None else list(argv)
   try:
-    return main(argv) or 0
+    code = main(argv) or 0
+    sys.stdout.flush()  # a reader that has left shows here, not at exit
+    return code
   except SystemExit as stop:  # argparse after --help
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
   except KeyboardInterrupt:

@@ -1,9 +1,9 @@
 """What a caption of the shapes world means, and how a person would type it.
 
 A `Meaning` is the checkable content of a caption: groups of things, relations
-between them, a background. `write` phrases a meaning as a person might, and
-`read` recovers the meaning from any such sentence, so a typed prompt can be
-judged as well as a generated one. Nothing here knows what a shape looks like.
+between them, a background. `write` phrases a meaning as a person might;
+`prompts.understand` is the way back. Nothing here knows what a shape looks
+like, and the judge may import it.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class Group:
   """`count` (1 to 5) things alike; None for what the caption leaves open."""
 
   shape: str
-  colour: str
+  colour: str | None
   count: int = 1
   size: str | None = None
   fill: str | None = None
@@ -102,7 +102,8 @@ def _say(rng, word, usual=0.7):
   return pick(rng, ways[1:])
 
 
-def _plural(noun):
+def plural(noun):
+  """'star' -> 'stars', 'cross' -> 'crosses'."""
   return noun + ('es' if noun.endswith('s') else 's')
 
 
@@ -119,7 +120,7 @@ def _phrase(rng, group, article=True):
     words.insert(len(words) - first, _say(rng, group.fill))
   noun = _say(rng, group.shape, usual=0.85)
   if group.count > 1:
-    noun = _plural(noun)
+    noun = plural(noun)
     spelled = rng.random() < 0.85
     words.insert(0, NUMBERS[group.count - 1] if spelled else str(group.count))
   elif article:
@@ -184,7 +185,7 @@ def vocabulary():
     for way in SAID.get(word, (word,)):
       found.update(way.split())
       if word in SHAPES:
-        found.add(_plural(way))
+        found.add(plural(way))
   for number, word in enumerate(NUMBERS, 1):
     found.update((word, str(number)))
   found.update(WITH.values(), *(words(opening) for opening in OPENINGS))
@@ -198,7 +199,7 @@ def describe():
     return ', '.join(items[:-1]) + ' or ' + items[-1]
 
   return (
-    f'It draws one to five {listed([_plural(s) for s in SHAPES])}, in '
+    f'It draws one to five {listed([plural(s) for s in SHAPES])}, in '
     f'{listed(COLOURS)}, {listed(SIZES)}, {listed(FILLS)}, '
     f'{listed(RELATIONS)} one another, on a {listed(BACKGROUNDS)} background.'
   )

@@ -194,6 +194,24 @@ def batches(scenes, tokenizer, first_sentinel, config, *, seed):
     yield ids, ids != PAD, visible, target
 
 
+def directions(encoder, strength=2.0):
+  """A start for T5's distance bias: heads that look one way, [buckets, heads].
+
+  Who is left of whom is a question of order, and a T5 sees order through this
+  bias alone. From its usual start near zero a small encoder learns words in
+  minutes and order hardly at all; heads that look back, ahead, near back and
+  near ahead from the beginning learn both.
+  """
+  half = encoder.num_buckets // 2
+  bias = np.empty((encoder.num_buckets, encoder.num_heads), np.float32)
+  for head in range(encoder.num_heads):
+    sign = 1 if head % 2 else -1
+    near = 0.5 * (head // 2 % 2) * np.arange(half)
+    bias[:half, head] = -sign * strength - near  # keys before the query
+    bias[half:, head] = sign * strength - near
+  return bias
+
+
 class Decoder(nn.Module):
   """A small Transformer decoder, used in pretraining alone."""
 
@@ -267,8 +285,9 @@ def pretrain(config, workdir):
   began = time.perf_counter()
 
   scenes = [
-    shapes.scene(config.data.seed, 'train', i)
-    for i in range(config.data.num_scenes)
+    shapes.scene(config.data.seed, 'train', i, category=category)
+    for category, number in config.data.num_scenes.items()
+    for i in range(number)
   ]
   vocabulary = train_vocabulary([s.caption for s in scenes])
   (workdir / VOCABULARY).write_bytes(vocabulary)
@@ -295,6 +314,7 @@ def pretrain(config, workdir):
     }
 
   params = jax.jit(init)(jax.random.key(config.seed))
+  params['encoder']['distance_bias'] += directions(encoder)
   untrained = params['encoder']
   train = config.train
   tx = optax.chain(

@@ -1,0 +1,94 @@
+"""The judge's own idea of each colour and fill, as numbers on pixels."""
+
+import numpy as np
+
+
+def _hue_name(hue):
+  for limit, name in (
+    (14, 'red'),
+    (39, 'orange'),
+    (72, 'yellow'),
+    (180, 'green'),
+    (250, 'blue'),
+    (304, 'purple'),
+    (346, 'pink'),
+  ):
+    if hue < limit:
+      return name
+  return 'red'
+
+
+def _hsv(rgb):
+  """(hue in degrees, saturation, value) of one colour in [0, 1]³."""
+  r, g, b = rgb
+  high, low = max(r, g, b), min(r, g, b)
+  chroma = high - low
+  if chroma < 1e-6:
+    return 0.0, 0.0, high
+  if high == r:
+    hue = ((g - b) / chroma) % 6
+  elif high == g:
+    hue = (b - r) / chroma + 2
+  else:
+    hue = (r - g) / chroma + 4
+  return 60 * hue, chroma / high, high
+
+
+def colour_name(pixels):
+  """Names the colour of a thing from its pixels [N, 3] in [0, 1].
+
+  A thing may have two tones of one colour, in stripes too fine to separate,
+  so it is the mean that is named.
+  """
+  mean = pixels.mean(0)
+  hue, saturation, value = _hsv(mean)
+  if saturation < 0.22 or mean.max() - mean.min() < 0.08:
+    if value < 0.325:
+      return 'black'
+    return 'white' if value > 0.7 else 'grey'
+  name = _hue_name(hue)
+  if name == 'red' and saturation < 0.5 and value > 0.6:
+    return 'pink'
+  if name == 'orange' and value < 0.5:
+    return 'unknown'  # brown
+  return name
+
+
+def background_name(rgb):
+  """Names a background; a faint tint counts, as pale colours are usual."""
+  hue, saturation, value = _hsv(rgb)
+  if value < 0.2:
+    return 'black'
+  if saturation < 0.09:
+    return 'white' if value > 0.92 else 'grey'
+  return _hue_name(hue)
+
+
+def fill_name(pixels, core):
+  """Names the fill of a thing from its pixels [H, W, 3], inside `core`.
+
+  The edges between two tones run one way in stripes, two ways crosswise in
+  checks, and every way around dots; and dots are the rarer tone of their
+  thing, while checks share it evenly.
+  """
+  if core.sum() < 64:
+    return 'plain'
+  inside = pixels[core] - pixels[core].mean(0)
+  axis = np.linalg.svd(inside.T @ inside)[0][:, 0]
+  seen = inside @ axis
+  low, high = np.percentile(seen, (15, 85))
+  if high - low < 0.13:
+    return 'plain'
+  dy, dx = np.gradient(pixels @ axis)
+  edge = (dx + 1j * dy)[core]
+  edge = edge[np.abs(edge) > 0.3 * np.abs(edge).max()]
+  power = np.abs(edge) ** 2
+  # Share of the power in edges along one direction, and along two crosswise.
+  one, crosswise = (
+    np.abs((power * (edge / np.abs(edge)) ** n).sum()) / power.sum()
+    for n in (2, 4)
+  )
+  if one > 0.45:
+    return 'striped'
+  skew = np.abs((seen**3).mean()) / (seen**2).mean() ** 1.5
+  return 'dotted' if skew > crosswise else 'checkered'

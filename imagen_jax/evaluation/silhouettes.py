@@ -1,0 +1,126 @@
+"""The judge's own idea of each shape: silhouettes, compared by overlap.
+
+Every shape has a few silhouettes, wide and narrow, made from formulas of this
+file. A thing's mask is moved to their centroid and scaled to their area, and
+takes the name of the one with the largest soft intersection over union.
+"""
+
+import functools
+
+import numpy as np
+
+from imagen_jax.evaluation.regions import box_mean
+
+MATCH = 0.78  # least overlap with a silhouette that names a shape
+GRID, REACH = 32, 1.05  # samples, and their reach in units of sqrt(area)
+
+
+def _polygon(x, y, corners):
+  """Even-odd test of points against a polygon."""
+  inside = np.zeros(x.shape, bool)
+  for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+    if ay == by:
+      continue
+    crosses = (ay > y) != (by > y)
+    inside ^= crosses & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+  return inside
+
+
+def _lobes(x, y, spread, tip, bulge):
+  """Two discs side by side that both shrink to one point below."""
+  inside = np.zeros(x.shape, bool)
+  for s in np.linspace(0, 1, 24):
+    radius, middle = 0.5 * (1 - s**bulge), spread * (1 - s)
+    inside |= np.hypot(abs(x) - middle, y - s * tip) <= radius
+  return inside
+
+
+def _silhouettes():
+  """(name, test of points) of every silhouette, y downwards, of any scale."""
+  yield 'circle', lambda x, y: np.hypot(x, y) < 0.8
+  for aspect in (0.85, 1, 1.18):
+    yield (
+      'square',
+      lambda x, y, a=aspect: np.maximum(abs(x) * a, abs(y)) < 0.7,
+    )
+  for height in (1.3, 1.5, 1.7):
+    corners = [(0, -height / 2), (0.85, height / 2), (-0.85, height / 2)]
+    yield 'triangle', functools.partial(_polygon, corners=corners)
+  for notch in (0.38, 0.46, 0.55):
+    turns = np.pi * np.arange(10) / 5
+    radii = np.where(np.arange(10) % 2, notch, 1) * 0.95
+    corners = list(zip(radii * np.sin(turns), -radii * np.cos(turns)))
+    yield 'star', functools.partial(_polygon, corners=corners)
+  for bulge, spread, tip in ((1, 0.35, 1.1), (2, 0.35, 1), (2, 0.45, 1.1)):
+    yield (
+      'heart',
+      functools.partial(_lobes, spread=spread, tip=tip, bulge=bulge),
+    )
+  for bite, shift in ((0.75, 0.45), (0.7, 0.55), (0.8, 0.6)):
+    for turn in np.radians((0, 30, -30, 180)):
+      yield (
+        'moon',
+        lambda x, y, b=bite, s=shift, t=turn: (
+          (np.hypot(x, y) < 0.85)
+          & (np.hypot(x - s * np.cos(t), y - s * np.sin(t)) > b)
+        ),
+      )
+  for arm in (0.2, 0.27, 0.34):
+    yield (
+      'cross',
+      lambda x, y, a=arm: (
+        (np.minimum(abs(x), abs(y)) < a) & (np.maximum(abs(x), abs(y)) < 0.8)
+      ),
+    )
+  for width in (0.55, 0.72, 0.95):
+    yield 'diamond', lambda x, y, w=width: abs(x) / w + abs(y) < 0.95
+
+
+def _normalised(weight, x, y):
+  """Centroid and sqrt(area) of weights at places: where and how large."""
+  total = weight.sum()
+  cx, cy = (weight * x).sum() / total, (weight * y).sum() / total
+  return cx, cy, np.sqrt(total)
+
+
+@functools.cache
+def _templates():
+  """Names, and silhouettes [n, GRID²] about their centroids at equal area."""
+  fine = np.linspace(-1, 1, 201)
+  x, y = np.meshgrid(fine, fine)
+  steps = (np.arange(GRID * 3) + 0.5) / (GRID * 3) * 2 - 1
+  names, masks = [], []
+  for name, test in _silhouettes():
+    cx, cy, side = _normalised(test(x, y).astype(float), x, y)
+    side *= fine[1] - fine[0]
+    sx, sy = np.meshgrid(cx + REACH * side * steps, cy + REACH * side * steps)
+    names.append(name)
+    masks.append(box_mean(test(sx, sy).astype(np.float32), 3).ravel())
+  return names, np.array(masks)
+
+
+def _sample(values, x, y):
+  """Bilinear samples of a 2-d array at pixel places; 0 outside."""
+  values = np.pad(values, 1)
+  x = np.clip(x + 1, 0, values.shape[1] - 1.001)
+  y = np.clip(y + 1, 0, values.shape[0] - 1.001)
+  i, j = y.astype(int), x.astype(int)
+  u, v = x - j, y - i
+  return (1 - v) * ((1 - u) * values[i, j] + u * values[i, j + 1]) + v * (
+    (1 - u) * values[i + 1, j] + u * values[i + 1, j + 1]
+  )
+
+
+def shape_name(mask):
+  """(shape, overlap) of the silhouette nearest to a soft mask [H, W]."""
+  y, x = np.indices(mask.shape)
+  cx, cy, side = _normalised(mask, x, y)
+  steps = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * side
+  sx, sy = np.meshgrid(cx + steps, cy + steps)
+  # The edges of a small picture are a pixel wide: sharpen them about their
+  # middle, where the outline is.
+  seen = np.clip(3 * _sample(mask, sx, sy).ravel() - 1, 0, 1)
+  names, masks = _templates()
+  overlap = np.minimum(masks, seen).sum(1) / np.maximum(masks, seen).sum(1)
+  best = int(overlap.argmax())
+  return (names[best] if overlap[best] >= MATCH else 'unknown'), overlap[best]

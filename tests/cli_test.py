@@ -1,0 +1,308 @@
+"""The commands as people call them: files, records, one-sentence errors."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import pictures
+from imagen_jax.cli import export, sample, train
+from tests import tiny_model
+
+PROMPT = 'a red circle above a blue square'
+
+
+def run(main, *argv):
+  return main([str(word) for word in argv])
+
+
+@pytest.fixture(scope='module')
+def drawn(model, tmp_path_factory):
+  out = tmp_path_factory.mktemp('out')
+  assert run(
+    sample.main, '--prompt', PROMPT, '--model', model, '--out', out
+  ) == 0
+  return out
+
+
+def test_sample_writes_a_picture_and_a_grid(drawn):
+  names = sorted(path.name for path in drawn.iterdir())
+  assert names == [f'000_{PROMPT.replace(" ", "-")}.png', 'grid_000.png']
+  assert Image.open(drawn / 'grid_000.png').width >= 256
+
+
+def test_a_picture_records_how_it_was_made(drawn, model):
+  record = pictures.read_metadata(next(drawn.glob('000*')))
+  assert record['prompt'] == PROMPT and record['seed'] == 0
+  assert record['stages']['base']['steps'] == 3
+  assert record['stages']['sr1']['aug_level'] == 0.1
+  keys = 'index batch_size devices dtype jax model_digest version'.split()
+  assert set(keys) <= record.keys()
+
+
+def test_a_picture_can_be_drawn_once_more_from_itself(model, tmp_path):
+  args = ['--model', model, '--out', tmp_path, '--num_images', 3, '--seed', 9]
+  run(sample.main, '--prompt', PROMPT, *args, '--steps', '4,1')
+  third = next(tmp_path.glob('002*'))
+  assert run(sample.main, '--from_image', third, '--out', tmp_path) == 0
+  again = next(tmp_path.glob('003*'))
+  np.testing.assert_array_equal(Image.open(third), Image.open(again))
+
+
+def test_nothing_is_overwritten(drawn, model, tmp_path):
+  out = shutil.copytree(drawn, tmp_path / 'out')
+  before = {p.name: p.read_bytes() for p in out.iterdir()}
+  run(sample.main, '--prompt', PROMPT, '--model', model, '--out', out)
+  after = {p.name: p.read_bytes() for p in out.iterdir()}
+  assert before.items() <= after.items() and len(after) == 4
+
+
+def test_prompts_from_a_file_and_stages_by_name(model, tmp_path):
+  file = tmp_path / 'prompts.txt'
+  file.write_text('a red star\n\na blue heart\n')
+  args = ['--model', model, '--out', tmp_path, '--stages', 'base']
+  assert run(sample.main, '--prompts', file, *args) == 0
+  images = sorted(tmp_path.glob('00*.png'))
+  assert [image.name for image in images] == [
+    '000_a-red-star.png',
+    '001_a-blue-heart.png',
+  ]
+  assert Image.open(images[0]).size == (8, 8)
+
+
+def test_a_later_stage_enlarges_ones_own_picture(model, tmp_path):
+  Image.new('RGB', (40, 30), 'orange').save(tmp_path / 'mine.png')
+  args = ['--model', model, '--out', tmp_path, '--stages', 'sr1']
+  assert (
+    run(
+      sample.main,
+      '--prompt',
+      PROMPT,
+      '--low_res',
+      tmp_path / 'mine.png',
+      *args,
+    )
+    == 0
+  )
+  assert Image.open(next(tmp_path.glob('000*'))).size == (16, 16)
+
+
+def test_notes_on_long_empty_and_unknown_prompts(model, tmp_path, capsys):
+  file = tmp_path / 'prompts.txt'
+  file.write_text(f'{PROMPT} and {PROMPT} and {PROMPT}\na zebra\n')
+  args = ['--model', model, '--out', tmp_path, '--stages', 'base']
+  run(sample.main, '--prompts', file, *args)
+  run(sample.main, '--prompt', '', *args)
+  notes = capsys.readouterr().err
+  assert re.search(r'its last \d+ tokens were cut, 12 remain', notes)
+  assert 'never learned zebra. It draws' in notes
+  assert 'unconditional' in notes
+  assert notes.count('zebra') == 1
+
+
+def break_weights(model):
+  path = model / 'sr1' / 'weights.safetensors'
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+
+
+def unchain(model):
+  path = model / 'sr1' / 'stage.json'
+  record = json.loads(path.read_text())
+  record['config']['stage']['low_resolution'] = 4
+  record['low_resolution'] = 4
+  path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+  'breaking,argv,code,words',
+  [
+    (None, [], 2, '--prompt "a red circle'),
+    (None, ['--prompt', 'x', '--steps', '0'], 2, 'steps is 0'),
+    (None, ['--prompt', 'x', '--steps', 'many'], 2, 'whole numbers'),
+    (None, ['--prompt', 'x', '--steps', '1,2,3'], 2, '3 values for 2'),
+    (None, ['--promt', 'x'], 2, 'did you mean --prompt'),
+    (None, ['--prompt', 'x', '--stages', 'base,sr9'], 2, "no stage 'sr9'"),
+    (None, ['--prompt', 'x', '--dtype', 'int4'], 2, "'int4'"),
+    (None, ['--prompt', 'x', '--num_images', '0'], 2, 'at least 1'),
+    (None, ['--prompt', 'x', '--batch_size', '0'], 2, 'at least 1'),
+    (None, ['--prompt', 'x', '--seed', '-3'], 2, 'seed is -3'),
+    (None, ['--prompt', 'x', '--low_res', 'a.png'], 2, 'from text alone'),
+    (None, ['--prompts', 'nowhere.txt'], 3, 'nowhere.txt'),
+    (None, ['--from_image', 'nowhere.png'], 3, 'nowhere.png'),
+    (
+      lambda m: shutil.rmtree(m),
+      ['--prompt', 'x'],
+      4,
+      'there is no model folder',
+    ),
+    (
+      lambda m: (m / 'sr1' / 'weights.safetensors').unlink(),
+      ['--prompt', 'x'],
+      4,
+      'weights.safetensors',
+    ),
+    (
+      lambda m: shutil.rmtree(m / 'text'),
+      ['--prompt', 'x'],
+      4,
+      'text encoder',
+    ),
+    (break_weights, ['--prompt', 'x'], 4, 'is damaged'),
+    (unchain, ['--prompt', 'x'], 4, 'do not follow'),
+  ],
+)
+def test_a_users_mistake_is_one_sentence(
+  model, tmp_path, capsys, breaking, argv, code, words
+):
+  if breaking is not None:
+    model = shutil.copytree(model, tmp_path / 'm')
+    # The copy's own encoder is the only one it may use.
+    for name in ('base', 'sr1'):
+      path = model / name / 'stage.json'
+      record = json.loads(path.read_text())
+      record['config']['text']['path'] = ''
+      path.write_text(json.dumps(record))
+    breaking(model)
+  out = tmp_path / 'out'
+  assert run(sample.main, *argv, '--model', model, '--out', out) == code
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and words in error
+  assert not out.exists() or not list(out.iterdir())
+
+
+def test_sampling_needs_a_picture_of_ours_to_repeat(model, tmp_path, capsys):
+  Image.new('RGB', (8, 8)).save(tmp_path / 'x.png')
+  assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
+  assert 'no record' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def workdir(model, tmp_path_factory):
+  """A workdir that train.py made, with its config file."""
+  folder = tmp_path_factory.mktemp('train')
+  text = repr(tiny_model.config().to_dict())
+  (folder / 'tiny.py').write_text(
+    'from ml_collections import ConfigDict\n'
+    f'def get_config():\n  return ConfigDict({text})\n'
+  )
+  assert run(train.main, *train_args(folder, model)) == 0
+  return folder
+
+
+def train_args(folder, model, *more, workdir='base'):
+  return [
+    '--config',
+    folder / 'tiny.py',
+    '--workdir',
+    folder / workdir,
+    f'--config.text.path={model / "text"}',
+    '--config.train.num_steps',
+    '2',
+    *more,
+  ]
+
+
+@pytest.mark.parametrize(
+  'more,code,words',
+  [
+    (['--config.train.num_step=3'], 2, 'did you mean train.num_steps'),
+    (['--config.train.batch_size=many'], 2, 'a whole number'),
+    (['--config.train.batch_size=9'], 2, 'multiple of 8'),
+    (['--config.seed=5'], 2, 'seed was 0 and is now 5'),
+    (['--config.data.kind=tfd'], 2, "'tfd'"),
+    (['--config.text.path=/nowhere'], 4, '/nowhere'),
+    (['--config.mesh.data=3', '--config.mesh.fsdp=3'], 2, 'needs 9 devices'),
+    (['--config.stage.net.kind=dit'], 2, "'dit'"),
+  ],
+)
+def test_a_mistake_in_training_is_one_sentence(
+  workdir, model, capsys, more, code, words
+):
+  before = sorted(p.name for p in (workdir / 'base').rglob('*'))
+  assert run(train.main, *train_args(workdir, model, *more)) == code
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and words in error
+  assert sorted(p.name for p in (workdir / 'base').rglob('*')) == before
+
+
+def test_export_makes_a_model_folder_that_draws(workdir, model, tmp_path):
+  out = tmp_path / 'mine' / 'base'
+  assert run(export.main, '--workdir', workdir / 'base', '--out', out) == 0
+  record = json.loads((out / 'stage.json').read_text())
+  assert record['provenance']['steps'] == 2
+  assert record['weights']['dtype'] == 'bfloat16'
+  args = ['--model', tmp_path / 'mine', '--out', tmp_path / 'out']
+  assert run(sample.main, '--prompt', PROMPT, *args) == 0
+  assert run(export.main, '--workdir', workdir / 'base', '--out', out) == 2
+
+
+def test_help_and_import_do_not_start_jax():
+  code = (
+    'import sys, imagen_jax, imagen_jax.cli.sample as s\n'
+    'assert s.main(["--help"]) == 0\n'
+    'assert "jax" not in sys.modules, "jax"\n'
+    'assert "transformers" not in sys.modules'
+  )
+  subprocess.run(
+    [sys.executable, '-c', code], check=True, capture_output=True, timeout=60
+  )
+
+
+@pytest.mark.slow
+def test_sampling_opens_no_connection(model, tmp_path):
+  """Any socket but a loopback one raises, in a process of its own."""
+  code = (
+    'import socket, sys\n'
+    'connect = socket.socket.connect\n'
+    'def guarded(self, address):\n'
+    '  if self.family in (socket.AF_INET, socket.AF_INET6) and not str('
+    'address[0]).startswith(("127.", "::1", "localhost")):\n'
+    '    raise AssertionError(f"connection to {address}")\n'
+    '  return connect(self, address)\n'
+    'def lookup(*args, **kw):\n'
+    '  raise AssertionError(f"name look-up of {args}")\n'
+    'socket.socket.connect = guarded\n'
+    'socket.getaddrinfo = lookup\n'
+    'from imagen_jax.cli import sample\n'
+    'sys.exit(sample.main(sys.argv[1:]))'
+  )
+  args = ['--prompt', PROMPT, '--model', str(model), '--out', str(tmp_path)]
+  subprocess.run([sys.executable, '-c', code, *args], check=True, timeout=300)
+  assert list(pathlib.Path(tmp_path).glob('*.png'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('signal_name,code', [('SIGTERM', 143), ('SIGINT', 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+  model, tmp_path, signal_name, code
+):
+  import signal
+  import time
+
+  text = repr(tiny_model.config().to_dict())
+  (tmp_path / 'tiny.py').write_text(
+    'from ml_collections import ConfigDict\n'
+    f'def get_config():\n  return ConfigDict({text})\n'
+  )
+  args = train_args(tmp_path, model, '--config.train.checkpoint_every=9999')
+  args[args.index('2')] = '100000'
+  command = [sys.executable, '-m', 'imagen_jax.cli.train', *map(str, args)]
+  process = subprocess.Popen(command)
+  metrics = tmp_path / 'base' / 'metrics.jsonl'
+  while not metrics.exists() or metrics.read_text().count('\n') < 5:
+    assert process.poll() is None
+    time.sleep(0.2)
+  process.send_signal(getattr(signal, signal_name))
+  assert process.wait(timeout=60) == code
+  saved = int(next((tmp_path / 'base' / 'checkpoints').iterdir()).name)
+  assert saved >= 5
+  args[args.index('100000')] = str(saved + 2)
+  assert run(train.main, *args) == 0

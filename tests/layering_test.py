@@ -1,0 +1,99 @@
+"""The arrows of the design, and one door for each heavy library."""
+
+import ast
+import pathlib
+
+import imagen_jax
+
+ROOT = pathlib.Path(imagen_jax.__file__).parent
+
+# Who may import what of ours; a folder stands for everything in it.
+BELOW = {
+  'errors': set(),
+  'diffusion': set(),
+  'nets': set(),
+  'dtypes': {'errors'},
+  'sharding': {'errors'},
+  'manifest': {'errors'},
+  'checkpoint': {'errors', 'manifest'},
+  'model_folder': {'errors', 'checkpoint'},
+  'text': {'errors', 'nets', 'data', 'model_folder'},
+  'data': {'errors'},
+  'pictures': {'errors', 'data'},
+  'stage': {'errors', 'diffusion', 'nets'},
+  'cascade': {
+    'errors',
+    'diffusion',
+    'dtypes',
+    'model_folder',
+    'sharding',
+    'stage',
+    'text',
+  },
+  'training': {
+    'errors',
+    'checkpoint',
+    'data',
+    'dtypes',
+    'model_folder',
+    'pictures',
+    'sharding',
+    'stage',
+    'text',
+  },
+  'evaluation': {'errors', 'data', 'cascade', 'pictures'},
+}
+DOORS = {
+  'orbax': {'checkpoint.py'},
+  'safetensors': {'model_folder.py', 'text/'},
+  'transformers': {'text/'},
+  'sentencepiece': {'text/'},
+  'tensorflow_datasets': {'data/tfds.py'},
+  'grain': {'data/'},
+  'optax': {'training/', 'text/pretrain.py'},
+}
+
+
+def modules(path):
+  """Every module that a file imports, wherever in the file."""
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+FILES = [path for path in ROOT.rglob('*.py') if path.name != '__init__.py']
+
+
+def test_imports_point_one_way():
+  wrong = []
+  for path in FILES:
+    part = path.relative_to(ROOT).parts[0].removesuffix('.py')
+    if part == 'cli':
+      continue
+    for module in modules(path):
+      names = module.split('.')
+      if names[0] == 'imagen_jax' and len(names) > 1:
+        if names[1] != part and names[1] not in BELOW[part]:
+          wrong.append(f'{path.relative_to(ROOT)} imports {module}')
+  assert not wrong
+
+
+def test_heavy_libraries_have_one_door():
+  wrong = []
+  for path in FILES:
+    here = path.relative_to(ROOT).as_posix()
+    for module in modules(path):
+      doors = DOORS.get(module.split('.')[0])
+      if doors and not any(here.startswith(door) for door in doors):
+        wrong.append(f'{here} imports {module}')
+    if 'NamedSharding' in path.read_text() and here != 'sharding.py':
+      wrong.append(f'{here} says NamedSharding')
+  assert not wrong
+
+
+def test_diffusion_needs_jax_alone():
+  allowed = {'jax', 'math', 'functools', 'hashlib', 'imagen_jax'}
+  for path in (ROOT / 'diffusion').glob('*.py'):
+    assert {m.split('.')[0] for m in modules(path)} <= allowed

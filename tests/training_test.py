@@ -1,0 +1,226 @@
+"""Training: resuming, the guard, the averages, one loss per batch."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import stage as stages
+from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.errors import NumericError, UsageError
+from imagen_jax.text.encoder import load_text_encoder
+from imagen_jax.training import loop
+from imagen_jax.training.state import (
+  ema_decay,
+  init_state,
+  learning_rate,
+  optimizer,
+)
+from imagen_jax.training.step import train_step
+from imagen_jax.training.workdir import differences
+from tests import tiny_model
+
+
+@pytest.fixture(scope='module')
+def run(model, tmp_path_factory):
+  """A finished run of six steps, and its config."""
+  config = tiny_model.config()
+  config.text.path = str(model / 'text')
+  workdir = tmp_path_factory.mktemp('run') / 'base'
+  assert loop.train(config, workdir) == 6
+  return config, workdir
+
+
+def final_state(workdir):
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    return checkpoints.restore_subtree('params')[0], checkpoints.latest_step()
+
+
+def rows(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_a_run_leaves_what_the_contract_says(run):
+  _, workdir = run
+  assert [row['step'] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6]
+  assert {'step', 'loss', 'images_per_sec'} <= rows(workdir)[0].keys()
+  assert json.loads((workdir / 'config.json').read_text())['format_version']
+  assert (workdir / 'samples' / 'step_0000006.png').exists()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(run, tmp_path):
+  config, workdir = run
+  calls = iter([False, False, False, True])
+  loop.train(config, tmp_path / 'w', should_stop=lambda: next(calls))
+  assert final_state(tmp_path / 'w')[1] == 4
+  assert loop.train(config, tmp_path / 'w') == 6
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(tmp_path / 'w')[0],
+    final_state(workdir)[0],
+  )
+  losses = [[row['loss'] for row in rows(w)] for w in (workdir, tmp_path / 'w')]
+  assert losses[0] == losses[1]
+
+
+def test_a_finished_run_stays_as_it_is(run):
+  config, workdir = run
+  before = rows(workdir)
+  assert loop.train(config, workdir) == 6
+  assert rows(workdir) == before
+
+
+def test_another_config_is_refused_by_key(run):
+  config, workdir = run
+  other = config.copy_and_resolve_references()
+  other.train.optimizer.learning_rate = 0.5
+  with pytest.raises(UsageError, match='learning_rate was 0.001'):
+    loop.train(other, workdir)
+
+
+def test_cadences_and_length_may_change_unless_a_decay_depends_on_it(run):
+  config, _ = run
+  old = {'config': json.loads(config.to_json())}
+  new = json.loads(json.dumps(old))
+  new['config']['train'].update(num_steps=99, log_every=5)
+  assert differences(old, new) == []
+  for record in (old, new):
+    record['config']['train']['optimizer']['decay'] = True
+  assert len(differences(old, new)) == 1
+
+
+def test_sampling_a_workdir_uses_its_ema(run, model, tmp_path):
+  import imagen_jax
+
+  _, workdir = run
+  shutil.copytree(workdir, tmp_path / 'base')
+  shutil.copytree(model / 'text', tmp_path / 'text')
+  out = imagen_jax.load(tmp_path).sample(['a red circle'])
+  assert out['base'].shape == (1, 8, 8, 3)
+
+
+@pytest.fixture(scope='module')
+def step(model):
+  """(a jitted step, a state, a batch, text parameters)."""
+  encoder = load_text_encoder(model / 'text')
+  made = tiny_model.build(tiny_model.config('sr1'), encoder)
+  tx = optimizer(1e-2)
+  state = init_state(tiny_model.random_params(made), tx)
+  fn = functools.partial(
+    train_step,
+    stage=made,
+    text_module=encoder.module,
+    tx=tx,
+    seed=0,
+    ema_limit=0.9,
+  )
+  ids, mask, _ = encoder.tokenize(['a red circle'] * 4, max_len=12)
+  image = np.full((4, 16, 16, 3), [250, 20, 20], np.uint8)
+  batch = {'image': image, 'ids': ids, 'mask': mask}
+  return jax.jit(fn), state, batch, encoder.params
+
+
+def test_loss_falls_on_one_repeated_batch(step):
+  fn, state, batch, text = step
+  losses = []
+  for _ in range(80):
+    state, metrics = fn(state, batch, text)
+    losses.append(float(metrics['loss']))
+  assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:20])
+
+
+def test_a_step_with_nan_changes_nothing_but_the_counters(step):
+  fn, state, batch, text = step
+  bad = jax.tree.map(lambda x: x * np.nan, text)
+  after, metrics = fn(state, batch, bad)
+  assert (int(after.step), int(after.skipped_in_row)) == (1, 1)
+  assert int(metrics['skipped']) == 1
+  for name in ('params', 'ema_params', 'opt_state'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(after, name),
+      getattr(state, name),
+    )
+  healed, _ = fn(after, batch, text)
+  assert (int(healed.skipped), int(healed.skipped_in_row)) == (1, 0)
+
+
+def test_many_bad_steps_in_a_row_end_the_run(step):
+  _, state, *_ = step
+  state = state.replace(skipped_in_row=jnp.asarray(3))
+  loop._check_finite(state, 7, 4)
+  with pytest.raises(NumericError, match='last 3 steps up to step 7'):
+    loop._check_finite(state, 7, 3)
+
+
+def test_ema_warms_up():
+  assert float(ema_decay(jnp.asarray(0), 0.999)) == pytest.approx(0.1)
+  assert float(ema_decay(jnp.asarray(90), 0.999)) == pytest.approx(0.91)
+  assert float(ema_decay(jnp.asarray(10**6), 0.999)) == pytest.approx(0.999)
+
+
+def test_learning_rate_ends_at_zero_not_at_the_papers_misprint():
+  rate = learning_rate(peak=1e-4, warmup=100, decay_steps=1000)
+  assert float(rate(100)) == pytest.approx(1e-4)
+  assert float(rate(1000)) == pytest.approx(0, abs=1e-9)
+  held = learning_rate(peak=1e-4, warmup=100)
+  assert float(held(10**6)) == pytest.approx(1e-4)
+  trial = learning_rate(peak=1e-4, warmup=100, decay_steps=20)
+  assert float(trial(2)) == pytest.approx(1e-4)
+
+
+def test_adafactor_moves_zero_layers_without_parameter_scale():
+  zero = {'w': jnp.zeros((4, 4))}
+  grads = {'w': jnp.ones((4, 4))}
+  moves = []
+  for scale in (True, False):
+    tx = optimizer(
+      1e-2, kind='adafactor', clip=None, multiply_by_parameter_scale=scale
+    )
+    updates, _ = tx.update(grads, tx.init(zero), zero)
+    moves.append(float(jnp.abs(updates['w']).max()))
+  assert moves[0] < 1e-4 and moves[1] > 5e-3
+
+
+def test_crops_of_both_pictures_show_the_same_place(model):
+  encoder = load_text_encoder(model / 'text')
+  config = tiny_model.config('sr1')
+  config.stage.crop = 8
+  made = tiny_model.build(config, encoder)
+  place = np.arange(16.0)
+  x = np.stack(np.broadcast_arrays(place[:, None], place, 0.0), -1)[None]
+  x = np.repeat(x, 6, 0)
+  low = stages.box_downsample(x, 8)
+  key = jax.random.key(0)
+  x_cut, low_cut = stages._crop(made, key, jnp.asarray(x), jnp.asarray(low))
+  assert x_cut.shape == (6, 8, 8, 3) and low_cut.shape == (6, 4, 4, 3)
+  np.testing.assert_allclose(stages.box_downsample(x_cut, 4), low_cut)
+  assert len(np.unique(x_cut[:, 0, 0, 0])) > 1
+
+
+def test_low_resolution_noise_is_added_before_enlarging(model):
+  encoder = load_text_encoder(model / 'text')
+  made = tiny_model.build(tiny_model.config('sr1'), encoder)
+  low = jnp.zeros((1, 8, 8, 3))
+  eps = jax.random.normal(jax.random.key(0), low.shape)
+  out = stages.low_res_input(made, eps, low, jnp.asarray([1.0]))
+  np.testing.assert_allclose(out, stages.enlarge(eps, 2), atol=1e-6)
+  clean = stages.low_res_input(made, eps, low + 0.5, jnp.asarray([0.0]))
+  np.testing.assert_allclose(clean, 0.5, atol=1e-6)
+
+
+def test_training_and_sampling_have_one_null_condition(model):
+  text = jax.random.normal(jax.random.key(0), (2, 5, 4))
+  mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
+  null_text, null_mask = stages.null_where(
+    jnp.asarray([True, True]), text, mask
+  )
+  assert not null_text.any() and not null_mask.any()
+  kept = stages.null_where(jnp.asarray([False, True]), text, mask)
+  np.testing.assert_array_equal(kept[0][0], text[0])
+  np.testing.assert_array_equal(kept[1][0], mask[0])
