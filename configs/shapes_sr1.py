@@ -1,4 +1,4 @@
-r"""The demo's first super-resolution model: 16→64 (Efficient U-Net, F.2 shrunk).
+r"""The demo's first super-resolution model: 16→64 pixels (F.2 shrunk).
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1
 

@@ -7,7 +7,6 @@ time: the text encoder leaves before the base model comes.
 
 import dataclasses
 import functools
-import importlib.resources
 import pathlib
 
 import jax
@@ -20,13 +19,6 @@ from imagen_jax.diffusion.samplers import picture_key
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.text.encoder import load_text_encoder
-
-
-def demo_path():
-  """The folder of the model that comes with the package."""
-  return pathlib.Path(
-    str(importlib.resources.files('imagen_jax') / 'assets' / 'demo')
-  )
 
 
 def load(path=None, *, dtype='auto', stages=None):
@@ -46,7 +38,7 @@ def load(path=None, *, dtype='auto', stages=None):
       not follow one another.
     UsageError: a name in `stages` is unknown.
   """
-  path = demo_path() if path is None else pathlib.Path(path)
+  path = model_folder.demo_path() if path is None else pathlib.Path(path)
   records = model_folder.find_stages(path, stages)
   return Cascade(path, records, resolve_dtype(dtype))
 
@@ -212,11 +204,11 @@ class Cascade:
     if not 0 <= seed < 2**32:
       raise UsageError(f'seed is {seed}; it lies in 0 … 2³² − 1.')
     indices = list(range(num_images)) if indices is None else list(indices)
-    rows = [
-      (p, i) for p in range(len(embedding.prompts)) for i in indices
-    ]
+    rows = [(p, i) for p in range(len(embedding.prompts)) for i in indices]
     if not rows:
-      raise UsageError('there is nothing to draw: give a prompt, and num_images ≥ 1.')
+      raise UsageError(
+        'there is nothing to draw: give a prompt, and num_images ≥ 1.'
+      )
     low = self._first_input(low_res, len(rows))
     mesh = _sampling_mesh()
     batch = batch_size or min(4, len(rows))
@@ -224,7 +216,15 @@ class Cascade:
     results = {}
     for stage, record, setting in zip(self.stages, self._records, settings):
       low = self._run_stage(
-        stage, record, setting, embedding, rows, low, seed, batch, mesh,
+        stage,
+        record,
+        setting,
+        embedding,
+        rows,
+        low,
+        seed,
+        batch,
+        mesh,
         callback,
       )
       results[stage.name] = stages.to_uint8(low)
@@ -250,7 +250,16 @@ class Cascade:
     return low
 
   def _run_stage(
-    self, stage, record, setting, embedding, rows, low, seed, batch, mesh,
+    self,
+    stage,
+    record,
+    setting,
+    embedding,
+    rows,
+    low,
+    seed,
+    batch,
+    mesh,
     callback,
   ):
     """One stage for every row, `batch` rows at a time, the last one padded."""
@@ -319,9 +328,7 @@ def _stack_keys(stage, seed, pictures):
     [
       np.asarray(
         jax.random.key_data(
-          jax.random.fold_in(
-            picture_key(seed, prompt, i), stage.resolution
-          )
+          jax.random.fold_in(picture_key(seed, prompt, i), stage.resolution)
         )
       )
       for prompt, i in pictures

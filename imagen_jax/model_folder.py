@@ -270,6 +270,18 @@ def model_digest(records):
   return hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]
 
 
+def demo_path():
+  """The folder of the model that comes with the package."""
+  return pathlib.Path(__file__).parent / 'assets' / 'demo'
+
+
+def text_folder(configured):
+  """A config's `text.path` as a path; 'demo' is the bundled encoder."""
+  if configured == 'demo':
+    return demo_path() / 'text'
+  return pathlib.Path(configured)
+
+
 def text_path(path, record):
   """Where a stage's text encoder lies.
 
@@ -281,7 +293,7 @@ def text_path(path, record):
   """
   configured = record.config.get('text', {}).get('path')
   candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
-  candidates += [pathlib.Path(configured)] if configured else []
+  candidates += [text_folder(configured)] if configured else []
   for candidate in candidates:
     if candidate.is_dir():
       return candidate

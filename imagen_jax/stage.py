@@ -16,10 +16,12 @@ import numpy as np
 
 from imagen_jax.diffusion import (
   guidance,
-  loss as losses,
   process,
   samplers,
   schedule,
+)
+from imagen_jax.diffusion import (
+  loss as losses,
 )
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.nets.efficient_unet import EfficientUNet
@@ -290,9 +292,7 @@ def _crop(stage, key, x, low):
   """The same random square of the picture and of its small version."""
   factor = stage.resolution // stage.low_resolution
   side = stage.crop // factor
-  corners = jax.random.randint(
-    key, (x.shape[0], 2), 0, low.shape[1] - side + 1
-  )
+  corners = jax.random.randint(key, (x.shape[0], 2), 0, low.shape[1] - side + 1)
 
   def cut(image, corner, size):
     start = (corner[0], corner[1], 0)
@@ -326,9 +326,7 @@ def network(stage, params, text, mask, extra=()):
       both = _twice((z, logsnr, text, mask, *extra))
       dropped = jnp.arange(2 * z.shape[0]) >= z.shape[0]
       hidden = null_where(dropped, both[2], both[3])
-      out = stage.net.apply(
-        {'params': params}, *both[:2], *hidden, *both[4:]
-      )
+      out = stage.net.apply({'params': params}, *both[:2], *hidden, *both[4:])
       return out[: z.shape[0]], out[z.shape[0] :]
     dropped = jnp.full((z.shape[0],), branches == 'uncond')
     hidden = null_where(dropped, text, mask)

@@ -25,9 +25,9 @@ def run(main, *argv):
 @pytest.fixture(scope='module')
 def drawn(model, tmp_path_factory):
   out = tmp_path_factory.mktemp('out')
-  assert run(
-    sample.main, '--prompt', PROMPT, '--model', model, '--out', out
-  ) == 0
+  assert (
+    run(sample.main, '--prompt', PROMPT, '--model', model, '--out', out) == 0
+  )
   return out
 
 
@@ -280,7 +280,9 @@ def test_sampling_opens_no_connection(model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('signal_name,code', [('SIGTERM', 143), ('SIGINT', 130)])
+@pytest.mark.parametrize(
+  'signal_name,code', [('SIGTERM', 143), ('SIGINT', 130)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
   model, tmp_path, signal_name, code
 ):

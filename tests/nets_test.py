@@ -70,9 +70,7 @@ def params(name):
 
 @functools.cache
 def apply(name):
-  return jax.jit(
-    functools.partial(NETS[name].apply, {'params': params(name)})
-  )
+  return jax.jit(functools.partial(NETS[name].apply, {'params': params(name)}))
 
 
 @pytest.mark.parametrize('name', NETS)

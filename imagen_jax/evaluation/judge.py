@@ -80,9 +80,14 @@ def judge(image, meaning: Meaning) -> Verdict:
   Returns:
     A `Verdict`. Of all ways to match the things found to the things said, the
     one that satisfies most aspects is taken.
+
+  Raises:
+    ValueError: the meaning has more than six things (all ways are tried).
   """
-  reading = read(image)
   slots = [g for g in meaning.groups for _ in range(g.count)]
+  if len(slots) > 6:
+    raise ValueError(f'{len(slots)} things are too many to judge, 6 at most')
+  reading = read(image)
   first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
   things = reading.things
   aspects = {'count': len(things) == len(slots)}

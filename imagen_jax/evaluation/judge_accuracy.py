@@ -3,17 +3,22 @@
   python -m imagen_jax.evaluation.judge_accuracy [--num 500] [--sizes 64,256]
 
 prints, for every size and category, the share of renders that the judge finds
-right: clean; after a mild blur and noise; and with the captions shuffled,
-where it should be nearly none.
+right: clean; after a mild blur and noise (`degrade`); with the captions
+shuffled, and with one word of the meaning changed (`spoil`), where it should
+be nearly none.
 """
 
 import argparse
+import dataclasses
+import random
 import time
 
 import numpy as np
 
+from imagen_jax.data import captions
 from imagen_jax.data.shapes import CATEGORIES, render, scene
 from imagen_jax.evaluation.judge import judge
+from imagen_jax.evaluation.reading import FILL_SIZE
 
 BLUR, NOISE = 1 / 128, 0.04  # of the picture's side; of the range of a pixel
 
@@ -35,26 +40,69 @@ def degrade(image, rng, *, blur=BLUR, noise=NOISE):
   return np.rint(np.clip(x, 0, 255)).astype(np.uint8)
 
 
-def accuracy(seed, num, size, *, degraded=False, shuffled=False):
+def spoil(meaning, rng, *, fills=True):
+  """The meaning with one word made false: the hardest wrong caption.
+
+  Args:
+    meaning: true of some picture.
+    rng: a `random.Random`.
+    fills: whether a fill may be the word.
+  """
+
+  def other(word, words):
+    return captions.pick(rng, [w for w in words if w != word])
+
+  changes = []
+  for i, group in enumerate(meaning.groups):
+    changes += [
+      (i, 'shape', other(group.shape, captions.SHAPES)),
+      (i, 'colour', other(group.colour, captions.COLOURS)),
+      (i, 'count', group.count + 1 if group.count == 1 else group.count - 1),
+    ]
+    if group.size:
+      changes.append((i, 'size', other(group.size, captions.SIZES)))
+    if group.fill and fills:
+      changes.append((i, 'fill', other(group.fill, captions.FILLS)))
+  for i, (a, word, b) in enumerate(meaning.relations):
+    changes.append((i, 'relation', (a, captions.OPPOSITE[word], b)))
+  if meaning.background:
+    word = other(meaning.background, captions.BACKGROUNDS)
+    changes.append((0, 'background', word))
+  i, field, value = captions.pick(rng, changes)
+  if field == 'background':
+    return dataclasses.replace(meaning, background=value)
+  kind = 'relations' if field == 'relation' else 'groups'
+  items = list(getattr(meaning, kind))
+  if field != 'relation':
+    value = dataclasses.replace(items[i], **{field: value})
+  items[i] = value
+  return dataclasses.replace(meaning, **{kind: tuple(items)})
+
+
+def accuracy(seed, num, size, *, how='clean'):
   """{category: share judged right} over `num` renders of each category.
 
   Args:
     seed: of the scenes and of the noise.
     num: scenes per category.
     size: of the pictures, in pixels.
-    degraded: blur the pictures and add noise first.
-    shuffled: judge each picture by the caption of the next scene.
+    how: 'clean'; 'degraded', with blur and noise; 'shuffled', judged by the
+      caption of the next scene; 'spoiled', judged by a caption with one word
+      changed.
   """
-  rng = np.random.default_rng(seed)
+  noise, words = np.random.default_rng(seed), random.Random(seed)
   result = {}
   for category in CATEGORIES:
     scenes = [scene(seed, 'eval', i, category=category) for i in range(num)]
     right = 0
     for i, s in enumerate(scenes):
-      image = render(s, size)
-      if degraded:
-        image = degrade(image, rng)
-      meaning = scenes[(i + 1) % num].meaning if shuffled else s.meaning
+      image, meaning = render(s, size), s.meaning
+      if how == 'degraded':
+        image = degrade(image, noise)
+      elif how == 'shuffled':
+        meaning = scenes[(i + 1) % num].meaning
+      elif how == 'spoiled':
+        meaning = spoil(meaning, words, fills=size >= FILL_SIZE)
       right += judge(image, meaning).correct
     result[category] = right / num
   return result
@@ -68,20 +116,17 @@ def main():
   args = parser.parse_args()
   print(f'{"":>14}' + ''.join(f'{c:>10}' for c in CATEGORIES))
   for size in map(int, args.sizes.split(',')):
-    for name, how in (
-      ('clean', {}),
-      ('degraded', {'degraded': True}),
-      ('shuffled', {'shuffled': True}),
-    ):
-      row = accuracy(args.seed, args.num, size, **how)
+    for how in ('clean', 'degraded', 'shuffled', 'spoiled'):
+      row = accuracy(args.seed, args.num, size, how=how)
       print(
-        f'{size:>5}{name:>9}' + ''.join(f'{v:>10.3f}' for v in row.values()),
+        f'{size:>5}{how:>9}' + ''.join(f'{v:>10.3f}' for v in row.values()),
         flush=True,
       )
-  image = render(scene(args.seed, 'eval', 0, category='pair'), 256)
+  scenes = [scene(args.seed, 'eval', i, category='count') for i in range(20)]
+  images = [render(s, 256) for s in scenes]
   start = time.perf_counter()
-  for _ in range(20):
-    judge(image, scene(args.seed, 'eval', 0, category='pair').meaning)
+  for s, image in zip(scenes, images):
+    judge(image, s.meaning)
   print(f'{(time.perf_counter() - start) / 20 * 1e3:.0f} ms a 256 px picture')
 
 

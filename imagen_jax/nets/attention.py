@@ -51,8 +51,11 @@ def attention(q, k, v, mask=None, *, implementation='xla'):
 def _cudnn_can(q):
   """Whether cuDNN's fused attention takes these queries on this backend."""
   half = q.dtype in (jnp.bfloat16, jnp.float16)
-  return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and (
-    jax.default_backend() == 'gpu'
+  return (
+    half
+    and q.shape[-1] % 8 == 0
+    and q.shape[-1] <= 128
+    and (jax.default_backend() == 'gpu')
   )
 
 
@@ -158,9 +161,7 @@ class TextPool(nn.Module):
     t = nn.LayerNorm(dtype=self.dtype, name='norm')(text)
     seen = mask[..., None].astype(t.dtype)
     mean = jnp.sum(t * seen, axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1)
-    query = self.param(
-      'query', nn.initializers.normal(0.02), (text.shape[-1],)
-    )
+    query = self.param('query', nn.initializers.normal(0.02), (text.shape[-1],))
     pooled = attention(
       dense(name='to_query')((mean + query.astype(t.dtype))[:, None]),
       dense(name='key')(t),

@@ -7,9 +7,9 @@ blocks of one level have equal shapes, so each run of them is one `nn.scan`
 with stacked parameters, which keeps compilation short.
 """
 
-from collections.abc import Sequence
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax

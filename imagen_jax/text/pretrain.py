@@ -65,7 +65,8 @@ def train_vocabulary(texts):
     rules = pathlib.Path(folder) / 'rules.tsv'
     spaces = [(c, ' ') for c in '\t\n\r\u00a0\u2009\u3000']
     folds = [(c, c.lower()) for c in string.ascii_uppercase]
-    quotes = [('\u2018', "'"), ('\u2019', "'"), ('\u201c', '"'), ('\u201d', '"')]
+    quotes = [('\u2018', "'"), ('\u2019', "'")]
+    quotes += [('\u201c', '"'), ('\u201d', '"')]
     rules.write_text(
       ''.join(
         f'{ord(a):X}\t{ord(b):X}\n' for a, b in (*spaces, *folds, *quotes)
@@ -305,9 +306,9 @@ def pretrain(config, workdir):
     ids = jnp.zeros((1, TARGET_LEN), jnp.int32)
     memory = jnp.zeros((1, TARGET_LEN, encoder.width))
     return {
-      'encoder': encoder.init(
-        jax.random.fold_in(key, 0), ids, ids == 0
-      )['params'],
+      'encoder': encoder.init(jax.random.fold_in(key, 0), ids, ids == 0)[
+        'params'
+      ],
       'decoder': decoder.init(
         jax.random.fold_in(key, 1), ids, memory, ids == 0
       )['params'],

@@ -145,7 +145,6 @@ def passes(scores, least=0.99):
 def table(scores):
   """The accuracies in percent, a line per test set."""
   return '\n'.join(
-    f'  {name:8}'
-    + '  '.join(f'{a} {100 * v:.2f}' for a, v in score.items())
+    f'  {name:8}' + '  '.join(f'{a} {100 * v:.2f}' for a, v in score.items())
     for name, score in scores.items()
   )

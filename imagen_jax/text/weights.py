@@ -321,7 +321,7 @@ def _open(folder):
     raise ModelError(
       f'{pickled[0]} is a pickle, which can run code and is never read; '
       'download the safetensors version of this model, or convert it with '
-      "transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)."
+      'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…).'
     )
   raise ModelError(
     f'{folder} holds neither {SINGLE} nor {INDEX}; a text encoder is a folder '

@@ -15,6 +15,7 @@ from imagen_jax.data.pipeline import batches
 from imagen_jax.data.sources import make_source
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import NumericError
+from imagen_jax.model_folder import text_folder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.metrics import Metrics
@@ -51,7 +52,7 @@ def train(config, workdir, *, should_stop=lambda: False):
 
   # ---- Text encoder, stage, mesh -----------------------------------------
   dtype = resolve_dtype(config.dtype)
-  encoder = load_text_encoder(config.text.path)
+  encoder = load_text_encoder(text_folder(config.text.path))
   stage = stages.from_config(
     config.stage.to_dict(),
     text_dim=encoder.dim,

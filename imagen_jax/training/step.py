@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imagen_jax import sharding
 from imagen_jax import stage as stages
 from imagen_jax.text.encoder import encode_tokens
 from imagen_jax.training.state import TrainState, ema_decay

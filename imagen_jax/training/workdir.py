@@ -67,9 +67,7 @@ def differences(old, new):
   changed = []
   for key in sorted(before.keys() | after.keys()):
     name = key.removeprefix('config.')
-    if any(
-      name == f or (f.endswith('.') and name.startswith(f)) for f in free
-    ):
+    if any(name == f or (f.endswith('.') and name.startswith(f)) for f in free):
       continue
     if before.get(key) != after.get(key):
       changed.append(
