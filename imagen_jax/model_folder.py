@@ -193,6 +193,7 @@ def find_stages(path, names=None):
       f'{path} holds no stage: no directory in it has a stage.json or a '
       "training's config.json; check --model, or train first."
     )
+  found.sort(key=lambda r: (r.low_resolution or 0, r.resolution))
   if names is not None:
     have = [record.name for record in found]
     for name in names:
@@ -201,7 +202,6 @@ def find_stages(path, names=None):
           f'{path} has no stage {name!r}; it has {", ".join(have)}.'
         )
     found = [record for record in found if record.name in names]
-  found.sort(key=lambda r: (r.low_resolution or 0, r.resolution))
   for lower, upper in zip(found, found[1:]):
     if upper.low_resolution != lower.resolution:
       raise ModelError(

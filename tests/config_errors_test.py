@@ -113,7 +113,10 @@ def test_a_reader_that_has_left_before_is_no_error_either():
   read, write = os.pipe()
   os.close(read)
   command = [sys.executable, '-c', code]
-  out = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+  buffered = {**os.environ, 'PYTHONUNBUFFERED': ''}
+  out = subprocess.run(
+    command, stdout=write, stderr=subprocess.PIPE, env=buffered
+  )
   os.close(write)
   assert (out.returncode, out.stderr) == (1, b'')
 
