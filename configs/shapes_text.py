@@ -35,18 +35,20 @@ def get_config():
       },
       'decoder': {'num_layers': 2, 'num_heads': 4},
       'train': {
-        'num_steps': 2500,
+        'num_steps': 2000,
         'batch_size': 128,
-        'learning_rate': 1e-3,
+        'learning_rate': 2e-3,
         'warmup': 200,
         'max_len': 40,
         # A share of the examples is span corruption, the rest descriptions.
-        'span_share': 0.3,
+        'span_share': 0.15,
         'span_density': 0.3,
         'mean_span': 2,
         # Of the descriptions, how many captions get words nobody knows.
         'stranger_share': 0.15,
         'log_every': 50,
       },
+      # Captions the linear probe is fitted on, and tested on.
+      'probe': {'num_fit': 4000, 'num_test': 2000},
     }
   )

@@ -44,7 +44,7 @@ def random_params(module, seed=0):
   params = module.init(jax.random.key(seed), ids, ids == 0)['params']
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params
+    lambda p: p + 0.03 * rng.normal(size=p.shape).astype(np.float32), params
   )
 
 

@@ -29,7 +29,7 @@ _NUMBERS |= {word: n for n, word in enumerate(captions.NUMBERS, 1)}
 _NUMBERS |= {str(n): n for n in range(1, 6)}
 
 _BACKGROUND = re.compile(
-  r' (?:on|against) (?:an? |the )?(?:light |pale )?(\w+)(?: background)?$'
+  r',? (?:on|against) (?:an? |the )?(?:light |pale )?(\w+)(?: background)?$'
 )
 _OPENING = re.compile(
   r'^(?:(?:an? )?(?:picture|drawing|image) of |there (?:is|are) )'

@@ -23,7 +23,7 @@ from imagen_jax.data.captions import (
   pick,
   vocabulary,
 )
-from imagen_jax.data.shapes_layout import diameter, place
+from imagen_jax.data.shapes_layout import LARGE, LEAST, diameter, place
 from imagen_jax.data.shapes_render import contrast, render
 
 __all__ = [
@@ -257,8 +257,9 @@ def scene(seed, split, i, *, category=None):
     for g in groups
     for d in [diameter(rng, g, number, category == 'single')] * g.count
   ]
-  sizes, places = place(rng, sizes, relations)
   kinds = [g for g in groups for _ in range(g.count)]
+  least = [LARGE[0] if g.size == 'large' else LEAST for g in kinds]
+  sizes, places = place(rng, sizes, least, relations)
   things = tuple(
     Thing(g.shape, g.colour, g.fill or 'plain', x, y, d)
     for g, d, (x, y) in zip(kinds, sizes, places)

@@ -8,7 +8,8 @@ margin, so that a picture can be judged without doubtful cases.
 BORDER = 0.03  # kept free around the picture, as a fraction of its side
 GAP = 0.06  # kept free between the boxes of two things
 # Diameters a size word stands for; between the two, no word is used.
-SMALL, LARGE = (0.24, 0.3), (0.42, 0.62)
+SMALL, LARGE = (0.24, 0.3), (0.4, 0.62)
+LEAST = 0.24  # diameter below which nothing shrinks to make room
 
 
 def uniform(rng, low, high):
@@ -21,7 +22,7 @@ def diameter(rng, group, number, vary):
   if group.size == 'small':
     return uniform(rng, *SMALL)
   if group.size == 'large':
-    return uniform(rng, LARGE[0], LARGE[1] if number == 1 else 0.44)
+    return uniform(rng, LARGE[0], LARGE[1] if number == 1 else 0.42)
   if number == 1:
     # With no size word a thing may be of either size, seldom small.
     small = vary and rng.random() < 0.2
@@ -38,11 +39,11 @@ def _related(word, dx, dy):
   return along > 0 and abs(across) < 0.4 * along
 
 
-def place(rng, diameters, relations):
+def place(rng, diameters, least, relations):
   """Centres of boxes that neither touch nor contradict the relations.
 
-  Draws places until they fit; every 20 failures all boxes shrink a little
-  (not below the smallest diameter that is still 'small').
+  Draws places until they fit; after every 20 failures all things shrink a
+  little, but not below `least`, one diameter for each.
 
   Returns:
     (diameters, [(x, y), ...]).
@@ -70,4 +71,4 @@ def place(rng, diameters, relations):
       return diameters, places
     failures += 1
     if failures % 20 == 0:
-      diameters = [d if d < 0.26 else 0.97 * d for d in diameters]
+      diameters = [max(0.97 * d, m) for d, m in zip(diameters, least)]

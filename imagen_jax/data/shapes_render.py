@@ -163,7 +163,7 @@ def render(scene, size):
   """
   image = np.empty((size, size, 3), np.float32)
   image[:] = BACKGROUND[scene.background]
-  k = max(4, 128 // size)  # subpixels along a side
+  k = max(4, 256 // size)  # subpixels along a side
   for thing in scene.things:
     radius = thing.diameter / 2
     x0, y0 = (max(int((c - radius) * size), 0) for c in (thing.x, thing.y))

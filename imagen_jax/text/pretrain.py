@@ -364,10 +364,10 @@ def pretrain(config, workdir):
   seconds = time.perf_counter() - began
   save(workdir, encoder, params['encoder'], vocabulary, config)
   trained = load_text_encoder(workdir)
-  scores = probe.probe(trained)
+  scores = probe.probe(trained, **config.probe)
   with tempfile.TemporaryDirectory() as folder:
     save(folder, encoder, untrained, vocabulary, config)
-    chance = probe.probe(load_text_encoder(folder))
+    chance = probe.probe(load_text_encoder(folder), **config.probe)
   gate = probe.passes(scores)
   print('linear probe at the nouns, accuracy in %:')
   print(f' trained\n{probe.table(scores)}')

@@ -1,0 +1,508 @@
+"""Weights, tokenizer, frozen encoder, and the pretraining of the demo's."""
+
+import json
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import sentencepiece
+from safetensors.numpy import load_file, save_file
+
+from imagen_jax.cli.configs import load_config
+from imagen_jax.data import captions, shapes
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.text import pretrain, probe, weights
+from imagen_jax.text.encoder import load_text_encoder
+from imagen_jax.text.tokenizer import EOS, PAD, Tokenizer
+from tests import tiny_text
+
+# A real T5's spiece.model, and a file of prompts, a line each.
+REAL = pathlib.Path(os.environ.get('T5_VOCABULARY', 'spiece.model'))
+PROMPTS = pathlib.Path(os.environ.get('T5_PROMPTS', 'prompts.txt'))
+needs_real = pytest.mark.skipif(
+  not REAL.exists(), reason='set T5_VOCABULARY to a real spiece.model'
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A random T5 folder; tests spoil it as they like."""
+  tiny_text.random_folder(tmp_path / 't5')
+  return tmp_path / 't5'
+
+
+def shard(folder):
+  """Splits a folder's weights over two files, as large models come."""
+  tensors = load_file(folder / weights.SINGLE)
+  (folder / weights.SINGLE).unlink()
+  names = sorted(tensors)
+  index = {}
+  for i, part in enumerate((names[::2], names[1::2])):
+    file = f'model-{i + 1:05d}-of-00002.safetensors'
+    save_file({name: tensors[name] for name in part}, folder / file)
+    index |= dict.fromkeys(part, file)
+  (folder / weights.INDEX).write_text(json.dumps({'weight_map': index}))
+
+
+def change(folder, spoil):
+  """Rewrites the weights after `spoil(tensors)`."""
+  tensors = load_file(folder / weights.SINGLE)
+  spoil(tensors)
+  save_file(tensors, folder / weights.SINGLE)
+
+
+# ---- Weights ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('gated', (False, True))
+def test_saving_and_loading_is_the_identity_to_the_bit(gated, tmp_path):
+  _, params = tiny_text.random_folder(tmp_path, gated=gated)
+  loaded = load_text_encoder(tmp_path).params
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_shards_are_read_as_one_model_with_one_digest(folder):
+  whole = load_text_encoder(folder)
+  shard(folder)
+  parts = load_text_encoder(folder)
+  jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+  assert parts.digest == whole.digest
+
+
+@pytest.mark.parametrize('dtype', (ml_dtypes.bfloat16, np.float16))
+def test_half_precision_files_are_read_exactly(dtype, folder):
+  exact = load_text_encoder(folder).params
+  change(folder, lambda t: t.update({k: v.astype(dtype) for k, v in t.items()}))
+  loaded = load_text_encoder(folder).params
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(
+      a, np.asarray(b).astype(dtype).astype(np.float32)
+    ),
+    loaded,
+    exact,
+  )
+
+
+def test_bfloat16_holds_matrices_in_half_the_memory_and_norms_in_full(folder):
+  params = load_text_encoder(folder, 'bfloat16').params
+  full = {'norm', 'distance_bias'}
+  assert {k for k, v in params.items() if k != 'layers' and v.dtype == 'float32'} == full
+  for name, value in params['layers'].items():
+    assert value.dtype == ('float32' if name.endswith('norm') else 'bfloat16')
+
+
+def test_the_decoder_of_a_full_t5_is_left_out(folder):
+  digest = load_text_encoder(folder).digest
+  more = {
+    'decoder.block.0.layer.0.layer_norm.weight': np.ones(16, np.float32),
+    'decoder.embed_tokens.weight': np.ones((80, 16), np.float32),
+    'lm_head.weight': np.ones((80, 16), np.float32),
+  }
+  change(folder, lambda tensors: tensors.update(more))
+  assert load_text_encoder(folder).digest == digest
+
+
+def test_the_embedding_table_is_known_under_both_its_names(folder):
+  exact = load_text_encoder(folder)
+  change(
+    folder, lambda t: t.update({weights.ALIAS: t.pop('shared.weight')})
+  )
+  alias = load_text_encoder(folder)
+  jax.tree.map(np.testing.assert_array_equal, exact.params, alias.params)
+  assert exact.digest == alias.digest
+
+
+Q = 'encoder.block.1.layer.0.SelfAttention.q.weight'
+
+
+@pytest.mark.parametrize(
+  'spoil, said',
+  [
+    (lambda t: t.pop(Q), Q),
+    (lambda t: t.update({'encoder.block.2.x': t[Q]}), 'encoder.block.2.x'),
+    (lambda t: t.update({Q: t[Q][:, :-1].copy()}), Q),
+    (lambda t: t.update({Q: t[Q].astype(np.int32)}), Q),
+  ],
+  ids=['missing', 'unknown', 'misshapen', 'of whole numbers'],
+)
+def test_a_wrong_tensor_is_refused_by_name(spoil, said, folder):
+  change(folder, spoil)
+  with pytest.raises(ModelError, match=said.replace('.', r'\.')):
+    load_text_encoder(folder)
+
+
+def cut_short(folder):
+  path = folder / weights.SINGLE
+  path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickled(folder):
+  (folder / weights.SINGLE).rename(folder / 'pytorch_model.bin')
+
+
+def lose_shard(folder):
+  shard(folder)
+  (folder / 'model-00002-of-00002.safetensors').unlink()
+
+
+def edit_config(**values):
+  def edit(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | values))
+
+  return edit
+
+
+@pytest.mark.parametrize(
+  'spoil, said',
+  [
+    (cut_short, 'damaged or incomplete'),
+    (pickled, 'pytorch_model.bin is a pickle'),
+    (lose_shard, 'model-00002-of-00002.safetensors'),
+    (lambda f: (f / weights.SINGLE).unlink(), 'neither model.safetensors'),
+    (lambda f: (f / weights.SINGLE).write_bytes(b'{}'), 'no safetensors'),
+    (lambda f: (f / 'config.json').unlink(), 'config.json does not exist'),
+    (lambda f: (f / 'config.json').write_text('{'), 'as JSON'),
+    (lambda f: (f / 'spiece.model').unlink(), 'spiece.model'),
+    (lambda f: (f / 'spiece.model').write_bytes(b'x'), 'spiece.model'),
+    (edit_config(model_type='bert'), "'bert'"),
+    (edit_config(feed_forward_proj='gated-silu'), 'gated-silu'),
+    (edit_config(d_model=None), 'd_model'),
+    (edit_config(d_ff=25), 'wi_0'),
+    (edit_config(vocab_size=20), 'embedding table of 20'),
+  ],
+)
+def test_a_folder_that_is_no_t5_is_refused_in_a_sentence(spoil, said, folder):
+  spoil(folder)
+  with pytest.raises(ModelError, match=said):
+    load_text_encoder(folder)
+
+
+def test_the_digest_names_weights_vocabulary_and_sizes(folder):
+  digests = {load_text_encoder(folder).digest}
+  assert load_text_encoder(folder, 'bfloat16').digest in digests
+
+  def nudge(tensors):
+    tensors[Q][0, 0] += 1e-6
+
+  for spoil in (
+    lambda f: change(f, nudge),
+    edit_config(layer_norm_epsilon=1e-5),
+    lambda f: (f / 'spiece.model').write_bytes(
+      pretrain.train_vocabulary(['a red star'] * 9)
+    ),
+  ):
+    spoil(folder)
+    digests.add(load_text_encoder(folder).digest)
+  assert len(digests) == 4
+
+
+# ---- Tokenizer -------------------------------------------------------------
+
+
+def varied(number, seed=0):
+  """Strings of every kind a person or a page might send."""
+  rng = random.Random(seed)
+  words = sorted(captions.vocabulary()) + (
+    'photograph oil painting Astronaut Über naïve 東京 поезд 🙂 don\'t '
+    'e-mail 3.14 $5 A.I. ½ ﬁne zero\u00a0width\u200bspace'
+  ).split(' ')
+  ends = ['', '.', '!', ' ', '\n', '\t…', ' \u3000']
+  out = ['', ' ', '\n', 'a' * 300]
+  for _ in range(number - len(out)):
+    kind = rng.random()
+    if kind < 0.7:
+      text = rng.choice((' ', ' ', ', ', '  ')).join(
+        rng.choices(words, k=rng.randint(1, 20))
+      )
+      text = rng.choice((str, str.upper, str.title))(text) + rng.choice(ends)
+    elif kind < 0.85:
+      text = ''.join(map(chr, rng.choices(range(32, 127), k=rng.randint(1, 60))))
+    else:
+      code = (rng.randint(1, 0xD7FF) for _ in range(rng.randint(1, 30)))
+      text = ''.join(map(chr, code))
+    out.append(text)
+  return out
+
+
+def check_ids(path, prompts):
+  """The tokenizer's rows against sentencepiece's ids, one by one."""
+  reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  max_len = 64
+  ids, mask, cut = Tokenizer(path)(prompts, max_len)
+  for prompt, row, seen, missing in zip(prompts, ids, mask, cut):
+    wanted = [*reference.encode(prompt), EOS]
+    if missing:
+      assert len(wanted) - missing == max_len
+      wanted = [*wanted[: max_len - 1], EOS]
+    assert list(row[seen]) == wanted
+    assert np.all(row[~seen] == PAD) and np.all(np.diff(seen.astype(int)) <= 0)
+  return cut
+
+
+def test_ids_are_sentencepieces_with_eos_and_padding(tmp_path):
+  (tmp_path / 'spiece.model').write_bytes(tiny_text.vocabulary())
+  cut = check_ids(tmp_path / 'spiece.model', varied(1000))
+  assert np.any(cut) and not np.all(cut)
+
+
+@needs_real
+def test_ids_of_the_real_model_are_sentencepieces_on_10000_strings():
+  prompts = PROMPTS.read_text('utf-8').splitlines() if PROMPTS.exists() else []
+  check_ids(REAL, (prompts + varied(10_000))[: max(10_000, len(prompts))])
+
+
+@needs_real
+def test_ids_of_the_real_model_are_those_t5_was_trained_with():
+  ids, mask, _ = Tokenizer(REAL)(
+    ['translate English to German:', 'summarize:'], 8
+  )
+  assert list(ids[0, :6]) == [13959, 1566, 12, 2968, 10, 1]
+  assert list(ids[1, :4]) == [21603, 10, 1, 0]
+  assert list(mask.sum(1)) == [6, 3]
+
+
+def test_a_long_prompt_keeps_eos_and_says_how_much_was_cut(folder):
+  encoder = load_text_encoder(folder)
+  long = ' '.join(['red'] * 9)
+  ids, mask, cut = encoder.tokenize([long, 'red red'], max_len=5)
+  assert ids.shape == mask.shape == (2, 5) and ids.dtype == np.int32
+  assert ids[0, -1] == EOS and mask[0].all() and list(cut) == [5, 0]
+  assert ids[1, 2] == EOS and list(mask[1]) == [1, 1, 1, 0, 0]
+
+
+def test_a_tokenizer_travels_to_workers(folder):
+  tokenizer = load_text_encoder(folder).tokenizer
+  copy = pickle.loads(pickle.dumps(tokenizer))
+  assert copy.pieces('a red star') == tokenizer.pieces('a red star')
+  assert copy.digest == tokenizer.digest
+
+
+# ---- Encoder ---------------------------------------------------------------
+
+
+def test_embeddings_are_zero_at_padding_and_do_not_depend_on_company(folder):
+  encoder = load_text_encoder(folder)
+  prompts = ['a red star', '', 'two large blue circles above a square'] * 4
+  emb, mask = encoder.encode(prompts, max_len=12)
+  assert emb.shape == (12, 12, encoder.dim) and emb.dtype == np.float32
+  assert not np.any(emb[~mask]) and np.all(np.any(emb != 0, axis=-1) == mask)
+  assert list(mask[1]) == [True] + [False] * 11  # </s> alone
+  for i, prompt in enumerate(prompts):
+    alone, _ = encoder.encode([prompt], max_len=12)
+    np.testing.assert_array_equal(emb[i], alone[0])
+
+
+def test_max_len_comes_from_the_argument_the_folder_or_128(folder):
+  assert load_text_encoder(folder).max_len == 128
+  tokens = folder / 'tokenizer_config.json'
+  tokens.write_text('{"model_max_length": 40}')
+  assert load_text_encoder(folder).max_len == 40
+  assert load_text_encoder(folder, max_len=77).max_len == 77
+  tokens.write_text('{"model_max_length": 1000000000000000019884624838656}')
+  assert load_text_encoder(folder).max_len == 128
+  for arguments in ({'dtype': 'float8'}, {'max_len': 1}):
+    with pytest.raises(UsageError):
+      load_text_encoder(folder, **arguments)
+
+
+def test_loading_a_folder_imports_neither_transformers_nor_torch(folder):
+  code = (
+    'import sys; from imagen_jax.text.encoder import load_text_encoder;'
+    f'load_text_encoder({str(folder)!r}).encode(["a star"]);'
+    'print([m for m in ("transformers", "torch", "optax") if m in sys.modules])'
+  )
+  out = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert out.stdout.strip() == '[]'
+
+
+# ---- Pretraining -----------------------------------------------------------
+
+
+def word_tokenizer(tmp_path):
+  scenes = [shapes.scene(0, 'train', i) for i in range(3000)]
+  path = tmp_path / 'spiece.model'
+  path.write_bytes(pretrain.train_vocabulary([s.caption for s in scenes]))
+  return Tokenizer(path), scenes
+
+
+def test_every_word_of_the_world_is_a_piece_and_no_string_crashes(tmp_path):
+  tokenizer, _ = word_tokenizer(tmp_path)
+  known = captions.vocabulary()
+  assert {w for w in known if len(tokenizer.pieces(w)) != 1} == set()
+  assert tokenizer.pieces('A Red\tSTAR') == tokenizer.pieces('a red star')
+  for text in varied(300):
+    assert all(2 <= i < tokenizer.size for i in tokenizer.pieces(text))
+
+
+def test_span_corruption_loses_nothing():
+  rng, first = random.Random(0), 999
+  for _ in range(300):
+    ids = [rng.randint(3, 90) for _ in range(rng.randint(1, 30))]
+    left, missing = pretrain.corrupt(rng, ids, first, density=0.3, mean_span=2)
+    spans = {}
+    for token in missing:
+      if token > 900:
+        spans[token] = []
+        last = token
+      else:
+        spans[last].append(token)
+    assert list(spans) == [t for t in left if t > 900]
+    assert list(spans) == [first - k for k in range(len(spans))]
+    whole = [t for token in left for t in spans.get(token, [token])]
+    assert whole == ids
+    gone = sum(map(len, spans.values()))
+    assert gone == max(1, round(0.3 * len(ids))) and min(map(len, spans.values()))
+
+
+def test_nouns_are_found_in_whatever_order_they_are_written(tmp_path):
+  tokenizer, scenes = word_tokenizer(tmp_path)
+  caption = 'A drawing of a violet disc with two striped gray crescents above it.'
+  meaning = captions.Meaning(
+    (
+      captions.Group('moon', 'grey', count=2, fill='striped'),
+      captions.Group('circle', 'purple'),
+    ),
+    ((0, 'above', 1),),
+  )
+  disc, moons = 5, 10
+  assert probe.nouns(tokenizer, caption, meaning) == [(disc, 1), (moons, 0)]
+  assert probe.facts(meaning, 1)['down'] == 'below'
+  assert pretrain.description(meaning, 1) == 'one purple circle below grey moon'
+  for s in scenes:
+    found = probe.nouns(tokenizer, s.caption, s.meaning)
+    assert sorted(g for _, g in found) == list(range(len(s.meaning.groups)))
+
+
+def test_the_probe_reads_what_is_there_and_not_what_is_not():
+  rng = np.random.default_rng(0)
+  values = {a: rng.integers(0, 3, 900) for a in probe.ASPECTS}
+  labels = [{a: f'{a}{v[i]}' for a, v in values.items()} for i in range(900)]
+  x = rng.normal(size=(900, 20))
+  x[:, :3] = np.eye(3)[values['colour']] + 0.1 * rng.normal(size=(900, 3))
+  x = x @ rng.normal(size=(20, 20))
+  scores = probe.linear_readout(
+    x[:600], labels[:600], {'eval': (x[600:], labels[600:])}
+  )
+  assert scores['eval'].pop('colour') == 1
+  assert max(scores['eval'].values()) < 0.5
+  assert not probe.passes({'eval': {**scores['eval'], 'colour': 1}})
+
+
+@pytest.fixture(scope='module')
+def small_run(tmp_path_factory):
+  """Three steps of pretraining, with a small probe."""
+  config = load_config(
+    'shapes_text',
+    [
+      'train.num_steps=3',
+      'train.log_every=2',
+      'train.batch_size=8',
+      'encoder.num_layers=1',
+      'decoder.num_layers=1',
+      *(f'data.num_scenes.{c}=60' for c in ('single', 'relation')),
+      *(f'data.num_scenes.{c}=0' for c in ('pair', 'count', 'fill')),
+      'probe.num_fit=60',
+      'probe.num_test=30',
+    ],
+  )
+  workdir = tmp_path_factory.mktemp('text')
+  assert pretrain.pretrain(config, workdir) is False
+  return config, workdir
+
+
+def test_pretraining_leaves_an_encoder_metrics_and_provenance(small_run):
+  config, workdir = small_run
+  encoder = load_text_encoder(workdir)
+  assert encoder.max_len == config.train.max_len
+  rows = [json.loads(r) for r in (workdir / 'metrics.jsonl').open()]
+  assert [r['step'] for r in rows] == [2, 3]
+  assert {'step', 'loss', 'images_per_sec'} <= rows[0].keys()
+  provenance = json.loads((workdir / 'provenance.json').read_text())
+  assert provenance['digest'] == encoder.digest
+  assert {'command', 'commit', 'steps', 'seconds'} <= provenance.keys()
+  stored = load_file(workdir / weights.SINGLE)
+  assert {str(v.dtype) for v in stored.values()} == {'bfloat16'}
+
+
+def test_the_same_command_twice_does_not_train_twice(small_run):
+  config, workdir = small_run
+  before = (workdir / weights.SINGLE).stat().st_mtime_ns
+  pretrain.pretrain(config, workdir)
+  assert (workdir / weights.SINGLE).stat().st_mtime_ns == before
+  other = config.copy_and_resolve_references()
+  other.seed = 1
+  with pytest.raises(UsageError, match='seed'):
+    pretrain.pretrain(other, workdir)
+
+
+# ---- Against transformers --------------------------------------------------
+
+
+@pytest.mark.parity
+def test_a_pretrained_folder_is_a_genuine_hugging_face_t5(small_run):
+  torch = pytest.importorskip('torch')
+  from transformers import AutoTokenizer, T5EncoderModel
+
+  config, workdir = small_run
+  encoder = load_text_encoder(workdir)
+  prompts = [shapes.scene(0, 'eval', i).caption for i in range(200)]
+  prompts += ['A watercolour of über-cats, 7 of them?', '']
+  emb, mask = encoder.encode(prompts)
+  ids, _, _ = encoder.tokenize(prompts)
+  theirs = AutoTokenizer.from_pretrained(workdir, local_files_only=True)
+  batch = theirs(
+    prompts,
+    padding='max_length',
+    max_length=encoder.max_len,
+    truncation=True,
+    return_tensors='pt',
+  )
+  np.testing.assert_array_equal(ids, batch['input_ids'].numpy())
+  last = theirs.convert_tokens_to_ids('<extra_id_0>')
+  assert last == encoder.module.vocab_size - 1
+  model = T5EncoderModel.from_pretrained(workdir, dtype=torch.float32).eval()
+  with torch.no_grad():
+    out = model(**batch).last_hidden_state.numpy()
+  assert np.abs(out - emb)[mask].max() < 1e-5
+
+
+@pytest.mark.parity
+def test_a_folder_with_only_a_tokenizer_json_gives_the_same_ids(
+  folder, tmp_path
+):
+  from transformers import T5Tokenizer
+
+  expected = load_text_encoder(folder).tokenize(varied(50)[4:])[0]
+  T5Tokenizer.from_pretrained(folder, extra_ids=0).save_pretrained(folder)
+  (folder / 'spiece.model').unlink()
+  assert (folder / 'tokenizer.json').exists()
+  fast = load_text_encoder(folder).tokenize(varied(50)[4:])[0]
+  same = np.mean(np.all(fast == expected, axis=1))
+  assert same == 1
+
+
+@pytest.mark.parity
+@needs_real
+def test_ids_of_the_real_model_are_transformers_too(tmp_path):
+  from transformers import T5Tokenizer
+
+  shutil.copy(REAL, tmp_path / 'spiece.model')
+  theirs = T5Tokenizer.from_pretrained(tmp_path)
+  prompts = PROMPTS.read_text('utf-8').splitlines() if PROMPTS.exists() else []
+  prompts += [shapes.scene(0, 'eval', i).caption for i in range(1000)]
+  ours = Tokenizer(REAL)
+  differ = [p for p in prompts if [*ours.pieces(p), EOS] != theirs(p).input_ids]
+  assert differ == []
