@@ -30,11 +30,13 @@ setuptools.setup(
   install_requires=[
     'absl-py',
     'array_record>=0.8',
+    'etils[epath]',
     'flax>=0.12',
     'grain>=0.2.15',
     'importlib_resources',  # tensorflow-datasets needs it and omits it
     'jax>=0.10',
     'ml-collections>=1.1',
+    'ml_dtypes',
     'numpy>=2',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12,<1',  # 1.0 changes the top-level API

@@ -5,6 +5,17 @@ Imagen's finding is that a frozen encoder trained on text only is enough
 the captions of the shapes world, then frozen like the real one.
 
   python train.py --config shapes_text --workdir runs/shapes/text
+
+677,376 parameters, 1.36 MB in bfloat16; 20 minutes on 2 cores busy with other
+work (80 to 700 captions/s; at 700, the 2,000 steps would take 6 minutes).
+A linear probe at the nouns reads, in % of unseen captions | of held-out
+combinations (an untrained one in brackets):
+
+  colour 100.0 | 100.0 (86 | 90)   shape 100.0 | 100.0 (100 | 100)
+  left/right of 100.0 | 100.0 (85 | 83)   above/below 100.0 | 100.0 (81 | 80)
+
+Without the directional start of the distance bias (`pretrain.directions`) the
+same probe read places at 79 to 87 %, after 3,500 steps as after 1,600.
 """
 
 import ml_collections
@@ -15,17 +26,7 @@ def get_config():
     {
       'kind': 'text',
       'seed': 0,
-      # Who stands where takes longest to learn: half of the captions say so.
-      'data': {
-        'seed': 0,
-        'num_scenes': {
-          'single': 4_000,
-          'pair': 6_000,
-          'relation': 16_000,
-          'count': 4_000,
-          'fill': 4_000,
-        },
-      },
+      'data': {'seed': 0, 'num_scenes': 30_000},
       'encoder': {
         'width': 128,
         'num_layers': 4,
@@ -48,7 +49,5 @@ def get_config():
         'stranger_share': 0.15,
         'log_every': 50,
       },
-      # Captions the linear probe is fitted on, and tested on.
-      'probe': {'num_fit': 4000, 'num_test': 2000},
     }
   )

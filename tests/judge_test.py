@@ -34,7 +34,7 @@ CIRCLE = ('circle', 'red', 'plain', 0.3, 0.25, 0.3)
 SQUARE = ('square', 'blue', 'plain', 0.4, 0.72, 0.4)
 
 
-# The figures the README prints come from `judge_accuracy` with larger numbers.
+# In full: `python -m imagen_jax.evaluation.judge_accuracy`.
 SIZES = [(32, 50), (64, 50), (128, 25), (256, 17)]
 
 
@@ -55,6 +55,16 @@ def test_mildly_blurred_and_noisy_renders_are_read_right(size, num):
 def test_wrong_captions_are_refused(size, num, how):
   right = judge_accuracy.accuracy(0, num, size, how=how)
   assert np.mean(list(right.values())) <= 0.02, right
+
+
+def test_soft_pictures_keep_their_shapes_and_mostly_their_fills():
+  rng, right = np.random.default_rng(0), []
+  for i in range(30):
+    scene = shapes.scene(0, 'eval', i, category='fill')
+    image = judge_accuracy.degrade(shapes.render(scene, 256), rng, blur=1 / 64)
+    right.append(judge(image, scene.meaning).aspects)
+  assert all(aspects['shape'] and aspects['colour'] for aspects in right)
+  assert sum(aspects['fill'] for aspects in right) >= 22
 
 
 def test_the_judge_shares_no_geometry_or_palette_with_the_renderer():

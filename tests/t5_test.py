@@ -74,7 +74,11 @@ def test_recorded_torch_outputs_are_met_to_1e_5(projection, tmp_path):
     {k.removeprefix(prefix): golden[k] for k in golden if k.startswith(prefix)},
     tmp_path / weights.SINGLE,
   )
-  config = {'model_type': 't5', **GOLDEN_CONFIG, 'feed_forward_proj': projection}
+  config = {
+    'model_type': 't5',
+    **GOLDEN_CONFIG,
+    'feed_forward_proj': projection,
+  }
   (tmp_path / 'config.json').write_text(json.dumps(config))
   (tmp_path / 'spiece.model').write_bytes(tiny_text.vocabulary())
   encoder = load_text_encoder(tmp_path)
@@ -93,7 +97,9 @@ def test_torch_and_flax_agree_to_1e_5_with_padding(name, tmp_path):
   ids, mask = padded_batch(seed, encoder.module.vocab_size)
   out = np.asarray(encode_tokens(encoder.module, encoder.params, ids, mask))
   error = np.abs(out - torch_encode(tmp_path, ids, mask))[mask].max()
-  print(f'{name}: largest error {error:.1e}, largest value {abs(out).max():.1f}')
+  print(
+    f'{name}: largest error {error:.1e}, largest value {abs(out).max():.1f}'
+  )
   assert error < 1e-5
 
 
@@ -132,11 +138,17 @@ def test_padding_gives_zeros_and_changes_nothing_else():
   np.testing.assert_allclose(out[1, :4], alone[0], atol=2e-6)
 
 
-def test_a_row_of_padding_alone_is_zeros_and_not_nan():
+def test_a_row_of_padding_alone_is_zeros_with_zero_gradient_and_not_nan():
   module, params = tiny()
-  ids = np.zeros((2, 5), np.int32)
-  out = encode_tokens(module, params, ids, np.zeros((2, 5), bool))
+  ids, mask = np.zeros((2, 5), np.int32), np.zeros((2, 5), bool)
+
+  def total(params):
+    out = encode_tokens(module, params, ids, mask)
+    return jnp.sum(out), out
+
+  (_, out), grads = jax.value_and_grad(total, has_aux=True)(params)
   np.testing.assert_array_equal(out, np.zeros((2, 5, 16)))
+  assert all(np.all(g == 0) for g in jax.tree.leaves(grads))
 
 
 def test_order_matters():

@@ -4,8 +4,8 @@ Two tasks share one encoder and one small decoder, which is thrown away:
 span corruption, as T5 was trained (Raffel et al. 2020, Section 3.1.4), and
 descriptions: of one thing of the caption, in a fixed order of words, by a
 decoder that sees the embedding of that thing's noun and nothing else. The
-second makes each noun a summary of its thing: with a third of the captions
-naming two alike nouns, "red" must be bound to the right one.
+second makes each noun a summary of its thing: what is said of it, and where it
+stands.
 """
 
 import functools
@@ -286,9 +286,8 @@ def pretrain(config, workdir):
   began = time.perf_counter()
 
   scenes = [
-    shapes.scene(config.data.seed, 'train', i, category=category)
-    for category, number in config.data.num_scenes.items()
-    for i in range(number)
+    shapes.scene(config.data.seed, 'train', i)
+    for i in range(config.data.num_scenes)
   ]
   vocabulary = train_vocabulary([s.caption for s in scenes])
   (workdir / VOCABULARY).write_bytes(vocabulary)
@@ -364,10 +363,10 @@ def pretrain(config, workdir):
   seconds = time.perf_counter() - began
   save(workdir, encoder, params['encoder'], vocabulary, config)
   trained = load_text_encoder(workdir)
-  scores = probe.probe(trained, **config.probe)
+  scores = probe.probe(trained)
   with tempfile.TemporaryDirectory() as folder:
     save(folder, encoder, untrained, vocabulary, config)
-    chance = probe.probe(load_text_encoder(folder), **config.probe)
+    chance = probe.probe(load_text_encoder(folder))
   gate = probe.passes(scores)
   print('linear probe at the nouns, accuracy in %:')
   print(f' trained\n{probe.table(scores)}')

@@ -70,7 +70,6 @@ class _Pieces:
   """sentencepiece itself; 20 times faster to import than transformers."""
 
   def __init__(self, data):
-    self._data = data
     self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
     self.size = self._model.vocab_size()
     special = self._model.pad_id(), self._model.eos_id()
@@ -79,9 +78,6 @@ class _Pieces:
 
   def __call__(self, prompt):
     return self._model.encode(prompt)
-
-  def __reduce__(self):
-    return _Pieces, (self._data,)
 
 
 class _Fast:

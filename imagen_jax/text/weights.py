@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from imagen_jax.errors import ModelError
 from imagen_jax.nets.t5 import T5Encoder
@@ -221,7 +221,7 @@ def save_folder(folder, module, params, *, files, dtype=None, **config):
   for name in top:
     put(TOP[name], params[name])
   # transformers takes files without this mark for TensorFlow's or refuses.
-  save_file(tensors, folder / SINGLE, metadata={'format': 'pt'})
+  (folder / SINGLE).write_bytes(save(tensors, metadata={'format': 'pt'}))
   text = json.dumps(
     {
       'architectures': ['T5EncoderModel'],

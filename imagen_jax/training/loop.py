@@ -145,7 +145,7 @@ def train(config, workdir, *, should_stop=lambda: False):
     write=first_process,
   )
   step, recent = start, []
-  with jax.set_mesh(mesh):
+  with checkpoints, jax.set_mesh(mesh):
     for step in itertools.count(start + 1):
       if step > every.num_steps:
         step = every.num_steps
@@ -175,8 +175,6 @@ def train(config, workdir, *, should_stop=lambda: False):
         checkpoints.save(step, state, {'data_step': step})
       if stopping:
         break
-  checkpoints.wait()
-  checkpoints.close()
   return step
 
 
