@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,8 @@ class Checkpoints:
         f'train.keep_last is {keep_last}; at least 1 checkpoint must be kept.'
       )
     self.directory = epath.Path(directory)
+    if '://' not in str(directory):  # orbax takes no relative path
+      self.directory = epath.Path(os.path.abspath(directory))
     self.keep_last = keep_last
     self.keep_every = keep_every
     self._warn = warn or _log.warning

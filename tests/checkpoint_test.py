@@ -388,3 +388,12 @@ def test_restoring_says_nothing_about_shardings(two_steps, caplog, capfd):
   with Checkpoints(two_steps) as checkpoints:
     checkpoints.restore_subtree('params')
   assert caplog.text == '' and capfd.readouterr() == ('', '')
+
+
+def test_a_relative_directory_works(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with Checkpoints('run/checkpoints') as checkpoints:
+    checkpoints.save(1, {'a': np.ones(3, np.float32)}, wait=True)
+  with Checkpoints('run/checkpoints') as checkpoints:
+    tree, _, step = checkpoints.restore({'a': np.zeros(3, np.float32)})
+  assert step == 1 and float(tree['a'].sum()) == 3
