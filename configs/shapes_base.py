@@ -4,8 +4,8 @@ r"""The demo's base model: 16×16 scenes of shapes from text alone (F.1 shrunk).
 
 Why 16 pixels: `python benchmarks/base_resolution.py` trains a small reader on
 renders with noise of 0.04. In scenes of five different shapes, 4 to 5 pixels
-wide each, it tells 99.2 % of the shapes at 16 pixels and 100.0 % at 32, and
-places them to 0.4 % and 0.2 % of the picture. What a scene shows is all there
+wide each, it tells 98.9 % of the shapes at 16 pixels and 100.0 % at 32, and
+places them to 0.5 % and 0.2 % of the picture. Nearly all of a scene is there
 at 16, for a quarter of the work; the super-resolution stages read the caption
 too.
 
