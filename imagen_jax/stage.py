@@ -23,7 +23,7 @@ from imagen_jax.diffusion import (
 from imagen_jax.diffusion import (
   loss as losses,
 )
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import UsageError
 from imagen_jax.nets.efficient_unet import EfficientUNet
 from imagen_jax.nets.unet import UNet
 
@@ -315,22 +315,20 @@ def null_where(dropped, text, mask):
 
 
 def network(stage, params, text, mask, extra=()):
-  """`f(z, logsnr, branches)` for `diffusion.guidance.guided`.
+  """`f(z, logsnr, branch)` for `diffusion.guidance.guided`.
 
-  branches: 'cond', 'uncond', or 'both', which runs the two as one batch of 2B
-  rows and returns the pair.
+  branch: 'cond', or 'both', which runs the conditional model and the null
+  condition as one batch of 2B rows and returns the pair.
   """
 
-  def apply(z, logsnr, branches):
-    if branches == 'both':
+  def apply(z, logsnr, branch):
+    if branch == 'both':
       both = _twice((z, logsnr, text, mask, *extra))
       dropped = jnp.arange(2 * z.shape[0]) >= z.shape[0]
       hidden = null_where(dropped, both[2], both[3])
       out = stage.net.apply({'params': params}, *both[:2], *hidden, *both[4:])
       return out[: z.shape[0]], out[z.shape[0] :]
-    dropped = jnp.full((z.shape[0],), branches == 'uncond')
-    hidden = null_where(dropped, text, mask)
-    return stage.net.apply({'params': params}, z, logsnr, *hidden, *extra)
+    return stage.net.apply({'params': params}, z, logsnr, text, mask, *extra)
 
   return apply
 
@@ -396,7 +394,7 @@ def check_sampling(stage, settings):
 
   Raises:
     UsageError: steps < 1, an unknown sampler, guidance without dropout, an
-      augmentation level outside [0, 1], a percentile outside (0, 100].
+      augmentation level outside [0, 1], a percentile outside (1, 100].
   """
   where = f'stage {stage.name}'
   if settings.steps < 1:
@@ -420,31 +418,13 @@ def check_sampling(stage, settings):
       f'{where}: aug_level is {settings.aug_level:g}; it lies in [0, 1], and '
       '0.1 to 0.3 give the best-looking pictures.'
     )
-  if not 0 < settings.percentile <= 100:
+  if not 1 < settings.percentile <= 100:
     raise UsageError(
-      f'{where}: percentile is {settings.percentile:g}; it lies in (0, 100], '
-      'the paper uses 99.5.'
+      f'{where}: percentile is {settings.percentile:g}; it is on a '
+      'scale of 0 to 100, above 1; the paper uses 99.5.'
     )
   if settings.threshold not in ('dynamic', 'static', None):
     raise UsageError(
       f'{where}: threshold {settings.threshold!r} is unknown; choose dynamic, '
       'static or none.'
     )
-
-
-def check_chain(chain):
-  """Refuses stages that do not follow one another.
-
-  Args:
-    chain: stages in order.
-
-  Raises:
-    ModelError: naming the two that do not fit.
-  """
-  for first, second in zip(chain, chain[1:]):
-    if second.low_resolution != first.resolution:
-      raise ModelError(
-        f'stage {second.name} enlarges {second.low_resolution}-pixel '
-        f'pictures but stage {first.name} draws {first.resolution}-pixel '
-        'ones; choose stages that follow one another with --stages.'
-      )
