@@ -19,7 +19,7 @@ def get_config():
   config.stage.net.update(
     channels=64,
     channel_mults=(1, 2, 3, 4),
-    num_res_blocks=2,
+    num_res_blocks=(2, 2, 2, 2),
     attention_resolutions=(16, 8),
     emb_channels=256,
     head_dim=64,

@@ -19,7 +19,7 @@ def get_config():
   )
   config.stage.net = {
     'kind': 'efficient_unet',
-    'channels': (32, 48, 96),
+    'channels': (24, 48, 96),
     'num_res_blocks': (1, 1, 2),
     'strides': (2, 2, 2),
     'self_attention': (False, False, True),
@@ -29,5 +29,5 @@ def get_config():
     'norm_groups': 8,
   }
   config.stage.sampling.update(steps=16, guidance=2.0, aug_level=0.1)
-  config.train.update(num_steps=4000, batch_size=32, checkpoint_every=500)
+  config.train.update(num_steps=4000, batch_size=16, checkpoint_every=500)
   return config

@@ -14,7 +14,7 @@ def get_config():
   """The 64→256 stage of the shapes cascade."""
   config = shapes_sr1.get_config()
   config.stage.update(name='sr2', resolution=256, low_resolution=64)
-  config.stage.crop = 128
+  config.stage.crop = 96
   config.stage.net.update(
     channels=(16, 32, 48, 96),
     num_res_blocks=(1, 1, 1, 2),
@@ -23,5 +23,5 @@ def get_config():
     text_attention=(False, False, False, True),
   )
   config.stage.sampling.update(steps=8, guidance=1.0)
-  config.train.update(num_steps=3000, batch_size=16, checkpoint_every=250)
+  config.train.update(num_steps=4000, batch_size=16)
   return config
