@@ -75,16 +75,11 @@ def read_picture(path, size):
   Raises:
     DataError: when the file is no picture or smaller than `size`.
   """
-  from imagen_jax.data import folder
+  from imagen_jax.data import decode
 
   try:
-    with Image.open(path) as image:
-      side = min(image.size)
-    if side < size:
-      raise DataError(
-        f'{path} is {side} pixels on its shorter side and {size} are needed; '
-        'give a larger picture.'
-      )
-    return folder.read_picture(path, size)
-  except (OSError, ValueError, SyntaxError) as error:
-    raise DataError(f'{path} cannot be read as a picture ({error}).') from error
+    return decode.decode(path, size)
+  except decode.BadSample as error:
+    raise DataError(
+      f'{path} cannot be used as a picture of {size} pixels: {error}.'
+    ) from error

@@ -2,14 +2,25 @@
 
 import json
 import logging
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data import folder
-from imagen_jax.data.folder import FolderSource, read_picture
+from imagen_jax.data import checked, folder
+from imagen_jax.data.decode import decode as read_picture
+from imagen_jax.data.folder import FolderSource
 from imagen_jax.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -83,13 +94,18 @@ def test_unusable_pictures_are_left_out_and_named_once(tmp_path, caplog):
   add(tmp_path, 'mute.png', caption=None)
   add(tmp_path, 'empty.png', caption=' \n')
   add(tmp_path, 'html.jpg').write_text('<html>')
+  add(tmp_path, 'nothing.png').write_bytes(b'')
+  add(tmp_path, 'line.png', pixels(1, 64))
+  add(tmp_path, 'long.png', caption='word ' * 20_000)
+  cut = add(tmp_path, 'cut.jpg', pixels(64, 64))
+  cut.write_bytes(cut.read_bytes()[:-500])
   add(tmp_path, 'latin.png').with_suffix('.txt').write_bytes(b'caf\xe9')
   add(tmp_path, 'float.tif', Image.fromarray(np.ones((16, 16), np.float32)))
   add(tmp_path, '._good.png')
   (tmp_path / 'notes.txt').write_text('not a caption')
   with caplog.at_level(logging.WARNING):
-    source = FolderSource(tmp_path, 16)
-    FolderSource(tmp_path, 16)
+    source = FolderSource(tmp_path, 16, max_bad=1)
+    FolderSource(tmp_path, 16, max_bad=1)
   assert source.names == ('good.png',)
   reasons = dict(source.skipped)
   assert reasons == {
@@ -97,12 +113,16 @@ def test_unusable_pictures_are_left_out_and_named_once(tmp_path, caplog):
     'mute.png': 'it has no caption',
     'empty.png': 'its caption is empty',
     'html.jpg': 'it cannot be read as a picture',
+    'nothing.png': 'it cannot be read as a picture',
+    'line.png': 'it is less than 8 pixels wide or high',
+    'long.png': 'its caption is longer than 10000 characters',
+    'cut.jpg': 'it cannot be decoded',
     'latin.png': 'its caption is not UTF-8',
     'float.tif': 'its pixels have no fixed range (floating point)',
   }
   assert len(caplog.messages) == 1
-  for name in reasons:
-    assert name in caplog.messages[0]
+  for reason in reasons.values():
+    assert reason in caplog.messages[0]
 
 
 def test_missing_files_of_the_list_are_left_out(tmp_path):
@@ -111,20 +131,131 @@ def test_missing_files_of_the_list_are_left_out(tmp_path):
     '{"file_name": "here.png", "text": "a"}\n'
     '{"file_name": "gone.png", "text": "b"}\n'
   )
-  source = FolderSource(tmp_path, 16)
+  source = FolderSource(tmp_path, 16, max_bad=0.5)
   assert source.skipped == (('gone.png', 'it does not exist'),)
 
 
-def test_a_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
+def test_names_that_leave_the_folder_and_repeated_ones_are_left_out(tmp_path):
+  add(tmp_path, 'set/here.png')
+  add(tmp_path, 'secret.png')
+  names = [
+    'here.png',
+    '../secret.png',
+    str(tmp_path / 'secret.png'),
+    'here.png',
+  ]
+  lines = [json.dumps({'file_name': name, 'text': name}) for name in names]
+  (tmp_path / 'set' / 'metadata.jsonl').write_text('\n'.join(lines))
+  source = FolderSource(tmp_path / 'set', 16, max_bad=1)
+  assert source.names == ('here.png',)
+  assert sorted(reason for _, reason in source.skipped) == [
+    'it lists a picture a second time',
+    'its name leads out of the folder',
+    'its name leads out of the folder',
+  ]
+
+
+def bomb(width, height):
+  """A PNG of a kilobyte that says it is huge."""
+
+  def chunk(kind, data):
+    crc = struct.pack('>I', zlib.crc32(kind + data))
+    return struct.pack('>I', len(data)) + kind + data + crc
+
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  return b''.join(
+    [
+      b'\x89PNG\r\n\x1a\n',
+      chunk(b'IHDR', header),
+      chunk(b'IDAT', zlib.compress(bytes(1000))),
+      chunk(b'IEND', b''),
+    ]
+  )
+
+
+@pytest.mark.parametrize('side', [9_000, 12_000, 60_000])
+def test_a_bomb_is_refused_by_its_header(tmp_path, side):
   add(tmp_path, 'good.png')
-  add(tmp_path, 'bomb.png', pixels(64, 64))
-  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-  source = FolderSource(tmp_path, 16)
-  assert source.skipped == (('bomb.png', 'it cannot be read as a picture'),)
+  add(tmp_path, 'bomb.png').write_bytes(bomb(side, side))
+  source = FolderSource(tmp_path, 16, max_bad=0.5)
+  assert source.skipped == (('bomb.png', 'it has more than 67 million pixels'),)
+
+
+@pytest.mark.slow
+def test_a_bomb_raises_memory_by_less_than_64_mb(tmp_path):
+  file = tmp_path / 'bomb.png'
+  file.write_bytes(bomb(30_000, 30_000))
+  code = (
+    'import resource, sys\n'
+    'from imagen_jax.data.decode import BadSample, inspect\n'
+    'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+    'before = peak()\n'
+    'try: inspect(sys.argv[1])\n'
+    'except BadSample: print(peak() - before)\n'
+  )
+  command = [sys.executable, '-c', code, str(file)]
+  out = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert int(out.stdout) < 64 * 1024
+
+
+def test_a_check_is_made_once_and_again_for_what_changed(tmp_path, monkeypatch):
+  looked = []
+  inspect = folder.inspect
+  monkeypatch.setattr(
+    folder, 'inspect', lambda file: looked.append(file.name) or inspect(file)
+  )
+  add(tmp_path, 'a.png', pixels(seed=1))
+  add(tmp_path, 'b.png', pixels(20, 20))
+  FolderSource(tmp_path, 16)
+  FolderSource(tmp_path, 8)
+  assert sorted(looked) == ['a.png', 'b.png']
+  add(tmp_path, 'b.png', pixels(12, 12, seed=2))
+  assert FolderSource(tmp_path, 16).names == ('a.png',)
+  assert sorted(looked) == ['a.png', 'b.png', 'b.png']
+
+
+def test_no_place_for_a_cache_is_no_error(tmp_path, monkeypatch):
+  add(tmp_path, 'a.png')
+  monkeypatch.setenv('XDG_CACHE_HOME', '/proc/nowhere')
+  assert len(FolderSource(tmp_path, 16)) == 1
+
+
+def test_too_many_bad_samples_stop_the_run_with_a_sentence(tmp_path):
+  for i in range(9):
+    add(tmp_path, f'{i}.png')
+  add(tmp_path, 'bad.png', caption='')
+  message = r'1 of 10 samples are bad, 10.00% .* 1.00%.*caption is empty'
+  with pytest.raises(DataError, match=message):
+    FolderSource(tmp_path, 16)
+  assert len(FolderSource(tmp_path, 16, max_bad=0.1)) == 9
+
+
+def test_small_pictures_are_not_bad(tmp_path):
+  add(tmp_path, 'small.png', pixels(15, 15))
+  add(tmp_path, 'good.png')
+  source = FolderSource(tmp_path, 16, max_bad=0)
+  assert source.skipped == (('small.png', 'it is smaller than 16 pixels'),)
+
+
+def test_what_fails_later_is_replaced_by_its_neighbour_and_counted(
+  tmp_path, caplog
+):
+  for i in range(4):
+    add(tmp_path, f'{i}.png', pixels(seed=i))
+  source = FolderSource(tmp_path, 16, max_bad=0.5)
+  (tmp_path / '1.png').write_bytes(b'<html>')
+  for _ in range(2):
+    np.testing.assert_array_equal(source[1]['image'], pixels(seed=2))
+  assert (source.replaced, list(source.bad)) == (2, ['1.png'])
+  assert len(caplog.messages) == 1
+  for i in (2, 3):
+    (tmp_path / f'{i}.png').unlink()
+  with pytest.raises(DataError, match='3 of 4 samples are bad'):
+    source[2]
 
 
 def test_a_folder_without_usable_pictures_says_what_it_needs(tmp_path):
-  with pytest.raises(DataError, match='no .jpg .* caption beside each'):
+  with pytest.raises(DataError, match='there are none.* caption beside each'):
     FolderSource(tmp_path, 16)
   add(tmp_path, 'small.png', pixels(8, 8))
   with pytest.raises(DataError, match=r'smaller than 16 pixels \(small.png\)'):
@@ -133,16 +264,8 @@ def test_a_folder_without_usable_pictures_says_what_it_needs(tmp_path):
     FolderSource(tmp_path / 'nowhere', 16)
 
 
-def test_a_picture_broken_after_its_header_is_named(tmp_path):
-  file = add(tmp_path, 'cut.png', pixels(64, 64))
-  file.write_bytes(file.read_bytes()[:2000])
-  source = FolderSource(tmp_path, 16)
-  with pytest.raises(DataError, match='cut.png cannot be decoded'):
-    source[0]
-
-
 def test_long_lists_of_left_out_pictures_are_cut_short():
-  text = folder._summary([(f'{i}.png', 'it is odd') for i in range(9)])
+  text = checked.summary([(f'{i}.png', 'it is odd') for i in range(9)])
   assert text == '9 because it is odd (0.png, 1.png, 2.png, …)'
 
 
@@ -207,6 +330,42 @@ def test_sixteen_bits_of_grey_become_eight(tmp_path):
     file = add(tmp_path, name, Image.fromarray(grey))
     found = read_picture(file, 16)
     np.testing.assert_array_equal(found, expected[..., None].repeat(3, -1))
+
+
+def test_sixteen_bits_of_colour_become_eight():
+  # Pillow writes none, so the file is spelled out: one row of two pixels.
+  row = struct.pack('>6H', 65535, 0, 257 * 100, 0, 65535, 257 * 7)
+  rows = (b'\0' + row * 4) * 8
+
+  def chunk(kind, data):
+    crc = struct.pack('>I', zlib.crc32(kind + data))
+    return struct.pack('>I', len(data)) + kind + data + crc
+
+  header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
+  data = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+  data += chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+  found = read_picture(data, 8)
+  np.testing.assert_array_equal(found[0, :2], [[255, 0, 100], [0, 255, 7]])
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+  frames = [Image.new('RGB', (16, 16), c) for c in (RED, GREEN, BLUE)]
+  for name in ('a.gif', 'a.png', 'a.webp'):
+    file = add(
+      tmp_path, name, frames[0], save_all=True, append_images=frames[1:]
+    )
+    found = read_picture(file, 16)
+    assert np.abs(found.astype(int) - RED).max() < 8
+
+
+@pytest.mark.parametrize('resize', ['area', 'bicubic', 'lanczos'])
+def test_no_way_to_resize_aliases(tmp_path, resize):
+  """Stripes finer than a target pixel become grey, not other stripes."""
+  stripes = np.zeros((192, 192, 3), np.uint8)
+  stripes[:, ::2] = 255
+  file = add(tmp_path, 'a.png', stripes)
+  found = read_picture(file, 16, resize).astype(int)
+  assert np.abs(found[:, 1:-1] - 127.5).max() < 6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Bad samples: found once, left out, listed, and never a reason to crash.
+
+A source looks at every sample when it is first opened: the picture decodes,
+the caption is text. What it found is kept in the user's cache directory, so
+the next start reads no picture. What is bad is left out before anything is
+shuffled, so the order of the rest is the same on every host and every start.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import logging
+import os
+import threading
+
+from imagen_jax.data.decode import BadSample, decode
+from imagen_jax.data.progress import Progress
+from imagen_jax.errors import DataError
+
+MAX_BAD = 0.01  # share of bad samples that a source puts up with
+MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
+# How captions are cleaned; stored embeddings are bound to it.
+CLEANING = 'whitespace-1'
+TURN = 256  # samples looked at between two looks at the clock
+SUBSTITUTES = 100  # neighbours tried before giving up
+
+
+class Checked:
+  """Random access to what passed the check: {'image', 'caption'} each.
+
+  A sample that fails later, because its disk does or its file was changed, is
+  replaced by the next one that does not, is counted, and counts as bad.
+
+  Subclasses have `__len__`, `name(i)` and `read(i) -> (bytes, caption)`, which
+  may raise BadSample or OSError.
+
+  Args:
+    where: the source in words, for messages.
+    size: side of the pictures in pixels.
+    resize: see `decode`.
+    max_bad: share of bad samples above which the source refuses to go on.
+    bad: {name: reason} of what was left out because it is bad.
+    small: names of good pictures that are too small for `size`.
+
+  Attributes:
+    bad: as given, and what failed since.
+    replaced: how many times a sample was replaced.
+    skipped: ((name, reason), …) of all that was left out at the start.
+
+  Raises:
+    DataError: too much is bad, or nothing is left.
+  """
+
+  def __init__(self, where, size, resize, max_bad, bad, small=(), needs=''):
+    self.where, self.size, self.resize = where, size, resize
+    self.max_bad, self.bad, self.replaced = max_bad, dict(bad), 0
+    self._lock = threading.Lock()
+    too_small = f'it is smaller than {size} pixels'
+    self.skipped = (*bad.items(), *((name, too_small) for name in small))
+    if not len(self):
+      reason = summary(self.skipped) if self.skipped else 'there are none'
+      raise DataError(
+        f'{where} has no picture to train on at {size} pixels: {reason}. '
+        f'{needs}'.strip()
+      )
+    self._total = len(self) + len(self.bad)
+    self._check_share()
+    if self.skipped:
+      _tell(
+        f'{where}: {len(self)} pictures, {len(self.skipped)} left out: '
+        f'{summary(self.skipped)}'
+      )
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k != '_lock'}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state, _lock=threading.Lock())
+
+  def __getitem__(self, i):
+    """{'image': uint8 [size, size, 3], 'caption': str}.
+
+    Raises:
+      DataError: more has become bad than is allowed.
+    """
+    if not 0 <= i < len(self):
+      raise IndexError(f'sample {i} of {len(self)}')
+    for j in range(int(i), int(i) + min(SUBSTITUTES, len(self))):
+      try:
+        return self.example(j % len(self))
+      except (BadSample, OSError) as error:
+        reason = str(error)
+        self._note(self.name(j % len(self)), reason)
+    raise DataError(
+      f'{self.where}: no sample from {self.name(int(i))} on can be read '
+      f'({reason}); is the disk still there?'
+    )
+
+  def example(self, i):
+    """Sample `i` itself, or BadSample or OSError."""
+    data, caption = self.read(i)
+    image = decode(data, self.size, self.resize)
+    return {'image': image, 'caption': caption}
+
+  def _note(self, name, reason):
+    with self._lock:
+      self.replaced += 1
+      new = name not in self.bad
+      if new:
+        self.bad[name] = reason
+    if new:
+      logging.getLogger(__name__).warning(
+        '%s: %s is replaced by its neighbour, because %s',
+        *(self.where, name, reason),
+      )
+    self._check_share()
+
+  def _check_share(self):
+    if len(self.bad) > self.max_bad * self._total:
+      share = len(self.bad) / self._total
+      raise DataError(
+        f'{self.where}: {len(self.bad)} of {self._total} samples are bad, '
+        f'{share:.2%} where data.max_bad allows {self.max_bad:.2%}: '
+        f'{summary(self.bad.items())}; mend or remove them, or allow more '
+        'with a higher max_bad.'
+      )
+
+
+def clean_caption(text):
+  """A caption as it is trained on: single spaces, none around.
+
+  Args:
+    text: str, or UTF-8 bytes.
+
+  Raises:
+    BadSample: it is not UTF-8, empty, longer than `MAX_CAPTION`, or binary.
+  """
+  if isinstance(text, bytes):
+    try:
+      text = text.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+      raise BadSample('its caption is not UTF-8') from error
+  if len(text) > MAX_CAPTION:
+    raise BadSample(f'its caption is longer than {MAX_CAPTION} characters')
+  if '\0' in text:
+    raise BadSample('its caption is binary')
+  # Lone surrogates, which JSON can spell and UTF-8 cannot.
+  if any('\ud800' <= c <= '\udfff' for c in text):
+    raise BadSample('its caption is not UTF-8')
+  text = ' '.join(text.split())
+  if not text:
+    raise BadSample('its caption is empty')
+  return text
+
+
+def survey(number, examine, label):
+  """[examine(0), …, examine(number − 1)], in threads; a BadSample stays one.
+
+  Args:
+    number: how many.
+    examine: i -> anything; what it raises as BadSample or OSError is returned
+      as a BadSample.
+    label: what to call this on the progress line.
+  """
+
+  def one(i):
+    try:
+      return examine(i)
+    except BadSample as error:
+      return error
+    except OSError as error:
+      return BadSample(f'it cannot be read ({error.strerror or error})')
+
+  progress, found = Progress(label, number), []
+  with concurrent.futures.ThreadPoolExecutor(
+    min(16, os.cpu_count() or 1)
+  ) as pool:
+    # In turns: pool.map alone would queue every sample of the set at once.
+    for start in range(0, number, TURN):
+      turn = range(start, min(start + TURN, number))
+      found += pool.map(one, turn)
+      progress.add(len(turn))
+  progress.close()
+  return found
+
+
+def summary(skipped, examples=3):
+  """'2 because it has no caption (a.png, b.png), …', most common first."""
+  by_reason = collections.defaultdict(list)
+  for name, reason in skipped:
+    by_reason[reason].append(name)
+  return ', '.join(
+    f'{len(names)} because {reason} ({", ".join(names[:examples])}'
+    f'{", …" if len(names) > examples else ""})'
+    for reason, names in sorted(by_reason.items(), key=lambda e: -len(e[1]))
+  )
+
+
+@functools.cache
+def _tell(message):
+  """Once: a run opens its source for training and again for previews."""
+  logging.getLogger(__name__).warning('%s', message)

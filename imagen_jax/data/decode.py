@@ -1,0 +1,126 @@
+"""One rule from a picture's bytes to training pixels, for every source.
+
+Upright (EXIF), on white where transparent, 16 bits as 8, palette and CMYK as
+RGB, of an animation the first frame; then the central square, made smaller
+with antialiasing. Size and format are read from the header first, so that a
+file which would unpack to gigabytes is refused before it does.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow knows more formats, some of which start other programs.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+MAX_PIXELS = 2**26  # 67 million: 201 MB as RGB
+_HUGE = f'it has more than {MAX_PIXELS / 1e6:.0f} million pixels'
+MIN_SIDE = 8  # below this, a picture is a line or a tracking pixel
+RESIZE = {
+  'area': Image.Resampling.BOX,
+  'bicubic': Image.Resampling.BICUBIC,
+  'lanczos': Image.Resampling.LANCZOS,
+}
+# What Pillow only warns of is refused here.
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+
+
+class BadSample(Exception):
+  """A picture or caption cannot be used; the message completes 'because'."""
+
+
+def decode(data, size, resize='area'):
+  """A picture as uint8 [size, size, 3]: upright, on white, square.
+
+  Args:
+    data: the file's bytes, its path, or an open file.
+    size: side in pixels, at most the picture's shorter one.
+    resize: 'area' (the mean over each target pixel's area), 'bicubic' or
+      'lanczos'; all antialiased.
+
+  Raises:
+    BadSample: damaged, of an unusable kind, too large to unpack, too small.
+  """
+  with _open(data) as image:
+    if min(image.size) < size:
+      raise BadSample(f'it is smaller than {size} pixels')
+    return resize_square(_load(image), size, resize)
+
+
+def inspect(data):
+  """(width, height) of a picture that decodes from beginning to end.
+
+  Raises:
+    BadSample: as `decode`.
+  """
+  with _open(data) as image:
+    size = image.size
+    _load(image)
+  return size
+
+
+def resize_square(image, size, resize='area'):
+  """The central square of an RGB Pillow image, as uint8 [size, size, 3]."""
+  side = min(image.size)
+  left, top = (image.width - side) // 2, (image.height - side) // 2
+  # Pillow widens each kernel by the ratio, so none of the three aliases; BOX
+  # is the mean over the target pixel's area, fractions of pixels too.
+  square = image.resize(
+    (size, size),
+    RESIZE[resize],
+    box=(left, top, left + side, top + side),
+  )
+  return np.asarray(square)
+
+
+def _open(data):
+  """A Pillow image of which only the header is read yet, checked."""
+  if isinstance(data, bytes):
+    if not data:
+      raise BadSample('it is empty')
+    data = io.BytesIO(data)
+  try:
+    image = Image.open(data, formats=FORMATS)
+  except FileNotFoundError as error:
+    raise BadSample('it does not exist') from error
+  except Image.DecompressionBombError:
+    raise BadSample(_HUGE) from None
+  except Exception as error:  # each of Pillow's readers has its own
+    raise BadSample('it cannot be read as a picture') from error
+  width, height = image.size
+  problem = None
+  if width * height > MAX_PIXELS:
+    problem = _HUGE
+  elif min(width, height) < MIN_SIDE:
+    problem = f'it is less than {MIN_SIDE} pixels wide or high'
+  elif image.mode == 'F':
+    problem = 'its pixels have no fixed range (floating point)'
+  if problem:
+    image.close()
+    raise BadSample(problem)
+  return image
+
+
+def _load(image):
+  """A Pillow image decoded, upright, RGB."""
+  try:
+    # Cameras store the sensor's rows and say in EXIF how they were held.
+    return _rgb(ImageOps.exif_transpose(image))
+  except Exception as error:  # each of Pillow's readers has its own
+    raise BadSample('it cannot be decoded') from error
+
+
+def _rgb(image):
+  """Any Pillow mode as RGB, without the traps of a bare convert('RGB')."""
+  if image.mode.startswith('I'):
+    # 16-bit grey; convert would clip everything above 255 to white.
+    grey = np.clip(np.asarray(image, np.float32) / 257, 0, 255)
+    image = Image.fromarray(np.rint(grey).astype(np.uint8))
+  elif image.has_transparency_data:
+    # convert would show whatever colour hides under the transparent pixels.
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image)
+  return image.convert('RGB')

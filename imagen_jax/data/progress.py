@@ -1,0 +1,56 @@
+"""How far a long job is: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+WIDTH = 30
+EVERY = 10.0  # seconds between plain lines
+
+
+class Progress:
+  """Counts up to `total`; says nothing of what takes under two seconds.
+
+  Args:
+    label: what is being done.
+    total: how many there are.
+    stream: where to write, stderr by default.
+  """
+
+  def __init__(self, label, total, stream=None):
+    self._label, self._total = label, total
+    self._stream = stream or sys.stderr
+    self._bar = self._stream.isatty()
+    self._start = time.monotonic()
+    self._done, self._next = 0, self._start + 2
+    self._shown = False
+
+  def add(self, number=1):
+    """Counts `number` more."""
+    self._done += number
+    now = time.monotonic()
+    if now >= self._next:
+      self._next = now + (0.2 if self._bar else EVERY)
+      self._show(now)
+
+  def close(self):
+    """The last line, if there was one before."""
+    if self._shown:
+      self._show(time.monotonic())
+      if self._bar:
+        self._stream.write('\n')
+
+  def _show(self, now):
+    self._shown = True
+    rate = self._done / max(now - self._start, 1e-9)
+    left = int((self._total - self._done) / max(rate, 1e-9))
+    text = (
+      f'{self._label} {self._done}/{self._total}  {rate:.0f}/s  '
+      f'{left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s left'
+    )
+    if self._bar:
+      full = WIDTH * self._done // max(self._total, 1)
+      text = f'\r{text}  [{"#" * full}{"." * (WIDTH - full)}]'
+    else:
+      text += '\n'
+    self._stream.write(text)
+    self._stream.flush()

@@ -1,0 +1,269 @@
+"""Webdataset tars, as img2dataset writes them: key.jpg, key.txt, key.json.
+
+A tar is read through an index of offsets, so that any sample is one seek away
+and nothing is extracted, unpickled or piped through a shell. Building the
+index reads every picture once, which finds the bad ones; it is kept in the
+user's cache directory and holds a checksum of each picture, so that what has
+changed since is noticed.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import tarfile
+import zlib
+
+import numpy as np
+
+from imagen_jax.data import index_cache
+from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
+from imagen_jax.data.decode import SUFFIXES, BadSample, inspect
+from imagen_jax.errors import DataError
+
+MAX_MEMBER = 64 * 2**20  # bytes of one picture; a caption is far smaller
+MAX_TEXT = 2**20
+CAPTION_KEYS = ('caption', 'text')
+TEXTS = ('.txt', '.json')  # where a caption is looked for, the first first
+CUT = 'the tar is cut short there'
+# Of the index, a row per good sample.
+COLUMNS = 'image image_size text text_size is_json width height crc'.split()
+
+
+class WebDatasetSource(Checked):
+  """Random access to the pictures of tars, {'image', 'caption'} each.
+
+  The caption is the sample's .txt, or else "caption" or "text" of its .json.
+
+  Args:
+    path: a tar, a folder of tars, or a pattern such as 'shards/*.tar' or
+      'shards/{00000..00099}.tar'.
+    size: side of the pictures in pixels.
+    resize, max_bad: see `Checked`.
+
+  Attributes:
+    shards: the tars, sorted by name.
+
+  Raises:
+    DataError: no tar, one that is none, no usable picture, too many bad ones.
+  """
+
+  def __init__(self, path, size, *, resize='area', max_bad=MAX_BAD):
+    self.shards = find_shards(path)
+    bad, small, rows = {}, [], []
+    for number, shard in enumerate(self.shards):
+      found, wrong = _index(shard)
+      tar = os.path.basename(shard)
+      bad |= {f'{tar}/{key}': reason for key, reason in wrong.items()}
+      sides = found[:, 5:7].min(axis=1)
+      small += [_name(shard, row[0]) for row in found[sides < size]]
+      found = found[sides >= size]
+      rows.append(np.insert(found, 0, number, axis=1))
+    self.rows = np.concatenate(rows)
+    super().__init__(
+      str(path),
+      size,
+      resize,
+      max_bad,
+      bad,
+      small,
+      'Its tars need pictures with a .txt or .json of the same name.',
+    )
+
+  def __len__(self):
+    return len(self.rows)
+
+  @property
+  def fingerprint(self):
+    """sha256 of where everything is, and of every picture's checksum."""
+    return hashlib.sha256(self.rows.tobytes()).hexdigest()
+
+  def name(self, i):
+    return _name(self.shards[self.rows[i][0]], self.rows[i][1])
+
+  def read(self, i):
+    shard, image, image_size, text, text_size, is_json, *_, crc = self.rows[i]
+    with open(self.shards[shard], 'rb') as file:
+      data = _read_at(file, image, image_size)
+      caption = _caption(_read_at(file, text, text_size), is_json)
+    if zlib.crc32(data) != crc:
+      raise BadSample('it has changed since it was indexed')
+    return data, caption
+
+
+def find_shards(path):
+  """The tars that a path or pattern means, as a sorted tuple of names.
+
+  Raises:
+    DataError: there are none.
+  """
+  path = str(path)
+  if path.startswith('pipe:'):
+    raise DataError(
+      f'{path} would run a shell command, which imagen_jax never does; '
+      'download the tars and give their path.'
+    )
+  if os.path.isdir(path):
+    found = glob.glob(os.path.join(glob.escape(path), '**', '*.tar'))
+    found += glob.glob(os.path.join(glob.escape(path), '*.tar'))
+  else:
+    found = [
+      name
+      for pattern in _braces(path)
+      for name in ([pattern] if os.path.exists(pattern) else glob.glob(pattern))
+    ]
+  found = sorted(set(found))
+  if not found:
+    raise DataError(
+      f'there is no tar at {path}; give a tar, a folder of tars, or a quoted '
+      "pattern such as 'shards/*.tar'."
+    )
+  return tuple(found)
+
+
+def _braces(pattern):
+  """'a{00..02}' -> a00, a01, a02, as a shell would."""
+  match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
+  if not match:
+    return [pattern]
+  first, last = match.groups()
+  numbers = range(int(first), int(last) + 1)
+  head, tail = pattern[: match.start()], pattern[match.end() :]
+  return list(
+    itertools.chain.from_iterable(
+      _braces(f'{head}{number:0{len(first)}d}{tail}') for number in numbers
+    )
+  )
+
+
+def _index(shard):
+  """(int64 rows [n, len(COLUMNS)], {key: what is wrong}) of one tar."""
+  stat = os.stat(shard)
+  state = [stat.st_size, stat.st_mtime_ns]
+  location = pathlib.Path(shard).resolve()
+  cached = index_cache.load('tar', location)
+  if cached is not None and cached[0]['state'] == state:
+    return cached[1].reshape(-1, len(COLUMNS)), cached[0]['bad']
+  samples, bad = _members(shard, stat.st_size)
+  keys = [key for key in samples if key not in bad]
+
+  def examine(i):
+    sample = samples[keys[i]]
+    image = [sample[s] for s in SUFFIXES if s in sample]
+    text = [(sample[s], s == '.json') for s in TEXTS if s in sample]
+    if not image:
+      raise BadSample('it has no picture')
+    if not text:
+      raise BadSample('it has no caption')
+    (offset, size), ((where, length), is_json) = image[0], text[0]
+    with open(shard, 'rb') as file:
+      data = _read_at(file, offset, size)
+      _caption(_read_at(file, where, length), is_json)
+    sides = inspect(data)
+    return [offset, size, where, length, is_json, *sides, zlib.crc32(data)]
+
+  rows = []
+  found = survey(len(keys), examine, f'indexing {shard}')
+  for key, row in zip(keys, found):
+    if isinstance(row, BadSample):
+      bad[key] = str(row)
+    else:
+      rows.append(row)
+  rows = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+  index_cache.save('tar', location, {'state': state, 'bad': bad}, rows)
+  return rows, bad
+
+
+def _members(shard, size):
+  """({key: {suffix: (offset, size)}}, {key: what is wrong}) by headers alone.
+
+  A key is a name up to the first dot of its last part.
+  """
+  samples, bad, last = {}, {}, None
+  try:
+    # 'r:' takes no compressed tars, in which there is no seeking.
+    with tarfile.open(shard, 'r:', errorlevel=0) as tar:
+      for member in tar:
+        if member.isdir():
+          continue
+        folder, _, base = member.name.rpartition('/')
+        stem, dot, suffix = base.partition('.')
+        key, suffix = f'{folder}/{stem}'.lstrip('/'), (dot + suffix).lower()
+        last = key
+        problem = _problem(member, size)
+        if problem is None and suffix not in (*SUFFIXES, *TEXTS):
+          continue  # other columns, such as key.npy, are not ours to judge
+        if problem is None and suffix in samples.get(key, {}):
+          problem, key = 'its key is there already', f'{key} (repeated)'
+        if problem:
+          bad[key] = problem
+        else:
+          place = member.offset_data, member.size
+          samples.setdefault(key, {})[suffix] = place
+        tar.members.clear()  # a tar of a million members would keep them all
+      # tarfile takes a broken header for the end; the end is zeros, or none.
+      tar.fileobj.seek(tar.offset)
+      if tar.fileobj.read(512).strip(b'\0'):
+        bad[f'after {last}'] = 'the tar is damaged there'
+  except tarfile.TarError as error:
+    if last is None:
+      raise DataError(
+        f'{shard} is no plain tar ({error}); download it again, or unpack it '
+        'if it is compressed.'
+      ) from error
+    if bad.get(last) != CUT:
+      bad[f'after {last}'] = 'the tar is damaged there'
+  return samples, bad
+
+
+def _problem(member, size):
+  """Why a member is not read, or None."""
+  parts = pathlib.PurePosixPath(member.name).parts
+  if member.name.startswith('/') or '..' in parts or '\\' in member.name:
+    return 'its name leads out of the tar'
+  if not member.isreg() or member.issparse():
+    return 'it is a link or another special file'
+  if member.size > MAX_MEMBER:
+    return f'it is larger than {MAX_MEMBER // 2**20} MB'
+  if member.offset_data + member.size > size:
+    return CUT
+  return None
+
+
+def _name(shard, offset):
+  """'tar/name in it' of a member, by its header, which stands before it."""
+  tar = os.path.basename(shard)
+  try:
+    with open(shard, 'rb') as file:
+      header = _read_at(file, offset - 512, 512)
+    name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
+    return f'{tar}/{name}'
+  except (OSError, BadSample, tarfile.TarError):
+    return f'{tar} at byte {offset}'
+
+
+def _read_at(file, offset, size):
+  file.seek(int(offset))
+  data = file.read(int(size))
+  if len(data) < size:
+    raise BadSample(CUT)
+  return data
+
+
+def _caption(data, is_json):
+  if len(data) > MAX_TEXT:
+    raise BadSample('its caption is longer than a megabyte')
+  if is_json:
+    try:
+      record = json.loads(data)
+      data = next(record[key] for key in CAPTION_KEYS if record.get(key))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+      raise BadSample('its .json is broken') from error
+    except StopIteration:
+      raise BadSample('it has no caption') from None
+    if not isinstance(data, str):
+      raise BadSample('its caption is no text')
+  return clean_caption(data)

@@ -1,0 +1,285 @@
+"""Tars as they are found in the wild, read without trusting them."""
+
+import io
+import json
+import logging
+import pathlib
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.data import webdataset
+from imagen_jax.data.sources import list_skipped, make_source
+from imagen_jax.data.webdataset import WebDatasetSource
+from imagen_jax.errors import DataError, UsageError
+
+PICTURES = pathlib.Path(__file__).parents[2] / 'shared' / 'data' / 'pictures'
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+  cache = tmp_path_factory.mktemp('cache')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(cache))
+  return cache
+
+
+def pixels(seed=0, height=16, width=16):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def encoded(image, kind='PNG', **options):
+  out = io.BytesIO()
+  if not isinstance(image, Image.Image):
+    image = Image.fromarray(image)
+  image.save(out, kind, **options)
+  return out.getvalue()
+
+
+def write(path, members, **kinds):
+  """A tar of [(name, bytes)]; `kinds` gives names another member type."""
+  with tarfile.open(path, 'w') as tar:
+    for name, data in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      if name in kinds:
+        info.type, info.linkname, info.size = kinds[name], '/etc/passwd', 0
+      tar.addfile(info, io.BytesIO(data))
+  return path
+
+
+def sample(key, seed=0, caption=b'a picture'):
+  return [(f'{key}.png', encoded(pixels(seed))), (f'{key}.txt', caption)]
+
+
+def good(number):
+  return [m for i in range(number) for m in sample(f'{i:05d}', i)]
+
+
+def test_samples_of_all_tars_in_order_of_their_names(tmp_path):
+  write(tmp_path / 'b.tar', sample('x/1', 3, b'three'))
+  write(tmp_path / 'a.tar', sample('0', 1, b'one ') + sample('1.a', 2, b'two'))
+  source = WebDatasetSource(tmp_path, 16)
+  assert len(source) == 2 + 1 - 1  # '1.a.png' is column 'a.png' of key '1'
+  assert [e['caption'] for e in source] == ['one', 'three']
+  np.testing.assert_array_equal(source[0]['image'], pixels(1))
+  np.testing.assert_array_equal(source[1]['image'], pixels(3))
+  assert source.name(1) == 'b.tar/x/1.png'
+
+
+def test_captions_are_also_found_in_the_json(tmp_path):
+  image = encoded(pixels())
+  members = [('1.jpg', image), ('1.json', b'{"caption": "from json"}')]
+  members += [('2.JPG', image), ('2.json', b'{"text": "\\u00fc"}')]
+  members += [('3.webp', image), ('3.json', b'{"text": "b"}'), ('3.txt', b'a')]
+  source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16)
+  assert [e['caption'] for e in source] == ['from json', 'ü', 'a']
+
+
+@pytest.mark.parametrize(
+  'pattern', ['', 'a-0.tar', '*.tar', 'a-{0..1}.tar', 'a-?.tar']
+)
+def test_paths_patterns_and_folders(tmp_path, pattern):
+  write(tmp_path / 'a-0.tar', sample('1'))
+  write(tmp_path / 'a-1.tar', sample('1'))
+  source = WebDatasetSource(f'{tmp_path}/{pattern}', 16)
+  assert len(source) == (1 if pattern == 'a-0.tar' else 2)
+
+
+def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
+  tmp_path, caplog
+):
+  image = encoded(pixels())
+  jpeg = encoded(pixels(0, 64, 64), 'JPEG')
+  members = good(300) + [
+    ('empty.png', b''),
+    ('empty.txt', b'a'),
+    ('html.jpg', b'<!DOCTYPE html>'),
+    ('html.txt', b'a'),
+    ('cut.jpg', jpeg[: len(jpeg) // 2]),
+    ('cut.txt', b'a'),
+    ('line.png', encoded(pixels(0, 1, 500))),
+    ('line.txt', b'a'),
+    ('mute.png', image),
+    ('blank.png', image),
+    ('blank.txt', b' \n'),
+    ('long.png', image),
+    ('long.txt', b'word ' * 20_000),
+    ('latin.png', image),
+    ('latin.txt', b'caf\xe9'),
+    ('nul.png', image),
+    ('nul.txt', b'a\0b'),
+    ('broken.png', image),
+    ('broken.json', b'{"caption":'),
+    ('half.png', image),
+    ('half.json', b'{"caption": "\\ud800"}'),
+    ('number.png', image),
+    ('number.json', b'{"caption": 3}'),
+    ('text.txt', b'no picture'),
+    ('00007.png', image),
+    ('../up.png', image),
+    ('../up.txt', b'a'),
+    ('/root.png', image),
+    ('link.png', b''),
+    ('link.txt', b'a'),
+    ('device.png', b''),
+    ('evil.pkl', pickle.dumps(print)),
+  ]
+  kinds = {'link.png': tarfile.SYMTYPE, 'device.png': tarfile.CHRTYPE}
+  write(tmp_path / 'a.tar', members, **kinds)
+  with caplog.at_level(logging.WARNING):
+    source = WebDatasetSource(tmp_path, 16, max_bad=0.1)
+    again = WebDatasetSource(tmp_path, 16, max_bad=0.1)
+  assert len(source) == len(again) == 300
+  assert source.skipped == again.skipped
+  assert len(caplog.messages) == 1
+  reasons = {k.removeprefix('a.tar/'): v for k, v in source.skipped}
+  assert reasons == {
+    'empty': 'it is empty',
+    'html': 'it cannot be read as a picture',
+    'cut': 'it cannot be decoded',
+    'line': 'it is less than 8 pixels wide or high',
+    'mute': 'it has no caption',
+    'blank': 'its caption is empty',
+    'long': 'its caption is longer than 10000 characters',
+    'latin': 'its caption is not UTF-8',
+    'nul': 'its caption is binary',
+    'broken': 'its .json is broken',
+    'half': 'its caption is not UTF-8',
+    'number': 'its caption is no text',
+    'text': 'it has no picture',
+    '00007 (repeated)': 'its key is there already',
+    '../up': 'its name leads out of the tar',
+    'root': 'its name leads out of the tar',
+    'link': 'it is a link or another special file',
+    'device': 'it is a link or another special file',
+  }
+  list_skipped(source, tmp_path / 'new' / 'bad.jsonl')
+  lines = (tmp_path / 'new' / 'bad.jsonl').read_text().splitlines()
+  assert len(lines) == len(reasons)
+  assert set(json.loads(lines[0])) == {'name', 'reason'}
+  with pytest.raises(DataError, match=r'18 of 318 samples are bad'):
+    WebDatasetSource(tmp_path, 16)
+
+
+def test_odd_but_whole_pictures_are_read(tmp_path):
+  rgb = Image.fromarray(pixels())
+  grey16 = Image.fromarray(np.full((16, 16), 25700, np.uint16))
+  kinds = {
+    'cmyk.jpg': encoded(rgb.convert('CMYK'), 'JPEG'),
+    'grey16.png': encoded(grey16),
+    'palette.png': encoded(rgb.convert('P')),
+    'moving.gif': encoded(
+      rgb, 'GIF', save_all=True, append_images=[Image.new('RGB', (16, 16))]
+    ),
+  }
+  members = []
+  for name, data in kinds.items():
+    members += [(name, data), (f'{name.split(".")[0]}.txt', name.encode())]
+  source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16)
+  found = {e['caption']: e['image'] for e in source}
+  assert found.keys() == kinds.keys()
+  assert (found['grey16.png'] == 100).all()
+  assert np.abs(found['moving.gif'].astype(int) - pixels()).mean() < 40
+
+
+def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
+  monkeypatch.setattr(webdataset, 'MAX_MEMBER', 10_000)
+  members = good(1) + [('big.png', bytes(10_001)), ('big.txt', b'a')]
+  source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16, max_bad=1)
+  assert source.skipped == (('a.tar/big', 'it is larger than 0 MB'),)
+
+
+def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
+  tar = write(tmp_path / 'a.tar', good(10))
+  with tarfile.open(tar) as whole:
+    places = {m.name: m.offset_data for m in whole}
+  data = tar.read_bytes()
+  tar.write_bytes(data[: places['00005.png'] + 100])
+  source = WebDatasetSource(tar, 16, max_bad=1)
+  assert len(source) == 5
+  assert source.skipped == (('a.tar/00005', 'the tar is cut short there'),)
+
+
+def test_a_broken_header_in_a_tar_is_not_taken_for_its_end(tmp_path):
+  tar = write(tmp_path / 'a.tar', good(10))
+  with tarfile.open(tar) as whole:
+    start = {m.name: m.offset for m in whole}['00005.png']
+  data = bytearray(tar.read_bytes())
+  data[start : start + 512] = b'x' * 512
+  tar.write_bytes(data)
+  source = WebDatasetSource(tar, 16, max_bad=1)
+  assert len(source) == 5
+  assert source.skipped == (('a.tar/after 00004', 'the tar is damaged there'),)
+
+
+@pytest.mark.parametrize(
+  'data', [b'', b'<html>' * 500, b'\x1f\x8b' + b'x' * 999]
+)
+def test_what_is_no_tar_is_named(tmp_path, data):
+  (tmp_path / 'a.tar').write_bytes(data)
+  with pytest.raises(DataError, match='a.tar is no plain tar'):
+    WebDatasetSource(tmp_path, 16)
+
+
+def test_no_tar_no_shell_no_bucket(tmp_path):
+  with pytest.raises(DataError, match='there is no tar at'):
+    WebDatasetSource(tmp_path / '*.tar', 16)
+  with pytest.raises(DataError, match='shell command, which imagen_jax never'):
+    WebDatasetSource('pipe:touch /tmp/no', 16)
+  with pytest.raises(UsageError, match='mount it first .gcsfuse'):
+    make_source(kind='webdataset', path='gs://bucket/{0..9}.tar', size=16)
+
+
+def test_no_captions_at_all_is_said(tmp_path):
+  tar = write(tmp_path / 'a.tar', [('1.png', encoded(pixels()))])
+  with pytest.raises(
+    DataError, match='1 because it has no caption.*need .*txt'
+  ):
+    WebDatasetSource(tar, 16)
+
+
+def test_the_index_is_kept_outside_and_remade_when_the_tar_changes(
+  tmp_path, own_cache, monkeypatch
+):
+  tar = write(tmp_path / 'a.tar', good(3))
+  tmp_path.chmod(0o555)
+  WebDatasetSource(tar, 16)
+  assert list(tmp_path.iterdir()) == [tar]
+  assert len(list((own_cache / 'imagen_jax' / 'index').iterdir())) == 1
+  tmp_path.chmod(0o755)
+  with monkeypatch.context() as m:
+    m.setattr(webdataset, '_members', None)  # would raise if it were called
+    assert len(WebDatasetSource(tar, 16)) == 3
+  write(tar, good(4))
+  assert len(WebDatasetSource(tar, 16)) == 4
+
+
+def test_a_flipped_bit_after_indexing_is_noticed(tmp_path):
+  tar = write(tmp_path / 'a.tar', good(3))
+  source = WebDatasetSource(tar, 16, max_bad=0.5)
+  data = bytearray(tar.read_bytes())
+  data[source.rows[1][1] + 200] ^= 1
+  tar.write_bytes(data)
+  np.testing.assert_array_equal(source[1]['image'], pixels(2))
+  assert source.bad == {
+    'a.tar/00001.png': 'it has changed since it was indexed'
+  }
+
+
+def test_the_fingerprint_tells_sets_apart(tmp_path):
+  one = WebDatasetSource(write(tmp_path / 'a.tar', good(3)), 16)
+  same = WebDatasetSource(write(tmp_path / 'b.tar', good(3)), 16)
+  other = WebDatasetSource(write(tmp_path / 'c.tar', good(4)[2:]), 16)
+  assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+@pytest.mark.skipif(not PICTURES.exists(), reason='no pictures beside us')
+def test_real_pictures_are_read():
+  source = make_source(kind='webdataset', path=str(PICTURES), size=64)
+  assert len(source) == 1378
+  assert source.skipped == ()
+  assert source[0]['image'].shape == (64, 64, 3)
