@@ -59,6 +59,8 @@ setuptools.setup(
       'imagen-train = imagen_jax.cli.train:main',
       'imagen-sample = imagen_jax.cli.sample:main',
       'imagen-export = imagen_jax.cli.export:main',
+      'imagen-prepare = imagen_jax.cli.prepare:main',
+      'imagen-evaluate = imagen_jax.cli.evaluate:main',
     ]
   },
 )

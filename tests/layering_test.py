@@ -41,7 +41,14 @@ BELOW = {
     'stage',
     'text',
   },
-  'evaluation': {'errors', 'data', 'cascade', 'pictures'},
+  'evaluation': {
+    'errors',
+    'cascade',
+    'data',
+    'model_folder',
+    'pictures',
+    'text',
+  },
 }
 DOORS = {
   'orbax': {'checkpoint.py'},
@@ -49,6 +56,7 @@ DOORS = {
   'transformers': {'text/'},
   'sentencepiece': {'text/'},
   'tensorflow_datasets': {'data/tfds.py'},
+  'array_record': {'data/arrayrecord.py'},
   'grain': {'data/'},
   'optax': {'training/', 'text/pretrain.py'},
 }

@@ -13,7 +13,7 @@ import itertools
 from imagen_jax.data.captions import Meaning
 from imagen_jax.evaluation.reading import Reading, read
 
-__all__ = ['Verdict', 'judge', 'read']
+__all__ = ['Verdict', 'compare', 'judge', 'read']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,14 @@ def judge(image, meaning: Meaning) -> Verdict:
       that is left open.
     meaning: of the caption.
 
+  Returns, raises: as `compare`.
+  """
+  return compare(read(image), meaning)
+
+
+def compare(reading, meaning: Meaning) -> Verdict:
+  """Judges what was read from a picture against a caption's meaning.
+
   Returns:
     A `Verdict`. Of all ways to match the things found to the things said, the
     one that satisfies most aspects is taken.
@@ -87,7 +95,6 @@ def judge(image, meaning: Meaning) -> Verdict:
   slots = [g for g in meaning.groups for _ in range(g.count)]
   if len(slots) > 6:
     raise ValueError(f'{len(slots)} things are too many to judge, 6 at most')
-  reading = read(image)
   first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
   things = reading.things
   aspects = {'count': len(things) == len(slots)}
