@@ -4,7 +4,9 @@ r"""A 64×64 base model of your own pictures, each with a caption beside it.
       --config.data.path=DIR
 
 DIR holds pictures with `.txt` captions of the same name, or a
-`metadata.jsonl`. The text encoder is the demo's, which is enough for a trial;
+`metadata.jsonl`. Tars are read with `--config.data.kind=webdataset
+--config.data.path='shards/*.tar'`, what imagen-prepare wrote with
+`--config.data.kind=arrayrecord`. The text encoder is the demo's, which is enough for a trial;
 for real captions point `text.path` at a folder of T5 v1.1 weights in Hugging
 Face layout (config.json, safetensors, spiece.model).
 """
@@ -26,7 +28,14 @@ def get_config():
     norm_groups=32,
   )
   config.text.update(path='demo', max_len=64)
-  config.data = {'kind': 'folder', 'path': '', 'seed': 0}
+  config.data = {
+    'kind': 'folder',
+    'path': '',
+    'seed': 0,
+    'resize': 'area',
+    'flip': False,
+    'max_bad': 0.01,
+  }
   config.train.update(num_steps=20_000, batch_size=32)
   config.train.optimizer.learning_rate = 3e-4
   return config

@@ -21,7 +21,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.text.encoder import load_text_encoder
 
 
-def load(path=None, *, dtype='auto', stages=None):
+def load(path=None, *, dtype='auto', stages=None, fsdp=None):
   """Opens a model: its stages' shapes now, their weights when sampling.
 
   Args:
@@ -29,6 +29,8 @@ def load(path=None, *, dtype='auto', stages=None):
       each); None is the bundled demo model.
     dtype: activations' type, 'auto', 'float32' or 'bfloat16'.
     stages: names of the stages to use, in order; None is all of them.
+    fsdp: devices over which one copy of a network is split; None is the least
+      that holds it.
 
   Returns:
     a `Cascade`.
@@ -40,7 +42,7 @@ def load(path=None, *, dtype='auto', stages=None):
   """
   path = model_folder.demo_path() if path is None else pathlib.Path(path)
   records = model_folder.find_stages(path, stages)
-  return Cascade(path, records, resolve_dtype(dtype))
+  return Cascade(path, records, resolve_dtype(dtype), fsdp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Cascade:
     digest: one string for all the weights, recorded in every picture.
   """
 
-  def __init__(self, path, records, dtype):
+  def __init__(self, path, records, dtype, fsdp=None):
     self.path = path
+    self._fsdp = fsdp
     self.dtype = jnp.dtype(dtype)
     self._records = records
     self.stages = [
@@ -111,7 +114,15 @@ class Cascade:
     """
     record = self._records[0]
     path = model_folder.text_path(self.path, record)
-    encoder = load_text_encoder(path)
+    size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
+    mesh = sharding.sampling_mesh(size, self._fsdp)
+    encoder = load_text_encoder(
+      path,
+      self.dtype.name,
+      place=functools.partial(sharding.leaf_sharding, mesh=mesh)
+      if mesh.shape['fsdp'] > 1
+      else None,
+    )
     if encoder.digest != record.text['digest']:
       raise ModelError(
         f'the text encoder in {path} is not the one that stage '
@@ -209,9 +220,6 @@ class Cascade:
         'there is nothing to draw: give a prompt, and num_images ≥ 1.'
       )
     low = self._first_input(low_res, len(rows))
-    mesh = _sampling_mesh()
-    batch = batch_size or min(4, len(rows))
-    batch = -(-batch // mesh.size) * mesh.size
     results = {}
     for stage, record, setting in zip(self.stages, self._records, settings):
       low = self._run_stage(
@@ -222,8 +230,7 @@ class Cascade:
         rows,
         low,
         seed,
-        batch,
-        mesh,
+        batch_size or min(4, len(rows)),
         callback,
       )
       results[stage.name] = stages.to_uint8(low)
@@ -258,12 +265,17 @@ class Cascade:
     low,
     seed,
     batch,
-    mesh,
     callback,
   ):
     """One stage for every row, `batch` rows at a time, the last one padded."""
-    params = model_folder.load_params(record)
-    params = jax.device_put(params, sharding.replicated(mesh))
+    mesh = sharding.sampling_mesh(
+      model_folder.float32_bytes(record), self._fsdp
+    )
+    batch = -(-batch // mesh.size) * mesh.size
+    params = model_folder.load_params(
+      record,
+      put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
+    )
     draw = _compiled(stage, _static(setting))
     pictures = []
     for start in range(0, len(rows), batch):
@@ -333,11 +345,3 @@ def _stack_keys(stage, seed, pictures):
       for prompt, i in pictures
     ]
   )
-
-
-def _sampling_mesh():
-  """Every accelerator; on CPU one device, whose threads share a picture."""
-  devices = jax.devices()
-  if devices[0].platform == 'cpu':
-    devices = devices[:1]
-  return sharding.make_mesh(devices=devices)

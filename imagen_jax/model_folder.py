@@ -212,7 +212,7 @@ def find_stages(path, names=None):
   return found
 
 
-def load_params(record, *, weights='ema', step=None):
+def load_params(record, *, weights='ema', step=None, put=None):
   """A stage's parameters, checked against their digest.
 
   Args:
@@ -220,9 +220,11 @@ def load_params(record, *, weights='ema', step=None):
     weights: of a training workdir, 'ema' or 'raw'.
     step: of a training workdir, which checkpoint; the newest good one by
       default.
+    put: moves one float32 array to the devices; of an exported stage no more
+      than one array is then ever in the host's memory. None: nothing moves.
 
   Returns:
-    nested dict of float32 numpy arrays.
+    nested dict of float32 numpy arrays, or of what `put` made of them.
 
   Raises:
     ModelError: naming the file that is missing or damaged.
@@ -233,7 +235,7 @@ def load_params(record, *, weights='ema', step=None):
       step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
       params, _, _ = checkpoints.restore_subtree(part, step)
-    return params
+    return params if put is None else _map(put, params)
   file = record.path / 'weights.safetensors'
   try:
     intact = _sha256(file) == record.weights['sha256']
@@ -245,7 +247,8 @@ def load_params(record, *, weights='ema', step=None):
           branch = params
           for key in branches:
             branch = branch.setdefault(key, {})
-          branch[leaf] = tensors.get_tensor(name).astype(np.float32, copy=False)
+          array = tensors.get_tensor(name).astype(np.float32, copy=False)
+          branch[leaf] = array if put is None else put(array)
       return params
   except (OSError, TypeError, safetensors.SafetensorError) as error:
     raise ModelError(
@@ -255,6 +258,18 @@ def load_params(record, *, weights='ema', step=None):
     f'{file} is damaged: its sha256 is not the one in stage.json; copy it '
     'again from where it came.'
   )
+
+
+def float32_bytes(record):
+  """Bytes of an exported stage's parameters; 0 of a workdir, whose are unknown.
+
+  A network that must be split over devices is therefore sampled from its
+  export, unless the number of devices is given.
+  """
+  if record.weights is None:
+    return 0
+  size = np.dtype(DTYPES[record.weights['dtype']]).itemsize
+  return record.weights['bytes'] * 4 // size
 
 
 def weights_digest(record):
@@ -365,6 +380,12 @@ def _is_stage(path):
 def _span(record):
   low = record.low_resolution
   return f'{"text" if low is None else low}→{record.resolution}'
+
+
+def _map(function, tree):
+  if isinstance(tree, dict):
+    return {key: _map(function, value) for key, value in tree.items()}
+  return function(tree)
 
 
 def _flatten(tree, prefix=''):

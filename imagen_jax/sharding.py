@@ -16,6 +16,7 @@ from imagen_jax.errors import UsageError
 
 AXES = ('data', 'fsdp')
 BATCH = PartitionSpec(AXES)
+FOR_PARAMS = 0.6  # share of a device's memory; activations need the rest
 
 
 def set_cpu_devices(n=None):
@@ -91,6 +92,36 @@ def make_mesh(data=-1, fsdp=1, *, devices=None):
   )
 
 
+def sampling_mesh(num_bytes, fsdp=None):
+  """The mesh that draws pictures with a network of `num_bytes` of parameters.
+
+  Every accelerator takes part, with its own pictures and, where they fit, all
+  the parameters; where not, they are split over as few devices as hold them.
+  On CPU it is one device, whose threads share a picture.
+
+  Args:
+    num_bytes: of the parameters.
+    fsdp: devices that share one copy, chosen here when None.
+  """
+  devices = jax.devices()
+  if fsdp is None:
+    if devices[0].platform == 'cpu':
+      return make_mesh(devices=devices[:1])
+    stats = devices[0].memory_stats() or {}
+    room = FOR_PARAMS * stats.get('bytes_limit', float('inf'))
+    fsdp = least_split(num_bytes, room, len(devices))
+  return make_mesh(fsdp=fsdp, devices=devices)
+
+
+def least_split(num_bytes, room, num_devices):
+  """The smallest divisor n of `num_devices` with num_bytes / n <= room.
+
+  All of them when none is enough.
+  """
+  sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  return next((n for n in sizes if num_bytes / n <= room), num_devices)
+
+
 def replicated(mesh):
   """A whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -101,8 +132,8 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, BATCH)
 
 
-def state_shardings(abstract_tree, mesh, *, min_size=2**14):
-  """One sharding per leaf of a training state, from its shape alone.
+def leaf_sharding(leaf, mesh, *, min_size=2**14):
+  """The sharding of one leaf of parameters or state, from its shape alone.
 
   The largest dimension that the fsdp axis divides is split over it. The first
   dimension is taken only when no other will do: in a stack of scanned blocks
@@ -112,23 +143,25 @@ def state_shardings(abstract_tree, mesh, *, min_size=2**14):
   gathering it costs more than keeping it.
 
   Args:
-    abstract_tree: arrays or `jax.ShapeDtypeStruct`s.
+    leaf: array or `jax.ShapeDtypeStruct`.
     mesh: from `make_mesh`.
     min_size: leaves with fewer elements than this are replicated.
   """
-  fsdp = mesh.shape['fsdp']
+  fsdp, shape = mesh.shape['fsdp'], np.shape(leaf)
+  if fsdp == 1 or np.prod(shape, dtype=np.int64) < min_size:
+    return replicated(mesh)
+  free = [i for i, n in enumerate(shape) if n % fsdp == 0 and n > 0]
+  if not free:
+    return replicated(mesh)
+  axis = max(free, key=lambda i: (i > 0, shape[i], i))
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
 
-  def place(leaf):
-    shape = np.shape(leaf)
-    if fsdp == 1 or np.prod(shape, dtype=np.int64) < min_size:
-      return replicated(mesh)
-    free = [i for i, n in enumerate(shape) if n % fsdp == 0 and n > 0]
-    if not free:
-      return replicated(mesh)
-    axis = max(free, key=lambda i: (i > 0, shape[i], i))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
 
-  return jax.tree.map(place, abstract_tree)
+def state_shardings(abstract_tree, mesh, *, min_size=2**14):
+  """One sharding per leaf of a training state: `leaf_sharding` of each."""
+  return jax.tree.map(
+    lambda leaf: leaf_sharding(leaf, mesh, min_size=min_size), abstract_tree
+  )
 
 
 def with_shardings(abstract_tree, shardings):

@@ -1,13 +1,16 @@
 """The whole way from prompts to pictures, on a tiny random cascade."""
 
+import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 import imagen_jax
 from imagen_jax import cascade as cascades
+from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
 
 RED, BLUE = 'a red circle', 'a blue square above a star'
@@ -142,3 +145,22 @@ def test_progress_is_told(cascade):
   told = []
   draw(cascade, [RED], num_images=3, callback=lambda *a: told.append(a))
   assert told == [('base', 2, 3), ('base', 3, 3), ('sr1', 2, 3), ('sr1', 3, 3)]
+
+
+def test_a_network_split_over_devices_draws_the_same(model, monkeypatch):
+  split = functools.partial(sharding.leaf_sharding, min_size=1)
+  monkeypatch.setattr(sharding, 'leaf_sharding', split)
+  placed = []
+  put = jax.device_put
+  monkeypatch.setattr(
+    jax, 'device_put', lambda x, s: placed.append(put(x, s)) or placed[-1]
+  )
+  whole = draw(imagen_jax.load(model), [BLUE, RED])
+  assert all(leaf.sharding.is_fully_replicated for leaf in placed)
+  placed.clear()
+  spread = draw(imagen_jax.load(model, fsdp=4), [BLUE, RED])
+  share = sum(leaf.addressable_shards[0].data.size for leaf in placed)
+  assert share < 0.3 * sum(leaf.size for leaf in placed)
+  for name in ('base', 'sr1'):
+    difference = np.abs(whole[name].astype(int) - spread[name])
+    assert difference.max() <= 2

@@ -146,3 +146,10 @@ def test_set_cpu_devices_leaves_a_number_that_the_user_chose():
 def test_set_cpu_devices_gives_one_per_usable_core():
   cores = len(os.sched_getaffinity(0))
   assert cpu_devices('sharding.set_cpu_devices()') == cores
+
+
+def test_parameters_are_split_over_as_few_devices_as_hold_them():
+  assert sharding.least_split(10, 10, 8) == 1
+  assert sharding.least_split(11, 10, 8) == 2
+  assert sharding.least_split(30, 10, 6) == 3
+  assert sharding.least_split(1000, 10, 8) == 8

@@ -17,9 +17,11 @@ import pytest
 import sentencepiece
 from safetensors.numpy import load_file, save_file
 
+from imagen_jax import sharding
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data import captions, shapes
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.text import pretrain, probe, weights
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import EOS, PAD, Tokenizer
@@ -40,14 +42,15 @@ def folder(tmp_path):
   return tmp_path / 't5'
 
 
-def shard(folder):
-  """Splits a folder's weights over two files, as large models come."""
+def shard(folder, parts=2):
+  """Splits a folder's weights over several files, as large models come."""
   tensors = load_file(folder / weights.SINGLE)
   (folder / weights.SINGLE).unlink()
   names = sorted(tensors)
   index = {}
-  for i, part in enumerate((names[::2], names[1::2])):
-    file = f'model-{i + 1:05d}-of-00002.safetensors'
+  for i in range(parts):
+    part = names[i::parts]
+    file = f'model-{i + 1:05d}-of-{parts:05d}.safetensors'
     save_file({name: tensors[name] for name in part}, folder / file)
     index |= dict.fromkeys(part, file)
   (folder / weights.INDEX).write_text(json.dumps({'weight_map': index}))
@@ -205,6 +208,81 @@ def test_the_digest_names_weights_vocabulary_and_sizes(folder):
     spoil(folder)
     digests.add(load_text_encoder(folder).digest)
   assert len(digests) == 4
+
+
+def test_sharded_loading_is_the_identity_to_the_bit(folder):
+  shard(folder)
+  mesh = sharding.make_mesh(2, 4)
+  place = functools.partial(sharding.leaf_sharding, mesh=mesh, min_size=64)
+  whole = load_text_encoder(folder, 'bfloat16')
+  spread = load_text_encoder(folder, 'bfloat16', place=place)
+  assert spread.digest == whole.digest
+  query = spread.params['layers']['query']
+  assert query.addressable_shards[0].data.size == query.size // 4
+  for a, b in zip(
+    jax.tree.leaves(whole.params), jax.tree.leaves(spread.params)
+  ):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  emb, _ = spread.encode(['a red circle'])
+  np.testing.assert_allclose(
+    emb, whole.encode(['a red circle'])[0], atol=2e-2, rtol=2e-2
+  )
+
+
+def test_t5_xxl_has_4_76_billion_parameters():
+  module = T5Encoder(**SIZES['xxl'])
+  ids = jax.ShapeDtypeStruct((1, 2), np.int32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert abs(count - 4.76e9) < 0.005e9
+
+
+MEMORY = """
+import functools, os, resource, sys
+os.environ['JAX_PLATFORMS'] = 'cpu'
+import jax, numpy as np
+from imagen_jax import sharding
+from imagen_jax.text import weights
+from imagen_jax.text.encoder import load_text_encoder
+jax.config.update('jax_num_cpu_devices', 4)
+mesh = sharding.make_mesh(1, 4)
+place = functools.partial(sharding.leaf_sharding, mesh=mesh)
+small, large = sys.argv[1:]
+load_text_encoder(small, 'bfloat16', place=place)  # compiles, imports
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+params = load_text_encoder(large, 'bfloat16', place=place).params
+held = sum(
+  shard.data.nbytes
+  for leaf in jax.tree.leaves(params)
+  for shard in leaf.addressable_shards
+)
+print(peak() - before - held)
+"""
+
+
+@pytest.mark.slow
+def test_loading_shards_takes_no_more_host_memory_than_one_of_them(tmp_path):
+  """On CPU the devices' memory is the host's, so their share is taken off."""
+  size = dict(num_layers=16, num_heads=16, head_dim=64, width=1024)
+  for name, layers in (('small', 1), ('large', 16)):
+    size['num_layers'] = layers
+    tiny_text.random_folder(tmp_path / name, mlp_dim=2816, gated=True, **size)
+    shard(tmp_path / name, 8)
+  largest = max(f.stat().st_size for f in (tmp_path / 'large').glob('*-of-*'))
+  result = subprocess.run(
+    [sys.executable, '-c', MEMORY, tmp_path / 'small', tmp_path / 'large'],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  extra = int(result.stdout)
+  print(
+    f'{extra / 2**20:.0f} MiB beside the parameters; a shard file has '
+    f'{largest / 2**20:.0f}'
+  )
+  assert extra < 1.2 * largest
 
 
 # ---- Tokenizer -------------------------------------------------------------

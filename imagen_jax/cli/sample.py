@@ -47,6 +47,7 @@ def _parser():
   add('--threshold', help='dynamic, static or none')
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='pictures at a time; up to 4')
+  add('--fsdp', type=int, help='devices that share a network; as needed')
   return parser
 
 
@@ -66,6 +67,7 @@ def _main(argv):
     args.model,
     dtype=args.dtype,
     stages=args.stages.split(',') if args.stages else None,
+    fsdp=args.fsdp,
   )
   choices = {k: _per_stage(k, getattr(args, k)) for k in PER_STAGE}
   low_res = _low_res(cascade, args.low_res)

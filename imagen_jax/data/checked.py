@@ -90,7 +90,7 @@ class Checked:
         return self.example(j % len(self))
       except (BadSample, OSError) as error:
         reason = str(error)
-        self._note(self.name(j % len(self)), reason)
+        self.note(self.name(j % len(self)), reason)
     raise DataError(
       f'{self.where}: no sample from {self.name(int(i))} on can be read '
       f'({reason}); is the disk still there?'
@@ -102,7 +102,8 @@ class Checked:
     image = decode(data, self.size, self.resize)
     return {'image': image, 'caption': caption}
 
-  def _note(self, name, reason):
+  def note(self, name, reason):
+    """Counts a sample that turned out bad; raises when it is one too many."""
     with self._lock:
       self.replaced += 1
       new = name not in self.bad

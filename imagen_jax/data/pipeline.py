@@ -9,12 +9,16 @@ divide the number of pictures.
 """
 
 import os
+import re
 
 import grain
+import numpy as np
 
 from imagen_jax.errors import DataError, UsageError
 
 PREFETCH = 8  # batches
+# Captions that would be false of the mirrored picture.
+SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 
 
 def batches(
@@ -76,3 +80,15 @@ def batches(
   )
   iterator.set_state({'next_index': start_step})
   return iterator
+
+
+def flip(example, rng):
+  """Mirrors every second picture, for `batches(augment=flip)`.
+
+  A picture whose caption says left or right stays as it is: mirrored, the
+  caption would be false.
+  """
+  mirrored = rng.random() < 0.5 and not SIDED.search(example['caption'])
+  if not mirrored:
+    return example
+  return example | {'image': np.ascontiguousarray(example['image'][:, ::-1])}

@@ -65,7 +65,8 @@ class EfficientUNet(nn.Module):
     conv_shortcut: see `ResBlock`.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
-    remat: None, or a `jax.checkpoint_policies` name.
+    remat: None, or the name in `jax.checkpoint_policies` of what is kept of
+      residual blocks and attentions for the backward pass.
     unroll: whether the scans are unrolled. None: on CPU only, where XLA's
       gradient of a convolution inside a rolled loop is 17–30 times slower
       than outside. The parameters are the same.
@@ -117,7 +118,7 @@ class EfficientUNet(nn.Module):
       """`num_res_blocks[b]` equal residual blocks as one scan."""
       length = self.num_res_blocks[b]
       block = functools.partial(
-        remat(ResBlock, self.remat),
+        remat(ResBlock, self.remat, static=(3,)),
         self.channels[b],
         residual_scale=1 / math.sqrt(2),
         conv_shortcut=self.conv_shortcut,
@@ -139,7 +140,7 @@ class EfficientUNet(nn.Module):
     def attend(h, b, name):
       if not (self.self_attention[b] or self.text_attention[b]):
         return h
-      return TextAttention(
+      return remat(TextAttention, self.remat)(
         num_heads=self.num_heads,
         inner=2 * self.channels[b],
         self_attention=self.self_attention[b],

@@ -152,18 +152,19 @@ class ResBlock(nn.Module):
     return (x + h) * jnp.asarray(self.residual_scale, h.dtype)
 
 
-def remat(module, policy):
+def remat(module, policy, static=()):
   """`module` recomputed in the backward pass (None: not).
 
   Args:
-    module: a Linen class whose `__call__` takes (x, emb, train).
+    module: a Linen class.
     policy: a name in `jax.checkpoint_policies`, such as 'nothing_saveable'.
+    static: numbers of the arguments of `__call__` that are Python values;
+      argument 0 is the module itself.
   """
   if policy is None:
     return module
-  # `train` is static: argument 0 is the module itself.
   return nn.remat(
     module,
     policy=getattr(jax.checkpoint_policies, policy),
-    static_argnums=(3,),
+    static_argnums=static,
   )

@@ -15,6 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
+# T5 v1.1 and Flan by name, as `T5Encoder(**SIZES['xxl'])`: Imagen's own and
+# the smaller ones of its ablation (Appendix D.1).
+SIZES = {
+  'small': dict(width=512, num_layers=8, num_heads=6, mlp_dim=1024),
+  'base': dict(width=768, num_layers=12, num_heads=12, mlp_dim=2048),
+  'large': dict(width=1024, num_layers=24, num_heads=16, mlp_dim=2816),
+  'xl': dict(width=2048, num_layers=24, num_heads=32, mlp_dim=5120),
+  'xxl': dict(width=4096, num_layers=24, num_heads=64, mlp_dim=10240),
+}
+
+
 def distance_buckets(length, *, num_buckets, max_distance):
   """The bucket of each (query, key) distance: int32 [length, length].
 

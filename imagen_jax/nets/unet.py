@@ -31,7 +31,8 @@ class UNet(nn.Module):
     text_width: text is projected to this width before all else; None: raw.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
-    remat: None, or a `jax.checkpoint_policies` name.
+    remat: None, or the name in `jax.checkpoint_policies` of what is kept of
+      residual blocks and attentions for the backward pass.
     attention: implementation, see `nets.attention.attention`.
     out_channels: channels of the prediction.
     dtype: activations' type; parameters are float32.
@@ -85,7 +86,8 @@ class UNet(nn.Module):
       name='conditioning',
     )(logsnr, text, mask, aug_level)
 
-    block = remat(ResBlock, self.remat)
+    block = remat(ResBlock, self.remat, static=(3,))
+    attention = remat(TextAttention, self.remat)
 
     def res(h, width, name, resample=None):
       return block(
@@ -100,7 +102,7 @@ class UNet(nn.Module):
     def attend(h, level, name):
       if self.resolution >> level not in self.attention_resolutions:
         return h
-      return TextAttention(
+      return attention(
         self.head_dim,
         norm_groups=self.norm_groups,
         implementation=self.attention,
@@ -121,7 +123,7 @@ class UNet(nn.Module):
         skips.append(h)
 
     h = res(h, widths[-1], 'mid_res_0')
-    h = TextAttention(
+    h = attention(
       self.head_dim,
       norm_groups=self.norm_groups,
       implementation=self.attention,

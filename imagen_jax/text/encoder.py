@@ -40,7 +40,7 @@ class TextEncoder:
 
   Attributes:
     module: the `T5Encoder`.
-    params: its parameters, on the default device.
+    params: its parameters, on the devices.
     tokenizer: the `Tokenizer`.
     dim: D, width of the embeddings.
     max_len: L, positions where no other number is asked for.
@@ -87,7 +87,7 @@ class TextEncoder:
     return emb, mask
 
 
-def load_text_encoder(path, dtype='float32', *, max_len=None):
+def load_text_encoder(path, dtype='float32', *, max_len=None, place=None):
   """Loads a T5 in Hugging Face layout: the demo's, or t5-v1_1-xxl itself.
 
   Args:
@@ -96,6 +96,8 @@ def load_text_encoder(path, dtype='float32', *, max_len=None):
       memory; the residual stream, norms and softmax stay float32).
     max_len: positions of a prompt; None is 128, or the folder's own
       `model_max_length` where that is less.
+    place: where each leaf of the parameters goes, see `weights.load_params`;
+      with it no more than one tensor is ever in the host's memory.
 
   Raises:
     ModelError: the folder is no usable T5; the sentence names file and key.
@@ -121,7 +123,7 @@ def load_text_encoder(path, dtype='float32', *, max_len=None):
       f'{path} has a tokenizer of {tokenizer.size} pieces and an embedding '
       f'table of {module.vocab_size}; they belong to different models.'
     )
-  params, digest = weights.load_params(path, module)
+  params, digest = weights.load_params(path, module, place=place)
   sizes = {
     field.name: getattr(module, field.name)
     for field in dataclasses.fields(module)

@@ -11,8 +11,8 @@ import numpy as np
 from imagen_jax import pictures, sharding
 from imagen_jax import stage as stages
 from imagen_jax.checkpoint import Checkpoints
-from imagen_jax.data.pipeline import batches
-from imagen_jax.data.sources import make_source
+from imagen_jax.data.pipeline import batches, flip
+from imagen_jax.data.sources import list_skipped, make_source
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import NumericError
 from imagen_jax.model_folder import text_folder
@@ -61,10 +61,17 @@ def train(config, workdir, *, should_stop=lambda: False):
   )
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(every.batch_size, mesh)
-  source = make_source(
-    **config.data.to_dict(), size=stage.resolution, split='train'
-  )
+  source = _source(config, stage, 'train')
+  prepared = getattr(source, 'header', {}).get('text') is not None
+  if prepared:
+    source.check_text(
+      encoder=encoder.digest,
+      tokenizer=encoder.tokenizer.digest,
+      max_len=config.text.max_len,
+    )
   workdirs.claim(workdir, config, encoder, write=first_process)
+  if first_process:
+    list_skipped(source, workdir / 'bad_samples.jsonl')
 
   # ---- State -------------------------------------------------------------
   decays = every.optimizer.decay
@@ -113,6 +120,9 @@ def train(config, workdir, *, should_stop=lambda: False):
     )
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
+  def embedded(example):
+    return {key: example[key] for key in ('image', 'text', 'mask')}
+
   data = batches(
     source,
     seed=config.seed,
@@ -120,7 +130,8 @@ def train(config, workdir, *, should_stop=lambda: False):
     start_step=start,
     host=jax.process_index(),
     num_hosts=jax.process_count(),
-    transform=tokenize,
+    augment=flip if config.data.get('flip') else None,
+    transform=embedded if prepared else tokenize,
   )
 
   # ---- Steps -------------------------------------------------------------
@@ -136,7 +147,9 @@ def train(config, workdir, *, should_stop=lambda: False):
     donate_argnums=0,
     out_shardings=(placed, sharding.replicated(mesh)),
   )
-  text_params = jax.device_put(encoder.params, sharding.replicated(mesh))
+  text_params = {}
+  if not prepared:
+    text_params = jax.device_put(encoder.params, sharding.replicated(mesh))
   preview = _previewer(config, stage, encoder, workdir)
   metrics = Metrics(
     workdir / 'metrics.jsonl',
@@ -178,6 +191,12 @@ def train(config, workdir, *, should_stop=lambda: False):
   return step
 
 
+def _source(config, stage, split):
+  data = config.data.to_dict()
+  data.pop('flip', None)  # the pipeline's business
+  return make_source(**data, size=stage.resolution, split=split)
+
+
 def _log(metrics, step, recent, every):
   recent = jax.device_get(recent)
   metrics.log(
@@ -205,9 +224,7 @@ def _previewer(config, stage, encoder, workdir):
   The written grid has a row of reference pictures, for a super-resolution
   stage a row of what it was given, and a row of what the stage drew.
   """
-  source = make_source(
-    **config.data.to_dict(), size=stage.resolution, split='eval'
-  )
+  source = _source(config, stage, 'eval')
   examples = [source[i] for i in range(min(NUM_PREVIEWS, len(source)))]
   truth = np.stack([example['image'] for example in examples])
   text, mask = encoder.encode(

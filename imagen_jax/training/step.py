@@ -17,8 +17,9 @@ def train_step(
   Args:
     state: the `TrainState`.
     batch: `image` uint8 [B, R, R, 3], `ids` int32 [B, L], `mask` bool [B, L];
-      B is the global batch, sharded over the mesh.
-    text_params: the frozen text encoder's.
+      B is the global batch, sharded over the mesh. `text` [B, L, D] in place
+      of `ids` are embeddings made beforehand.
+    text_params: the frozen text encoder's; unused with `text`.
     stage: the `Stage` that is trained.
     text_module: the text encoder's module.
     tx: the optimizer.
@@ -30,7 +31,10 @@ def train_step(
     (state, metrics): metrics are scalars: loss, grad_norm, skipped.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  text = encode_tokens(text_module, text_params, batch['ids'], batch['mask'])
+  if 'text' in batch:
+    text = batch['text'].astype(jnp.float32)
+  else:
+    text = encode_tokens(text_module, text_params, batch['ids'], batch['mask'])
   text = jax.lax.stop_gradient(text)
 
   def loss_fn(params):

@@ -11,6 +11,7 @@ FREE = (
   'mesh.',
   'text.path',
   'data.path',
+  'data.max_bad',
   'stage.sampling.',
   'train.log_every',
   'train.checkpoint_every',
@@ -19,6 +20,8 @@ FREE = (
   'train.keep_every',
   'train.max_bad_steps',
 )
+# What a config that does not say it has always meant.
+DEFAULTS = {'data.flip': False, 'data.resize': 'area'}
 
 
 def claim(workdir, config, encoder, *, write=True):
@@ -69,7 +72,8 @@ def differences(old, new):
     name = key.removeprefix('config.')
     if any(name == f or (f.endswith('.') and name.startswith(f)) for f in free):
       continue
-    if before.get(key) != after.get(key):
+    default = DEFAULTS.get(name)
+    if before.get(key, default) != after.get(key, default):
       changed.append(
         f'{name} was {before.get(key)!r} and is now {after.get(key)!r}'
       )

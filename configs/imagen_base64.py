@@ -1,0 +1,99 @@
+r"""The paper's 64×64 base model: 2.26 B parameters (Sections 2.5, 4.1, F.1).
+
+  python train.py --config imagen_base64 --workdir runs/imagen/base64 \
+      --config.data.path=DIR --config.text.path=T5-V1_1-XXL
+
+Cost in the paper: 2.5 M steps of 2,048 pictures on 256 TPU v4 chips; what it
+takes here is `python plan.py --config imagen_base64`, and docs/tpu.md.
+
+Printed (F.1): embed_dim 512, channel_mult 1 2 3 4, 3 residual blocks, attention
+and text at 32, 16, 8 with heads of 64, BigGAN blocks, scale-shift norm,
+attention-pooled text, dropout 0; eps-prediction, cosine schedule; Adafactor
+with optax's defaults, rate 1e-4, 10,000 warm-up steps, cosine decay; text
+dropped for 10 %. The listing's `end_value=2500000` is the number of steps in
+the wrong place: as printed the rate would climb to 2.5 million, here it falls
+to 0. `lrs` and `weight_decay` are no arguments of optax's.
+
+Chosen, for the paper is silent: one skip per residual block and a 4th block on
+the way up (ADM, which F.1 adapts); a conditioning vector of 4 × 512; text
+projected to that width before it meets K, V and the pooler. Parameters are
+then 2,263,427,075 (raw 4,096-d text: 2.44 B; projected to 512: 2.14 B):
+
+  way down  698.4 M      way up                    1,341.6 M
+  middle    193.0 M      time and pooled text         22.0 M
+                         text projection               8.4 M
+
+Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16, ancestral sampling in
+256 steps with gamma 0.3. Guidance 1.35 is Table 1's (the best FID); the
+prettier pictures of Figure A.10 have 5.
+
+T5-XXL is read from your folder in Hugging Face layout (google/t5-v1_1-xxl:
+config.json, safetensors, spiece.model). Adafactor's rate is relative to a
+parameter's size, so zero-initialised layers take 10,000 steps to wake up; for a
+short run set `multiply_by_parameter_scale` to False in its options.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  """The base stage, at the paper's size."""
+  return ConfigDict(
+    {
+      'kind': 'stage',
+      'seed': 0,
+      'dtype': 'bfloat16',
+      'stage': {
+        'name': 'base64',
+        'resolution': 64,
+        'low_resolution': None,
+        'net': {
+          'kind': 'unet',
+          'channels': 512,
+          'channel_mults': (1, 2, 3, 4),
+          'num_res_blocks': 3,
+          'attention_resolutions': (32, 16, 8),
+          'head_dim': 64,
+          'emb_channels': 2048,
+          'text_width': 2048,
+          'dropout': 0.0,
+          'norm_groups': 32,
+          'remat': 'nothing_saveable',
+        },
+        'schedule': {'kind': 'cosine'},
+        'prediction': 'eps',
+        'stratified': False,
+        'cond_drop': 0.1,
+        'sampling': {
+          'sampler': 'ddpm',
+          'gamma': 0.3,
+          'steps': 256,
+          'guidance': 1.35,
+          'threshold': 'dynamic',
+          'percentile': 99.5,
+        },
+      },
+      'text': {'path': 't5-v1_1-xxl', 'max_len': 128},
+      'data': {'kind': 'folder', 'path': '', 'seed': 0},
+      'train': {
+        'num_steps': 2_500_000,
+        'batch_size': 2048,
+        'log_every': 100,
+        'checkpoint_every': 5000,
+        'sample_every': 10_000,
+        'keep_last': 2,
+        'keep_every': 100_000,
+        'ema_decay': 0.9999,
+        'max_bad_steps': 20,
+        'optimizer': {
+          'kind': 'adafactor',
+          'learning_rate': 1e-4,
+          'warmup': 10_000,
+          'decay': True,
+          'clip': 1.0,
+          'options': {},
+        },
+      },
+      'mesh': {'data': -1, 'fsdp': 8},
+    }
+  )

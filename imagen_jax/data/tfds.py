@@ -1,0 +1,211 @@
+"""TensorFlow Datasets without TensorFlow, such as coco_captions.
+
+Only builds stored as ArrayRecord can be read without TensorFlow. Pictures are
+taken as they are stored, encoded, and decoded by the rule of every source. A
+picture with several captions is several examples.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from imagen_jax.data import index_cache
+from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
+from imagen_jax.data.decode import BadSample, inspect
+from imagen_jax.errors import DataError
+
+CAPTION_KEYS = ('caption', 'captions', 'text', 'title', 'description')
+# What builds call the split for looking at, the first first.
+EVAL = ('validation', 'val', 'test', 'train')
+INFO = 'dataset_info.json'
+
+
+class TfdsSource(Checked):
+  """Random access to one split of a prepared build, {'image', 'caption'} each.
+
+  Args:
+    path: the build's folder (the one with dataset_info.json), or its name,
+      such as 'coco_captions', looked for in $TFDS_DATA_DIR or
+      ~/tensorflow_datasets; of several versions the last.
+    size: side of the pictures in pixels.
+    split: 'train', or 'eval' for the build's validation split.
+    resize, max_bad: see `Checked`.
+
+  Raises:
+    DataError: there is no such build, it is stored as TFRecord, it has no
+      pictures or captions, or too many are bad.
+  """
+
+  def __init__(
+    self, path, size, *, split='train', resize='area', max_bad=MAX_BAD
+  ):
+    self.folder = find_build(path)
+    self._records, self._image, self._caption, self.split = _open(
+      self.folder, split
+    )
+    rows, bad = self._index()
+    small = [f'record {row[0]}' for row in rows[rows[:, 2] < size]]
+    # A row per example: which record, and which of its captions.
+    self.rows = rows[rows[:, 2] >= size][:, :2]
+    super().__init__(
+      f'{self.folder} ({self.split})',
+      size,
+      resize,
+      max_bad,
+      bad,
+      small,
+      f'Captions are looked for in {", ".join(CAPTION_KEYS)}.',
+    )
+
+  def __len__(self):
+    return len(self.rows)
+
+  @property
+  def fingerprint(self):
+    """sha256 of the build's own description and of what is used of it."""
+    digest = hashlib.sha256((self.folder / INFO).read_bytes())
+    digest.update(self.split.encode() + self.rows.tobytes())
+    return digest.hexdigest()
+
+  def name(self, i):
+    return f'record {self.rows[i][0]}'
+
+  def read(self, i):
+    record, which = self.rows[i]
+    data, captions = self._record(record)
+    return data, clean_caption(captions[which])
+
+  def _record(self, number):
+    """(the encoded picture, [its captions]) of one record."""
+    try:
+      record = self._records[int(number)]
+    except RuntimeError as error:  # ArrayRecord's checksum
+      raise BadSample('its record is damaged') from error
+    captions = record[self._caption]
+    if isinstance(captions, dict):
+      captions = captions['text']
+    return record[self._image], np.atleast_1d(
+      np.array(captions, object)
+    ).tolist()
+
+  def _index(self):
+    """(int64 rows [n, 3]: record, caption, shorter side; {name: problem})."""
+    location = f'{self.folder.resolve()} {self.split}'
+    state = [
+      [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+      for file in sorted(self.folder.iterdir())
+    ]
+    cached = index_cache.load('tfds', location)
+    if cached is not None and cached[0]['state'] == state:
+      return cached[1].reshape(-1, 3), cached[0]['bad']
+
+    def examine(i):
+      data, captions = self._record(i)
+      side = min(inspect(data))
+      problem, good = BadSample('it has no caption'), []
+      for which, caption in enumerate(captions):
+        try:
+          clean_caption(caption)
+          good.append([i, which, side])
+        except BadSample as error:
+          problem = error
+      if not good:
+        raise problem
+      return good
+
+    rows, bad = [], {}
+    found = survey(len(self._records), examine, f'checking {self.folder}')
+    for i, result in enumerate(found):
+      if isinstance(result, BadSample):
+        bad[f'record {i}'] = str(result)
+      else:
+        rows += result
+    rows = np.array(rows, np.int64).reshape(-1, 3)
+    index_cache.save('tfds', location, {'state': state, 'bad': bad}, rows)
+    return rows, bad
+
+
+def find_build(path):
+  """The folder of a build, by path or by name.
+
+  Raises:
+    DataError: there is none, or it needs TensorFlow.
+  """
+  folder = pathlib.Path(path)
+  if not (folder / INFO).exists():
+    base = pathlib.Path(
+      os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+    ).expanduser()
+    roots = [folder, base / path]
+    found = [
+      pathlib.Path(file).parent
+      for root in roots
+      for file in glob.glob(
+        f'{glob.escape(str(root))}/**/{INFO}', recursive=True
+      )
+    ]
+    if not found:
+      raise DataError(
+        f'there is no TFDS build {path}, neither as a folder nor in {base}; '
+        f'make one where TensorFlow is installed: tfds build {path} '
+        '--file_format=array_record'
+      )
+    folder = max(found, key=_version)
+  try:
+    kind = json.loads((folder / INFO).read_text()).get('fileFormat')
+  except (OSError, ValueError, AttributeError) as error:
+    raise DataError(
+      f'{folder / INFO} cannot be read ({error}); build the set again.'
+    ) from error
+  if kind != 'array_record':
+    raise DataError(
+      f'{folder} is stored as {kind or "tfrecord"}, which only TensorFlow '
+      'reads; make an ArrayRecord build where TensorFlow is installed: tfds '
+      f'build {folder.parent.name} --file_format=array_record'
+    )
+  return folder
+
+
+def _version(folder):
+  """Sorts 1.10.0 after 1.9.0, and configs by name."""
+  parts = folder.name.split('.')
+  return [int(p) if p.isdigit() else -1 for p in parts], str(folder)
+
+
+def _open(folder, split):
+  """(the records, key of the picture, key of the caption, the split)."""
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder_from_directory(str(folder))
+    features, splits = builder.info.features, builder.info.splits
+  except Exception as error:  # tfds has many, and TensorFlow may be missing
+    raise DataError(
+      f'{folder} cannot be opened as a TFDS build ({error}); build it again '
+      'with --file_format=array_record.'
+    ) from error
+  images = [
+    k for k, v in features.items() if isinstance(v, tfds.features.Image)
+  ]
+  captions = [k for k in CAPTION_KEYS if k in features]
+  if not images or not captions:
+    raise DataError(
+      f'{folder} has no {"captions" if images else "image column"}: its '
+      f'columns are {", ".join(features)}; pictures are columns of type Image '
+      f'and captions are named {", ".join(CAPTION_KEYS)}.'
+    )
+  image = 'image' if 'image' in images else images[0]
+  wanted = [split] if split != 'eval' else EVAL
+  names = [name for name in wanted if name in splits]
+  if not names:
+    raise DataError(
+      f'{folder} has no split {split}; it has {", ".join(splits)}.'
+    )
+  records = builder.as_data_source(
+    split=names[0], decoders={image: tfds.decode.SkipDecoding()}
+  )
+  return records, image, captions[0], names[0]
