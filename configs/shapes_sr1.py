@@ -2,8 +2,11 @@ r"""The demo's first super-resolution model: 16→64 pixels (F.2 shrunk).
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1
 
-Everything but the network's size is as in `shapes_base`; the low-resolution
-picture is the box mean of the large one, noised at a random level (2.4).
+The low-resolution picture is the box mean of the large one, noised at a random
+level (2.4). x-prediction: the Efficient U-Net as F.2 prints it keeps no
+features at the full resolution, so that a small one cannot give back the noise
+of single pixels, which eps and v ask for. With v-prediction the same network
+was still grainy after 1,500 steps, its loss at 0.16.
 """
 
 from imagen_jax.configs import shapes_base
@@ -28,6 +31,7 @@ def get_config():
     'emb_channels': 128,
     'norm_groups': 8,
   }
+  config.stage.prediction = 'x'
   config.stage.sampling.update(steps=16, guidance=2.0, aug_level=0.1)
   config.train.update(num_steps=4000, batch_size=16, checkpoint_every=500)
   return config
