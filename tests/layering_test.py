@@ -52,7 +52,11 @@ BELOW = {
 }
 DOORS = {
   'orbax': {'checkpoint.py'},
-  'safetensors': {'model_folder.py', 'text/'},
+  'safetensors': {
+    'model_folder.py',
+    'text/',
+    'evaluation/extractors.py',
+  },
   'transformers': {'text/'},
   'sentencepiece': {'text/'},
   'tensorflow_datasets': {'data/tfds.py'},
