@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from imagen_jax.cli import evaluate
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import drawing, scores, shapes_suite
 
-FAST = ('--steps', 1, '--guidance', 1, '--sampler', 'ddim')
+FAST = ('--steps', 1, '--guidance', 1, '--sampler', 'ddim', '--stages', 'base')
 
 
 def run(*argv):
@@ -53,7 +52,7 @@ def test_scores_have_the_format_of_the_contract(report):
   assert found['shapes']['pair']['n'] == 3
   assert found['shapes']['shuffled']['n'] == 18
   notes = found['provenance']['shapes']
-  assert notes['num'] == 3 and notes['resolution'] == 16
+  assert notes['num'] == 3 and notes['resolution'] == 8
   assert notes['stages']['base']['steps'] == 1
 
 
@@ -71,7 +70,7 @@ def test_a_larger_num_continues(report, model, tmp_path, capsys):
 
 
 def test_other_settings_do_not_mix(report, model, capsys):
-  code = run('--model', model, '--out', report, '--steps', 2)
+  code = run('--model', model, '--out', report, *FAST, '--steps', 2)
   error = capsys.readouterr().err
   assert code == 2 and 'holds a run with another stages' in error
   assert 'another --out' in error
@@ -191,14 +190,14 @@ def test_pictures_of_another_sentence_are_wrong():
 def test_an_interrupted_run_continues(model, tmp_path):
   command = [sys.executable, '-m', 'imagen_jax.cli.evaluate', '--num', '40']
   command += ['--model', str(model), '--out', str(tmp_path), '--steps', '1']
+  command += ['--stages', 'base', '--guidance', '1']
   process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
   assert 'drawn' in [line for line, _ in zip(process.stderr, range(2))][-1]
-  process.send_signal(signal.SIGINT)
+  process.send_signal(signal.SIGTERM)
   _, error = process.communicate(timeout=60)
-  assert process.returncode == 130 and 'same command' in error
+  assert process.returncode == 143 and 'same command' in error
   kept = len(drawing.read_records(tmp_path / 'shapes/run'))
   assert 0 < kept < 240
-  start = time.monotonic()
   again = subprocess.run(command, capture_output=True, text=True)
-  assert again.returncode == 0, time.monotonic() - start
+  assert again.returncode == 0
   assert f'/{240 - kept} drawn' in again.stderr

@@ -1,6 +1,7 @@
 """imagen-evaluate: how well a model does, in numbers and a report."""
 
 import pathlib
+import signal
 import sys
 import time
 
@@ -28,7 +29,12 @@ def _parser():
   add('--suite', default='shapes', choices=SUITES, help='what to measure')
   add('--model', help='model folder; the demo that comes with the package')
   add('--out', default='report', help='folder of scores.json and index.html')
-  add('--num', type=int, help='prompts: of each category in shapes (300)')
+  add(
+    '--num',
+    type=int,
+    help='prompts: 300 of each category in shapes, all of '
+    'each category of a file, 30000 captions in fid',
+  )
   add('--categories', help='of these alone, such as pair,count')
   add('--seed', type=int, default=0, help='of the pictures')
   add('--stages', help='names of stages, such as base,sr1; all of them')
@@ -45,6 +51,11 @@ def _parser():
     help='one run for each value, such as guidance=1,2,4 or sr1.steps=4,8; '
     'several sweeps make all combinations',
   )
+  add('--prompts', help='prompts, clip: .csv, .tsv, .jsonl or .txt file')
+  add('--num_images', type=int, default=1, help='prompts, clip: per prompt')
+  add('--data', help='fid: a folder of real pictures with captions')
+  add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
+  add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
   add('--sampler', help='ddpm, ddim or dpmpp')
   add('--steps', help='network evaluations; lists have one value a stage')
   add('--guidance', help='w in w·cond + (1−w)·uncond; 1 is none')
@@ -59,13 +70,23 @@ def _parser():
 def _main(argv):
   args = _parser().parse_args(argv)
   _check(args)
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  try:
+    return _evaluate(args)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _evaluate(args):
   from imagen_jax.cli import runtime
 
   runtime.start()
   cascade = imagen_jax.load(args.model, dtype=args.dtype, stages=_stages(args))
   share, batch = _share(args.shard), args.batch_size or _default_batch()
   runs = _runs(cascade, args)
-  suite = _suite(args)
+  from imagen_jax.evaluation import suites
+
+  suite = suites.make(args, cascade.stages[-1].resolution)
   items = suite.items()
   out, finished = pathlib.Path(args.out), True
   for name, choices in runs:
@@ -86,6 +107,8 @@ def _check(args):
     raise UsageError(f'--num is {args.num}; score at least 1 prompt.')
   if args.batch_size is not None and args.batch_size < 1:
     raise UsageError(f'--batch_size is {args.batch_size}; it is at least 1.')
+  if args.num_images < 1:
+    raise UsageError(f'--num_images is {args.num_images}; draw at least 1.')
   if args.from_truth and args.suite != 'shapes':
     raise UsageError(
       f'--from_truth needs --suite shapes: suite {args.suite} has no true '
@@ -178,12 +201,6 @@ def _runs(cascade, args):
   return runs
 
 
-def _suite(args):
-  from imagen_jax.evaluation import suites
-
-  return suites.make(args)
-
-
 def _run(cascade, suite, items, folder, name, choices, args, share, batch):
   """One run: draws, scores, and says whether all shares are finished."""
   from imagen_jax.evaluation import drawing, scores
@@ -229,7 +246,7 @@ def _run(cascade, suite, items, folder, name, choices, args, share, batch):
       progress=_progress(label),
       **choices,
     )
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, SystemExit):
     print(
       f'{folder} is kept: give the same command again to continue.',
       file=sys.stderr,

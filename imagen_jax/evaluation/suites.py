@@ -4,7 +4,7 @@ A suite has `label`, `num`, and
 
   items()                  every `Item` of a run
   digest()                 16 hex digits for the prompts
-  judge(item, image)       fields to keep of a picture, as it is drawn
+  judge                    function of (item, image) to fields of its record
   score(folder, records)   {suite name: {category: score}} of a finished run
   provenance(), notes(resolution)
 """
@@ -12,21 +12,74 @@ A suite has `label`, `num`, and
 import dataclasses
 import hashlib
 import json
+import pathlib
+import random
 
-from imagen_jax.errors import UsageError
-from imagen_jax.evaluation import shapes_suite
+import numpy as np
+
+from imagen_jax.errors import DataError, UsageError
+from imagen_jax.evaluation import frechet, prompts, scores, shapes_suite
+from imagen_jax.evaluation.drawing import Item, read_picture
+
+BLOCK = 256  # pictures in memory at a time
+NEIGHBOURS = 10_000  # pictures of either set for precision and recall
 
 
-def make(args):
+def make(args, resolution):
   """The suite that the command line asks for.
+
+  Args:
+    args: of cli/evaluate.py.
+    resolution: of the pictures to come.
 
   Raises:
     UsageError, DataError, ModelError: what it needs is missing or broken.
   """
-  return Shapes(
-    _chosen(args.categories, shapes_suite.CATEGORIES),
-    args.num or 300,
-    args.from_truth,
+  if args.suite == 'shapes':
+    categories = _chosen(args.categories, shapes_suite.CATEGORIES)
+    return Shapes(categories, args.num or 300, args.from_truth)
+  if args.suite == 'fid':
+    return _fid(args, resolution)
+  if not args.prompts:
+    raise UsageError(
+      f'--suite {args.suite} needs --prompts FILE: DrawBench .csv, '
+      'PartiPrompts .tsv, GenEval .jsonl, or .txt with one prompt a line.'
+    )
+  if args.suite == 'clip' and not args.clip:
+    raise UsageError(
+      '--suite clip needs --clip DIR, a CLIP model in Hugging Face layout.'
+    )
+  listed = prompts.read_prompts(args.prompts)
+  known = tuple(dict.fromkeys(category for category, _ in listed))
+  categories = _chosen(args.categories, known)
+  chosen = [
+    (category, prompt)
+    for name in categories
+    for category, prompt in [x for x in listed if x[0] == name][: args.num]
+  ]
+  extractor = None
+  if args.clip:
+    from imagen_jax.evaluation import extractors
+
+    extractor = extractors.load_clip(args.clip)
+  return Prompts(args.suite, tuple(chosen), args.num_images, extractor)
+
+
+def _fid(args, resolution):
+  if not args.data or not (args.inception or args.clip):
+    raise UsageError(
+      '--suite fid needs --data DIR, real pictures with captions, and '
+      '--inception FILE or --clip DIR, the weights to compare them with.'
+    )
+  from imagen_jax.data.sources import make_source
+  from imagen_jax.evaluation import extractors
+
+  return Fid(
+    source=make_source(kind='folder', size=resolution, path=args.data),
+    num=args.num or 30_000,
+    seed=args.seed,
+    inception=args.inception and extractors.load_inception(args.inception),
+    clip=args.clip and extractors.load_clip(args.clip),
   )
 
 
@@ -82,3 +135,195 @@ class Shapes:
   def notes(self, resolution):
     note = shapes_suite.notes(resolution)
     return [note] if note else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Pictures of a user's prompts; with CLIP's weights also their CLIP score.
+
+  Attributes:
+    label: 'prompts' or 'clip'.
+    listed: ((category, prompt), …).
+    num_images: of each prompt.
+    extractor: CLIP, or None.
+  """
+
+  label: str
+  listed: tuple[tuple[str, str], ...]
+  num_images: int
+  extractor: object = None
+  judge = None
+
+  @property
+  def num(self):
+    return len(self.listed)
+
+  def items(self):
+    result, numbers, seen = [], {}, {}
+    for category, prompt in self.listed:
+      for _ in range(self.num_images):
+        number = numbers[category] = numbers.get(category, -1) + 1
+        # A prompt that is listed twice gets other pictures.
+        key = category, prompt
+        index = seen[key] = seen.get(key, -1) + 1
+        result.append(Item(category, number, prompt, index))
+    return result
+
+  def digest(self):
+    return digest([self.listed, self.num_images])
+
+  def score(self, folder, records):
+    if self.extractor is None:
+      result = {}
+      for category, _ in records:
+        result.setdefault(category, {'n': 0})['n'] += 1
+      return {self.label: result}
+    items = self.items()
+    values = clip_scores(self.extractor, folder, records, items)
+    by_category = {}
+    for item, value in zip(items, values):
+      by_category.setdefault(item.category, []).append(value)
+    result = {c: scores.mean(v) for c, v in by_category.items()}
+    return {self.label: result | {'overall': scores.mean(values)}}
+
+  def provenance(self):
+    if self.extractor is None:
+      return {'prompts_digest': self.digest()}
+    return {
+      'prompts_digest': self.digest(),
+      'clip_sha256': self.extractor.digest,
+      'resize': self.extractor.resize,
+    }
+
+  def notes(self, resolution):
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Fid:
+  """The paper's protocol (Section 4.1): captions of real pictures, drawn.
+
+  `num` captions are taken at random; the pictures drawn of them are compared
+  with all real pictures, which are cut square and averaged to the model's
+  resolution.
+
+  Attributes:
+    source: of the real pictures, see `data.sources`.
+    num: captions.
+    seed: of their choice.
+    inception: `Extractor` for the Fréchet distance, KID, precision, recall.
+    clip: `Extractor` for CMMD and the CLIP score.
+  """
+
+  source: object
+  num: int
+  seed: int
+  inception: object = None
+  clip: object = None
+  label = 'fid'
+  judge = None
+
+  def _captions(self):
+    total = len(self.source)
+    chosen = random.Random(self.seed).sample(range(total), min(self.num, total))
+    captions = getattr(self.source, 'captions', None)
+    if captions is None:
+      captions = [self.source[i]['caption'] for i in range(total)]
+    return [captions[i] for i in chosen]
+
+  def items(self):
+    result, seen = [], {}
+    for number, caption in enumerate(self._captions()):
+      index = seen[caption] = seen.get(caption, -1) + 1
+      result.append(Item('all', number, caption, index))
+    return result
+
+  def digest(self):
+    return digest(self._captions())
+
+  def score(self, folder, records):
+    items, result = self.items(), {}
+    if self.inception:
+      drawn = _features(self.inception, _drawn(folder, records, items))
+      real = self._real(folder, self.inception)
+      if min(len(drawn), len(real)) < 4:
+        raise DataError(
+          f'{len(drawn)} drawn and {len(real)} real pictures are too few to '
+          'compare; raise --num.'
+        )
+      result['frechet'] = frechet.frechet(
+        *frechet.moments(drawn), *frechet.moments(real)
+      )
+      result['kid'], result['kid_sd'] = frechet.kid(drawn, real)
+      result['precision'], result['recall'] = frechet.precision_recall(
+        real[:NEIGHBOURS], drawn[:NEIGHBOURS]
+      )
+    if self.clip:
+      drawn = _features(self.clip, _drawn(folder, records, items))
+      result['cmmd'] = frechet.cmmd(drawn, self._real(folder, self.clip))
+      texts = self.clip.text([item.prompt for item in items])
+      result['clip_score'] = float(cosine_scores(drawn, texts).mean())
+    result |= {'n': len(items), 'n_real': len(self.source)}
+    return {'fid': {'all': result}}
+
+  def _real(self, folder, extractor):
+    """Features of all real pictures, kept for the next run of a sweep."""
+    captions = digest([self._captions(), len(self.source)])
+    name = f'real-{extractor.digest[:16]}-{captions}.npy'
+    path = pathlib.Path(folder).parent / name
+    if path.exists():
+      return np.load(path, allow_pickle=False)
+    images = (self.source[i]['image'] for i in range(len(self.source)))
+    features = _features(extractor, images)
+    temporary = path.with_name(f'.{name}')
+    np.save(temporary, features)
+    temporary.replace(path)
+    return features
+
+  def provenance(self):
+    used = {'inception': self.inception, 'clip': self.clip}
+    found = {'captions_digest': self.digest()}
+    for name, extractor in used.items():
+      if extractor:
+        found[f'{name}_sha256'] = extractor.digest
+        found[f'{name}_resize'] = extractor.resize
+    return found
+
+  def notes(self, resolution):
+    few = min(self.num, len(self.source))
+    if few < 10_000:
+      return [
+        f'{few} pictures bias the Fréchet distance upwards; compare it only '
+        'with values of the same number. The paper uses 30000.'
+      ]
+    return []
+
+
+def cosine_scores(images, texts):
+  """The CLIP score of each pair: 100 · max(cosine, 0), [N] (Hessel 2021)."""
+  images = images / np.linalg.norm(images, axis=1, keepdims=True)
+  texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
+  return 100 * np.maximum((images * texts).sum(1), 0)
+
+
+def clip_scores(extractor, folder, records, items):
+  """The CLIP score of each item's picture with its prompt, [N]."""
+  images = _features(extractor, _drawn(folder, records, items))
+  return cosine_scores(images, extractor.text([x.prompt for x in items]))
+
+
+def _drawn(folder, records, items):
+  for item in items:
+    yield read_picture(folder, records[item.category, item.number])
+
+
+def _features(extractor, images):
+  found, block = [], []
+  for image in images:
+    block.append(image)
+    if len(block) == BLOCK:
+      found.append(extractor.image(np.stack(block)))
+      block = []
+  if block:
+    found.append(extractor.image(np.stack(block)))
+  return np.concatenate(found)

@@ -1,0 +1,91 @@
+"""Lists of prompts in the files that people already have.
+
+  .csv    DrawBench: columns Prompt, Category
+  .tsv    PartiPrompts: columns Prompt, Category, …
+  .jsonl  GenEval: objects with "prompt" and "tag"; or with "category"
+  .txt    one prompt a line, no categories
+
+The files are the user's; none comes with the project.
+"""
+
+import csv
+import json
+import pathlib
+
+from imagen_jax.errors import DataError
+
+ALL = 'all'  # the category of prompts without one
+
+
+def read_prompts(path):
+  """[(category, prompt)] of a file, in its order.
+
+  Args:
+    path: a file; its ending says how it is read.
+
+  Raises:
+    DataError: it cannot be read, or holds no prompt; the sentence names the
+      line or the missing column.
+  """
+  path = pathlib.Path(path)
+  readers = {
+    '.csv': lambda text: _table(path, text, ','),
+    '.tsv': lambda text: _table(path, text, '\t'),
+    '.jsonl': lambda text: _objects(path, text),
+    '.txt': lambda text: [(ALL, line) for line in text.splitlines()],
+  }
+  if path.suffix not in readers:
+    raise DataError(
+      f'{path} is no list of prompts: give a {", ".join(readers)} file.'
+    )
+  try:
+    # Spreadsheets begin their files with a byte-order mark.
+    text = path.read_text(encoding='utf-8-sig')
+  except (OSError, UnicodeDecodeError) as error:
+    raise DataError(
+      f'{path} cannot be read ({error}); give a UTF-8 file of prompts.'
+    ) from error
+  found = [
+    (' '.join(category.split()) or ALL, ' '.join(prompt.split()))
+    for category, prompt in readers[path.suffix](text)
+    if prompt.strip()
+  ]
+  if not found:
+    raise DataError(f'{path} holds no prompt.')
+  return found
+
+
+def _table(path, text, delimiter):
+  lines = text.splitlines(keepends=True)
+  # Quotes mean something in comma-separated files alone.
+  quoting = csv.QUOTE_MINIMAL if delimiter == ',' else csv.QUOTE_NONE
+  rows = csv.DictReader(lines, delimiter=delimiter, quoting=quoting)
+  columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
+  if 'prompt' not in columns:
+    raise DataError(
+      f'{path} has no column Prompt in its first line; it has '
+      f'{", ".join(columns) or "nothing"}.'
+    )
+  category = columns.get('category')
+  return [
+    (row.get(category) or ALL, row[columns['prompt']] or '') for row in rows
+  ]
+
+
+def _objects(path, text):
+  found = []
+  for number, line in enumerate(text.splitlines(), start=1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+      category = row.get('tag', row.get('category', ALL))
+      if not isinstance(row['prompt'], str) or not isinstance(category, str):
+        raise TypeError('not strings')
+      found.append((category, row['prompt']))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise DataError(
+        f'{path}, line {number}, is not an object with "prompt": mend or '
+        'remove the line.'
+      ) from error
+  return found

@@ -1,0 +1,201 @@
+"""CLIP and Inception with a user's weights: checked by name and shape."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from imagen_jax.errors import ModelError
+from imagen_jax.evaluation import extractors, inception
+from tests import tiny_clip
+
+PROMPTS = ['a red star', 'two blue moons, a cat', 'zebra']
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+
+
+def inception_shapes():
+  module = inception.InceptionV3()
+  example = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+  return jax.eval_shape(module.init, jax.random.key(0), example)['params']
+
+
+def random_inception():
+  rng = np.random.default_rng(0)
+  tensors = {}
+  for name, s in inception_shapes().items():
+    tensors[name] = rng.normal(size=s.shape).astype(np.float32)
+    if name.endswith('conv.weight'):
+      tensors[name] *= (2 / np.prod(s.shape[1:])) ** 0.5
+    elif name.endswith(('running_var', 'bn.weight')):
+      tensors[name] = 1 + 0.3 * np.abs(tensors[name])
+    else:
+      tensors[name] *= 0.1
+  return tensors
+
+
+def test_inception_has_the_published_tensors():
+  shapes = inception_shapes()
+  assert len(shapes) == 94 * 5
+  sizes = {name: int(np.prod(s.shape)) for name, s in shapes.items()}
+  learned = [n for n in sizes if 'running' not in n]
+  # InceptionV3 has 23,834,568 parameters without its auxiliary classifier
+  # and 2048·1000 + 1000 of them in the classifier.
+  assert sum(sizes[n] for n in learned) == 23_834_568 - 2_049_000
+  assert shapes['Mixed_6b.branch7x7dbl_5.conv.weight'].shape == (192, 128, 1, 7)
+  assert shapes['Mixed_7c.branch_pool.conv.weight'].shape == (192, 2048, 1, 1)
+  assert shapes['Conv2d_1a_3x3.bn.running_mean'].shape == (32,)
+
+
+@pytest.mark.slow
+def test_inception_from_an_npz_file(tmp_path):
+  path = tmp_path / 'inception.npz'
+  np.savez(path, **random_inception(), **{'fc.weight': np.zeros((1008, 2048))})
+  found = extractors.load_inception(path)
+  features = found.image(IMAGES[:2])
+  assert features.shape == (2, 2048) and np.isfinite(features).all()
+  assert len(found.digest) == 64 and '299' in found.resize
+
+
+def test_clip_from_a_folder(tmp_path):
+  tiny_clip.write(tmp_path)
+  found = extractors.load_clip(tmp_path)
+  images, texts = found.image(IMAGES), found.text(PROMPTS)
+  assert images.shape == texts.shape == (3, tiny_clip.PROJECTION)
+  # A picture's and a sentence's features do not depend on their company.
+  np.testing.assert_array_equal(found.image(IMAGES[1:2]), images[1:2])
+  np.testing.assert_array_equal(found.text(PROMPTS[2:]), texts[2:])
+  long = found.text(['abcdefghij' * 9])  # cut, and still read at its end
+  assert np.isfinite(long).all()
+
+
+def break_name(tensors):
+  tensors['text_model.final_layer_norm.w'] = tensors.pop(
+    'text_model.final_layer_norm.weight'
+  )
+
+
+def break_shape(tensors):
+  tensors['visual_projection.weight'] = np.zeros((3, 3), np.float32)
+
+
+def add_tensor(tensors):
+  tensors['decoder.weight'] = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+  'damage, says',
+  [
+    (break_name, 'has no tensor text_model.final_layer_norm.weight'),
+    (break_shape, r'visual_projection.weight has shape \(3, 3\)'),
+    (add_tensor, 'has a tensor decoder.weight'),
+  ],
+)
+def test_other_weights_are_refused_by_name_and_shape(tmp_path, damage, says):
+  tensors = tiny_clip.write(tmp_path)
+  damage(tensors)
+  tensors = {k: np.asarray(v) for k, v in tensors.items()}
+  save_file(tensors, tmp_path / 'model.safetensors')
+  with pytest.raises(ModelError, match=says):
+    extractors.load_clip(tmp_path)
+
+
+class Trap:
+  """An object whose unpickling would leave a mark."""
+
+  def __reduce__(self):
+    return (print, ('unpickled',))
+
+
+def test_nothing_is_unpickled(tmp_path, capsys):
+  (tmp_path / 'w.pt').write_bytes(pickle.dumps(Trap()))
+  with pytest.raises(ModelError, match='may run code'):
+    extractors.read_tensors(tmp_path / 'w.pt')
+  np.savez(tmp_path / 'w.npz', a=np.array([Trap()], object))
+  with pytest.raises(ModelError, match='cannot be read'):
+    extractors.read_tensors(tmp_path / 'w.npz')
+  (tmp_path / 'w.safetensors').write_bytes(pickle.dumps(Trap()))
+  with pytest.raises(ModelError, match='cannot be read'):
+    extractors.read_tensors(tmp_path / 'w.safetensors')
+  assert 'unpickled' not in capsys.readouterr().out
+
+
+def test_a_broken_clip_folder_is_one_sentence(tmp_path):
+  with pytest.raises(ModelError, match='no config of a CLIP'):
+    extractors.load_clip(tmp_path)
+  tiny_clip.write(tmp_path)
+  (tmp_path / 'vocab.json').unlink()
+  with pytest.raises(ModelError, match='no CLIP tokenizer'):
+    extractors.load_clip(tmp_path)
+  config = json.loads((tmp_path / 'config.json').read_text())
+  config['text_config']['hidden_act'] = 'relu'
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ModelError, match='relu'):
+    extractors.load_clip(tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('act, eos', [('quick_gelu', None), ('gelu', 2)])
+def test_clip_equals_transformers(tmp_path, act, eos):
+  torch = pytest.importorskip('torch')
+  from transformers import CLIPModel, CLIPTokenizer
+
+  tiny_clip.write(tmp_path, act, **({'eos_token_id': eos} if eos else {}))
+  theirs = CLIPModel.from_pretrained(tmp_path).eval()
+  ours = extractors.load_clip(tmp_path)
+  tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+  ids = tokenizer(
+    PROMPTS,
+    return_tensors='pt',
+    padding='max_length',
+    max_length=tiny_clip.LENGTH,
+    truncation=True,
+  )['input_ids']
+  images = IMAGES[:, 2:18, 2:18]
+  x = images.astype(np.float32) / 255
+  x = (x - np.float32(extractors.clip.MEAN)) / np.float32(extractors.clip.STD)
+  pixels = torch.from_numpy(x).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    out = theirs(input_ids=ids, pixel_values=pixels)
+
+  def unit(features):
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+  for found, expected in (
+    (ours.text(PROMPTS), out.text_embeds),
+    (ours.image(images), out.image_embeds),
+  ):
+    difference = np.abs(unit(found) - expected.numpy()).max()
+    print(f'largest difference {difference:.1e}')
+    assert difference < 2e-6
+
+
+@pytest.mark.parity
+def test_inception_equals_pytorch_fid(tmp_path, monkeypatch):
+  torch = pytest.importorskip('torch')
+  try:
+    from pytorch_fid import inception as reference
+  except (ImportError, RuntimeError) as error:  # a torchvision that fits not
+    pytest.skip(f'not run, no reference: {error}')
+  tensors = random_inception()
+  state = {k: torch.from_numpy(v) for k, v in tensors.items()}
+  state['fc.weight'] = torch.zeros(1008, 2048)
+  state['fc.bias'] = torch.zeros(1008)
+  monkeypatch.setattr(
+    reference, 'load_state_dict_from_url', lambda *_, **__: state
+  )
+  theirs = reference.InceptionV3(resize_input=False).eval()
+  save_file(tensors, tmp_path / 'w.safetensors')
+  ours = extractors.load_inception(tmp_path / 'w.safetensors')
+  rng = np.random.default_rng(1)
+  images = rng.integers(0, 256, (2, 299, 299, 3), np.uint8)
+  pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
+  with torch.no_grad():
+    expected = theirs(pixels)[0][:, :, 0, 0].numpy()
+  found = ours.image(images)
+  difference = np.abs(found - expected).max() / np.abs(expected).max()
+  print(f'largest difference {difference:.1e} of the largest feature')
+  assert difference < 1e-4

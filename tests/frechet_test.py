@@ -1,0 +1,133 @@
+"""Distances of picture sets against closed forms and naive loops."""
+
+import numpy as np
+import pytest
+
+from imagen_jax.evaluation import frechet
+
+RNG = np.random.default_rng(0)
+
+
+def naive_kernel_mean(x, y, kernel, *, skip_equal=False):
+  total, count = 0.0, 0
+  for i, a in enumerate(x):
+    for j, b in enumerate(y):
+      if not (skip_equal and i == j):
+        total, count = total + kernel(a, b), count + 1
+  return total / count
+
+
+def test_gaussians_with_one_covariance_differ_by_their_means():
+  half = RNG.normal(size=(6, 6))
+  cov, a, b = half @ half.T, RNG.normal(size=6), RNG.normal(size=6)
+  assert frechet.frechet(a, cov, b, cov) == pytest.approx(
+    ((a - b) ** 2).sum(), rel=1e-9
+  )
+
+
+def test_gaussians_with_commuting_covariances_have_a_closed_form():
+  q, _ = np.linalg.qr(RNG.normal(size=(8, 8)))
+  a, b = RNG.uniform(0.1, 4, 8), RNG.uniform(0.1, 4, 8)
+  found = frechet.frechet(np.ones(8), (q * a) @ q.T, np.zeros(8), (q * b) @ q.T)
+  expected = 8 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+  assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_singular_covariances_are_no_problem():
+  a = np.zeros((5, 5))
+  a[0, 0] = 4
+  b = np.zeros((5, 5))
+  b[1, 1] = 9
+  assert frechet.frechet(np.zeros(5), a, np.zeros(5), b) == pytest.approx(13)
+  few = RNG.normal(size=(3, 50))  # fewer pictures than features
+  m = frechet.moments(few)
+  assert frechet.frechet(*m, *m) == pytest.approx(0, abs=1e-5)
+
+
+def test_moments_are_the_unbiased_ones():
+  x = RNG.normal(size=(9, 3)).astype(np.float32)
+  mean, cov = frechet.moments(x)
+  centred = x.astype(np.float64) - x.astype(np.float64).mean(0)
+  np.testing.assert_allclose(mean, x.astype(np.float64).mean(0))
+  np.testing.assert_allclose(cov, centred.T @ centred / 8, rtol=1e-12)
+  assert mean.dtype == cov.dtype == np.float64
+  with pytest.raises(ValueError, match='no covariance'):
+    frechet.moments(x[:1])
+
+
+def test_frechet_of_samples_approaches_the_closed_form():
+  a = RNG.normal(size=(40_000, 2)) * (1, 2)
+  b = RNG.normal(size=(40_000, 2)) * (3, 2) + (1, 0)
+  found = frechet.frechet(*frechet.moments(a), *frechet.moments(b))
+  assert found == pytest.approx(1 + 4, rel=0.03)
+
+
+def test_kid_is_the_unbiased_estimate_of_naive_loops():
+  a, b = RNG.normal(size=(7, 4)), RNG.normal(size=(7, 4)) + 1
+  kernel = lambda x, y: (x @ y / 4 + 1) ** 3
+  expected = (
+    naive_kernel_mean(a, a, kernel, skip_equal=True)
+    + naive_kernel_mean(b, b, kernel, skip_equal=True)
+    - 2 * naive_kernel_mean(a, b, kernel)
+  )
+  mean, spread = frechet.kid(a, b, subsets=3, size=1000)
+  assert mean == pytest.approx(expected, rel=1e-9)
+  assert spread == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_of_one_distribution_is_zero_on_average():
+  a, b = RNG.normal(size=(2, 1000, 8))
+  mean, spread = frechet.kid(a, b, subsets=50, size=100)
+  assert abs(mean) < 3 * spread / 50**0.5 + 0.01 and spread > 0
+  far, _ = frechet.kid(a, b + 1, subsets=5, size=100)
+  assert far > 10 * abs(mean)
+
+
+def test_cmmd_is_that_of_naive_loops_over_unit_vectors():
+  a, b = RNG.normal(size=(9, 5)) + 1, RNG.normal(size=(6, 5))
+  u, v = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+  kernel = lambda x, y: np.exp(-((x - y) ** 2).sum() / 200)
+  expected = 1000 * (
+    naive_kernel_mean(u, u, kernel)
+    + naive_kernel_mean(v, v, kernel)
+    - 2 * naive_kernel_mean(u, v, kernel)
+  )
+  assert frechet.cmmd(a, b, block=4) == pytest.approx(expected, rel=1e-6)
+  assert frechet.cmmd(3 * a, a) == pytest.approx(0, abs=1e-10)
+
+
+def test_precision_and_recall_are_those_of_naive_loops():
+  real = RNG.normal(size=(30, 3))
+  drawn = 0.3 * RNG.normal(size=(20, 3))
+
+  def naive(points, centres, k):
+    inside = 0
+    for p in points:
+      for c in centres:
+        others = sorted(np.linalg.norm(centres - c, axis=1))
+        if np.linalg.norm(p - c) <= others[k]:
+          inside += 1
+          break
+    return inside / len(points)
+
+  found = frechet.precision_recall(real, drawn, k=2, block=7)
+  assert found == (naive(drawn, real, 2), naive(real, drawn, 2))
+  # Drawn pictures that all lie in the middle are precise and miss the rest.
+  assert found[0] > 0.9 > 0.6 > found[1]
+
+
+@pytest.mark.parity
+def test_frechet_equals_scipys_matrix_root_at_2048_dimensions():
+  linalg = pytest.importorskip('scipy.linalg')
+  moments = []
+  for scale in (1.0, 1.5):
+    mix = np.random.default_rng(1).normal(size=(2048, 2048)) / 2048**0.5
+    x = scale * RNG.normal(size=(3000, 2048)) @ mix + 0.1 * scale
+    moments.append(frechet.moments(x))
+  (m, c), (n, d) = moments
+  root = linalg.sqrtm(c @ d)
+  expected = ((m - n) ** 2).sum() + np.trace(c) + np.trace(d)
+  expected -= 2 * np.trace(root).real
+  found = frechet.frechet(m, c, n, d)
+  print(f'{found:.6f} here, {expected:.6f} with sqrtm')
+  assert found == pytest.approx(expected, rel=1e-4)
