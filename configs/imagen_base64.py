@@ -73,11 +73,16 @@ def get_config():
           'percentile': 99.5,
         },
       },
-      'text': {'path': 't5-v1_1-xxl', 'max_len': 128},
+      'text': {
+        'path': 't5-v1_1-xxl',
+        'max_len': 128,
+        'dtype': 'bfloat16',
+      },
       'data': {'kind': 'folder', 'path': '', 'seed': 0},
       'train': {
         'num_steps': 2_500_000,
         'batch_size': 2048,
+        'accumulate': 1,
         'log_every': 100,
         'checkpoint_every': 5000,
         'sample_every': 10_000,

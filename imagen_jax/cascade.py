@@ -276,7 +276,7 @@ class Cascade:
       record,
       put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
     )
-    draw = _compiled(stage, _static(setting))
+    draw = compiled(stage, _static(setting))
     pictures = []
     for start in range(0, len(rows), batch):
       chosen = rows[start : start + batch]
@@ -323,7 +323,9 @@ def _static(setting):
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(stage, settings):
+def compiled(stage, settings):
+  """The jitted call that draws one batch of pictures with a stage."""
+
   def draw(params, keys, text, mask, low, weight, level):
     keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
     return stages.sample(

@@ -173,18 +173,22 @@ def with_shardings(abstract_tree, shardings):
   )
 
 
-def check_batch_size(batch_size, mesh):
+def check_batch_size(batch_size, mesh, accumulate=1):
   """Refuses a global batch that the mesh's devices cannot share equally.
 
   Raises:
-    UsageError: the number of devices does not divide `batch_size`.
+    UsageError: devices times `accumulate` does not divide `batch_size`.
   """
-  n = mesh.size
+  if accumulate < 1:
+    raise UsageError(f'train.accumulate={accumulate} is no number of parts.')
+  n = mesh.size * accumulate
   if batch_size < 1 or batch_size % n:
     near = max(n, round(batch_size / n) * n)
+    parts = f' in {accumulate} parts each' if accumulate > 1 else ''
     raise UsageError(
-      f'train.batch_size={batch_size} cannot be split equally over the {n} '
-      f'devices of the mesh; use a multiple of {n}, {near} for instance.'
+      f'train.batch_size={batch_size} cannot be split equally over the '
+      f'{mesh.size} devices of the mesh{parts}; use a multiple of {n}, {near} '
+      'for instance.'
     )
 
 

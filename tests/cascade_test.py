@@ -62,13 +62,13 @@ def test_seed_prompt_and_index_all_matter(cascade):
 
 def test_guidance_and_augmentation_matter_and_need_no_new_compilation(cascade):
   first = draw(cascade, [RED])
-  compiled = cascades._compiled.cache_info().misses
+  compiled = cascades.compiled.cache_info().misses
   assert (first['base'] != draw(cascade, [RED], guidance=4.0)['base']).any()
   low = draw(cascade, [RED], aug_level=[0, 0.9])
   np.testing.assert_array_equal(first['base'], low['base'])
   assert (first['sr1'] != low['sr1']).any()
   # sr1 is unguided by default, so guidance=4.0 compiled that one branch.
-  assert cascades._compiled.cache_info().misses <= compiled + 1
+  assert cascades.compiled.cache_info().misses <= compiled + 1
 
 
 def test_an_empty_prompt_is_unconditional(cascade):

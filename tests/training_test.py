@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from imagen_jax import stage as stages
@@ -224,3 +225,58 @@ def test_training_and_sampling_have_one_null_condition(model):
   kept = stages.null_where(jnp.asarray([False, True]), text, mask)
   np.testing.assert_array_equal(kept[0][0], text[0])
   np.testing.assert_array_equal(kept[1][0], mask[0])
+
+
+def test_accumulating_averages_the_gradients_of_the_parts(step, model):
+  _, state, batch, text = step
+  encoder = load_text_encoder(model / 'text')
+  made = tiny_model.build(tiny_model.config('sr1'), encoder)
+  options = dict(
+    stage=made,
+    text_module=encoder.module,
+    tx=optax.sgd(1e-1),  # linear in the gradient
+    seed=0,
+    ema_limit=0.9,
+  )
+  state = init_state(state.params, options['tx'])
+  batch = batch | {
+    'image': np.arange(4 * 16 * 16 * 3, dtype=np.uint32)
+    .reshape(4, 16, 16, 3)
+    .astype(np.uint8)
+  }
+  both, _ = jax.jit(functools.partial(train_step, accumulate=2, **options))(
+    state, batch, text
+  )
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  emb = encoder.module.apply({'params': text}, batch['ids'], batch['mask'])
+
+  @jax.jit
+  def gradient(params):
+    def loss(params):
+      return (
+        sum(
+          jnp.mean(
+            stages.loss(
+              made,
+              params,
+              jax.random.fold_in(key, i),
+              batch['image'][i::2],
+              emb[i::2],
+              batch['mask'][i::2],
+            )
+          )
+          for i in range(2)
+        )
+        / 2
+      )
+
+    return jax.grad(loss)(params)
+
+  jax.tree.map(
+    lambda new, old, g: np.testing.assert_allclose(
+      new, old - 1e-1 * g, rtol=1e-5, atol=1e-6
+    ),
+    both.params,
+    state.params,
+    gradient(state.params),
+  )

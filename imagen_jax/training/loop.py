@@ -19,12 +19,8 @@ from imagen_jax.model_folder import text_folder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.metrics import Metrics
-from imagen_jax.training.state import (
-  init_state,
-  learning_rate,
-  optimizer,
-)
-from imagen_jax.training.step import train_step
+from imagen_jax.training.state import init_state, make_optimizer
+from imagen_jax.training.step import jit_step
 
 NUM_PREVIEWS = 8
 
@@ -52,15 +48,22 @@ def train(config, workdir, *, should_stop=lambda: False):
 
   # ---- Text encoder, stage, mesh -----------------------------------------
   dtype = resolve_dtype(config.dtype)
-  encoder = load_text_encoder(text_folder(config.text.path))
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  sharding.check_batch_size(every.batch_size, mesh, every.get('accumulate', 1))
+  encoder = load_text_encoder(
+    text_folder(config.text.path),
+    config.text.get('dtype', 'float32'),
+    # Split like the state: T5-XXL does not fit beside it on one device.
+    place=functools.partial(sharding.leaf_sharding, mesh=mesh)
+    if mesh.shape['fsdp'] > 1
+    else None,
+  )
   stage = stages.from_config(
     config.stage.to_dict(),
     text_dim=encoder.dim,
     text_len=config.text.max_len,
     dtype=dtype,
   )
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sharding.check_batch_size(every.batch_size, mesh)
   source = _source(config, stage, 'train')
   prepared = getattr(source, 'header', {}).get('text') is not None
   if prepared:
@@ -74,18 +77,7 @@ def train(config, workdir, *, should_stop=lambda: False):
     list_skipped(source, workdir / 'bad_samples.jsonl')
 
   # ---- State -------------------------------------------------------------
-  decays = every.optimizer.decay
-  options = dict(every.optimizer.options)
-  tx = optimizer(
-    learning_rate(
-      peak=every.optimizer.learning_rate,
-      warmup=every.optimizer.warmup,
-      decay_steps=every.num_steps if decays else None,
-    ),
-    kind=every.optimizer.kind,
-    clip=every.optimizer.clip,
-    **options,
-  )
+  tx = make_optimizer(every)
 
   def fresh(key):
     return init_state(stages.init_params(stage, key), tx)
@@ -135,21 +127,21 @@ def train(config, workdir, *, should_stop=lambda: False):
   )
 
   # ---- Steps -------------------------------------------------------------
-  step_fn = jax.jit(
-    functools.partial(
-      train_step,
-      stage=stage,
-      text_module=encoder.module,
-      tx=tx,
-      seed=config.seed,
-      ema_limit=every.ema_decay,
-    ),
-    donate_argnums=0,
-    out_shardings=(placed, sharding.replicated(mesh)),
+  step_fn = jit_step(
+    mesh,
+    placed,
+    stage=stage,
+    text_module=encoder.module,
+    tx=tx,
+    seed=config.seed,
+    ema_limit=every.ema_decay,
+    accumulate=every.get('accumulate', 1),
   )
   text_params = {}
   if not prepared:
-    text_params = jax.device_put(encoder.params, sharding.replicated(mesh))
+    text_params = jax.device_put(
+      encoder.params, sharding.state_shardings(encoder.params, mesh)
+    )
   preview = _previewer(config, stage, encoder, workdir)
   metrics = Metrics(
     workdir / 'metrics.jsonl',

@@ -86,6 +86,20 @@ def optimizer(rate, *, kind='adam', clip=1.0, **options):
   return optax.chain(*steps, make(rate, **options))
 
 
+def make_optimizer(train):
+  """The optimizer of a config's `train` section."""
+  return optimizer(
+    learning_rate(
+      peak=train.optimizer.learning_rate,
+      warmup=train.optimizer.warmup,
+      decay_steps=train.num_steps if train.optimizer.decay else None,
+    ),
+    kind=train.optimizer.kind,
+    clip=train.optimizer.clip,
+    **dict(train.optimizer.options),
+  )
+
+
 def ema_decay(step, limit):
   """min(limit, (1 + n)/(10 + n)): an average that forgets its start soon."""
   step = step.astype(jnp.float32)

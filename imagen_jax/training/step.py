@@ -1,16 +1,44 @@
 """One training step: text encoder, loss, gradient, update, EMA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from imagen_jax import sharding
 from imagen_jax import stage as stages
 from imagen_jax.text.encoder import encode_tokens
 from imagen_jax.training.state import TrainState, ema_decay
 
 
+def jit_step(mesh, placed, **options):
+  """`train_step` compiled for a mesh; the state's buffers are used again.
+
+  Args:
+    mesh: from `sharding.make_mesh`.
+    placed: the state's shardings.
+    **options: the keyword arguments of `train_step`.
+  """
+  return jax.jit(
+    functools.partial(train_step, **options),
+    donate_argnums=0,
+    out_shardings=(placed, sharding.replicated(mesh)),
+  )
+
+
 def train_step(
-  state, batch, text_params, *, stage, text_module, tx, seed, ema_limit
+  state,
+  batch,
+  text_params,
+  *,
+  stage,
+  text_module,
+  tx,
+  seed,
+  ema_limit,
+  accumulate=1,
+  unroll=None,
 ):
   """Takes one step; a step with NaN or Inf changes nothing but the counters.
 
@@ -26,6 +54,11 @@ def train_step(
     seed: int; with the step's number it makes the step's key, so a resumed
       run draws what the uninterrupted one would have drawn.
     ema_limit: the EMA's decay after its warm-up.
+    accumulate: parts of the batch whose gradients are taken one after the
+      other and averaged, for less memory; a divisor of B over the devices.
+      Noise is drawn part by part, so other values draw other noise.
+    unroll: whether the loop over the parts is unrolled; None: on CPU only,
+      where the gradient of a convolution in a loop is slow.
 
   Returns:
     (state, metrics): metrics are scalars: loss, grad_norm, skipped.
@@ -37,13 +70,17 @@ def train_step(
     text = encode_tokens(text_module, text_params, batch['ids'], batch['mask'])
   text = jax.lax.stop_gradient(text)
 
-  def loss_fn(params):
-    losses = stages.loss(
-      stage, params, key, batch['image'], text, batch['mask']
-    )
-    return jnp.mean(losses)
+  def loss_fn(params, key, image, text, mask):
+    return jnp.mean(stages.loss(stage, params, key, image, text, mask))
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  gradient = jax.value_and_grad(loss_fn)
+  arrays = batch['image'], text, batch['mask']
+  if accumulate == 1:
+    loss, grads = gradient(state.params, key, *arrays)
+  else:
+    loss, grads = _accumulated(
+      gradient, state.params, key, arrays, accumulate, unroll
+    )
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -65,3 +102,29 @@ def train_step(
   )
   metrics = {'loss': loss, 'grad_norm': grad_norm, 'skipped': state.skipped}
   return state, metrics
+
+
+def _accumulated(gradient, params, key, arrays, parts, unroll):
+  """The mean of `gradient` over the parts of a batch, one at a time."""
+  if unroll is None:
+    unroll = jax.default_backend() == 'cpu'
+
+  def split(x):
+    # Row r belongs to part r % parts: every device keeps its own rows.
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  def add(total, part):
+    i, arrays = part
+    arrays = sharding.constrain_batch(arrays)
+    new = gradient(params, jax.random.fold_in(key, i), *arrays)
+    return jax.tree.map(jnp.add, total, new), None
+
+  zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+  total, _ = jax.lax.scan(
+    add,
+    zeros,
+    (jnp.arange(parts), jax.tree.map(split, arrays)),
+    unroll=parts if unroll else 1,
+  )
+  return jax.tree.map(lambda x: x / parts, total)

@@ -21,7 +21,12 @@ FREE = (
   'train.max_bad_steps',
 )
 # What a config that does not say it has always meant.
-DEFAULTS = {'data.flip': False, 'data.resize': 'area'}
+DEFAULTS = {
+  'data.flip': False,
+  'data.resize': 'area',
+  'text.dtype': 'float32',
+  'train.accumulate': 1,
+}
 
 
 def claim(workdir, config, encoder, *, write=True):

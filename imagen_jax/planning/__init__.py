@@ -1,0 +1,1 @@
+"""What a stage costs on a pod, before anybody pays for one."""

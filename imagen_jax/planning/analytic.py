@@ -1,0 +1,260 @@
+"""Memory, time and the best mesh of a step, computed without any compiler."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+
+from imagen_jax import sharding
+from imagen_jax.errors import UsageError
+from imagen_jax.planning import chips, job, program
+
+STEP_NAMES = ('train', 'sample')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One step on one mesh; bytes and seconds are per device.
+
+  Attributes:
+    data: devices that hold copies of the state.
+    fsdp: devices that share one copy.
+    batch_size: pictures of a step.
+    accumulate: parts of a batch.
+    memory: {what: bytes}, all of it alive at the worst moment.
+    flops: operations of a step.
+    seconds: {'compute', 'memory', 'network': seconds of a step at the chip's
+      full speed}.
+  """
+
+  data: int
+  fsdp: int
+  batch_size: int
+  accumulate: int
+  memory: dict
+  flops: float
+  seconds: dict
+
+  @property
+  def total(self):
+    """Bytes a device needs."""
+    return sum(self.memory.values())
+
+  @property
+  def roofline(self):
+    """Least seconds of a step: all three at once, none waiting for another."""
+    return max(self.seconds.values())
+
+
+def abstract_mesh(data, fsdp):
+  """A mesh for `sharding`'s rule, which looks at its shape alone."""
+  return jax.sharding.AbstractMesh((data, fsdp), sharding.AXES)
+
+
+def tree_bytes(tree, mesh=None):
+  """Bytes of a tree on one device, split by the rule of `sharding`."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    size = program.num_bytes(leaf)
+    if mesh is not None:
+      spec = sharding.leaf_sharding(leaf, mesh).spec
+      size /= math.prod(mesh.shape[axis] for axis in spec if axis)
+    total += size
+  return total
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(work_id, step, local):
+  work = _WORK[work_id]
+  trace = {'train': job.train_jaxpr, 'sample': job.sample_jaxpr}[step]
+  return trace(work, local)
+
+
+_WORK = {}
+
+
+def make_plan(work, chip, *, data, fsdp, step='train'):
+  """The `Plan` of a job on data × fsdp chips.
+
+  Args:
+    work: the `job.Job`.
+    chip: a `chips.Chip`.
+    data: size of the mesh's axis.
+    fsdp: size of the other.
+    step: 'train' or 'sample' (one batch through all its steps).
+
+  Raises:
+    UsageError: the batch does not split over the chips.
+  """
+  mesh = abstract_mesh(data, fsdp)
+  parts = work.accumulate if step == 'train' else 1
+  sharding.check_batch_size(work.batch_size, mesh, parts)
+  # One device's part of the batch: what it computes and stores for itself.
+  traced = _trace(work, step, work.batch_size // mesh.size)
+  state = job.abstract_state(work)
+  params = state.params
+  size_of = _split_gradients(params, mesh)
+  memory = {'parameters': tree_bytes(params, mesh)}
+  if step == 'train':
+    memory |= {
+      'EMA': tree_bytes(state.ema_params, mesh),
+      'optimizer': tree_bytes(state.opt_state, mesh),
+      'text encoder': tree_bytes(work.text_params, mesh),
+    }
+  batch = job.abstract_batch(work, work.batch_size // mesh.size)
+  memory['batch'] = tree_bytes(batch)
+  peak = program.peak_bytes(traced, size_of)
+  gradients = tree_bytes(params, mesh) if step == 'train' else 0
+  memory['gradients'] = min(gradients, peak)
+  memory['activations'] = max(0, peak - gradients)
+  if fsdp > 1:
+    # One layer whole while it is used, and the next one on its way.
+    leaves = jax.tree.leaves((params, work.text_params))
+    memory['gathered layers'] = 2 * max(map(_layer_bytes, leaves))
+  flops = program.flops(traced)
+  moved = program.traffic_bytes(traced, size_of) + 2 * sum(
+    memory.get(k, 0) for k in ('parameters', 'EMA', 'optimizer', 'text encoder')
+  )
+  return Plan(
+    data=data,
+    fsdp=fsdp,
+    batch_size=work.batch_size,
+    accumulate=parts,
+    memory=memory,
+    flops=flops,
+    seconds={
+      'compute': flops / chip.flops,
+      'memory': moved / chip.bandwidth,
+      'network': _network_bytes(work, params, mesh, step) / chip.link,
+    },
+  )
+
+
+def _trace(work, step, local):
+  key = id(work)
+  _WORK[key] = work
+  return _traced(key, step, local)
+
+
+def _split_gradients(params, mesh):
+  """Bytes of a value in which gradients are split like their parameters."""
+  shares = {}
+  for leaf in jax.tree.leaves(params):
+    whole = program.num_bytes(leaf)
+    shares[leaf.shape] = tree_bytes(leaf, mesh) / max(whole, 1)
+
+  def size_of(aval):
+    share = shares.get(getattr(aval, 'shape', None), 1)
+    return program.num_bytes(aval) * share
+
+  return size_of
+
+
+def _layer_bytes(leaf):
+  """Bytes of a leaf when it is gathered; of a scanned stack, of one layer."""
+  stacked = len(leaf.shape) in (3, 4, 5) and leaf.shape[0] <= 64
+  size = program.num_bytes(leaf)
+  if stacked and len(leaf.shape) in (3, 5):
+    size /= leaf.shape[0]
+  return size
+
+
+def _network_bytes(work, params, mesh, step):
+  """Bytes that leave a device in one step.
+
+  A ring of n moves (n − 1)/n of the array to gather it or to scatter a sum,
+  and twice that for a sum that all keep. Parameters travel in the type of the
+  activations, gradients in float32.
+  """
+  data, fsdp = mesh.shape['data'], mesh.shape['fsdp']
+  split = (fsdp - 1) / fsdp
+  whole = tree_bytes(params)
+  if step == 'sample':
+    steps = work.stage.sampling.steps
+    return split * whole / 2 * steps
+  gathered = 2 * split * whole / 2 * work.accumulate
+  gathered += split * tree_bytes(work.text_params)
+  scattered = split * whole * work.accumulate
+  summed = 2 * (data - 1) / data * tree_bytes(params, mesh)
+  return gathered + scattered + summed
+
+
+def splits(work, chip, num_chips, *, step='train'):
+  """The plans of every data × fsdp = `num_chips` that the batch allows."""
+  plans = []
+  for fsdp in range(1, num_chips + 1):
+    if num_chips % fsdp == 0:
+      plans.append(
+        make_plan(work, chip, data=num_chips // fsdp, fsdp=fsdp, step=step)
+      )
+  return plans
+
+
+def best(plans, chip):
+  """The fastest plan that fits, on equal times the least split; or None."""
+  fitting = [p for p in plans if p.total <= chips.usable(chip)]
+  # A thousandth is no difference.
+  return min(
+    fitting,
+    key=lambda p: (round(math.log(max(p.roofline, 1e-12)), 3), p.fsdp),
+    default=None,
+  )
+
+
+def cheapest_change(work, chip, num_chips, *, step='train'):
+  """What to change so that a job fits: a phrase, or None if nothing does.
+
+  From the cheapest on: another split, gradient accumulation, recomputation,
+  cached embeddings, a smaller batch.
+  """
+  changed = functools.partial(dataclasses.replace, work)
+
+  def fits(candidate):
+    try:
+      plans = splits(candidate, chip, num_chips, step=step)
+    except UsageError:
+      return None
+    return best(plans, chip)
+
+  plan = fits(work)
+  if plan:
+    return f'--data {plan.data} --fsdp {plan.fsdp}'
+  local = work.batch_size // num_chips
+  if step == 'train':
+    parts = work.accumulate
+    while parts < local:
+      parts *= 2
+      plan = fits(changed(accumulate=parts))
+      if plan:
+        return f'--accumulate {parts} --fsdp {plan.fsdp}'
+    if work.text_module is not None:
+      cached = changed(text_module=None, text_params={})
+      plan = fits(cached)
+      if plan:
+        return f'--text cached --fsdp {plan.fsdp}'
+  batch = work.batch_size
+  while batch > num_chips:
+    batch //= 2
+    plan = fits(changed(batch_size=batch, accumulate=1))
+    if plan:
+      return f'--batch_size {batch} --fsdp {plan.fsdp}'
+  return None
+
+
+def require_fit(plan, work, chip, num_chips, *, step='train'):
+  """Refuses a plan that does not fit.
+
+  Raises:
+    UsageError: by how much, and the cheapest change that would fit.
+  """
+  room = chips.usable(chip)
+  if plan.total <= room:
+    return
+  change = cheapest_change(work, chip, num_chips, step=step)
+  advice = f'it would with {change}' if change else 'use more chips'
+  raise UsageError(
+    f'{work.stage.name} does not fit: each {chip.name} needs '
+    f'{plan.total / chips.GIB:.1f} GiB and has {room / chips.GIB:.1f}, '
+    f'{(plan.total - room) / chips.GIB:.1f} too few; {advice}.'
+  )

@@ -1,0 +1,116 @@
+"""The accelerators the planner knows, in one table."""
+
+import dataclasses
+import math
+
+from imagen_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One accelerator, as its maker describes it.
+
+  Attributes:
+    name: as in `--chip` and before the colon of a topology.
+    flops: peak per second, dense bfloat16 products.
+    memory: bytes of HBM.
+    bandwidth: bytes per second to and from HBM.
+    link: bytes per second that leave the chip for others of its pod or server;
+      as many come in at the same time.
+    cores: devices that jax makes of one chip in a compile-only topology.
+    source: document of the maker.
+  """
+
+  name: str
+  flops: float
+  memory: float
+  bandwidth: float
+  link: float
+  cores: int = 1
+  source: str = ''
+
+
+GIB = 2**30
+_TPU = 'Cloud TPU documentation, page "TPU {}" (docs.cloud.google.com/tpu)'
+# TPU pages give the links' bandwidth in both directions together: half of it
+# is here. An "HBM of 16 GB" is 16 GiB on these chips; of it the compiler keeps
+# some to itself, see RESERVED.
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip('v4', 275e12, 32 * GIB, 1228e9, 300e9, 2, _TPU.format('v4')),
+    Chip('v5e', 197e12, 16 * GIB, 819e9, 200e9, 1, _TPU.format('v5e')),
+    Chip('v5p', 459e12, 95 * GIB, 2765e9, 600e9, 1, _TPU.format('v5p')),
+    Chip('v6e', 918e12, 32 * GIB, 1640e9, 400e9, 1, _TPU.format('v6e')),
+    Chip(
+      'a100',
+      312e12,
+      80e9,
+      2039e9,
+      300e9,
+      source='NVIDIA A100 datasheet, 80GB SXM',
+    ),
+    Chip(
+      'h100',
+      989e12,
+      80e9,
+      3350e9,
+      450e9,
+      source='NVIDIA H100 datasheet, SXM',
+    ),
+    Chip(
+      'h200',
+      989e12,
+      141e9,
+      4800e9,
+      450e9,
+      source='NVIDIA H200 datasheet, SXM',
+    ),
+  )
+}
+# Share of the memory that programs cannot have: the runtime's own, and on a
+# TPU what the compiler sets aside.
+RESERVED = 0.04
+DIMENSIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
+EXAMPLES = ('v5e:4x4', 'v5e:16x16', 'v4:4x8x8', 'v5p:4x4x8', 'v6e:16x16')
+
+
+def find_chip(name):
+  """The chip of that name.
+
+  Raises:
+    UsageError: listing the known ones.
+  """
+  if name not in CHIPS:
+    raise UsageError(
+      f'chip {name!r} is unknown; the planner knows {", ".join(CHIPS)}.'
+    )
+  return CHIPS[name]
+
+
+def parse_topology(text):
+  """'v5e:16x16' -> (chip, number of chips). Shapes count chips.
+
+  Raises:
+    UsageError: an unknown chip, or a shape that is none of its.
+  """
+  name, _, shape = text.partition(':')
+  if name not in DIMENSIONS:
+    raise UsageError(
+      f'topology {text!r}: chip {name!r} is unknown; write a chip and the '
+      f'shape in chips, such as {", ".join(EXAMPLES)}.'
+    )
+  sizes = shape.split('x')
+  right = all(size.isdigit() and int(size) > 0 for size in sizes)
+  if not right or len(sizes) != DIMENSIONS[name]:
+    example = next(e for e in EXAMPLES if e.startswith(name))
+    raise UsageError(
+      f'topology {text!r}: the shape of {name} is {DIMENSIONS[name]} numbers '
+      f'of chips, as in {example}.'
+    )
+  return CHIPS[name], math.prod(int(size) for size in sizes)
+
+
+def usable(chip):
+  """Bytes of one chip's memory that a program may use."""
+  return chip.memory * (1 - RESERVED)

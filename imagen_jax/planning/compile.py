@@ -1,0 +1,181 @@
+"""The step compiled for a pod by the real TPU compiler, without a TPU.
+
+libtpu compiles for any slice when it is told the shape; it brings the
+compiler's own account of memory, operations and communication.
+"""
+
+import dataclasses
+import os
+import re
+import time
+
+import jax
+
+from imagen_jax import sharding
+from imagen_jax.errors import UsageError
+from imagen_jax.planning import chips, job
+
+# The types of slices that libtpu asks for; what it compiles follows from the
+# topology's name alone.
+ACCELERATORS = {
+  'v4': 'v4-{cores}',
+  'v5e': 'v5litepod-{chips}',
+  'v5p': 'v5p-{cores}',
+  'v6e': 'v6e-{chips}',
+}
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+_SIZES = {
+  'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
+  's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of one step on one device.
+
+  Attributes:
+    arguments: bytes of parameters, state and batch.
+    outputs: bytes of results that do not take the arguments' place.
+    temporaries: bytes of everything in between.
+    flops: operations; the bodies of loops count once.
+    bytes_accessed: to and from memory; the bodies of loops count once.
+    collectives: {kind: (how many, bytes)}; the bodies of loops count once.
+    lower_seconds: tracing and lowering.
+    compile_seconds: compiling.
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  flops: float
+  bytes_accessed: float
+  collectives: dict
+  lower_seconds: float
+  compile_seconds: float
+
+  @property
+  def total(self):
+    """Bytes a device needs."""
+    return self.arguments + self.outputs + self.temporaries
+
+
+def topology_devices(topology):
+  """The devices of a slice that is not there.
+
+  Args:
+    topology: such as 'v5e:4x4'.
+
+  Raises:
+    UsageError: libtpu is missing, or knows no such slice.
+  """
+  chip, count = chips.parse_topology(topology)
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise UsageError(
+      '--compile needs the TPU compiler, which is not installed: '
+      "pip install 'imagen_jax[plan]'."
+    ) from error
+  cores = 2 * count if chip.name in ('v4', 'v5p') else count
+  accelerator = ACCELERATORS[chip.name].format(chips=count, cores=cores)
+  # Nothing here is a TPU machine: libtpu shall not look for its metadata.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ['TPU_ACCELERATOR_TYPE'] = accelerator
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology
+    ).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise UsageError(
+      f'libtpu knows no slice {topology}: {str(error).splitlines()[0]}; try '
+      f'{", ".join(chips.EXAMPLES)}.'
+    ) from error
+
+
+def compile_step(work, topology, *, data=-1, fsdp=1, step='train'):
+  """Compiles a job's step for a slice.
+
+  Args:
+    work: the `job.Job`.
+    topology: such as 'v5e:4x4'.
+    data: size of the mesh's axis, -1 for the rest.
+    fsdp: size of the mesh's other axis.
+    step: 'train' or 'sample'.
+
+  Returns:
+    `Compiled`.
+
+  Raises:
+    UsageError: an impossible slice, mesh or batch.
+    jax.errors.JaxRuntimeError: the program does not fit (RESOURCE_EXHAUSTED).
+  """
+  mesh = sharding.make_mesh(data, fsdp, devices=topology_devices(topology))
+  parts = work.accumulate if step == 'train' else 1
+  sharding.check_batch_size(work.batch_size, mesh, parts)
+  start = time.perf_counter()
+  lower = {'train': job.lower_train, 'sample': job.lower_sample}[step]
+  lowered = lower(work, mesh)
+  middle = time.perf_counter()
+  compiled = lowered.compile()
+  end = time.perf_counter()
+  memory = compiled.memory_analysis()
+  cost = compiled.cost_analysis()
+  return Compiled(
+    arguments=memory.argument_size_in_bytes,
+    outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    flops=cost.get('flops', 0.0),
+    bytes_accessed=cost.get('bytes accessed', 0.0),
+    collectives=collectives(compiled.as_text()),
+    lower_seconds=middle - start,
+    compile_seconds=end - middle,
+  )
+
+
+def collectives(text):
+  """{kind: (how many, bytes of their results)} in a compiled module's text."""
+  found = {}
+  pattern = re.compile(r'= (.*?) (' + '|'.join(COLLECTIVES) + r')(?:-start)?\(')
+  for line in text.splitlines():
+    match = pattern.search(line)
+    if match is None:
+      continue
+    shapes, kind = match.groups()
+    if f'{kind}-start(' in line and shapes.startswith('('):
+      # (operands, results, …): the results are what arrives.
+      shapes = shapes[: shapes.rfind(')')]
+      sizes = [_bytes(*s) for s in _shapes(shapes)]
+      size = max(sizes, default=0)
+    else:
+      size = sum(_bytes(*s) for s in _shapes(shapes))
+    count, total = found.get(kind, (0, 0))
+    found[kind] = (count + 1, total + size)
+  return found
+
+
+def _shapes(text):
+  return re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', text)
+
+
+def _bytes(dtype, dims):
+  size = _SIZES.get(dtype, 0)
+  for n in dims.split(','):
+    size *= int(n) if n else 1
+  return size
+
+
+def out_of_memory(error):
+  """The compiler's own sentence on how much is missing."""
+  match = re.search(r'(Used .*? of .*?(?:hbm|HBM)[^\n]*)', str(error))
+  return match[1].strip(' .') if match else str(error).splitlines()[0]

@@ -1,0 +1,245 @@
+"""Operations and memory of a traced program, read off before any compiler.
+
+Both walk the jaxpr of the very step that will run. Loops are multiplied by
+their length, which XLA's own count is not: it counts the body once.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+# Programs inside an operation, by the parameter they stand under.
+_INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
+# What a compiler computes anew where it is needed rather than store: it reads
+# its operands and is fused into whatever reads it.
+FUSED = frozenset(
+  'add add_any sub mul div neg max min sign abs exp exp2 expm1 log log1p tanh '
+  'logistic erf erf_inv sqrt rsqrt cbrt square integer_pow pow sin cos tan '
+  'atan2 floor ceil round clamp select_n eq ne lt le gt ge and or xor not '
+  'shift_left shift_right_logical convert_element_type bitcast_convert_type '
+  'is_finite broadcast_in_dim reshape squeeze expand_dims transpose rev slice '
+  'copy copy_p stop_gradient iota pad reduce_precision sharding_constraint '
+  'optimization_barrier dynamic_slice nextafter rem split'.split()
+)
+
+
+def inner_jaxpr(eqn):
+  """The program that an operation calls once, or None."""
+  for name in _INNER:
+    inner = eqn.params.get(name)
+    if inner is not None:
+      return getattr(inner, 'jaxpr', inner)
+  return None
+
+
+def flops(jaxpr):
+  """Operations of a program: products and sums count one each.
+
+  Matrix products and convolutions count their terms that exist (no padding),
+  elementwise operations and reductions one per element, as XLA counts them.
+  A conditional counts its dearest branch; a `while` its body once.
+  """
+  total = 0.0
+  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+    name = eqn.primitive.name
+    if name == 'dot_general':
+      total += _dot_flops(eqn)
+    elif name == 'conv_general_dilated':
+      total += _conv_flops(eqn)
+    elif name == 'scan':
+      total += eqn.params['length'] * flops(eqn.params['jaxpr'])
+    elif name == 'while':
+      total += flops(eqn.params['body_jaxpr'])
+    elif name == 'cond':
+      total += max(flops(branch) for branch in eqn.params['branches'])
+    elif inner_jaxpr(eqn) is not None:
+      total += flops(inner_jaxpr(eqn))
+    elif name.startswith(('reduce_', 'cum', 'arg')):
+      total += _size(eqn.invars[0].aval)
+    elif name in _ARITHMETIC:
+      total += _size(eqn.outvars[0].aval)
+  return total
+
+
+_ARITHMETIC = frozenset(
+  'add add_any sub mul div neg max min sign abs sqrt rsqrt square integer_pow '
+  'floor clamp select_n eq ne lt le gt ge and or xor not is_finite'.split()
+)
+
+
+def _size(aval):
+  return math.prod(getattr(aval, 'shape', ()))
+
+
+def _dot_flops(eqn):
+  (contracted, _), _ = eqn.params['dimension_numbers']
+  left = eqn.invars[0].aval.shape
+  depth = math.prod(left[i] for i in contracted)
+  return 2.0 * _size(eqn.outvars[0].aval) * depth
+
+
+def _conv_flops(eqn):
+  p = eqn.params
+  numbers = p['dimension_numbers']
+  left, right = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+  out = eqn.outvars[0].aval.shape
+  pairs = 1
+  for d in range(len(out) - 2):
+    pairs *= _pairs(
+      left[numbers.lhs_spec[2 + d]],
+      right[numbers.rhs_spec[2 + d]],
+      out[numbers.out_spec[2 + d]],
+      p['window_strides'][d],
+      p['padding'][d][0],
+      p['lhs_dilation'][d],
+      p['rhs_dilation'][d],
+    )
+  batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
+  return 2.0 * batch * features * right[numbers.rhs_spec[1]] * pairs
+
+
+def _pairs(size, kernel, out, stride, pad, dilation, kernel_dilation):
+  """How many (output, tap) pairs of one dimension meet a real input."""
+  place = (
+    np.arange(out)[:, None] * stride
+    - pad
+    + np.arange(kernel)[None] * kernel_dilation
+  )
+  inside = (place >= 0) & (place <= (size - 1) * dilation)
+  return int(np.sum(inside & (place % dilation == 0)))
+
+
+def peak_bytes(jaxpr, size_of=None):
+  """Most bytes alive at once between a program's arguments and its results.
+
+  A model of a compiler that fuses elementwise chains: their values take no
+  memory and keep what they are made of alive, unless that is larger than they
+  are. Everything else is stored from where it is made to its last use.
+  Arguments cost nothing, nor do results, nor what only results are made of:
+  they are written into the arguments' place.
+
+  Args:
+    jaxpr: from `jax.make_jaxpr`.
+    size_of: function from an aval to bytes; None counts all of it.
+  """
+  return _peak(_flat(getattr(jaxpr, 'jaxpr', jaxpr)), size_of or num_bytes)
+
+
+def num_bytes(aval):
+  """Bytes of an array; keys and tokens are counted as nothing."""
+  try:
+    return _size(aval) * np.dtype(aval.dtype).itemsize
+  except (TypeError, AttributeError):
+    return 0
+
+
+def _flat(jaxpr):
+  """(operations, results) of a program with its calls written out.
+
+  A program traced once may be called twice, so values are (number, variable).
+  """
+  operations, numbers = [], itertools.count()
+
+  def walk(jaxpr, names):
+    def value(v):
+      return None if hasattr(v, 'val') else names.get(v)
+
+    for eqn in jaxpr.eqns:
+      inner = inner_jaxpr(eqn)
+      if inner is not None and eqn.primitive.name != 'scan':
+        inside = dict(zip(inner.invars, map(value, eqn.invars)))
+        names.update(zip(eqn.outvars, walk(inner, inside)))
+      else:
+        for out in eqn.outvars:
+          names[out] = next(numbers), out
+        operations.append(
+          (eqn, [value(v) for v in eqn.invars], [names[o] for o in eqn.outvars])
+        )
+    return [value(v) for v in jaxpr.outvars]
+
+  return operations, walk(jaxpr, {})
+
+
+def traffic_bytes(jaxpr, size_of=None):
+  """Bytes that a program moves to and from memory, arguments left out.
+
+  Under the same model as `peak_bytes`: what is stored is written once and read
+  by each operation that is not fused into another.
+  """
+  size_of = size_of or num_bytes
+  stored, reads, _ = _stored(_flat(getattr(jaxpr, 'jaxpr', jaxpr)), size_of)
+  total = sum(size for _, _, size in stored) + sum(reads)
+  for eqn in _scans(getattr(jaxpr, 'jaxpr', jaxpr)):
+    total += eqn.params['length'] * traffic_bytes(eqn.params['jaxpr'], size_of)
+  return total
+
+
+def _scans(jaxpr):
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'scan':
+      yield eqn
+    elif inner_jaxpr(eqn) is not None:
+      yield from _scans(inner_jaxpr(eqn))
+
+
+def _stored(program, size_of):
+  """What a program stores, when it is last read, and the bytes of each read.
+
+  Returns:
+    (stored, reads, last): [(operation, value, bytes)], [bytes], and
+    {value: the last operation that reads it}.
+  """
+  operations, _ = program
+  tail = _tail(operations)
+  roots = {}  # value -> {stored value: bytes} it is made of
+  stored, reads, last = [], [], {}
+  for i, (eqn, inputs, outputs) in enumerate(operations):
+    sources = {}
+    for v in inputs:
+      if v is not None:
+        sources |= roots.get(v, {})
+    fused = eqn.primitive.name in FUSED
+    done = not fused
+    for out in outputs:
+      size = size_of(out[1].aval)
+      if out in tail:
+        roots[out] = {}
+        done = True
+      elif fused and sum(sources.values()) <= 1.25 * size + 2**16:
+        roots[out] = sources
+      else:
+        roots[out] = {out: size}
+        stored.append((i, out, size))
+        done = True
+    if done:
+      last.update(dict.fromkeys(sources, i))
+      reads.append(sum(sources.values()))
+  return stored, reads, last
+
+
+def _peak(program, size_of):
+  stored, _, last = _stored(program, size_of)
+  operations = program[0]
+  changes = np.zeros(len(operations) + 1)
+  for i, value, size in stored:
+    changes[i] += size
+    changes[last.get(value, i) + 1] -= size
+  inside = np.zeros(len(operations) + 1)
+  for i, (eqn, _, _) in enumerate(operations):
+    if eqn.primitive.name == 'scan':
+      inside[i] = _peak(_flat(eqn.params['jaxpr'].jaxpr), size_of)
+  return float(np.max(np.cumsum(changes) + inside, initial=0))
+
+
+def _tail(operations):
+  """Values that are read by nothing but what makes the results."""
+  read = set()  # values that something outside the tail reads
+  tail = set()
+  for eqn, inputs, outputs in reversed(operations):
+    fused = eqn.primitive.name in FUSED
+    if fused and all(out not in read for out in outputs):
+      tail.update(outputs)
+    else:
+      read.update(v for v in inputs if v is not None)
+  return tail
