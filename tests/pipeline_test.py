@@ -1,11 +1,17 @@
 """The order of the data is a function of (seed, step) on any hosts."""
 
+import io
 import itertools
+import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from imagen_jax.data.pipeline import batches
+from imagen_jax.data import arrayrecord
+from imagen_jax.data.folder import FolderSource
+from imagen_jax.data.pipeline import batches, flip
+from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 
 NUM = 10
@@ -28,9 +34,9 @@ def jitter(example, rng):
   return example | {'draw': rng.integers(1 << 30)}
 
 
-def take(num_batches, source=None, *, num_hosts=1, **options):
-  """(numbers, draws), [num_batches, 4], of the global batches of 4."""
-  options = dict(seed=3, batch_size=4, augment=jitter) | options
+def take(num_batches, source=None, *, num_hosts=1, batch_size=4, **options):
+  """(numbers, draws), [num_batches, batch_size], of the global batches."""
+  options = dict(seed=3, batch_size=batch_size, augment=jitter) | options
   hosts = [
     batches(source or Numbers(), host=host, num_hosts=num_hosts, **options)
     for host in range(num_hosts)
@@ -38,7 +44,8 @@ def take(num_batches, source=None, *, num_hosts=1, **options):
 
   def whole(parts, name):
     """Row j of host h is row j · num_hosts + h."""
-    columns = [part[name].reshape(4 // num_hosts, -1)[:, 0] for part in parts]
+    rows = batch_size // num_hosts
+    columns = [part[name].reshape(rows, -1)[:, 0] for part in parts]
     return np.stack(columns, axis=1).ravel()
 
   steps = [[next(host) for host in hosts] for _ in range(num_batches)]
@@ -48,10 +55,12 @@ def take(num_batches, source=None, *, num_hosts=1, **options):
   )
 
 
-@pytest.mark.parametrize('num_hosts', [2, 4])
-def test_global_batches_are_the_same_on_any_number_of_hosts(num_hosts):
-  """Pictures and random draws, over several epochs that 4 does not divide."""
-  together, apart = take(10), take(10, num_hosts=num_hosts)
+@pytest.mark.parametrize('num', [3, 10, 16])
+@pytest.mark.parametrize('num_hosts', [2, 4, 8])
+def test_global_batches_are_the_same_on_any_number_of_hosts(num_hosts, num):
+  """Pictures and random draws, over several epochs that 8 need not divide."""
+  together = take(10, Numbers(num), batch_size=8)
+  apart = take(10, Numbers(num), batch_size=8, num_hosts=num_hosts)
   np.testing.assert_array_equal(together[0], apart[0])
   np.testing.assert_array_equal(together[1], apart[1])
 
@@ -125,3 +134,90 @@ def test_hosts_must_divide_the_batch():
 def test_an_empty_source_is_refused():
   with pytest.raises(DataError, match='no pictures'):
     batches(Numbers(0), seed=0, batch_size=4)
+
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+  """{kind: path} of the same seven pictures, telling their number in red."""
+  root = tmp_path_factory.mktemp('sets')
+  folder, prepared = root / 'folder', root / 'arrayrecord'
+  folder.mkdir()
+  for i in range(7):
+    Image.new('RGB', (8, 8), (i, 0, 0)).save(folder / f'{i}.png')
+    (folder / f'{i}.txt').write_text(f'number {i}')
+  for n, numbers in enumerate([range(4), range(4, 7)]):
+    with tarfile.open(root / f'{n}.tar', 'w') as tar:
+      for file in sorted(f for i in numbers for f in folder.glob(f'{i}.*')):
+        info = tarfile.TarInfo(file.name)
+        info.size = file.stat().st_size
+        tar.addfile(info, io.BytesIO(file.read_bytes()))
+  arrayrecord.write(
+    FolderSource(folder, 8), prepared, settings={}, size=8, part_size=3
+  )
+  return {'folder': folder, 'webdataset': root, 'arrayrecord': prepared}
+
+
+@pytest.mark.parametrize('kind', ['folder', 'webdataset', 'arrayrecord'])
+@pytest.mark.parametrize('num_hosts', [1, 2, 4, 8])
+def test_every_source_gives_one_order_on_any_number_of_hosts(
+  kind, num_hosts, sets, monkeypatch, tmp_path
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  source = make_source(kind=kind, path=sets[kind], size=8)
+  found = take(5, source, batch_size=8, num_hosts=num_hosts)
+  expected = take(5, Numbers(7), batch_size=8)
+  np.testing.assert_array_equal(found[0], expected[0])
+  np.testing.assert_array_equal(found[1], expected[1])
+
+
+class Sided:
+  """Pictures dark on their left, half of them saying so."""
+
+  def __len__(self):
+    return 64
+
+  def __getitem__(self, i):
+    image = np.array([[[0] * 3, [255] * 3]], np.uint8)
+    said = ['a dark side', 'dark on the Left', 'upright, bright', 'its right']
+    return {'image': image, 'caption': said[i % 4]}
+
+
+def mirrored(num_hosts=1, **options):
+  """{caption: [whether mirrored, …]} over twelve epochs."""
+  found = {}
+  hosts = [
+    batches(
+      Sided(),
+      seed=1,
+      batch_size=64,
+      augment=flip,
+      host=host,
+      num_hosts=num_hosts,
+      **options,
+    )
+    for host in range(num_hosts)
+  ]
+  for _ in range(12):
+    parts = [next(host) for host in hosts]
+    for j in range(64):
+      part, row = parts[j % num_hosts], j // num_hosts
+      caption = str(part['caption'][row])
+      found.setdefault(caption, []).append(bool(part['image'][row, 0, 0, 0]))
+  return found
+
+
+def test_half_is_mirrored_but_never_what_says_left_or_right():
+  found = mirrored()
+  assert not any(found['dark on the Left'] + found['its right'])
+  for caption in ('a dark side', 'upright, bright'):
+    assert 0.38 < np.mean(found[caption]) < 0.62
+
+
+def test_what_is_mirrored_depends_on_seed_and_place_alone():
+  assert mirrored() == mirrored() == mirrored(num_hosts=4)
+
+
+def test_a_picture_is_mirrored_in_some_epochs_only():
+  iterator = batches(Sided(), seed=1, batch_size=64, augment=flip)
+  epochs = [next(iterator)['image'][:, 0, 0, 0].sum() for _ in range(3)]
+  assert len(set(epochs)) > 1

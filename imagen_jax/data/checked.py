@@ -63,7 +63,7 @@ class Checked:
         f'{where} has no picture to train on at {size} pixels: {reason}. '
         f'{needs}'.strip()
       )
-    self._total = len(self) + len(self.bad)
+    self._total = len(self) + len(self.bad) + len(small)
     self._check_share()
     if self.skipped:
       _tell(

@@ -1,0 +1,318 @@
+"""Prepared data: nothing lost, nothing half-written, no wrong embeddings."""
+
+import json
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.cli import prepare
+from imagen_jax.data import arrayrecord
+from imagen_jax.data.arrayrecord import ArrayRecordSource
+from imagen_jax.data.folder import FolderSource
+from imagen_jax.data.sources import make_source
+from imagen_jax.errors import DataError, UsageError
+
+TEXT = {'dim': 3, 'max_len': 5, 'dtype': 'bfloat16', 'cleaning': 'whitespace-1'}
+TEXT |= {'encoder': 'e' * 64, 'tokenizer': 't' * 64}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """A folder of ten pictures of 16 pixels."""
+  folder = tmp_path / 'pictures'
+  folder.mkdir()
+  for i in range(10):
+    rng = np.random.default_rng(i)
+    image = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(image).save(folder / f'{i}.png')
+    (folder / f'{i}.txt').write_text(f'caption {i} ü')
+  return folder
+
+
+def embed(captions):
+  """One token per word; the row tells which caption and which word."""
+  return [
+    np.array(
+      [[int(c.split()[1]), n, 0.1] for n in range(len(c.split()))],
+      ml_dtypes.bfloat16,
+    )
+    for c in captions
+  ]
+
+
+def write(folder, out, text=False, size=16, **options):
+  source = FolderSource(folder, size)
+  return arrayrecord.write(
+    source,
+    out,
+    settings={'fingerprint': source.fingerprint},
+    size=size,
+    text=TEXT if text else None,
+    embed=embed if text else None,
+    **{'part_size': 4} | options,
+  )
+
+
+def test_what_was_prepared_is_what_the_source_gave(pictures, tmp_path):
+  header, dropped = write(pictures, tmp_path / 'out')
+  assert (header['count'], dropped) == (10, [])
+  assert [part['count'] for part in header['parts']] == [4, 4, 2]
+  prepared = make_source(kind='arrayrecord', path=tmp_path / 'out', size=16)
+  source = FolderSource(pictures, 16)
+  assert len(prepared) == len(source)
+  for mine, theirs in zip(prepared, source):
+    assert mine.keys() == {'image', 'caption'}
+    assert mine['caption'] == theirs['caption']
+    np.testing.assert_array_equal(mine['image'], theirs['image'])
+
+
+def test_a_smaller_size_is_the_box_mean(pictures, tmp_path):
+  write(pictures, tmp_path / 'out')
+  small = ArrayRecordSource(tmp_path / 'out', 4)[0]['image']
+  large = ArrayRecordSource(tmp_path / 'out', 16)[0]['image']
+  means = large.reshape(4, 4, 4, 4, 3).mean((1, 3))
+  assert np.abs(small - means).max() <= 1
+  with pytest.raises(DataError, match='prepared at 16 pixels and 32 are'):
+    ArrayRecordSource(tmp_path / 'out', 32)
+
+
+def test_embeddings_are_stored_ragged_and_come_back_padded(pictures, tmp_path):
+  write(pictures, tmp_path / 'out', text=True)
+  example = ArrayRecordSource(tmp_path / 'out', 16)[7]
+  expected = np.zeros((5, 3), ml_dtypes.bfloat16)
+  expected[:3] = embed(['caption 7 ü'])[0]
+  np.testing.assert_array_equal(example['text'], expected)
+  assert example['text'].dtype == ml_dtypes.bfloat16
+  assert example['mask'].tolist() == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize('key', ['encoder', 'tokenizer', 'max_len'])
+def test_embeddings_of_another_encoder_are_refused(pictures, tmp_path, key):
+  write(pictures, tmp_path / 'out', text=True)
+  source = ArrayRecordSource(tmp_path / 'out', 16)
+  mine = {k: TEXT[k] for k in ('encoder', 'tokenizer', 'max_len')}
+  source.check_text(**mine)
+  with pytest.raises(DataError, match=f'embeddings of another {key}'):
+    source.check_text(**mine | {key: 7})
+
+
+def test_embeddings_of_captions_cleaned_otherwise_are_refused(
+  pictures, tmp_path, monkeypatch
+):
+  write(pictures, tmp_path / 'out', text=True)
+  monkeypatch.setattr(arrayrecord, 'CLEANING', 'whitespace-2')
+  mine = {k: TEXT[k] for k in ('encoder', 'tokenizer', 'max_len')}
+  with pytest.raises(DataError, match='another cleaning'):
+    ArrayRecordSource(tmp_path / 'out', 16).check_text(**mine)
+
+
+@pytest.mark.parametrize('after', [0, 3, 4, 9])
+def test_a_cut_writing_looks_unfinished_and_goes_on(
+  pictures, tmp_path, monkeypatch, after
+):
+  write(pictures, tmp_path / 'whole', text=True)
+  read, reads = FolderSource.read, []
+
+  def dying(self, i):
+    reads.append(i)
+    if len(reads) > after:
+      raise KeyboardInterrupt
+    return read(self, i)
+
+  out = tmp_path / 'out'
+  with monkeypatch.context() as m:
+    m.setattr(FolderSource, 'read', dying)
+    with pytest.raises(KeyboardInterrupt):
+      write(pictures, out, text=True)
+  with pytest.raises(DataError, match='is not finished: repeat'):
+    ArrayRecordSource(out, 16)
+  with monkeypatch.context() as m:
+    m.setattr(FolderSource, 'read', lambda s, i: reads.append(i) or read(s, i))
+    reads.clear()
+    write(pictures, out, text=True)
+  assert len(reads) == 10 - after // 4 * 4  # whole parts are not made again
+  names = sorted(file.name for file in out.iterdir())
+  assert names == sorted(f.name for f in (tmp_path / 'whole').iterdir())
+  for name in names:
+    assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def test_a_damaged_part_is_made_again(pictures, tmp_path):
+  out = tmp_path / 'out'
+  write(pictures, out)
+  part = out / 'part-00001.array_record'
+  whole = part.read_bytes()
+  part.write_bytes(whole[:-100] + b'x' * 100)
+  write(pictures, out)
+  assert part.read_bytes() == whole
+
+
+def test_other_settings_or_other_files_are_not_overwritten(pictures, tmp_path):
+  out = tmp_path / 'out'
+  write(pictures, out)
+  with pytest.raises(UsageError, match='another prepared set, of size 16'):
+    write(pictures, out, size=8)
+  with pytest.raises(UsageError, match='of text'):
+    write(pictures, out, text=True)
+  with pytest.raises(UsageError, match='pictures is not empty'):
+    write(pictures, pictures)
+  (pictures / '0.txt').write_text('another caption')
+  with pytest.raises(UsageError, match='of fingerprint'):
+    write(pictures, out)
+
+
+def test_damage_is_noticed_by_part_and_by_record(pictures, tmp_path):
+  out = tmp_path / 'out'
+  write(pictures, out)
+  part = out / 'part-00000.array_record'
+  whole = part.read_bytes()
+  part.write_bytes(whole[:-1])
+  with pytest.raises(DataError, match='part-00000.array_record is missing or'):
+    ArrayRecordSource(out, 16)
+  for place in range(0, 4):
+    data = bytearray(whole)
+    # The records' pixels are noise, so the middle of each is its pixels.
+    start = data.find(f'caption {place}'.encode())
+    data[(start if start > 0 else 400 + 900 * place) + 200] ^= 8
+    part.write_bytes(data)
+    source = ArrayRecordSource(out, 16, max_bad=1)
+    expected = FolderSource(pictures, 16)
+    found = [source[i]['caption'] for i in range(4)]
+    assert source.replaced == 1
+    lost = int(next(iter(source.bad)).split()[1])
+    for i in range(4):
+      assert found[i] == expected[i + (i == lost)]['caption']
+
+
+def test_a_record_is_no_code(pictures, tmp_path):
+  write(pictures, tmp_path / 'out')
+  record = ArrayRecordSource(tmp_path / 'out', 16)._records[0]
+  with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError)):
+    pickle.loads(record)
+  assert json.loads(record[4 : 4 + record[0]])['caption'] == 'caption 0 ü'
+
+
+def test_other_folders_and_newer_formats_are_refused(pictures, tmp_path):
+  with pytest.raises(DataError, match='no dataset.json; prepare one'):
+    ArrayRecordSource(pictures, 16)
+  out = tmp_path / 'out'
+  write(pictures, out)
+  text = (out / 'dataset.json').read_text()
+  (out / 'dataset.json').write_text(
+    text.replace('"format_version": 1', '"format_version": 9', 1)
+  )
+  with pytest.raises(DataError, match='format 9 .* reads 1'):
+    ArrayRecordSource(out, 16)
+
+
+def test_what_fails_while_writing_is_left_out_and_listed(pictures, tmp_path):
+  source = FolderSource(pictures, 16, max_bad=0.5)
+  (pictures / '3.png').write_bytes(b'')
+  header, dropped = arrayrecord.write(
+    source, tmp_path / 'out', settings={}, size=16
+  )
+  assert header['count'] == 9
+  assert dropped == [('3.png', 'it is empty')]
+  line = json.loads((tmp_path / 'out' / 'dropped.jsonl').read_text())
+  assert line == {'name': '3.png', 'reason': 'it is empty'}
+
+
+def test_too_much_that_fails_ends_the_writing_unfinished(pictures, tmp_path):
+  source = FolderSource(pictures, 16)
+  (pictures / '3.png').write_bytes(b'')
+  with pytest.raises(DataError, match='1 of 10 samples are bad'):
+    arrayrecord.write(source, tmp_path / 'out', settings={}, size=16)
+  assert not (tmp_path / 'out' / 'dataset.json').exists()
+
+
+def test_a_full_disk_is_a_sentence(pictures, tmp_path, monkeypatch):
+  verify = arrayrecord._verify
+  monkeypatch.setattr(
+    arrayrecord, '_verify', lambda file, count: verify(file, count + 1)
+  )
+  with pytest.raises(DataError, match='holds 4 of 5 records.*free space'):
+    write(pictures, tmp_path / 'out')
+  with pytest.raises(DataError, match='is not finished'):
+    ArrayRecordSource(tmp_path / 'out', 16)
+
+
+# The command.
+
+
+def test_imagen_prepare_writes_reports_and_repeats(pictures, tmp_path, capsys):
+  Image.new('RGB', (16, 16)).save(pictures / 'mute.png')
+  Image.new('RGB', (9, 9)).save(pictures / 'small.png')
+  (pictures / 'small.txt').write_text('small')
+  out = tmp_path / 'out'
+  command = f'--source folder --path {pictures} --size 16 --out {out}'.split()
+  assert prepare.main(command) == 3
+  assert 'samples are bad, 8.33%' in capsys.readouterr().err
+  assert not out.exists()
+  for _ in range(2):
+    assert prepare.main([*command, '--max_bad', '0.1']) == 0
+    printed = capsys.readouterr().out
+    assert '10 pictures of 16 pixels' in printed
+    assert '2 were left out' in printed
+    assert 'it has no caption (mute.png)' in printed
+  assert len((out / 'dropped.jsonl').read_text().splitlines()) == 2
+  again = ['--size', '8', '--out', str(out)]
+  assert prepare.main([*command[:4], *again, '--max_bad', '1']) == 2
+
+
+def test_imagen_prepare_stores_what_the_encoder_says(model, pictures, tmp_path):
+  from imagen_jax.text.encoder import load_text_encoder
+
+  out, folder = tmp_path / 'out', model / 'text'
+  command = f'--source folder --path {pictures} --size 16 --out {out}'.split()
+  command += ['--text', str(folder), '--max_len', '12']
+  assert prepare.main(command) == 0
+  source = ArrayRecordSource(out, 16)
+  encoder = load_text_encoder(folder)
+  source.check_text(
+    encoder=encoder.digest, tokenizer=encoder.tokenizer.digest, max_len=12
+  )
+  examples = [source[i] for i in range(3)]
+  emb, mask = encoder.encode([e['caption'] for e in examples], max_len=12)
+  for example, row, kept in zip(examples, emb, mask):
+    np.testing.assert_array_equal(example['mask'], kept)
+    np.testing.assert_allclose(
+      example['text'].astype(np.float32), row, rtol=2**-8
+    )
+
+
+@pytest.mark.parametrize(
+  'words, code, said',
+  [
+    ('--source shapes --size 16', 2, 'how many with --num'),
+    ('--source shaps --size 16', 2, "data.kind is 'shaps'"),
+    ('--source folder --size 16', 2, 'data.path is not set'),
+    ('--source folder --size 16 --path /nowhere', 3, 'not a folder'),
+    ('--source folder --size 0 --path .', 2, 'must be 1 or more'),
+    ('--source folder --size 8 --path . --resize best', 2, "is 'best'"),
+    ('--source webdataset --size 8 --path s3://b/*.tar', 2, 'mount it first'),
+  ],
+)
+def test_imagen_prepare_explains_mistakes(words, code, said, tmp_path, capsys):
+  out = ['--out', str(tmp_path / 'out')]
+  assert prepare.main([*words.split(), *out]) == code
+  assert said in capsys.readouterr().err
+
+
+def test_shapes_can_be_prepared(tmp_path):
+  out = tmp_path / 'out'
+  command = f'--source shapes --num 5 --size 16 --out {out}'.split()
+  assert prepare.main(command) == 0
+  shapes = make_source(kind='shapes', size=16)
+  prepared = make_source(kind='arrayrecord', path=out, size=16)
+  assert [e['caption'] for e in prepared] == [
+    shapes[i]['caption'] for i in range(5)
+  ]
+  np.testing.assert_array_equal(prepared[4]['image'], shapes[4]['image'])

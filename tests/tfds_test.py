@@ -1,0 +1,126 @@
+"""TFDS builds without TensorFlow."""
+
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.data.sources import make_source
+from imagen_jax.data.tfds import TfdsSource, find_build
+from imagen_jax.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+
+
+def png(value, side=16):
+  out = io.BytesIO()
+  Image.new('RGB', (side, side), (value, 0, 0)).save(out, 'PNG')
+  out.seek(0)
+  return out
+
+
+def build(data_dir, captions='captions', broken=False):
+  """A build shaped like coco_captions: two captions to a picture."""
+  import tensorflow_datasets as tfds
+
+  class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version('1.10.0')
+    pkg_dir_path = pathlib.Path(__file__).parent
+
+    def _info(self):
+      features = {'image': tfds.features.Image(shape=(None, None, 3))}
+      features[captions] = tfds.features.Sequence(
+        {'id': np.int64, 'text': tfds.features.Text()}
+      )
+      return self.dataset_info_from_configs(
+        features=tfds.features.FeaturesDict(features)
+      )
+
+    def _split_generators(self, manager):
+      return {'train': self._examples(4), 'val': self._examples(1)}
+
+    def _generate_examples(self):
+      raise NotImplementedError
+
+    def _examples(self, number):
+      for i in range(number):
+        bad = broken and i == 2
+        yield (
+          i,
+          {
+            'image': io.BytesIO(b'<html>') if bad else png(i * 10, 16 + i),
+            captions: [{'id': j, 'text': f'{i} {j} ü'} for j in range(2)],
+          },
+        )
+
+  Small(data_dir=data_dir, file_format='array_record').download_and_prepare()
+  return data_dir / 'small' / '1.10.0'
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+  pytest.importorskip('tensorflow_datasets')
+  return build(tmp_path_factory.mktemp('tfds'))
+
+
+def test_every_caption_of_a_picture_is_an_example(small):
+  source = make_source(kind='tfds', path=str(small), size=16)
+  captions = sorted(e['caption'] for e in source)
+  assert captions == [f'{i} {j} ü' for i in range(4) for j in range(2)]
+  for example in source:
+    assert example['image'].shape == (16, 16, 3)
+    assert example['image'][0, 0, 0] == int(example['caption'][0]) * 10
+  assert 'tensorflow' not in sys.modules
+
+
+def test_eval_is_the_validation_split(small):
+  source = make_source(kind='tfds', path=str(small), size=16, split='eval')
+  assert [e['caption'] for e in source] == ['0 0 ü', '0 1 ü']
+
+
+def test_a_build_is_found_by_name(small, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(small.parent.parent))
+  assert find_build('small') == small
+  older = small.parent / '1.9.0'
+  older.mkdir()
+  (older / 'dataset_info.json').write_text('{"fileFormat": "array_record"}')
+  assert find_build('small') == small
+  with pytest.raises(DataError, match='tfds build nothing --file_format=array'):
+    find_build('nothing')
+
+
+def test_tfrecord_builds_are_refused_with_what_to_do(tmp_path):
+  folder = tmp_path / 'coco_captions' / '1.1.0'
+  folder.mkdir(parents=True)
+  for info in ({'fileFormat': 'tfrecord'}, {}):
+    (folder / 'dataset_info.json').write_text(json.dumps(info))
+    with pytest.raises(DataError, match='tfrecord, which only TensorFlow.*'):
+      TfdsSource(folder, 16)
+
+
+def test_a_build_without_captions_is_told_by_its_columns(tmp_path):
+  pytest.importorskip('tensorflow_datasets')
+  folder = build(tmp_path, captions='labels')
+  with pytest.raises(DataError, match='no captions: its columns are .*labels'):
+    TfdsSource(folder, 16)
+
+
+def test_bad_and_small_pictures_are_left_out(tmp_path):
+  pytest.importorskip('tensorflow_datasets')
+  source = TfdsSource(build(tmp_path, broken=True), 17, max_bad=0.5)
+  assert sorted(e['caption'][0] for e in source) == ['1', '1', '3', '3']
+  assert [reason for _, reason in source.skipped] == [
+    'it cannot be read as a picture',
+    'it is smaller than 17 pixels',
+    'it is smaller than 17 pixels',
+  ]
+  again = TfdsSource(source.folder, 17, max_bad=0.5)
+  assert again.skipped == source.skipped
+  assert again.fingerprint == source.fingerprint
