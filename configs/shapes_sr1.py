@@ -22,8 +22,8 @@ def get_config():
   )
   config.stage.net = {
     'kind': 'efficient_unet',
-    'channels': (24, 48, 96),
-    'num_res_blocks': (1, 1, 2),
+    'channels': (24, 48, 64),
+    'num_res_blocks': (1, 1, 1),
     'strides': (2, 2, 2),
     'self_attention': (False, False, True),
     'text_attention': (False, False, True),

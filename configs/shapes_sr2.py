@@ -16,8 +16,8 @@ def get_config():
   config.stage.update(name='sr2', resolution=256, low_resolution=64)
   config.stage.crop = 96
   config.stage.net.update(
-    channels=(16, 32, 48, 96),
-    num_res_blocks=(1, 1, 1, 2),
+    channels=(16, 32, 48, 64),
+    num_res_blocks=(1, 1, 1, 1),
     strides=(2, 2, 2, 2),
     self_attention=(False, False, False, False),
     text_attention=(False, False, False, True),
