@@ -52,6 +52,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
+    'plan': ['jax[tpu]'],  # libtpu, which compiles without a TPU as well
     'tensorboard': ['tensorboardX'],
   },
   entry_points={
@@ -59,6 +60,7 @@ setuptools.setup(
       'imagen-train = imagen_jax.cli.train:main',
       'imagen-sample = imagen_jax.cli.sample:main',
       'imagen-export = imagen_jax.cli.export:main',
+      'imagen-plan = imagen_jax.cli.plan:main',
       'imagen-prepare = imagen_jax.cli.prepare:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',
     ]

@@ -41,6 +41,15 @@ BELOW = {
     'stage',
     'text',
   },
+  'planning': {
+    'errors',
+    'cascade',
+    'nets',
+    'sharding',
+    'stage',
+    'text',
+    'training',
+  },
   'evaluation': {
     'errors',
     'cascade',

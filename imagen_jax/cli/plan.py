@@ -139,9 +139,8 @@ def _print_parameters(work):
   import jax
 
   from imagen_jax import stage as stages
-  from imagen_jax.planning import job
 
-  params = job.abstract_state(work).params
+  params = work.state.params
   groups = {}
   for name, part in params.items():
     group = {

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 
 from imagen_jax import sharding
 from imagen_jax.errors import UsageError
 from imagen_jax.planning import chips, job, program
-
-STEP_NAMES = ('train', 'sample')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +63,6 @@ def tree_bytes(tree, mesh=None):
   return total
 
 
-@functools.lru_cache(maxsize=16)
-def _traced(work_id, step, local):
-  work = _WORK[work_id]
-  trace = {'train': job.train_jaxpr, 'sample': job.sample_jaxpr}[step]
-  return trace(work, local)
-
-
-_WORK = {}
-
-
 def make_plan(work, chip, *, data, fsdp, step='train'):
   """The `Plan` of a job on data × fsdp chips.
 
@@ -91,8 +80,8 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
   parts = work.accumulate if step == 'train' else 1
   sharding.check_batch_size(work.batch_size, mesh, parts)
   # One device's part of the batch: what it computes and stores for itself.
-  traced = _trace(work, step, work.batch_size // mesh.size)
-  state = job.abstract_state(work)
+  traced = work.trace(step, work.batch_size // mesh.size)
+  state = work.state
   params = state.params
   size_of = _split_gradients(params, mesh)
   memory = {'parameters': tree_bytes(params, mesh)}
@@ -104,16 +93,17 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
     }
   batch = job.abstract_batch(work, work.batch_size // mesh.size)
   memory['batch'] = tree_bytes(batch)
-  peak = program.peak_bytes(traced, size_of)
+  peak, moved = program.memory(traced, size_of)
   gradients = tree_bytes(params, mesh) if step == 'train' else 0
   memory['gradients'] = min(gradients, peak)
   memory['activations'] = max(0, peak - gradients)
   if fsdp > 1:
     # One layer whole while it is used, and the next one on its way.
-    leaves = jax.tree.leaves((params, work.text_params))
-    memory['gathered layers'] = 2 * max(map(_layer_bytes, leaves))
+    memory['gathered layers'] = 2 * max(
+      map(_largest_layer, (params, work.text_params))
+    )
   flops = program.flops(traced)
-  moved = program.traffic_bytes(traced, size_of) + 2 * sum(
+  moved += 2 * sum(
     memory.get(k, 0) for k in ('parameters', 'EMA', 'optimizer', 'text encoder')
   )
   return Plan(
@@ -131,12 +121,6 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
   )
 
 
-def _trace(work, step, local):
-  key = id(work)
-  _WORK[key] = work
-  return _traced(key, step, local)
-
-
 def _split_gradients(params, mesh):
   """Bytes of a value in which gradients are split like their parameters."""
   shares = {}
@@ -151,13 +135,15 @@ def _split_gradients(params, mesh):
   return size_of
 
 
-def _layer_bytes(leaf):
-  """Bytes of a leaf when it is gathered; of a scanned stack, of one layer."""
-  stacked = len(leaf.shape) in (3, 4, 5) and leaf.shape[0] <= 64
-  size = program.num_bytes(leaf)
-  if stacked and len(leaf.shape) in (3, 5):
-    size /= leaf.shape[0]
-  return size
+def _largest_layer(tree):
+  """Bytes of the largest leaf; of a stack of scanned layers, of one layer."""
+  largest = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    size = program.num_bytes(leaf)
+    if re.fullmatch(r'layers|(down|up)_\d+', path[0].key):
+      size /= leaf.shape[0]
+    largest = max(largest, size)
+  return largest
 
 
 def _network_bytes(work, params, mesh, step):

@@ -6,6 +6,7 @@ shapes instead of arrays.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -47,6 +48,25 @@ class Job:
   text_name: str
   batch_size: int
   accumulate: int
+  _traces: dict = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
+
+  @functools.cached_property
+  def state(self):
+    """Shapes of the training state."""
+    return jax.eval_shape(
+      lambda key: init_state(stages.init_params(self.stage, key), self.tx),
+      jax.random.key(0),
+    )
+
+  def trace(self, step, batch_size):
+    """The traced 'train' or 'sample' step of `batch_size` pictures."""
+    key = step, batch_size
+    if key not in self._traces:
+      trace = {'train': train_jaxpr, 'sample': sample_jaxpr}[step]
+      self._traces[key] = trace(self, batch_size)
+    return self._traces[key]
 
 
 def make_job(config, *, text='auto', batch_size=None, accumulate=None):
@@ -131,14 +151,6 @@ def _as_loaded(name, leaf, module):
   return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
-def abstract_state(job):
-  """Shapes of the training state."""
-  return jax.eval_shape(
-    lambda key: init_state(stages.init_params(job.stage, key), job.tx),
-    jax.random.key(0),
-  )
-
-
 def abstract_batch(job, batch_size):
   """Shapes of a training batch."""
   side, length = job.stage.resolution, job.stage.text_len
@@ -170,13 +182,13 @@ def step_options(job):
 def train_jaxpr(job, batch_size):
   """The traced training step of `batch_size` pictures (no devices)."""
   return jax.make_jaxpr(lambda *args: train_step(*args, **step_options(job)))(
-    abstract_state(job), abstract_batch(job, batch_size), job.text_params
+    job.state, abstract_batch(job, batch_size), job.text_params
   )
 
 
 def lower_train(job, mesh):
   """The training step lowered for a mesh of devices that need not exist."""
-  state = abstract_state(job)
+  state = job.state
   placed = sharding.state_shardings(state, mesh)
   batch = abstract_batch(job, job.batch_size)
   split = sharding.batch_sharding(mesh)

@@ -110,20 +110,32 @@ def _pairs(size, kernel, out, stride, pad, dilation, kernel_dilation):
   return int(np.sum(inside & (place % dilation == 0)))
 
 
-def peak_bytes(jaxpr, size_of=None):
-  """Most bytes alive at once between a program's arguments and its results.
+def memory(jaxpr, size_of=None):
+  """(peak, traffic): bytes alive at once, and bytes moved, arguments left out.
 
   A model of a compiler that fuses elementwise chains: their values take no
   memory and keep what they are made of alive, unless that is larger than they
-  are. Everything else is stored from where it is made to its last use.
-  Arguments cost nothing, nor do results, nor what only results are made of:
-  they are written into the arguments' place.
+  are. Everything else is written once, stored to its last use, and read by
+  each operation that is not itself fused. Results and what only results are
+  made of are free: they are written into the arguments' place.
 
   Args:
     jaxpr: from `jax.make_jaxpr`.
     size_of: function from an aval to bytes; None counts all of it.
   """
-  return _peak(_flat(getattr(jaxpr, 'jaxpr', jaxpr)), size_of or num_bytes)
+  size_of = size_of or num_bytes
+  operations = _flat(getattr(jaxpr, 'jaxpr', jaxpr))
+  stored, traffic, last = _stored(operations, size_of)
+  changes = np.zeros(len(operations) + 1)
+  for i, value, size in stored:
+    changes[i] += size
+    changes[last.get(value, i) + 1] -= size
+  inside = np.zeros(len(operations) + 1)
+  for i, (eqn, _, _) in enumerate(operations):
+    if eqn.primitive.name == 'scan':
+      inside[i], moved = memory(eqn.params['jaxpr'], size_of)
+      traffic += eqn.params['length'] * moved
+  return float(np.max(np.cumsum(changes) + inside, initial=0)), traffic
 
 
 def num_bytes(aval):
@@ -135,7 +147,7 @@ def num_bytes(aval):
 
 
 def _flat(jaxpr):
-  """(operations, results) of a program with its calls written out.
+  """A program's operations, its calls written out: (eqn, inputs, outputs).
 
   A program traced once may be called twice, so values are (number, variable).
   """
@@ -158,42 +170,20 @@ def _flat(jaxpr):
         )
     return [value(v) for v in jaxpr.outvars]
 
-  return operations, walk(jaxpr, {})
+  walk(jaxpr, {})
+  return operations
 
 
-def traffic_bytes(jaxpr, size_of=None):
-  """Bytes that a program moves to and from memory, arguments left out.
-
-  Under the same model as `peak_bytes`: what is stored is written once and read
-  by each operation that is not fused into another.
-  """
-  size_of = size_of or num_bytes
-  stored, reads, _ = _stored(_flat(getattr(jaxpr, 'jaxpr', jaxpr)), size_of)
-  total = sum(size for _, _, size in stored) + sum(reads)
-  for eqn in _scans(getattr(jaxpr, 'jaxpr', jaxpr)):
-    total += eqn.params['length'] * traffic_bytes(eqn.params['jaxpr'], size_of)
-  return total
-
-
-def _scans(jaxpr):
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'scan':
-      yield eqn
-    elif inner_jaxpr(eqn) is not None:
-      yield from _scans(inner_jaxpr(eqn))
-
-
-def _stored(program, size_of):
-  """What a program stores, when it is last read, and the bytes of each read.
+def _stored(operations, size_of):
+  """What a program stores, what it moves, and when values are last read.
 
   Returns:
-    (stored, reads, last): [(operation, value, bytes)], [bytes], and
+    (stored, traffic, last): [(operation, value, bytes)], bytes, and
     {value: the last operation that reads it}.
   """
-  operations, _ = program
   tail = _tail(operations)
   roots = {}  # value -> {stored value: bytes} it is made of
-  stored, reads, last = [], [], {}
+  stored, traffic, last = [], 0.0, {}
   for i, (eqn, inputs, outputs) in enumerate(operations):
     sources = {}
     for v in inputs:
@@ -211,25 +201,12 @@ def _stored(program, size_of):
       else:
         roots[out] = {out: size}
         stored.append((i, out, size))
+        traffic += size
         done = True
     if done:
       last.update(dict.fromkeys(sources, i))
-      reads.append(sum(sources.values()))
-  return stored, reads, last
-
-
-def _peak(program, size_of):
-  stored, _, last = _stored(program, size_of)
-  operations = program[0]
-  changes = np.zeros(len(operations) + 1)
-  for i, value, size in stored:
-    changes[i] += size
-    changes[last.get(value, i) + 1] -= size
-  inside = np.zeros(len(operations) + 1)
-  for i, (eqn, _, _) in enumerate(operations):
-    if eqn.primitive.name == 'scan':
-      inside[i] = _peak(_flat(eqn.params['jaxpr'].jaxpr), size_of)
-  return float(np.max(np.cumsum(changes) + inside, initial=0))
+      traffic += sum(sources.values())
+  return stored, traffic, last
 
 
 def _tail(operations):

@@ -1,0 +1,229 @@
+"""The planner: its counts against XLA's, its memory, its sentences."""
+
+import dataclasses
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imagen_jax import sharding
+from imagen_jax.cli import plan as cli
+from imagen_jax.errors import UsageError
+from imagen_jax.planning import analytic, chips, compile, job, program
+from tests import tiny_model
+
+
+def tiny_job(name='base', *, batch_size=8, text='cached', **train):
+  config = tiny_model.config(name, **train)
+  config.text.path = 't5-small'
+  return job.make_job(config, text=text, batch_size=batch_size)
+
+
+def write_config(folder, **train):
+  config = tiny_model.config(**train).to_dict()
+  config['text']['path'] = 't5-small'
+  path = folder / 'tiny.py'
+  path.write_text(
+    'from ml_collections import ConfigDict\n'
+    f'def get_config():\n  return ConfigDict({config!r})\n'
+  )
+  return path
+
+
+def xla_flops(fn, *args):
+  return jax.jit(fn).lower(*args).cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('strides,side', [((1, 1), 8), ((2, 2), 9)])
+def test_a_convolution_counts_the_taps_that_exist(strides, side):
+  def fn(x, w):
+    y = jax.lax.conv_general_dilated(
+      x, w, strides, 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    return jnp.sum(y**2)
+
+  x = jax.ShapeDtypeStruct((2, side, side, 16), jnp.float32)
+  w = jax.ShapeDtypeStruct((3, 3, 16, 32), jnp.float32)
+  grad = jax.grad(fn, argnums=(0, 1))
+  mine = program.flops(jax.make_jaxpr(grad)(x, w))
+  assert mine == pytest.approx(xla_flops(grad, x, w), rel=0.02)
+
+
+def test_a_loop_counts_its_length_and_a_matrix_product_two_per_term():
+  def fn(x, w):
+    return jax.lax.scan(lambda h, _: (h @ w, None), x, length=7)[0]
+
+  x, w = jnp.zeros((4, 8)), jnp.zeros((8, 8))
+  assert program.flops(jax.make_jaxpr(fn)(x, w)) == 7 * 2 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize('name', ['base', 'sr1'])
+def test_operations_of_a_training_step_are_xlas(name):
+  work = tiny_job(name)
+  if name == 'sr1':  # XLA counts the body of a loop once: no loops for it
+    stage = work.stage
+    whole = dataclasses.replace(stage, net=stage.net.clone(unroll=True))
+    unrolled = dataclasses.replace(work, stage=whole)
+  else:
+    unrolled = work
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  theirs = job.lower_train(unrolled, mesh).cost_analysis()['flops']
+  mine = program.flops(job.train_jaxpr(work, work.batch_size))
+  assert mine == pytest.approx(theirs, rel=0.05)
+
+
+def test_fused_values_take_no_memory_and_keep_what_they_are_made_of():
+  def fn(x, w):
+    h = x @ w  # stored: 4 kB
+    a = jnp.tanh(h) * 2  # fused
+    b = (a @ w).sum()  # stored beside h: 8 kB
+    return b + (a @ w.T).sum()
+
+  x = jnp.zeros((32, 32))
+  peak = program.memory(jax.make_jaxpr(fn)(x, x))[0]
+  assert peak == pytest.approx(2 * 4096, abs=16)
+
+
+def test_recomputation_needs_less_memory_and_more_operations():
+  work = tiny_job(batch_size=64)
+  net = work.stage.net.clone(remat='nothing_saveable')
+  again = dataclasses.replace(
+    work, stage=dataclasses.replace(work.stage, net=net)
+  )
+  plain, less = job.train_jaxpr(work, 64), job.train_jaxpr(again, 64)
+  assert program.memory(less)[0] < program.memory(plain)[0]
+  assert program.flops(less) > 1.2 * program.flops(plain)
+
+
+def test_parameters_are_split_by_the_rule_that_training_uses():
+  work = tiny_job('sr1', batch_size=8)
+  state = work.state
+  mesh = sharding.make_mesh(2, 4)
+  placed = sharding.state_shardings(state, mesh)
+  real = sum(
+    jnp.dtype(x.dtype).itemsize
+    * int(jnp.prod(jnp.asarray(s.shard_shape(x.shape))))
+    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(placed))
+  )
+  mine = analytic.tree_bytes(state, analytic.abstract_mesh(2, 4))
+  assert mine == pytest.approx(real)
+
+
+def test_accumulating_leaves_the_operations_and_lowers_the_memory():
+  whole, parts = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=4)
+  a, b = job.train_jaxpr(whole, 64), job.train_jaxpr(parts, 64)
+  assert program.flops(b) == pytest.approx(program.flops(a), rel=0.05)
+  assert program.memory(b)[0] < program.memory(a)[0]
+
+
+def test_the_best_split_fits_and_is_the_fastest_that_does():
+  work = tiny_job(batch_size=16)
+  plans = analytic.splits(work, chips.CHIPS['v5e'], 4)
+  assert [(p.data, p.fsdp) for p in plans] == [(4, 1), (2, 2), (1, 4)]
+  chosen = analytic.best(plans, chips.CHIPS['v5e'])
+  assert chosen.roofline <= 1.01 * min(p.roofline for p in plans)
+  small = dataclasses.replace(chips.CHIPS['v5e'], memory=1000)
+  assert analytic.best(plans, small) is None
+
+
+def test_what_does_not_fit_is_told_by_how_much_and_what_would():
+  work = tiny_job(batch_size=64)
+  plan = analytic.make_plan(work, chips.CHIPS['v5e'], data=1, fsdp=1)
+  small = dataclasses.replace(
+    chips.CHIPS['v5e'], memory=0.7 * plan.total / (1 - chips.RESERVED)
+  )
+  with pytest.raises(UsageError, match='too few; it would with --accumulate'):
+    analytic.require_fit(plan, work, small, 1)
+
+
+def test_collectives_are_read_from_the_compiled_text():
+  text = """
+  %a = bf16[4,8]{1,0} all-gather(bf16[2,8]{1,0} %p), dimensions={0}
+  %b = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %q), dimensions={0}
+  %c = f32[8]{0} all-gather-done((f32[2]{0}, f32[8]{0}) %b)
+  %d = (f32[3]{0}, bf16[]) all-reduce(f32[3]{0} %r, bf16[] %s), to_apply=%sum
+  """
+  assert compile.collectives(text) == {
+    'all-gather': (2, 64 + 32),
+    'all-reduce': (1, 14),
+  }
+
+
+def test_the_plan_prints_memory_time_and_the_splits(tmp_path, capsys):
+  args = ['--config', str(write_config(tmp_path)), '--chip', 'h100']
+  assert cli.main([*args, '--devices', '4', '--text', 'xxl']) == 0
+  out = capsys.readouterr().out
+  for words in ('4,762,310,656', 'optimizer', 'fits', '<- chosen', 'days'):
+    assert words in out
+
+
+def test_a_sampling_step_is_planned_too(tmp_path, capsys):
+  args = ['--config', str(write_config(tmp_path)), '--step', 'sample']
+  assert cli.main([*args, '--topology', 'v5e:2x2', '--text', 'cached']) == 0
+  assert 'pictures a second' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'argv,words',
+  [
+    (['--chip', 'v9'], 'the planner knows v4, v5e, v5p, v6e, a100'),
+    (['--topology', 'v9:2x2'], 'such as v5e:4x4'),
+    (['--topology', 'v5p:16x16'], '3 numbers of chips, as in v5p:4x4x8'),
+    (['--topology', 'v5e:4xfour'], '2 numbers of chips'),
+    (['--topology', 'v5e:2x2', '--chip', 'v5e'], 'not both'),
+    (['--chip', 'v5e', '--devices', '0'], '--devices 0'),
+    (['--topology', 'v5e:2x2', '--fsdp', '3'], '--fsdp 3 does not make a mesh'),
+    (
+      ['--topology', 'v5e:2x2', '--data', '2', '--fsdp', '4'],
+      '--data 2 --fsdp 4 does not make a mesh of 4',
+    ),
+    (['--topology', 'v5e:2x2', '--batch_size', '6'], 'multiple of 4'),
+    (['--topology', 'v5e:2x2', '--text', 'huge'], "--text 'huge' is unknown"),
+    (['--topology', 'v5e:2x2', '--accumulate', '0'], 'give 1 or more'),
+    (['--compile'], '--compile needs --topology'),
+  ],
+)
+def test_a_mistake_in_planning_is_one_sentence(tmp_path, capsys, argv, words):
+  config = str(write_config(tmp_path))
+  assert cli.main(['--config', config, *argv]) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and words in error
+
+
+def test_an_encoder_that_cannot_be_told_is_asked_for(tmp_path, capsys):
+  config = str(write_config(tmp_path))
+  assert cli.main(['--config', config, '--config.text.path=my/words']) == 2
+  assert 'add --text' in capsys.readouterr().err
+
+
+def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'libtpu', None)
+  with pytest.raises(UsageError, match=r'imagen_jax\[plan\]'):
+    compile.topology_devices('v5e:2x2')
+
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason="the TPU compiler is not installed (pip install -e '.[plan]')",
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize('step', ['train', 'sample'])
+@pytest.mark.parametrize('name', ['base', 'sr1'])
+def test_the_tpu_compiler_takes_the_steps(name, step):
+  done = compile.compile_step(tiny_job(name), 'v5e:2x2', fsdp=2, step=step)
+  assert 0 < done.total < chips.CHIPS['v5e'].memory
+  assert done.flops > 0
+  # Parameters are split over fsdp, gradients summed over data.
+  assert 'all-reduce' in done.collectives or step == 'sample'
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_slice_that_is_none_is_refused():
+  with pytest.raises(UsageError, match='knows no slice v5e:3x5'):
+    compile.topology_devices('v5e:3x5')
