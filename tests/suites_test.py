@@ -26,7 +26,7 @@ FILES = {
   'bench.csv': '\ufeffPrompt,Category\n"A cat, asleep.",Colors \n'
   'A "red" dog,Colors\n,Colors\nTwo birds,Counting\n',
   'parti.tsv': 'Prompt\tCategory\tChallenge\tNote\n'
-  'a sign that says "hi\tText\tBasic\t-\nbond\tAbstract\tBasic\t-\n',
+  '"hi" on a sign\tText\tBasic\t-\nbond\tAbstract\tBasic\t-\n',
   'gen.jsonl': '{"tag": "two_object", "prompt": "a cat and a dog"}\n\n'
   '{"category": "mine", "prompt": "a cat"}\n{"prompt": "a fish"}\n',
   'mine.txt': 'a cat\n\n  two   dogs\n',
@@ -37,7 +37,7 @@ READ = {
     ('Colors', 'A "red" dog'),
     ('Counting', 'Two birds'),
   ],
-  'parti.tsv': [('Text', 'a sign that says "hi'), ('Abstract', 'bond')],
+  'parti.tsv': [('Text', '"hi" on a sign'), ('Abstract', 'bond')],
   'gen.jsonl': [
     ('two_object', 'a cat and a dog'),
     ('mine', 'a cat'),

@@ -54,6 +54,7 @@ def _parser():
   add('--prompts', help='prompts, clip: .csv, .tsv, .jsonl or .txt file')
   add('--num_images', type=int, default=1, help='prompts, clip: per prompt')
   add('--data', help='fid: a folder of real pictures with captions')
+  add('--source', default='folder', help='fid: what --data is, as in prepare')
   add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
   add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
   add('--sampler', help='ddpm, ddim or dpmpp')

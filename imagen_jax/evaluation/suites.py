@@ -75,7 +75,7 @@ def _fid(args, resolution):
   from imagen_jax.evaluation import extractors
 
   return Fid(
-    source=make_source(kind='folder', size=resolution, path=args.data),
+    source=make_source(kind=args.source, size=resolution, path=args.data),
     num=args.num or 30_000,
     seed=args.seed,
     inception=args.inception and extractors.load_inception(args.inception),
@@ -282,7 +282,7 @@ class Fid:
 
   def provenance(self):
     used = {'inception': self.inception, 'clip': self.clip}
-    found = {'captions_digest': self.digest()}
+    found = {'captions_digest': self.digest(), 'real_resize': 'area'}
     for name, extractor in used.items():
       if extractor:
         found[f'{name}_sha256'] = extractor.digest
