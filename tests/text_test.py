@@ -224,9 +224,11 @@ def test_sharded_loading_is_the_identity_to_the_bit(folder):
   ):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-  emb, _ = spread.encode(['a red circle'])
+  # In float32: bfloat16 products are summed in another order over devices.
   np.testing.assert_allclose(
-    emb, whole.encode(['a red circle'])[0], atol=2e-2, rtol=2e-2
+    load_text_encoder(folder, place=place).encode(['a red circle'])[0],
+    load_text_encoder(folder).encode(['a red circle'])[0],
+    atol=1e-5,
   )
 
 
@@ -239,7 +241,7 @@ def test_t5_xxl_has_4_76_billion_parameters():
 
 
 MEMORY = """
-import functools, os, resource, sys
+import ctypes, functools, os, re, sys
 os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax, numpy as np
 from imagen_jax import sharding
@@ -250,19 +252,26 @@ mesh = sharding.make_mesh(1, 4)
 place = functools.partial(sharding.leaf_sharding, mesh=mesh)
 small, large = sys.argv[1:]
 load_text_encoder(small, 'bfloat16', place=place)  # compiles, imports
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+ctypes.CDLL('libc.so.6').malloc_trim(0)
+status = lambda key: 1024 * int(
+  re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]
+)
+before = status('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')  # the peak starts anew
 params = load_text_encoder(large, 'bfloat16', place=place).params
 held = sum(
   shard.data.nbytes
   for leaf in jax.tree.leaves(params)
   for shard in leaf.addressable_shards
 )
-print(peak() - before - held)
+print(status('VmHWM') - before - held)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+  not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux'
+)
 def test_loading_shards_takes_no_more_host_memory_than_one_of_them(tmp_path):
   """On CPU the devices' memory is the host's, so their share is taken off."""
   size = dict(num_layers=16, num_heads=16, head_dim=64, width=1024)
