@@ -1,0 +1,172 @@
+"""Prepared data in training: stored embeddings, one low-resolution function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imagen_jax import stage as stages
+from imagen_jax.cli import prepare
+from imagen_jax.errors import DataError
+from imagen_jax.text.encoder import load_text_encoder
+from imagen_jax.training import loop, step
+from imagen_jax.training.state import init_state, optimizer
+from imagen_jax.training.workdir import differences
+from tests import tiny_model
+
+
+@pytest.fixture(scope='module')
+def prepared(model, tmp_path_factory):
+  """A config of the tiny base model on prepared shapes with embeddings."""
+  out = tmp_path_factory.mktemp('prepared') / 'set'
+  words = f'--source shapes --num 16 --size 8 --out {out} --max_len'.split()
+  words += [str(tiny_model.MAX_LEN), '--text', str(model / 'text')]
+  assert prepare.main(words) == 0
+  config = tiny_model.config(num_steps=2)
+  config.text.path = str(model / 'text')
+  config.data = {'kind': 'arrayrecord', 'path': str(out)}
+  return config
+
+
+def test_stored_embeddings_take_the_place_of_the_encoder(
+  prepared, tmp_path, monkeypatch
+):
+  seen = []
+
+  def no_step(state, batch, text_params):
+    seen.append(({k: v.dtype for k, v in batch.items()}, text_params))
+    values = {'loss': 0.0, 'grad_norm': 0.0, 'skipped': state.skipped}
+    return state.replace(step=state.step + 1), values
+
+  monkeypatch.setattr(loop, 'jit_step', lambda *_, **__: no_step)
+  monkeypatch.setattr(loop, '_previewer', lambda *_: lambda *_: None)
+  assert loop.train(prepared, tmp_path / 'run') == 2
+  types, text_params = seen[0]
+  assert types == {
+    'image': np.uint8,
+    'text': ml_dtypes.bfloat16,
+    'mask': np.bool_,
+  }
+  assert text_params == {}
+
+
+@pytest.mark.parametrize('key', ['max_len', 'encoder'])
+def test_embeddings_of_another_encoder_are_refused(
+  prepared, tmp_path, key, monkeypatch
+):
+  config = prepared.copy_and_resolve_references()
+  if key == 'max_len':
+    config.text.max_len = 9
+  else:
+    from tests import tiny_text
+
+    tiny_text.random_folder(tmp_path / 'text', seed=5)
+    config.text.path = str(tmp_path / 'text')
+  with pytest.raises(DataError, match=f'another {key}.*imagen-prepare --text'):
+    loop.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(model):
+  encoder = load_text_encoder(model / 'text')
+  made = tiny_model.build(tiny_model.config(), encoder)
+  tx = optimizer(1e-2)
+  state = init_state(tiny_model.random_params(made), tx)
+  fn = jax.jit(
+    functools.partial(
+      step.train_step,
+      stage=made,
+      text_module=encoder.module,
+      tx=tx,
+      seed=0,
+      ema_limit=0.9,
+    )
+  )
+  captions = ['a red circle', 'a blue square'] * 2
+  ids, mask, _ = encoder.tokenize(captions, max_len=tiny_model.MAX_LEN)
+  text, _ = encoder.encode(captions, max_len=tiny_model.MAX_LEN)
+  image = np.full((4, 8, 8, 3), [250, 20, 20], np.uint8)
+  _, online = fn(
+    state, {'image': image, 'ids': ids, 'mask': mask}, encoder.params
+  )
+  for dtype, rtol in ((np.float32, 1e-5), (ml_dtypes.bfloat16, 1e-2)):
+    batch = {'image': image, 'text': text.astype(dtype), 'mask': mask}
+    _, stored = fn(state, batch, {})
+    for name in ('loss', 'grad_norm'):
+      np.testing.assert_allclose(online[name], stored[name], rtol=rtol)
+
+
+def test_training_and_sampling_make_the_low_resolution_input_alike(
+  model, monkeypatch
+):
+  """The tensor the network is given, caught in both, noise and level equal."""
+  encoder = load_text_encoder(model / 'text')
+  made = tiny_model.build(tiny_model.config('sr1'), encoder)
+  given = {}
+
+  class Spy:
+    def __init__(self, where):
+      self.where = where
+
+    def apply(self, variables, z, logsnr, text, mask, low, level, **_):
+      given[self.where] = low, level
+      return jnp.zeros_like(z)
+
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+  low = stages.box_downsample(jnp.asarray(image, jnp.float32) / 127.5 - 1, 8)
+  eps = jnp.asarray(rng.normal(size=low.shape), jnp.float32)
+  normal = jax.random.normal
+  monkeypatch.setattr(
+    jax.random,
+    'normal',
+    lambda key, shape=(), dtype=jnp.float32: (
+      eps
+      if shape == eps.shape
+      else eps[0]
+      if shape == eps.shape[1:]
+      else normal(key, shape, dtype)
+    ),
+  )
+  monkeypatch.setattr(
+    jax.random, 'uniform', lambda key, shape=(), **_: jnp.full(shape, 0.2)
+  )
+  text = jnp.zeros((2, tiny_model.MAX_LEN, encoder.dim))
+  mask = jnp.ones(text.shape[:2], bool)
+  replace = functools.partial(stages.dataclasses.replace, made)
+  stages.loss(
+    replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
+  )
+  settings = stages.Sampling(sampler='ddim', steps=1, guidance=1.0)
+  # Sampling draws noise picture by picture, so both pictures get eps[0].
+  eps = eps.at[1].set(eps[0])
+  stages.loss(
+    replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
+  )
+  stages.sample(
+    replace(net=Spy('sampling')),
+    {},
+    jax.random.split(jax.random.key(1), 2),
+    text,
+    mask,
+    low,
+    1.0,
+    0.2,
+    settings=settings,
+  )
+  for mine, theirs in zip(given['training'], given['sampling']):
+    np.testing.assert_allclose(mine, theirs, atol=1e-6)
+  assert given['training'][0].shape == (2, 16, 16, 3)
+  assert float(jnp.abs(given['training'][0]).max()) > 0.5
+
+
+def test_configs_from_before_the_new_keys_still_resume():
+  old = {'config': {'data': {'kind': 'folder'}}}
+  new = {'kind': 'folder', 'flip': False, 'resize': 'area', 'max_bad': 0.01}
+  assert differences(old, {'config': {'data': new}}) == []
+  assert differences({'config': {'data': new}}, old) == []
+  new['flip'] = True
+  assert len(differences(old, {'config': {'data': new}})) == 1
