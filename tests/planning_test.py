@@ -94,7 +94,7 @@ def test_recomputation_needs_less_memory_and_more_operations():
   )
   plain, less = job.train_jaxpr(work, 64), job.train_jaxpr(again, 64)
   assert program.memory(less)[0] < program.memory(plain)[0]
-  assert program.flops(less) > 1.2 * program.flops(plain)
+  assert program.flops(less) > 1.03 * program.flops(plain)
 
 
 def test_parameters_are_split_by_the_rule_that_training_uses():

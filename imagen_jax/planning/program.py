@@ -23,6 +23,13 @@ FUSED = frozenset(
   'optimization_barrier dynamic_slice nextafter rem split'.split()
 )
 
+# Of these, what a product reads through: no arithmetic in it.
+MOVES = frozenset(
+  'broadcast_in_dim reshape squeeze expand_dims transpose rev slice copy '
+  'convert_element_type stop_gradient pad sharding_constraint'.split()
+)
+PRODUCTS = ('dot_general', 'conv_general_dilated')
+
 
 def inner_jaxpr(eqn):
   """The program that an operation calls once, or None."""
@@ -115,8 +122,9 @@ def memory(jaxpr, size_of=None):
 
   A model of a compiler that fuses elementwise chains: their values take no
   memory and keep what they are made of alive, unless that is larger than they
-  are. Everything else is written once, stored to its last use, and read by
-  each operation that is not itself fused. Results and what only results are
+  are or a matrix product or convolution reads them. Everything else is written
+  once, stored to its last use, and read by each operation that is not itself
+  fused. Results and what only results are
   made of are free: they are written into the arguments' place.
 
   Args:
@@ -182,6 +190,13 @@ def _stored(operations, size_of):
     {value: the last operation that reads it}.
   """
   tail = _tail(operations)
+  operands = {
+    v
+    for eqn, inputs, _ in operations
+    if eqn.primitive.name in PRODUCTS
+    for v in inputs
+  }
+  computed = set()  # values with arithmetic since what they are made of
   roots = {}  # value -> {stored value: bytes} it is made of
   stored, traffic, last = [], 0.0, {}
   for i, (eqn, inputs, outputs) in enumerate(operations):
@@ -191,15 +206,22 @@ def _stored(operations, size_of):
         sources |= roots.get(v, {})
     fused = eqn.primitive.name in FUSED
     done = not fused
+    if eqn.primitive.name not in MOVES or computed.intersection(inputs):
+      computed.update(outputs)
     for out in outputs:
       size = size_of(out[1].aval)
       if out in tail:
         roots[out] = {}
         done = True
-      elif fused and sum(sources.values()) <= 1.25 * size + 2**16:
+      elif (
+        fused
+        and sum(sources.values()) <= 1.25 * size + 2**16
+        and not (sources and out in operands and out in computed)
+      ):
         roots[out] = sources
       else:
         roots[out] = {out: size}
+        computed.discard(out)
         stored.append((i, out, size))
         traffic += size
         done = True
