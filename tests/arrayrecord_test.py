@@ -139,6 +139,7 @@ def test_a_cut_writing_looks_unfinished_and_goes_on(
     reads.clear()
     write(pictures, out, text=True)
   assert len(reads) == 10 - after // 4 * 4  # whole parts are not made again
+  assert not (out / 'unfinished.json').exists()
   names = sorted(file.name for file in out.iterdir())
   assert names == sorted(f.name for f in (tmp_path / 'whole').iterdir())
   for name in names:
