@@ -1,6 +1,7 @@
 """The planner: its counts against XLA's, its memory, its sentences."""
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 
@@ -15,6 +16,7 @@ from imagen_jax.planning import analytic, chips, compile, job, program
 from tests import tiny_model
 
 
+@functools.cache
 def tiny_job(name='base', *, batch_size=8, text='cached', **train):
   config = tiny_model.config(name, **train)
   config.text.path = 't5-small'
@@ -70,7 +72,7 @@ def test_operations_of_a_training_step_are_xlas(name):
     unrolled = work
   mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
   theirs = job.lower_train(unrolled, mesh).cost_analysis()['flops']
-  mine = program.flops(job.train_jaxpr(work, work.batch_size))
+  mine = program.flops(work.trace('train', work.batch_size))
   assert mine == pytest.approx(theirs, rel=0.05)
 
 
@@ -92,7 +94,7 @@ def test_recomputation_needs_less_memory_and_more_operations():
   again = dataclasses.replace(
     work, stage=dataclasses.replace(work.stage, net=net)
   )
-  plain, less = job.train_jaxpr(work, 64), job.train_jaxpr(again, 64)
+  plain, less = work.trace('train', 64), again.trace('train', 64)
   assert program.memory(less)[0] < program.memory(plain)[0]
   assert program.flops(less) > 1.03 * program.flops(plain)
 
@@ -112,8 +114,8 @@ def test_parameters_are_split_by_the_rule_that_training_uses():
 
 
 def test_accumulating_leaves_the_operations_and_lowers_the_memory():
-  whole, parts = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=4)
-  a, b = job.train_jaxpr(whole, 64), job.train_jaxpr(parts, 64)
+  whole, parts = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
+  a, b = whole.trace('train', 64), parts.trace('train', 64)
   assert program.flops(b) == pytest.approx(program.flops(a), rel=0.05)
   assert program.memory(b)[0] < program.memory(a)[0]
 
@@ -129,13 +131,16 @@ def test_the_best_split_fits_and_is_the_fastest_that_does():
 
 
 def test_what_does_not_fit_is_told_by_how_much_and_what_would():
-  work = tiny_job(batch_size=64)
-  plan = analytic.make_plan(work, chips.CHIPS['v5e'], data=1, fsdp=1)
-  small = dataclasses.replace(
-    chips.CHIPS['v5e'], memory=0.7 * plan.total / (1 - chips.RESERVED)
+  work, halves = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
+  whole, less = (
+    analytic.make_plan(w, chips.CHIPS['v5e'], data=1, fsdp=1)
+    for w in (work, halves)
   )
-  with pytest.raises(UsageError, match='too few; it would with --accumulate'):
-    analytic.require_fit(plan, work, small, 1)
+  middle = (whole.total + less.total) / 2 / (1 - chips.RESERVED)
+  small = dataclasses.replace(chips.CHIPS['v5e'], memory=middle)
+  analytic.require_fit(less, halves, small, 1)
+  with pytest.raises(UsageError, match='it would with --accumulate 2 --fsdp 1'):
+    analytic.require_fit(whole, work, small, 1)
 
 
 def test_collectives_are_read_from_the_compiled_text():
