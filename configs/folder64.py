@@ -6,9 +6,11 @@ r"""A 64×64 base model of your own pictures, each with a caption beside it.
 DIR holds pictures with `.txt` captions of the same name, or a
 `metadata.jsonl`. Tars are read with `--config.data.kind=webdataset
 --config.data.path='shards/*.tar'`, what imagen-prepare wrote with
-`--config.data.kind=arrayrecord`. The text encoder is the demo's, which is enough for a trial;
-for real captions point `text.path` at a folder of T5 v1.1 weights in Hugging
-Face layout (config.json, safetensors, spiece.model).
+`--config.data.kind=arrayrecord`. The text encoder is the demo's, which is
+enough for a trial; for real captions point `text.path` at a folder of T5 v1.1
+weights in Hugging Face layout (config.json, safetensors, spiece.model).
+`data.eval_path` is a second set, of the same kind, that is never trained on:
+the held-out loss is its.
 """
 
 from imagen_jax.configs import shapes_base
@@ -31,6 +33,7 @@ def get_config():
   config.data = {
     'kind': 'folder',
     'path': '',
+    'eval_path': None,
     'seed': 0,
     'resize': 'area',
     'flip': False,

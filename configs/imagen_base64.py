@@ -78,7 +78,7 @@ def get_config():
         'max_len': 128,
         'dtype': 'bfloat16',
       },
-      'data': {'kind': 'folder', 'path': '', 'seed': 0},
+      'data': {'kind': 'folder', 'path': '', 'eval_path': None, 'seed': 0},
       'train': {
         'num_steps': 2_500_000,
         'batch_size': 2048,
@@ -88,8 +88,12 @@ def get_config():
         'sample_every': 10_000,
         'keep_last': 2,
         'keep_every': 100_000,
+        'eval_every': 5000,
         'ema_decay': 0.9999,
         'max_bad_steps': 20,
+        'hang_seconds': 3600.0,
+        'profile_at': None,
+        'log_to': '',
         'optimizer': {
           'kind': 'adafactor',
           'learning_rate': 1e-4,

@@ -10,7 +10,8 @@ at 16, for a quarter of the work; the super-resolution stages read the caption
 too.
 
 What differs from the paper's base model: v-prediction (eps-prediction needs
-far more steps to settle colours), Adam with a cosine decay, and the size.
+far more steps to settle colours), Adam at a constant rate of 1e-3, so that a
+run can be made longer at any time, and the size.
 """
 
 from ml_collections import ConfigDict
@@ -59,8 +60,12 @@ def get_config():
         'sample_every': 1000,
         'keep_last': 2,
         'keep_every': None,
+        'eval_every': 500,
         'ema_decay': 0.999,
         'max_bad_steps': 20,
+        'hang_seconds': 1800.0,
+        'profile_at': None,
+        'log_to': '',
         'optimizer': {
           'kind': 'adam',
           'learning_rate': 1e-3,

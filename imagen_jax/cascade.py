@@ -21,7 +21,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.text.encoder import load_text_encoder
 
 
-def load(path=None, *, dtype='auto', stages=None, fsdp=None):
+def load(path=None, *, dtype='auto', stages=None, fsdp=None, devices=None):
   """Opens a model: its stages' shapes now, their weights when sampling.
 
   Args:
@@ -31,6 +31,8 @@ def load(path=None, *, dtype='auto', stages=None, fsdp=None):
     stages: names of the stages to use, in order; None is all of them.
     fsdp: devices over which one copy of a network is split; None is the least
       that holds it.
+    devices: those to draw on, all of them by default; of several processes
+      each then draws the same pictures.
 
   Returns:
     a `Cascade`.
@@ -42,7 +44,7 @@ def load(path=None, *, dtype='auto', stages=None, fsdp=None):
   """
   path = model_folder.demo_path() if path is None else pathlib.Path(path)
   records = model_folder.find_stages(path, stages)
-  return Cascade(path, records, resolve_dtype(dtype), fsdp)
+  return Cascade(path, records, resolve_dtype(dtype), fsdp, devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,11 @@ class Cascade:
     digest: one string for all the weights, recorded in every picture.
   """
 
-  def __init__(self, path, records, dtype, fsdp=None):
+  def __init__(self, path, records, dtype, fsdp=None, devices=None):
     self.path = path
-    self._fsdp = fsdp
+    self._mesh = functools.partial(
+      sharding.sampling_mesh, fsdp=fsdp, devices=devices
+    )
     self.dtype = jnp.dtype(dtype)
     self._records = records
     self.stages = [
@@ -115,7 +119,7 @@ class Cascade:
     record = self._records[0]
     path = model_folder.text_path(self.path, record)
     size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
-    mesh = sharding.sampling_mesh(size, self._fsdp)
+    mesh = self._mesh(size)
     encoder = load_text_encoder(
       path,
       self.dtype.name,
@@ -268,15 +272,13 @@ class Cascade:
     callback,
   ):
     """One stage for every row, `batch` rows at a time, the last one padded."""
-    mesh = sharding.sampling_mesh(
-      model_folder.float32_bytes(record), self._fsdp
-    )
+    mesh = self._mesh(model_folder.float32_bytes(record))
     batch = -(-batch // mesh.size) * mesh.size
     params = model_folder.load_params(
       record,
       put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
     )
-    draw = compiled(stage, _static(setting))
+    draw = compiled(stage, _static(setting), sharding.replicated(mesh))
     pictures = []
     for start in range(0, len(rows), batch):
       chosen = rows[start : start + batch]
@@ -298,7 +300,7 @@ class Cascade:
         lows = low[start : start + batch]
         fill = np.repeat(lows[-1:], batch - len(lows), axis=0)
         arrays['low'] = np.concatenate([lows, fill])
-      arrays = sharding.put_batch(arrays, mesh)
+      arrays = sharding.put_whole_batch(arrays, mesh)
       with jax.set_mesh(mesh):
         out = draw(
           params,
@@ -323,7 +325,7 @@ def _static(setting):
 
 
 @functools.lru_cache(maxsize=32)
-def compiled(stage, settings):
+def compiled(stage, settings, placed=None):
   """The jitted call that draws one batch of pictures with a stage."""
 
   def draw(params, keys, text, mask, low, weight, level):
@@ -332,7 +334,7 @@ def compiled(stage, settings):
       stage, params, keys, text, mask, low, weight, level, settings=settings
     )
 
-  return jax.jit(draw)
+  return jax.jit(draw, out_shardings=placed)
 
 
 def _stack_keys(stage, seed, pictures):

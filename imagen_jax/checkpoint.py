@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from imagen_jax import manifest
 from imagen_jax.errors import ModelError, UsageError
@@ -163,6 +164,10 @@ class Checkpoints:
     Raises:
       ModelError: no step is good, or the state has other leaves or shapes.
     """
+    if step is None and jax.process_count() > 1:
+      # One process may see a file before another does.
+      newest, _ = self._newest_good(None)
+      step = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
     step, body = self._newest_good(step)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract_state = jax.tree.map(

@@ -92,7 +92,7 @@ def make_mesh(data=-1, fsdp=1, *, devices=None):
   )
 
 
-def sampling_mesh(num_bytes, fsdp=None):
+def sampling_mesh(num_bytes, fsdp=None, *, devices=None):
   """The mesh that draws pictures with a network of `num_bytes` of parameters.
 
   Every accelerator takes part, with its own pictures and, where they fit, all
@@ -102,8 +102,9 @@ def sampling_mesh(num_bytes, fsdp=None):
   Args:
     num_bytes: of the parameters.
     fsdp: devices that share one copy, chosen here when None.
+    devices: the devices to use, all of them by default.
   """
-  devices = jax.devices()
+  devices = list(jax.devices() if devices is None else devices)
   if fsdp is None:
     if devices[0].platform == 'cpu':
       return make_mesh(devices=devices[:1])
@@ -203,6 +204,15 @@ def put_batch(batch, mesh):
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    batch,
+  )
+
+
+def put_whole_batch(batch, mesh):
+  """A batch that every process holds whole, as global arrays on the mesh."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]),
     batch,
   )
 

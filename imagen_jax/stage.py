@@ -245,7 +245,7 @@ def loss(stage, params, key, image, text, mask):
     mask: [B, L] bool.
 
   Returns:
-    [B] float32.
+    [B] float32, and a dict of [B]: t, logsnr, mse, weight.
   """
   keys = {
     name: jax.random.fold_in(key, i)
@@ -276,7 +276,7 @@ def loss(stage, params, key, image, text, mask):
       rngs={'dropout': keys['net']},
     )
 
-  values, _ = losses.diffusion_loss(
+  return losses.diffusion_loss(
     keys['loss'],
     x,
     predict,
@@ -285,7 +285,6 @@ def loss(stage, params, key, image, text, mask):
     weighting=stage.weighting,
     stratified=stage.stratified,
   )
-  return values
 
 
 def _crop(stage, key, x, low):

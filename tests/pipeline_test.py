@@ -42,15 +42,11 @@ def take(num_batches, source=None, *, num_hosts=1, batch_size=4, **options):
     for host in range(num_hosts)
   ]
 
-  def whole(parts, name):
-    """Row j of host h is row j · num_hosts + h."""
-    rows = batch_size // num_hosts
-    columns = [part[name].reshape(rows, -1)[:, 0] for part in parts]
-    return np.stack(columns, axis=1).ravel()
-
   steps = [[next(host) for host in hosts] for _ in range(num_batches)]
   return tuple(
-    np.stack([whole(parts, name) for parts in steps])
+    np.stack(
+      [np.concatenate([part[name] for part in parts]) for parts in steps]
+    ).reshape(num_batches, batch_size, -1)[..., 0]
     for name in ('image', 'draw')
   )
 
@@ -198,11 +194,9 @@ def mirrored(num_hosts=1, **options):
     for host in range(num_hosts)
   ]
   for _ in range(12):
-    parts = [next(host) for host in hosts]
-    for j in range(64):
-      part, row = parts[j % num_hosts], j // num_hosts
-      caption = str(part['caption'][row])
-      found.setdefault(caption, []).append(bool(part['image'][row, 0, 0, 0]))
+    for part in [next(host) for host in hosts]:
+      for caption, image in zip(part['caption'], part['image']):
+        found.setdefault(str(caption), []).append(bool(image[0, 0, 0]))
   return found
 
 

@@ -57,7 +57,7 @@ def test_a_run_leaves_what_the_contract_says(run):
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(run, tmp_path):
   config, workdir = run
   calls = iter([False, False, False, True])
-  loop.train(config, tmp_path / 'w', should_stop=lambda: next(calls))
+  loop.train(config, tmp_path / 'w', should_stop=lambda _: next(calls))
   assert final_state(tmp_path / 'w')[1] == 4
   assert loop.train(config, tmp_path / 'w') == 6
   jax.tree.map(
@@ -151,12 +151,17 @@ def test_a_step_with_nan_changes_nothing_but_the_counters(step):
   assert (int(healed.skipped), int(healed.skipped_in_row)) == (1, 0)
 
 
-def test_many_bad_steps_in_a_row_end_the_run(step):
+def test_many_bad_steps_in_a_row_end_the_run_and_name_their_pictures(
+  step, tmp_path
+):
   _, state, *_ = step
-  state = state.replace(skipped_in_row=jnp.asarray(3))
-  loop._check_finite(state, 7, 4)
-  with pytest.raises(NumericError, match='last 3 steps up to step 7'):
-    loop._check_finite(state, 7, 3)
+  state = state.replace(skipped_in_row=jnp.asarray(2))
+  seen = [(6, np.asarray([3, 1])), (7, np.asarray([8, 2]))]
+  loop._check_finite(state, 7, 3, seen, None, tmp_path)
+  with pytest.raises(NumericError, match='last 2 steps up to step 7.* 8, 2'):
+    loop._check_finite(state, 7, 2, seen, None, tmp_path)
+  lines = (tmp_path / 'bad_batches_0.jsonl').read_text().splitlines()
+  assert json.loads(lines[0]) == {'step': 6, 'samples': ['3', '1']}
 
 
 def test_ema_warms_up():
@@ -263,7 +268,7 @@ def test_accumulating_averages_the_gradients_of_the_parts(step, model):
               batch['image'][i::2],
               emb[i::2],
               batch['mask'][i::2],
-            )
+            )[0]
           )
           for i in range(2)
         )

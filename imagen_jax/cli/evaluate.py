@@ -6,8 +6,8 @@ import sys
 import time
 
 import imagen_jax
-from imagen_jax.cli import errors
-from imagen_jax.cli.sample import PER_STAGE, _per_stage
+from imagen_jax.cli import errors, runtime
+from imagen_jax.cli.sample import PER_STAGE, per_stage
 from imagen_jax.errors import UsageError
 
 SUITES = ('shapes', 'prompts', 'clip', 'fid')
@@ -65,6 +65,7 @@ def _parser():
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='pictures at a time; 4, or 32 on a GPU')
   add('--shard', help='i/n: draw share i of n; the process number if left out')
+  runtime.add_process_flags(parser)
   return parser
 
 
@@ -79,10 +80,15 @@ def _main(argv):
 
 
 def _evaluate(args):
-  from imagen_jax.cli import runtime
+  runtime.start(processes=args)
+  import jax
 
-  runtime.start()
-  cascade = imagen_jax.load(args.model, dtype=args.dtype, stages=_stages(args))
+  cascade = imagen_jax.load(
+    args.model,
+    dtype=args.dtype,
+    stages=_stages(args),
+    devices=jax.local_devices(),  # every process has pictures of its own
+  )
   share, batch = _share(args.shard), args.batch_size or _default_batch()
   runs = _runs(cascade, args)
   from imagen_jax.evaluation import suites
@@ -160,7 +166,7 @@ def _default_batch():
 
 def _runs(cascade, args):
   """[(name, choices)]: one run, or one for each combination of the sweeps."""
-  choices = {k: _per_stage(k, getattr(args, k)) for k in PER_STAGE}
+  choices = {k: per_stage(k, getattr(args, k)) for k in PER_STAGE}
   settings = cascade.settings(**choices)  # refuse bad ones before any work
   full = {
     key: [
@@ -189,7 +195,7 @@ def _runs(cascade, args):
         chosen
         | {
           key: [
-            _per_stage(key, part) if stage in ('', name) else old
+            per_stage(key, part) if stage in ('', name) else old
             for name, old in zip(names, chosen[key])
           ]
         },

@@ -4,13 +4,37 @@ import logging
 import os
 import pathlib
 
+from imagen_jax.errors import UsageError
 
-def start(*, split_cpu=False):
-  """Compile cache, quiet logs, virtual CPU devices.
+
+def add_process_flags(parser):
+  """The flags of a job of several processes."""
+  group = parser.add_argument_group(
+    'several processes', 'Start the same command once per host.'
+  )
+  group.add_argument(
+    '--distributed',
+    action='store_true',
+    help='find the other processes through the TPU pod, SLURM, Open MPI or '
+    'Kubernetes',
+  )
+  group.add_argument(
+    '--coordinator', help='host:port of process 0, where nothing finds it'
+  )
+  group.add_argument('--num_processes', type=int, help='with --coordinator')
+  group.add_argument('--process_id', type=int, help='with --coordinator')
+
+
+def start(*, split_cpu=False, processes=None):
+  """Compile cache, quiet logs, virtual CPU devices, the other processes.
 
   Args:
     split_cpu: one virtual device per core, which training wants; sampling a
       few pictures is faster with all cores on one device.
+    processes: parsed arguments with the flags of `add_process_flags`.
+
+  Raises:
+    UsageError: the flags contradict, or the processes do not find each other.
   """
   import jax
 
@@ -25,3 +49,38 @@ def start(*, split_cpu=False):
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.ERROR)
   if split_cpu:
     sharding.set_cpu_devices()
+  if processes is not None:
+    _join(processes)
+
+
+def _join(args):
+  """Joins the job's processes; must come before any device is touched."""
+  by_hand = (args.coordinator, args.num_processes, args.process_id)
+  if not args.distributed and by_hand == (None, None, None):
+    return
+  if args.distributed and by_hand != (None, None, None):
+    raise UsageError(
+      '--distributed finds the other processes by itself: leave out '
+      '--coordinator, --num_processes and --process_id, or give them alone.'
+    )
+  if not args.distributed and None in by_hand:
+    raise UsageError(
+      'processes started by hand need all of --coordinator HOST:PORT, '
+      '--num_processes and --process_id.'
+    )
+  if args.coordinator and not 0 <= args.process_id < args.num_processes:
+    raise UsageError(
+      f'--process_id {args.process_id} is not one of the '
+      f'{args.num_processes} processes; they are numbered from 0.'
+    )
+  import jax
+
+  try:
+    jax.distributed.initialize(*by_hand)
+  except (RuntimeError, ValueError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UsageError(
+      f'the processes of this job did not find one another ({reason[:200]}); '
+      'check that every host runs the same command and that process 0 can be '
+      'reached' + (f' at {args.coordinator}.' if args.coordinator else '.')
+    ) from error

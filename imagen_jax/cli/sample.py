@@ -5,7 +5,7 @@ import re
 import sys
 
 import imagen_jax
-from imagen_jax.cli import errors
+from imagen_jax.cli import errors, runtime
 from imagen_jax.errors import DataError, UsageError
 
 PER_STAGE = {
@@ -48,6 +48,7 @@ def _parser():
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='pictures at a time; up to 4')
   add('--fsdp', type=int, help='devices that share a network; as needed')
+  runtime.add_process_flags(parser)
   return parser
 
 
@@ -60,16 +61,14 @@ def _main(argv):
     raise UsageError(f'--num_images is {args.num_images}; draw at least 1.')
   _check_batch_size(args.batch_size)
 
-  from imagen_jax.cli import runtime
-
-  runtime.start()
+  runtime.start(processes=args)
   cascade = imagen_jax.load(
     args.model,
     dtype=args.dtype,
     stages=args.stages.split(',') if args.stages else None,
     fsdp=args.fsdp,
   )
-  choices = {k: _per_stage(k, getattr(args, k)) for k in PER_STAGE}
+  choices = {k: per_stage(k, getattr(args, k)) for k in PER_STAGE}
   low_res = _low_res(cascade, args.low_res)
   cascade.settings(**choices)  # refuse bad ones before any work
   embedding = cascade.embed(prompts)
@@ -119,7 +118,7 @@ def _check_batch_size(batch_size):
     raise UsageError(f'--batch_size is {batch_size}; it is at least 1.')
 
 
-def _per_stage(name, text):
+def per_stage(name, text):
   """'32,16,8' as [32, 16, 8], '32' as 32; None stays."""
   if text is None:
     return None
@@ -233,9 +232,7 @@ def _again(args):
   from imagen_jax import pictures
 
   record = pictures.read_metadata(args.from_image)
-  from imagen_jax.cli import runtime
-
-  runtime.start()
+  runtime.start(processes=args)
   try:
     names = list(record['stages'])
     model = args.model or (
@@ -278,8 +275,16 @@ def _again(args):
 
 
 def _write(out, images, records, grid=True):
-  """Numbers on from what is there: 000_a-red-circle.png, grid_000.png."""
+  """Numbers on from what is there: 000_a-red-circle.png, grid_000.png.
+
+  Of several processes, which all hold the pictures, the first one writes.
+  """
+  import jax
+
   from imagen_jax import pictures
+
+  if jax.process_index() != 0:
+    return []
 
   try:
     out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """imagen-train: trains one stage, or the demo's text encoder."""
 
+import os
 import pathlib
 import signal
 import sys
 
-from imagen_jax.cli import errors
+from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
+from imagen_jax.errors import UsageError
 
 
 def main(argv=None):
@@ -30,53 +32,119 @@ def _main(argv):
     help='directory of the run: config.json, checkpoints/, metrics.jsonl, '
     'samples/',
   )
+  parser.add_argument(
+    '--dry_run',
+    action='store_true',
+    help='print the mesh, parameters, memory and operations, and stop',
+  )
+  parser.add_argument(
+    '--init_from',
+    help='start a new run from the EMA of this workdir or exported stage',
+  )
+  parser.add_argument(
+    '--insist',
+    action='store_true',
+    help='go on although the config or the data set has changed',
+  )
+  runtime.add_process_flags(parser)
   args = parser.parse_args(argv)
   config = load_config(args.config, overrides)
   workdir = pathlib.Path(args.workdir)
 
-  from imagen_jax.cli import runtime
-
-  runtime.start(split_cpu=True)
+  runtime.start(split_cpu=True, processes=args)
   if config.get('kind') == 'text':
     from imagen_jax.text.pretrain import pretrain
 
+    for flag in ('dry_run', 'init_from', 'insist'):
+      if getattr(args, flag):
+        raise UsageError(f'--{flag} is for stages, not for the text encoder.')
     pretrain(config, workdir)
     return 0
 
+  import jax
+
+  from imagen_jax.planning import chips, program
   from imagen_jax.training.loop import train
 
-  received = []
-  with _signals(received):
-    step = train(config, workdir, should_stop=lambda: bool(received))
-  if received and step < config.train.num_steps:
+  stop = _alone() if not _together() else _agreed()
+  with stop as should_stop:
+    step = train(
+      config,
+      workdir,
+      should_stop=should_stop,
+      init_from=args.init_from,
+      insist=args.insist,
+      dry_run=args.dry_run,
+      count_flops=program.flops,
+      peak=chips.find_peak(jax.devices()[0].device_kind),
+    )
+  if step < config.train.num_steps and not args.dry_run:
     print(
       f'stopped at step {step}, saved; the same command goes on from there',
       file=sys.stderr,
     )
-    return 128 + received[0]
+    return 128 + should_stop.signal
   return 0
 
 
-class _signals:
-  """Notes SIGTERM and SIGINT; a second SIGINT interrupts at once."""
+def _together():
+  """Whether this is one process of a job that agrees on when to stop."""
+  import jax
 
-  def __init__(self, received):
-    self._received = received
+  return jax.distributed.is_initialized()
+
+
+class _alone:
+  """Stops after SIGTERM or SIGINT; a second SIGINT interrupts at once."""
+
+  def __init__(self):
+    self.signal = None
 
   def __enter__(self):
     self._old = {
       number: signal.signal(number, self._note)
       for number in (signal.SIGTERM, signal.SIGINT)
     }
+    return self
+
+  def __call__(self, step):
+    """Whether to save and stop after `step`."""
+    return self.signal is not None
 
   def _note(self, number, frame):
-    if number == signal.SIGINT and number in self._received:
+    if number == signal.SIGINT == self.signal:
       raise KeyboardInterrupt
-    self._received.append(number)
+    self.signal = number
 
   def __exit__(self, *_):
     for number, handler in self._old.items():
       signal.signal(number, handler)
+
+
+class _agreed(_alone):
+  """Stops all processes after the same step when one of them is signalled.
+
+  jax passes SIGTERM on to the other processes and finds a step that all of
+  them reach; SIGINT is turned into it.
+  """
+
+  def __init__(self):
+    self.signal = signal.SIGTERM
+
+  def __enter__(self):
+    self._old = {signal.SIGINT: signal.signal(signal.SIGINT, self._note)}
+    return self
+
+  def __call__(self, step):
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def _note(self, number, frame):
+    if self.signal == number:
+      raise KeyboardInterrupt
+    self.signal = number
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == '__main__':

@@ -42,16 +42,18 @@ def batches(
     seed: of the permutations and of `augment`.
     batch_size: the global one, over all hosts.
     start_step: number of the first batch.
-    host, num_hosts: this process and how many there are. Row j of host h's
-      batch is row j · num_hosts + h of the global one.
+    host, num_hosts: this process and how many there are. The global batch is
+      the hosts' batches one after the other.
     augment: (example, numpy Generator) -> example, or None. The generator is
       the example's own, new in every epoch, the same on any host.
     transform: example -> example, or None; runs last, before batching. It and
       `augment` must not return None, which would shift the hosts apart.
+      `index` is kept whatever it returns.
 
   Returns:
     an iterator over dicts of numpy arrays [batch_size / num_hosts, ...];
-    strings become arrays of strings. It reads ahead in threads.
+    strings become arrays of strings, and `index` says where in the source
+    each example is. It reads ahead in threads.
 
   Raises:
     UsageError: the hosts do not divide the batch.
@@ -64,12 +66,16 @@ def batches(
     )
   if len(source) == 0:
     raise DataError('the data set has no pictures.')
-  data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+  data = grain.MapDataset.source(_Numbered(source)).seed(seed)
+  data = data.shuffle().repeat(None)
   if augment is not None:
     data = data.random_map(augment)
   if transform is not None:
-    data = data.map(transform)
-  data = data[host::num_hosts].batch(batch_size // num_hosts)
+    data = data.map(
+      lambda example: transform(example) | {'index': example['index']}
+    )
+  rows = batch_size // num_hosts
+  data = _HostRows(data, host, num_hosts, rows).batch(rows)
   # Threads suffice: decoding and numpy let go of the interpreter's lock. Their
   # number is no part of the order, as that of processes would be.
   threads = min(16, os.cpu_count() or 1)
@@ -80,6 +86,40 @@ def batches(
   )
   iterator.set_state({'next_index': start_step})
   return iterator
+
+
+class _Numbered:
+  """A source whose examples know their `index`."""
+
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, i):
+    return self._source[i] | {'index': int(i)}
+
+
+class _HostRows(grain.MapDataset):
+  """Of every global batch the rows that are one host's, in their order.
+
+  A slice [host::num_hosts] would be shorter, but deals the rows out in another
+  order than one process sees them; the noise of a row would then go to another
+  picture.
+  """
+
+  def __init__(self, parent, host, num_hosts, rows):
+    super().__init__(parent)
+    self._host, self._num_hosts, self._rows = host, num_hosts, rows
+
+  def __len__(self):
+    return len(self._parent) // self._num_hosts
+
+  def __getitem__(self, index):
+    batch, row = divmod(index, self._rows)
+    start = (batch * self._num_hosts + self._host) * self._rows
+    return self._parent[start + row]
 
 
 def flip(example, rng):

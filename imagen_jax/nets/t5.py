@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 # T5 v1.1 and Flan by name, as `T5Encoder(**SIZES['xxl'])`: Imagen's own and
 # the smaller ones of its ablation (Appendix D.1).
 SIZES = {

@@ -68,6 +68,18 @@ CHIPS = {
     ),
   )
 }
+# What jax calls them; the first that fits, for 'TPU v5' is in 'TPU v5 lite'.
+KINDS = {
+  'TPU v4': 'v4',
+  'TPU v5 lite': 'v5e',
+  'TPU v5e': 'v5e',
+  'TPU v5': 'v5p',
+  'TPU v6 lite': 'v6e',
+  'TPU v6e': 'v6e',
+  'A100': 'a100',
+  'H100': 'h100',
+  'H200': 'h200',
+}
 # Share of the memory that programs cannot have: the runtime's own, and on a
 # TPU what the compiler sets aside.
 RESERVED = 0.04
@@ -86,6 +98,19 @@ def find_chip(name):
       f'chip {name!r} is unknown; the planner knows {", ".join(CHIPS)}.'
     )
   return CHIPS[name]
+
+
+def find_peak(device_kind):
+  """Peak operations per second of one jax device, or None if unknown.
+
+  Args:
+    device_kind: as jax calls it, such as 'TPU v5 lite' or 'NVIDIA H100 80GB
+      HBM3'.
+  """
+  for words, name in KINDS.items():
+    if words in device_kind:
+      return CHIPS[name].flops
+  return None
 
 
 def parse_topology(text):

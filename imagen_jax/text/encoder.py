@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.nets.t5 import T5Encoder
@@ -78,12 +79,15 @@ class TextEncoder:
     for start in range(0, len(prompts), batch_size):
       rows = slice(start, start + batch_size)
       fill = ((0, batch_size - len(ids[rows])), (0, 0))
-      emb[rows] = encode_tokens(
+      out = encode_tokens(
         self.module,
         self.params,
         np.pad(ids[rows], fill),
         np.pad(mask[rows], fill),
-      )[: len(ids[rows])]
+      )
+      if not out.is_fully_addressable:  # parameters over several processes
+        out = multihost_utils.process_allgather(out, tiled=True)
+      emb[rows] = out[: len(ids[rows])]
     return emb, mask
 
 

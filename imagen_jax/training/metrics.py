@@ -5,51 +5,159 @@ import pathlib
 import sys
 import time
 
+import jax
+import numpy as np
+
 
 class Metrics:
-  """Writes `metrics.jsonl` and progress lines (process 0 only).
+  """Writes `metrics.jsonl`, progress lines and loggers (process 0 only).
 
   A resumed run first drops the lines after the step it resumes from, so the
   file reads as one uninterrupted run.
+
+  Args:
+    path: of `metrics.jsonl`.
+    start_step: the step that the run goes on from.
+    num_steps: the step at which it ends.
+    write: whether this process writes.
+    devices: how many share a step.
+    flops: operations of a step over all devices, or None.
+    peak: operations per second of a device, or None.
+    loggers: from `loggers.make_loggers`.
   """
 
-  def __init__(self, path, *, start_step, num_steps, write=True):
+  def __init__(
+    self,
+    path,
+    *,
+    start_step,
+    num_steps,
+    write=True,
+    devices=1,
+    flops=None,
+    peak=None,
+    loggers=(),
+  ):
     self._path = pathlib.Path(path)
     self._num_steps = num_steps
     self._write = write
-    self._time = time.perf_counter()
-    self._step = start_step
+    self._devices, self._flops, self._peak = devices, flops, peak
+    self._loggers = loggers
+    self._paused = None
+    self.start(start_step)
     if write and self._path.exists():
       _drop_after(self._path, start_step)
 
-  def log(self, step, images, **values):
-    """Adds one line: step, images_per_sec since the last call, `values`."""
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for logger in self._loggers:
+      logger.close()
+
+  def log(self, step, images, recent, **values):
+    """Adds one line about the steps since the last.
+
+    Args:
+      step: the last of them.
+      images: pictures of a step.
+      recent: what `train_step` returned for them, on the devices.
+      **values: numbers to add.
+    """
+    recent = jax.device_get(recent)
     now = time.perf_counter()
-    seconds = now - self._time
+    seconds = max(now - self._time, 1e-9)
     steps = step - self._step
-    self._time, self._step = now, step
-    rate = images * steps / max(seconds, 1e-9)
-    row = {'step': step, **values, 'images_per_sec': round(rate, 2)}
+    waited = self._waited / seconds
+    self.start(step)
     if not self._write:
       return
+    rate = images * steps / seconds
+    row = {'step': step, **_means(recent), **values}
+    row['images_per_sec'] = round(rate, 2)
+    row['images_per_sec_per_device'] = round(rate / self._devices, 3)
+    row['data_wait_percent'] = round(100 * waited, 1)
+    if self._flops and steps:
+      done = self._flops * steps / seconds / self._devices
+      row['tflops_per_device'] = float(f'{done / 1e12:.4g}')
+      if self._peak:
+        row['mfu_percent'] = round(100 * done / self._peak, 2)
     with self._path.open('a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
+    for logger in self._loggers:
+      logger.scalars(step, {k: v for k, v in row.items() if k != 'step'})
     left = (self._num_steps - step) * seconds / max(steps, 1)
-    text = '  '.join(f'{k} {v:.4g}' for k, v in values.items())
     print(
-      f'step {step}/{self._num_steps}  {text}  {rate:.1f} images/s  '
-      f'{_minutes(left)} left',
+      f'step {step}/{self._num_steps}  {_line(row)}  {_minutes(left)} left',
       file=sys.stderr,
       flush=True,
     )
 
+  def image(self, step, grid):
+    """Shows a sample grid, uint8 [H, W, 3], to the loggers."""
+    for logger in self._loggers:
+      logger.image(step, grid)
+
+  def waited(self, seconds):
+    """Adds time that a step had to wait for its batch."""
+    self._waited += seconds
+
   def start(self, step):
     """Starts the clock at `step`."""
     self._time, self._step = time.perf_counter(), step
+    self._waited = 0.0
 
   def pause(self):
-    """Leaves out what happened since `log`: it was not training."""
-    self._time = time.perf_counter()
+    """Stops the clock: what follows is not training."""
+    self._paused = time.perf_counter()
+
+  def go_on(self):
+    """Ends a pause."""
+    self._time += time.perf_counter() - self._paused
+
+
+def _means(recent):
+  """One dict of numbers for several steps' results."""
+  if not recent:
+    return {}
+  # Steps that were left out count as `skipped` and nowhere else.
+  good = [v for v in recent if np.isfinite(v['loss'] + v['grad_norm'])]
+  row = {
+    name: float(np.mean([values[name] for values in good])) if good else None
+    for name in ('loss', 'grad_norm')
+  }
+  row['param_norm'] = float(recent[-1]['param_norm'])
+  row['skipped'] = int(recent[-1]['skipped'])
+  if not good:
+    return row
+  count = np.sum([values['band_count'] for values in good], axis=0)
+  total = np.sum([values['band_loss'] for values in good], axis=0)
+  for i, (loss, n) in enumerate(zip(total, count)):
+    if n:  # a small batch can leave a band empty
+      low, high = i / len(count), (i + 1) / len(count)
+      row[f'loss_t{low:g}-{high:g}'] = float(loss / n)
+  return row
+
+
+def _line(row):
+  """The few numbers that a person watches."""
+  parts = []
+  for name, key in (
+    ('loss', 'loss'),
+    ('held-out', 'heldout_loss_ema'),
+    ('grad_norm', 'grad_norm'),
+    ('skipped', 'skipped'),
+    ('bad samples', 'bad_samples'),
+  ):
+    value = row.get(key)
+    if value or key == 'loss':
+      parts.append(f'{name} {value:.4g}' if value else f'{name} none')
+  parts.append(f'{row["images_per_sec"]:.1f} images/s')
+  if 'mfu_percent' in row:
+    parts.append(f'MFU {row["mfu_percent"]:.1f} %')
+  if row['data_wait_percent'] >= 1:
+    parts.append(f'data wait {row["data_wait_percent"]:.0f} %')
+  return '  '.join(parts)
 
 
 def _minutes(seconds):

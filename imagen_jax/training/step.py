@@ -11,6 +11,8 @@ from imagen_jax import stage as stages
 from imagen_jax.text.encoder import encode_tokens
 from imagen_jax.training.state import TrainState, ema_decay
 
+NUM_BANDS = 4  # of the time t, from clean (0) to noise (1)
+
 
 def jit_step(mesh, placed, **options):
   """`train_step` compiled for a mesh; the state's buffers are used again.
@@ -61,24 +63,26 @@ def train_step(
       where the gradient of a convolution in a loop is slow.
 
   Returns:
-    (state, metrics): metrics are scalars: loss, grad_norm, skipped.
+    (state, metrics): metrics are the scalars loss, grad_norm, param_norm and
+    skipped, and two [4] vectors: band_loss, the summed loss of the pictures
+    in each quarter of the time t, and band_count, how many those were.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  if 'text' in batch:
-    text = batch['text'].astype(jnp.float32)
-  else:
-    text = encode_tokens(text_module, text_params, batch['ids'], batch['mask'])
-  text = jax.lax.stop_gradient(text)
+  text = embed(text_module, text_params, batch)
 
   def loss_fn(params, key, image, text, mask):
-    return jnp.mean(stages.loss(stage, params, key, image, text, mask))
+    values, details = stages.loss(stage, params, key, image, text, mask)
+    band = jnp.floor(details['t'] * NUM_BANDS).clip(0, NUM_BANDS - 1)
+    here = jax.nn.one_hot(band, NUM_BANDS)
+    bands = {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
+    return jnp.mean(values), bands
 
-  gradient = jax.value_and_grad(loss_fn)
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
   arrays = batch['image'], text, batch['mask']
   if accumulate == 1:
-    loss, grads = gradient(state.params, key, *arrays)
+    (loss, bands), grads = gradient(state.params, key, *arrays)
   else:
-    loss, grads = _accumulated(
+    (loss, bands), grads = _accumulated(
       gradient, state.params, key, arrays, accumulate, unroll
     )
   grad_norm = optax.tree.norm(grads)
@@ -100,8 +104,23 @@ def train_step(
     skipped=state.skipped + bad,
     skipped_in_row=(state.skipped_in_row + 1) * bad,
   )
-  metrics = {'loss': loss, 'grad_norm': grad_norm, 'skipped': state.skipped}
+  metrics = {
+    'loss': loss,
+    'grad_norm': grad_norm,
+    'param_norm': optax.tree.norm(state.params),
+    'skipped': state.skipped,
+    **bands,
+  }
   return state, metrics
+
+
+def embed(text_module, text_params, batch):
+  """The embeddings of a batch's captions, [B, L, D] float32, frozen."""
+  if 'text' in batch:
+    return batch['text'].astype(jnp.float32)
+  return jax.lax.stop_gradient(
+    encode_tokens(text_module, text_params, batch['ids'], batch['mask'])
+  )
 
 
 def _accumulated(gradient, params, key, arrays, parts, unroll):
@@ -120,7 +139,11 @@ def _accumulated(gradient, params, key, arrays, parts, unroll):
     new = gradient(params, jax.random.fold_in(key, i), *arrays)
     return jax.tree.map(jnp.add, total, new), None
 
-  zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+  band = jnp.zeros((NUM_BANDS,))
+  zeros = (
+    (jnp.zeros(()), {'band_loss': band, 'band_count': band}),
+    jax.tree.map(jnp.zeros_like, params),
+  )
   total, _ = jax.lax.scan(
     add,
     zeros,

@@ -1,6 +1,7 @@
 """A training directory and the config it was started with."""
 
 import json
+import logging
 
 from imagen_jax.errors import UsageError
 from imagen_jax.model_folder import FORMAT_VERSION, read_json, write_json
@@ -12,6 +13,7 @@ FREE = (
   'text.path',
   'data.path',
   'data.max_bad',
+  'data.eval_path',
   'stage.sampling.',
   'train.log_every',
   'train.checkpoint_every',
@@ -19,6 +21,10 @@ FREE = (
   'train.keep_last',
   'train.keep_every',
   'train.max_bad_steps',
+  'train.hang_seconds',
+  'train.eval_every',
+  'train.profile_at',
+  'train.log_to',
 )
 # What a config that does not say it has always meant.
 DEFAULTS = {
@@ -29,18 +35,30 @@ DEFAULTS = {
 }
 
 
-def claim(workdir, config, encoder, *, write=True):
+def claim(
+  workdir,
+  config,
+  encoder,
+  *,
+  fingerprint=None,
+  init_from=None,
+  insist=False,
+  write=True,
+):
   """Writes the config into a new workdir, or checks it against an old one's.
 
   Args:
     workdir: `pathlib.Path`.
     config: the run's ConfigDict.
     encoder: the text encoder; its width and digest are recorded.
+    fingerprint: of the data set; None where the config says it all.
+    init_from: what the run starts from, a plain dict; kept with a new run.
+    insist: go on with another config or data set; it is written down.
     write: whether this process writes.
 
   Raises:
-    UsageError: the workdir was started with another config or text encoder;
-      the sentence names each key with both values.
+    UsageError: the workdir was started with another config, data set or text
+      encoder; the sentence names each key with both values.
   """
   record = {
     'format_version': FORMAT_VERSION,
@@ -50,16 +68,22 @@ def claim(workdir, config, encoder, *, write=True):
       'max_len': config.text.max_len,
       'digest': encoder.digest,
     },
+    'data': {'fingerprint': fingerprint},
+    'init_from': init_from,
   }
   path = workdir / 'config.json'
   if path.exists():
     old = read_json(path)
+    record['init_from'] = old.get('init_from')
     changed = differences(old, record)
-    if changed:
+    if changed and not insist:
       raise UsageError(
         f'{path} belongs to another run: {"; ".join(changed)}; use another '
-        '--workdir, or repeat the command that started this one.'
+        '--workdir, or repeat the command that started this one (--insist '
+        'goes on all the same).'
       )
+    for change in changed:
+      logging.getLogger(__name__).warning('--insist: %s', change)
   if write:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
@@ -68,6 +92,8 @@ def claim(workdir, config, encoder, *, write=True):
 def differences(old, new):
   """'key: old, now new' for every key that a resumed run may not change."""
   before, after = _flat(old), _flat(new)
+  if 'data.fingerprint' not in before:  # written before there was one
+    after.pop('data.fingerprint', None)
   free = FREE
   decays = after.get('config.train.optimizer.decay')
   if not decays and decays == before.get('config.train.optimizer.decay'):

@@ -1,0 +1,88 @@
+"""TensorBoard and Weights & Biases, for those who watch there."""
+
+from imagen_jax.errors import UsageError
+
+NAMES = ('tensorboard', 'wandb')
+
+
+def make_loggers(names, workdir, config, *, start_step=0):
+  """The loggers that a config's `train.log_to` asks for.
+
+  Args:
+    names: '' or None, 'tensorboard', 'wandb', or both with a comma.
+    workdir: files go to its `tensorboard/` and `wandb/`.
+    config: a plain dict that is shown with the run.
+    start_step: the step that a resumed run goes on from.
+
+  Returns:
+    list of objects with `scalars(step, {name: number})`,
+    `image(step, uint8 [H, W, 3])` and `close()`.
+
+  Raises:
+    UsageError: an unknown name, or a library that is not installed.
+  """
+  names = [name.strip() for name in (names or '').split(',') if name.strip()]
+  for name in names:
+    if name not in NAMES:
+      raise UsageError(
+        f'train.log_to names {name!r}; it can name {" and ".join(NAMES)}.'
+      )
+  makers = {'tensorboard': TensorBoard, 'wandb': Wandb}
+  try:
+    return [makers[name](workdir, config, start_step) for name in names]
+  except ImportError as error:
+    raise UsageError(
+      f'train.log_to needs {error.name}, which is not installed: pip install '
+      f"'imagen_jax[{','.join(names)}]'."
+    ) from error
+
+
+class TensorBoard:
+  """Event files in `workdir/tensorboard`."""
+
+  def __init__(self, workdir, config, start_step):
+    import tensorboardX
+
+    # Events after the step that is resumed from are hidden from now on.
+    self._writer = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=start_step + 1
+    )
+    self._writer.add_text('config', f'```\n{config}\n```', 0)
+
+  def scalars(self, step, values):
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def image(self, step, image):
+    self._writer.add_image('samples', image, step, dataformats='HWC')
+
+  def close(self):
+    self._writer.close()
+
+
+class Wandb:
+  """A run named after the workdir, which resumes under the same name."""
+
+  def __init__(self, workdir, config, start_step):
+    import wandb
+
+    self._wandb = wandb
+    workdir.mkdir(parents=True, exist_ok=True)
+    parts = workdir.resolve().parts[-3:]
+    self._run = wandb.init(
+      project='imagen_jax',
+      name='/'.join(parts),
+      id='-'.join(parts),
+      resume='allow',
+      config=config,
+      dir=str(workdir),
+    )
+
+  def scalars(self, step, values):
+    self._run.log(values, step=step)
+
+  def image(self, step, image):
+    self._run.log({'samples': self._wandb.Image(image)}, step=step)
+
+  def close(self):
+    self._run.finish()

@@ -1,0 +1,61 @@
+"""A run that hangs ends, with a sentence and an exit code.
+
+When a host of a job dies, jax ends the others after its heartbeats stop. A
+host or device that hangs while its heartbeats go on would keep the job, and
+its bill, for ever; only the time since the last step tells.
+"""
+
+import os
+import sys
+import threading
+import time
+
+EXIT_CODE = 1
+
+
+class Watchdog:
+  """Ends the process when no step has finished for a while.
+
+  The clock starts with the first `beat`: compiling may take long. It runs
+  until the `with` block is left, so the limit must be longer than a preview
+  or the slowest checkpoint.
+  """
+
+  def __init__(self, limit, *, end=None):
+    """Args:
+    limit: seconds; 0 turns it off.
+    end: called with a sentence; by default it is printed and the process
+      ends without any clean-up, which would hang as well.
+    """
+    self._limit = limit
+    self._end = end or _end
+    self._last = None
+    self._left = threading.Event()
+
+  def __enter__(self):
+    if self._limit:
+      threading.Thread(target=self._watch, daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    self._left.set()
+
+  def beat(self, step):
+    """Says that `step` was handed to the devices."""
+    self._last = step, time.monotonic()
+
+  def _watch(self):
+    while not self._left.wait(min(self._limit / 10, 10)):
+      if self._last and time.monotonic() - self._last[1] > self._limit:
+        self._end(
+          f'nothing has happened for {self._limit:g} s after step '
+          f'{self._last[0]}: a device or another process hangs; look at the '
+          'other processes, then run the same command again, which goes on '
+          'from the last checkpoint (train.hang_seconds sets the limit).'
+        )
+        return
+
+
+def _end(sentence):
+  print('error: ' + sentence, file=sys.stderr, flush=True)
+  os._exit(EXIT_CODE)

@@ -1,0 +1,270 @@
+"""What a person watches: the report, the metrics, the loggers, the watchdog."""
+
+import json
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import sharding
+from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.cli import runtime
+from imagen_jax.cli import train as cli
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.planning import chips, program
+from imagen_jax.training import loop, report, workdir
+from imagen_jax.training.loggers import make_loggers
+from imagen_jax.training.metrics import Metrics
+from imagen_jax.training.profiling import Profiler
+from imagen_jax.training.watchdog import Watchdog
+from tests import tiny_model
+
+
+class FakeWriter:
+  """Stands for tensorboardX and wandb, which are extras."""
+
+  made = []
+
+  def __init__(self, *args, **options):
+    self.options, self.calls = options, []
+    self.made.append(self)
+
+  def __getattr__(self, name):
+    return lambda *args, **options: self.calls.append((name, args))
+
+
+@pytest.fixture(scope='module')
+def watched(model, tmp_path_factory):
+  """(config, workdir, printed lines, logger) of a run with everything on."""
+  config = tiny_model.config(log_every=2)
+  config.text.path = str(model / 'text')
+  config.train.update(eval_every=3, log_to='tensorboard', sample_every=3)
+  folder = tmp_path_factory.mktemp('watched') / 'base'
+  with pytest.MonkeyPatch.context() as patch:
+    module = types.SimpleNamespace(SummaryWriter=FakeWriter)
+    patch.setitem(sys.modules, 'tensorboardX', module)
+    lines = []
+    patch.setattr('builtins.print', lambda *a, **_: lines.append(' '.join(a)))
+    loop.train(config, folder, count_flops=program.flops, peak=1e12)
+  return config, folder, lines, FakeWriter.made[-1]
+
+
+def rows(folder):
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  return {row['step']: row for row in map(json.loads, lines)}
+
+
+def test_metrics_have_noise_bands_norms_speed_and_the_heldout_loss(watched):
+  config, folder, *_ = watched
+  found = rows(folder)
+  assert list(found) == [2, 3, 4, 6]
+  row = found[3]
+  bands = [row[key] for key in row if key.startswith('loss_t')]
+  assert len(bands) == 4
+  assert min(bands) <= row['loss'] <= max(bands)
+  assert row['heldout_loss'] != row['heldout_loss_ema']
+  assert row['param_norm'] > 0 and row['bad_samples'] == 0
+  assert 0 <= row['data_wait_percent'] <= 100
+  each = row['images_per_sec'] / 8
+  assert row['images_per_sec_per_device'] == pytest.approx(each, rel=0.01)
+  # peak was 1e12: the MFU in percent is a hundredth of the TFLOPs · 1e4
+  share = 100 * row['tflops_per_device']
+  assert row['mfu_percent'] == pytest.approx(share, abs=0.01)
+
+
+def test_the_loss_is_the_mean_over_its_bands(watched):
+  seconds = iter(range(100))
+  count = np.asarray([1.0, 2, 0, 5])
+  step = dict(loss=2.0, grad_norm=1.0, param_norm=3.0, skipped=0)
+  step |= dict(band_loss=count * [1, 2, 0, 2.2], band_count=count)
+  folder = watched[1].parent / 'bands'
+  folder.mkdir()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(time, 'perf_counter', lambda: float(next(seconds)))
+    metrics = Metrics(folder / 'metrics.jsonl', start_step=0, num_steps=9)
+    metrics.waited(0.25)
+    metrics.log(1, 8, [step, step | {'loss': np.nan}])
+  row = rows(folder)[1]
+  assert row['loss'] == 2.0  # the step that was left out is not in it
+  assert [row[f'loss_t{b}'] for b in ('0-0.25', '0.25-0.5', '0.75-1')] == [
+    1,
+    2,
+    2.2,
+  ]
+  assert 'loss_t0.5-0.75' not in row
+  assert (row['images_per_sec'], row['data_wait_percent']) == (8.0, 25.0)
+
+
+def test_pauses_are_not_training_time(tmp_path, monkeypatch):
+  now = iter([0.0, 10.0, 60.0, 61.0, 70.0])
+  monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
+  metrics = Metrics(tmp_path / 'metrics.jsonl', start_step=0, num_steps=9)
+  metrics.pause()  # at 10
+  metrics.go_on()  # at 60
+  metrics.log(1, 22, [])  # at 61: 11 seconds of training
+  assert rows(tmp_path)[1]['images_per_sec'] == 2.0
+
+
+def test_the_report_says_what_every_device_will_hold(watched):
+  config, folder, lines, _ = watched
+  text = '\n'.join(lines)
+  for words in ('way down', 'mesh: data 8 × fsdp 1 = 8 cpu', 'operations'):
+    assert words in text
+  mesh = sharding.make_mesh(2, 4)
+  tree = {'w': jax.ShapeDtypeStruct((256, 256), np.float32)}
+  placed = sharding.state_shardings(tree, mesh)
+  real = jax.device_put(np.zeros((256, 256), np.float32), placed['w'])
+  mine = report.device_bytes(tree, placed)
+  assert mine == real.addressable_shards[0].data.nbytes == 4 * 256 * 256 // 4
+
+
+def test_a_logger_gets_the_numbers_and_the_grids(watched):
+  calls = watched[3].calls
+  scalars = {(a[0], a[2]) for name, a in calls if name == 'add_scalar'}
+  assert {('loss', 2), ('heldout_loss_ema', 6)} <= scalars
+  grids = [a for name, a in calls if name == 'add_image']
+  assert [a[2] for a in grids] == [3, 6] and grids[0][1].dtype == np.uint8
+  assert calls[-1][0] == 'close'
+
+
+def test_weights_and_biases_resumes_under_the_workdirs_name(
+  tmp_path, monkeypatch
+):
+  made = []
+  module = types.SimpleNamespace(
+    init=lambda **options: made.append(options) or FakeWriter(),
+    Image=lambda image: image,
+  )
+  monkeypatch.setitem(sys.modules, 'wandb', module)
+  (logger,) = make_loggers('wandb', tmp_path / 'runs/base', {}, start_step=4)
+  logger.scalars(5, {'loss': 1.0})
+  assert made[0]['id'].endswith('runs-base')
+  assert made[0]['resume'] == 'allow'
+  assert FakeWriter.made[-1].calls == [('log', ({'loss': 1.0},))]
+
+
+@pytest.mark.parametrize(
+  'names,words',
+  [('tensorbord', "'tensorbord'"), ('wandb', r'imagen_jax\[wandb\]')],
+)
+def test_a_logger_that_is_not_there_is_one_sentence(
+  tmp_path, monkeypatch, names, words
+):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UsageError, match=words):
+    make_loggers(names, tmp_path, {})
+
+
+def test_a_dry_run_writes_nothing(watched, tmp_path, capsys):
+  config = watched[0]
+  assert loop.train(config, tmp_path / 'w', dry_run=True) == 0
+  assert 'a device holds' in capsys.readouterr().out
+  assert not (tmp_path / 'w').exists()
+
+
+def still(config):
+  """The config with a learning rate of zero."""
+  config = config.copy_and_resolve_references()
+  config.train.update(log_to='', num_steps=1, sample_every=100)
+  config.train.optimizer.learning_rate = 0.0
+  return config
+
+
+def test_a_warm_start_begins_with_the_other_runs_ema(watched, tmp_path):
+  config, folder, *_ = watched
+  loop.train(still(config), tmp_path / 'w', init_from=folder)
+  with Checkpoints(folder / 'checkpoints') as checkpoints:
+    ema = checkpoints.restore_subtree('ema_params')[0]
+  with Checkpoints(tmp_path / 'w/checkpoints') as checkpoints:
+    for part in ('params', 'ema_params'):
+      mine = checkpoints.restore_subtree(part)[0]
+      jax.tree.map(np.testing.assert_array_equal, mine, ema)
+  record = json.loads((tmp_path / 'w/config.json').read_text())
+  assert record['init_from']['path'] == str(folder)
+
+
+def test_a_warm_start_from_another_network_is_refused(watched, tmp_path):
+  config = still(watched[0])
+  config.stage.net.channels = 16
+  with pytest.raises(ModelError, match='is another network: '):
+    loop.train(config, tmp_path / 'w', init_from=watched[1])
+
+
+def test_insisting_goes_on_with_another_config(watched, tmp_path):
+  config = still(watched[0])
+  loop.train(config, tmp_path / 'w')
+  config.train.num_steps = 2
+  config.stage.cond_drop = 0.2
+  with pytest.raises(UsageError, match='--insist'):
+    loop.train(config, tmp_path / 'w')
+  assert loop.train(config, tmp_path / 'w', insist=True) == 2
+  record = json.loads((tmp_path / 'w/config.json').read_text())
+  assert record['config']['stage']['cond_drop'] == 0.2
+
+
+def test_another_data_set_is_refused(watched, tmp_path):
+  encoder = types.SimpleNamespace(dim=4, digest='d')
+  claim = lambda fingerprint: workdir.claim(
+    tmp_path, watched[0], encoder, fingerprint=fingerprint
+  )
+  claim('one')
+  claim('one')
+  with pytest.raises(UsageError, match="data.fingerprint was 'one'"):
+    claim('two')
+
+
+def test_a_profile_of_some_steps_is_written(tmp_path):
+  with Profiler(3, tmp_path / 'profile') as profiler:
+    for step in range(1, 10):
+      profiler.before(step)
+      assert (tmp_path / 'profile').exists() == (step > 7)
+      profiler.after(step, jax.numpy.zeros(2))
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_hang_ends_the_run_with_a_sentence():
+  said = []
+  with Watchdog(0.2, end=said.append) as alive:
+    time.sleep(0.4)
+    assert not said  # compiling may take long
+    alive.beat(7)
+    time.sleep(0.5)
+  assert len(said) == 1 and 'for 0.2 s after step 7' in said[0]
+
+
+def test_a_run_that_goes_on_is_left_alone():
+  said = []
+  with Watchdog(0.3, end=said.append) as alive:
+    for step in range(8):
+      alive.beat(step)
+      time.sleep(0.1)
+  time.sleep(0.5)
+  assert not said
+
+
+@pytest.mark.parametrize(
+  'argv,words',
+  [
+    (['--coordinator', 'a:1'], 'all of --coordinator'),
+    (['--distributed', '--process_id', '0'], 'by itself'),
+    (
+      ['--coordinator', 'a:1', '--num_processes', '2', '--process_id', '2'],
+      'not one of the 2 processes',
+    ),
+  ],
+)
+def test_flags_of_processes_that_contradict_are_refused(argv, words):
+  parser = cli.errors.Parser()
+  runtime.add_process_flags(parser)
+  with pytest.raises(UsageError, match=words):
+    runtime._join(parser.parse_args(argv))
+
+
+def test_the_peak_of_a_device_is_found_by_its_name():
+  assert chips.find_peak('TPU v5 lite') == chips.CHIPS['v5e'].flops
+  assert chips.find_peak('TPU v5') == chips.CHIPS['v5p'].flops
+  assert chips.find_peak('NVIDIA H100 80GB HBM3') == chips.CHIPS['h100'].flops
+  assert chips.find_peak('cpu') is None
