@@ -53,7 +53,9 @@ def shard(folder, parts=2):
     file = f'model-{i + 1:05d}-of-{parts:05d}.safetensors'
     save_file({name: tensors[name] for name in part}, folder / file)
     index |= dict.fromkeys(part, file)
-  (folder / weights.INDEX).write_text(json.dumps({'weight_map': index}))
+  (folder / f'{weights.SINGLE}.index.json').write_text(
+    json.dumps({'weight_map': index})
+  )
 
 
 def change(folder, spoil):

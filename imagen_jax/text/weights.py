@@ -14,15 +14,14 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
+from imagen_jax import hub_folder
 from imagen_jax.errors import ModelError
 from imagen_jax.nets.t5 import T5Encoder
 
 SINGLE = 'model.safetensors'
-INDEX = 'model.safetensors.index.json'
 
 # Flax name: Hugging Face name, of a parameter that all layers have.
 LAYER = {
@@ -50,12 +49,11 @@ IGNORED = ('decoder.', 'lm_head.')
 # These stay float32 whatever the dtype of the products.
 PRECISE = ('attention_norm', 'mlp_norm', 'norm', 'distance_bias')
 
-DTYPES = {
-  'F64': np.float64,
-  'F32': np.float32,
-  'F16': np.float16,
-  'BF16': ml_dtypes.bfloat16,
-}
+WHAT = (
+  'a text encoder is a folder in Hugging Face layout: config.json, '
+  'model.safetensors, spiece.model'
+)
+CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)'
 
 
 def read_config(folder):
@@ -64,7 +62,7 @@ def read_config(folder):
   Raises:
     ModelError: the file is missing or no JSON.
   """
-  return _read_json(pathlib.Path(folder) / 'config.json')
+  return hub_folder.read_json(pathlib.Path(folder) / 'config.json', WHAT)
 
 
 def model_max_length(folder):
@@ -72,7 +70,7 @@ def model_max_length(folder):
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
     return math.inf
-  return _read_json(path).get('model_max_length') or math.inf
+  return hub_folder.read_json(path, WHAT).get('model_max_length') or math.inf
 
 
 def module_from_config(folder, config, *, dtype=jnp.float32):
@@ -145,7 +143,7 @@ def load_params(folder, module, *, place=None):
       config; the sentence names the file and the tensor.
   """
   folder = pathlib.Path(folder)
-  tensors = _open(folder)
+  tensors = hub_folder.open_tensors(folder, 'model', what=WHAT, convert=CONVERT)
   layer, top = _names(module)
   wanted = {
     _torch_name(name, i, module): ()
@@ -174,7 +172,7 @@ def load_params(folder, module, *, place=None):
 
   def read(name, shape):
     """A tensor in the Flax orientation, of the given shape."""
-    array = tensors[name]()
+    array = tensors[name].read()
     digests[name] = _sha256(array)
     expected = _torch_shape(shape, name)
     if array.shape != expected:
@@ -323,98 +321,3 @@ def _sha256(array):
   digest = hashlib.sha256(f'{array.dtype} {array.shape} '.encode())
   digest.update(np.ascontiguousarray(array).view(np.uint8))
   return digest.hexdigest()
-
-
-def _read_json(path):
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    raise ModelError(
-      f'{path} does not exist; a text encoder is a folder in Hugging Face '
-      'layout: config.json, model.safetensors, spiece.model.'
-    ) from None
-  except (OSError, ValueError) as error:
-    raise ModelError(
-      f'{path} cannot be read as JSON ({error}); download it again.'
-    ) from None
-  if not isinstance(value, dict):
-    raise ModelError(f'{path} holds no JSON object; download it again.')
-  return value
-
-
-def _open(folder):
-  """{tensor name: function that reads it} over a folder's safetensors."""
-  if (folder / SINGLE).exists():
-    return _open_file(folder / SINGLE)
-  if (folder / INDEX).exists():
-    index = _read_json(folder / INDEX).get('weight_map', {})
-    tensors = {}
-    for file in sorted(set(index.values())):
-      if not (folder / file).exists():
-        raise ModelError(
-          f'{folder / file}, named in {INDEX}, does not exist; the download '
-          'is incomplete: download the folder again.'
-        )
-      tensors |= _open_file(folder / file)
-    return tensors
-  pickled = sorted(folder.glob('*.bin')) + sorted(folder.glob('*.pt'))
-  if pickled:
-    raise ModelError(
-      f'{pickled[0]} is a pickle, which can run code and is never read; '
-      'download the safetensors version of this model, or convert it with '
-      'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…).'
-    )
-  raise ModelError(
-    f'{folder} holds neither {SINGLE} nor {INDEX}; a text encoder is a folder '
-    'in Hugging Face layout: config.json, model.safetensors, spiece.model.'
-  )
-
-
-def _open_file(path):
-  """{name: function that reads it}; the layout is checked, no data is read.
-
-  safetensors' own numpy reader knows bfloat16 only in its latest versions,
-  so its simple format is read here: length of header, header, bytes.
-  """
-  try:
-    size = path.stat().st_size
-    with path.open('rb') as file:
-      length = int.from_bytes(file.read(8), 'little')
-      if not 2 <= length <= min(size - 8, 100_000_000):
-        raise ValueError('no safetensors header')
-      header = json.loads(file.read(length))
-    start = 8 + length
-    tensors = {}
-    for name, entry in header.items():
-      if name == '__metadata__':
-        continue
-      if entry['dtype'] not in DTYPES:
-        raise ValueError(f'tensor {name!r} is of type {entry["dtype"]}')
-      dtype = np.dtype(DTYPES[entry['dtype']])
-      shape = tuple(entry['shape'])
-      begin, end = entry['data_offsets']
-      if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
-        raise ValueError(f'tensor {name!r} does not fill its place')
-      if start + end > size:
-        raise ValueError(f'it ends before tensor {name!r} does')
-      tensors[name] = _reader(path, dtype, shape, start + begin)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ModelError(
-      f'{path} cannot be read as safetensors ({error}); the file is damaged '
-      'or incomplete: download it again.'
-    ) from None
-  return tensors
-
-
-def _reader(path, dtype, shape, offset):
-  def read():
-    if not math.prod(shape):
-      return np.zeros(shape, dtype)
-    # bfloat16 is no type of numpy's own, so bytes are read and viewed. Not
-    # mapped: pages of a mapped file count as this process's memory.
-    raw = np.fromfile(
-      path, np.uint8, math.prod(shape) * dtype.itemsize, offset=offset
-    )
-    return raw.view(dtype).reshape(shape)
-
-  return read

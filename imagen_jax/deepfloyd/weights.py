@@ -1,0 +1,221 @@
+"""diffusers' weights <-> the Flax tree, one tensor at a time.
+
+A Flax leaf's path is diffusers' dotted name with other punctuation:
+`down_blocks.1.resnets.0.conv1.weight` is down_blocks_1/resnets_0/conv1/kernel.
+Matrices are transposed, convolutions go from OIHW to HWIO, nothing is split
+or merged: exporting undoes it to the byte.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import hub_folder
+from imagen_jax.deepfloyd import config as configs
+from imagen_jax.deepfloyd.unet import IFUNet
+from imagen_jax.errors import ModelError, UsageError
+
+STEM = 'diffusion_pytorch_model'
+CONVERT = (
+  'diffusers: UNet2DConditionModel.from_pretrained(…).save_pretrained(…, '
+  'safe_serialization=True)'
+)
+LISTS = re.compile(
+  r'\b(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|to_out)'
+  r'_(\d+)\b'
+)
+
+
+def torch_name(path):
+  """diffusers' name of the leaf at a Flax path, a tuple of strings.
+
+  `kernel` and the norms' `scale` are both `weight` there.
+  """
+  *modules, leaf = path
+  name = LISTS.sub(r'\1.\2', '.'.join(modules))
+  return f'{name}.{ {"kernel": "weight", "scale": "weight"}.get(leaf, leaf) }'
+
+
+def stored_shape(name, shape):
+  """The shape in the file of a leaf that has `shape` here."""
+  shape = tuple(shape)
+  if _as_is(name, shape):
+    return shape
+  return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def from_torch(name, array):
+  """OIHW -> HWIO, [out, in] -> [in, out]; vectors stay. A view."""
+  if _as_is(name, array.shape):
+    return array
+  return array.transpose((2, 3, 1, 0) if array.ndim == 4 else (1, 0))
+
+
+def to_torch(name, array):
+  """The inverse of `from_torch`."""
+  if _as_is(name, array.shape):
+    return array
+  return array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
+
+
+def _as_is(name, shape):
+  # The pooling's position is a row that torch keeps as (1, width).
+  return len(shape) == 1 or name.endswith('positional_embedding')
+
+
+@functools.lru_cache
+def abstract_params(config):
+  """The tree of `jax.ShapeDtypeStruct`s that a `UNetConfig`'s weights fill."""
+  side = config.multiple
+  return jax.eval_shape(
+    IFUNet(config).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32),
+    jax.ShapeDtypeStruct((1,), jnp.float32),
+    jax.ShapeDtypeStruct((1, 2, config.text_dim), jnp.float32),
+    jax.ShapeDtypeStruct((1,), jnp.float32),
+  )['params']
+
+
+def leaves(tree):
+  """[(path as a tuple of strings, leaf)] of nested dictionaries."""
+  return [
+    (tuple(key.key for key in path), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
+  """A U-Net and its weights, straight from the file to where they belong.
+
+  The host holds one tensor at a time besides what `place` leaves there.
+
+  Args:
+    folder: in diffusers' layout: `config.json` and safetensors.
+    dtype: activations' type.
+    weights_dtype: the parameters'; None keeps each tensor's own.
+    place: gives the sharding of a leaf, a `jax.ShapeDtypeStruct`; None puts
+      everything on the default device.
+
+  Returns:
+    (module, params).
+
+  Raises:
+    ModelError: the config is of another network, or a tensor is missing, too
+      many, of another shape, pickled or cut short; it is named.
+  """
+  folder = pathlib.Path(folder)
+  module = IFUNet(configs.read(folder), dtype)
+  tensors = hub_folder.open_tensors(
+    folder, STEM, what=configs.WHAT, convert=CONVERT
+  )
+  wanted = {
+    torch_name(path): (path, leaf.shape)
+    for path, leaf in leaves(abstract_params(module.config))
+  }
+  check_names(folder, tensors, wanted)
+  params = {}
+  for name, (path, shape) in wanted.items():
+    expected = stored_shape(name, shape)
+    if tensors[name].shape != expected:
+      raise ModelError(
+        f'{folder}: tensor {name!r} has shape {tensors[name].shape} where '
+        f'config.json asks for {expected}; the weights and the config belong '
+        'to different models.'
+      )
+    array = from_torch(name, tensors[name].read())
+    array = np.ascontiguousarray(array, weights_dtype or array.dtype)
+    branch = params
+    for key in path[:-1]:
+      branch = branch.setdefault(key, {})
+    leaf = jax.device_put(array, place(array) if place else None)
+    # Waiting keeps the host from reading ahead of the devices.
+    branch[path[-1]] = jax.block_until_ready(leaf)
+  return module, params
+
+
+def check_names(folder, tensors, wanted):
+  """Refuses a checkpoint with tensors too few or too many."""
+  for name in tensors:
+    if name not in wanted:
+      raise ModelError(
+        f'{folder} holds a tensor {name!r} that no U-Net of its config.json '
+        'has; the weights and the config belong to different models.'
+      )
+  missing = [name for name in wanted if name not in tensors]
+  if missing:
+    raise ModelError(
+      f'{folder} lacks the tensor {missing[0]!r}'
+      + (f' and {len(missing) - 1} more' if missing[1:] else '')
+      + ', which its config.json asks for; download the folder again.'
+    )
+
+
+def save(folder, params, *, source, dtype=None):
+  """Writes a U-Net as a folder that diffusers loads.
+
+  Args:
+    folder: its directory, which must not hold one yet.
+    params: as from `load`.
+    source: the folder, or the JSON object, whose config.json it is.
+    dtype: of the written tensors; None keeps each leaf's. Imported at the
+      file's own dtype, a checkpoint comes out byte for byte.
+
+  Raises:
+    UsageError: the folder holds a U-Net already.
+    ModelError: it cannot be written, or params do not fit the config.
+  """
+  folder = pathlib.Path(folder)
+  if (folder / 'config.json').exists():
+    raise UsageError(f'{folder} exists and is not overwritten; choose another.')
+  raw = source
+  if not isinstance(source, dict):
+    path = pathlib.Path(source) / 'config.json'
+    raw = hub_folder.read_json(path, configs.WHAT)
+  config = configs.parse(raw, folder / 'config.json')
+  wanted = {torch_name(p): x.shape for p, x in leaves(abstract_params(config))}
+  given = {torch_name(path): leaf for path, leaf in leaves(params)}
+  check_names(folder, given, wanted)
+  tensors = {
+    name: hub_folder.Tensor(
+      np.dtype(dtype or leaf.dtype),
+      stored_shape(name, leaf.shape),
+      _exporter(name, leaf, dtype),
+    )
+    for name, leaf in given.items()
+  }
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ModelError(
+      f'{folder} could not be made ({error.strerror or error}); check space '
+      'and permissions.'
+    ) from error
+  hub_folder.write_file(folder / f'{STEM}.safetensors', tensors)
+  text = json.dumps(raw, indent=2) + '\n'
+  (folder / 'config.json').write_text(text, encoding='utf-8')
+
+
+def _exporter(name, leaf, dtype):
+  def read():
+    array = to_torch(name, np.asarray(leaf))
+    return array.astype(dtype or array.dtype)
+
+  return read
+
+
+def num_bytes(folder):
+  """Bytes of a folder's tensors as they lie in the file; reads none."""
+  tensors = hub_folder.open_tensors(
+    folder, STEM, what=configs.WHAT, convert=CONVERT
+  )
+  return sum(
+    math.prod(tensor.shape) * tensor.dtype.itemsize
+    for tensor in tensors.values()
+  )

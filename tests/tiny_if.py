@@ -1,0 +1,164 @@
+"""DeepFloyd IF U-Nets of a few hundred thousand parameters, for tests.
+
+Each config has what another one lacks; `parameters` fills every tensor from
+numpy, so that diffusers and this project hold the same network and no norm or
+bias is at its harmless initial value.
+"""
+
+import copy
+
+import numpy as np
+
+from imagen_jax.deepfloyd import config, unet, weights
+
+COMMON = {
+  '_class_name': 'UNet2DConditionModel',
+  'act_fn': 'gelu',
+  'addition_embed_type': 'text',
+  'addition_embed_type_num_heads': 2,
+  'attention_head_dim': 8,
+  'cross_attention_dim': 32,
+  'cross_attention_norm': 'group_norm',
+  'encoder_hid_dim': 32,
+  'encoder_hid_dim_type': 'text_proj',
+  'mid_block_type': 'UNetMidBlock2DSimpleCrossAttn',
+  'out_channels': 6,
+  'resnet_time_scale_shift': 'scale_shift',
+}
+PLAIN, ATTENDS = 'ResnetDownsampleBlock2D', 'SimpleCrossAttnDownBlock2D'
+UP = {PLAIN: 'ResnetUpsampleBlock2D', ATTENDS: 'SimpleCrossAttnUpBlock2D'}
+
+
+def _make(down, **fields):
+  return COMMON | {
+    'down_block_types': list(down),
+    'up_block_types': [UP[name] for name in reversed(down)],
+    **fields,
+  }
+
+
+CONFIGS = {
+  # The two of diffusers' own fast tests.
+  'fast_1': _make(
+    (PLAIN, ATTENDS),
+    sample_size=32,
+    in_channels=3,
+    layers_per_block=1,
+    block_out_channels=[32, 64],
+  ),
+  'fast_2': _make(
+    (PLAIN, ATTENDS),
+    sample_size=32,
+    in_channels=6,
+    layers_per_block=[1, 2],
+    block_out_channels=[32, 64],
+    class_embed_type='timestep',
+    mid_block_scale_factor=1.414,
+    time_embedding_act_fn='gelu',
+    time_embedding_dim=32,
+  ),
+  # Shaped like IF-I and IF-II, narrower.
+  'like_1': _make(
+    (PLAIN, ATTENDS, ATTENDS),
+    sample_size=16,
+    in_channels=3,
+    layers_per_block=2,
+    block_out_channels=[32, 64, 96],
+    cross_attention_dim=64,
+    encoder_hid_dim=48,
+    addition_embed_type_num_heads=4,
+  ),
+  'like_2': _make(
+    (PLAIN, PLAIN, ATTENDS, ATTENDS),
+    sample_size=16,
+    in_channels=6,
+    layers_per_block=[1, 2, 3, 2],
+    block_out_channels=[32, 32, 64, 96],
+    cross_attention_dim=64,
+    encoder_hid_dim=48,
+    addition_embed_type_num_heads=4,
+    class_embed_type='timestep',
+    time_embedding_dim=96,
+    time_embedding_act_fn='gelu',
+    resnet_skip_time_act=True,
+    resnet_out_scale_factor=1.4142271248762552,
+    mid_block_scale_factor=1.4142271248762552,
+  ),
+  # What the published configs never use, and the format allows.
+  'rare': _make(
+    (ATTENDS, ATTENDS),
+    sample_size=16,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=[2, 1],
+    block_out_channels=[32, 64],
+    attention_head_dim=[8, 16],
+    only_cross_attention=[True, False],
+    cross_attention_norm=None,
+    encoder_hid_dim=None,
+    encoder_hid_dim_type=None,
+    norm_num_groups=16,
+    norm_eps=1e-4,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    act_fn='silu',
+  ),
+}
+
+
+def raw_config(name):
+  """The config.json of one of `CONFIGS`, free to be changed."""
+  return copy.deepcopy(CONFIGS[name])
+
+
+def parameters(shapes, seed=0):
+  """{name: float32 array} for {diffusers' name: shape}, in a fixed order.
+
+  Norms scatter around 1, biases around 0, weights as wide as lets a signal
+  through a deep network.
+  """
+  rng = np.random.default_rng(seed)
+  result = {}
+  for name in sorted(shapes):
+    shape = tuple(shapes[name])
+    value = rng.normal(size=shape)
+    if len(shape) == 1:
+      value = 0.2 * value + (name.endswith('weight'))
+    elif name.endswith('positional_embedding'):
+      value = 0.3 * value
+    else:
+      value = value / np.sqrt(np.prod(shape[1:]))
+    result[name] = value.astype(np.float32)
+  return result
+
+
+def inputs(raw, batch=2, side=8, tokens=7, seed=1):
+  """(sample NHWC, t, text, noise_level or None) for a config."""
+  rng = np.random.default_rng(seed)
+  width = raw.get('encoder_hid_dim') or raw['cross_attention_dim']
+  sample = rng.normal(size=(batch, side, side, raw['in_channels']))
+  text = rng.normal(size=(batch, tokens, width))
+  t = np.array([731.0, 12.0, 998.0, 420.0][:batch], np.float32)
+  level = np.array([250.0, 3.0, 0.0, 90.0][:batch], np.float32)
+  if raw.get('class_embed_type') is None:
+    level = None
+  return sample.astype(np.float32), t, text.astype(np.float32), level
+
+
+def network(name, seed=0):
+  """(module, params) of one of `CONFIGS`, every parameter perturbed."""
+  module = unet.IFUNet(config.parse(raw_config(name)))
+  paths = weights.leaves(weights.abstract_params(module.config))
+  names = {path: weights.torch_name(path) for path, _ in paths}
+  shapes = {
+    names[path]: weights.stored_shape(names[path], leaf.shape)
+    for path, leaf in paths
+  }
+  arrays = parameters(shapes, seed)
+  params = {}
+  for path, _ in paths:
+    branch = params
+    for key in path[:-1]:
+      branch = branch.setdefault(key, {})
+    branch[path[-1]] = weights.from_torch(names[path], arrays[names[path]])
+  return module, params
