@@ -1,0 +1,144 @@
+"""From noise to a picture with an IF network: guidance, and one loop."""
+
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.diffusion.guidance import magnitude_percentile
+
+
+def threshold(x, schedule):
+  """The predicted picture brought back into range, as the schedule says.
+
+  Dynamic thresholding with a cap: the quantile s of |x| over a picture's
+  pixels and channels, at least 1 and at most `sample_max_value`, clips the
+  picture and divides it. [B, H, W, C] -> [B, H, W, C].
+  """
+  if schedule.thresholding:
+    ratio = 100 * schedule.dynamic_thresholding_ratio
+    s = magnitude_percentile(x, ratio)
+    # In this order: a cap below 1 wins, as in diffusers.
+    s = jnp.minimum(jnp.maximum(s, 1), schedule.sample_max_value)
+    s = s[:, None, None, None]
+    return jnp.clip(x, -s, s) / s
+  if schedule.clip_sample:
+    return jnp.clip(x, -schedule.clip_sample_range, schedule.clip_sample_range)
+  return x
+
+
+def predictor(
+  module,
+  params,
+  text,
+  *,
+  uncond=None,
+  weight=None,
+  low_res=None,
+  noise_level=None,
+  pooled_text=None,
+  mixed_text=None,
+  mixer=0.0,
+):
+  """`predict(z, t) -> (eps, v)`, guided, for `sample`; v is None without one.
+
+  eps = u + w (c − u) with the empty (or negative) prompt's u. With a second
+  text, c is c (1 − m) + p m, IF's style mixing. The variance is always that
+  of c. All branches run as one batch.
+
+  Args:
+    module: `IFUNet`.
+    params: its parameters.
+    text: [B, L, D] embeddings.
+    uncond: [B, L, D] embeddings of what to steer away from; None: no guidance.
+    weight: w, a number or a traced scalar.
+    low_res: [B, H, W, 3], enlarged and noised, of a super-resolution stage.
+    noise_level: its noise, a step number.
+    pooled_text: [B, L, D] for the pooled vector of c and p; None is each
+      one's own.
+    mixed_text: [B, L, D], the text of p.
+    mixer: m, a number or a traced scalar.
+  """
+  texts = [text]
+  pooled = [text if pooled_text is None else pooled_text]
+  if mixed_text is not None:
+    texts.append(mixed_text)
+    pooled.append(mixed_text)
+  if uncond is not None:
+    texts.append(uncond)
+    pooled.append(uncond)
+  count, batch = len(texts), text.shape[0]
+  texts, pooled = jnp.concatenate(texts), jnp.concatenate(pooled)
+
+  def predict(z, t):
+    sample = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
+    levels = None
+    if noise_level is not None:
+      levels = jnp.full((count * batch,), noise_level)
+    out = module.apply(
+      {'params': params},
+      jnp.concatenate([sample] * count),
+      jnp.full((count * batch,), t),
+      texts,
+      levels,
+      None if pooled_text is None and mixed_text is None else pooled,
+    )
+    channels = z.shape[-1]
+    parts = jnp.split(out[..., :channels], count)
+    eps = parts[0]
+    if mixed_text is not None:
+      eps = eps * (1 - mixer) + parts[1] * mixer
+    if uncond is not None:
+      eps = parts[-1] + weight * (eps - parts[-1])
+    learned = out.shape[-1] > channels
+    return eps, out[:batch, ..., channels:] if learned else None
+
+  return predict
+
+
+def sample(predict, plan, z, noise, schedule, *, mask=None):
+  """Runs a `Plan`: all its steps as one lax.scan.
+
+  Args:
+    predict: (z [B, H, W, C], t scalar) -> (eps, v or None), likewise shaped;
+      v in [−1, 1] is where the variance lies between its two limits.
+    plan: `schedule.Plan`.
+    z: [B, H, W, C] float32, the noisy picture that the first step expects.
+    noise: function of the step's index (traced) -> [B, H, W, C].
+    schedule: `Schedule`; says how predictions are thresholded and which
+      variance is used.
+    mask: [B, H, W, 1], 1 where to paint; elsewhere z stays as it is, not
+      even noised (IF's inpainting). None paints everywhere.
+
+  Returns:
+    [B, H, W, C] float32.
+  """
+
+  def step(carry, inputs):
+    z, last = carry
+    i, row = inputs
+    eps, v = predict(z, row.t)
+    eps = eps.astype(z.dtype)
+    x = threshold((z - row.sigma * eps) / row.alpha, schedule)
+    if schedule.variance_type == 'learned_range' and v is not None:
+      share = (v.astype(z.dtype) + 1) / 2
+    else:
+      share = float(schedule.variance_type == 'fixed_large')
+    log_variance = row.log_low + share * (row.log_high - row.log_low)
+    std = row.noise * jnp.exp(0.5 * log_variance)
+    new = row.z * z + row.x * x + row.eps * eps + row.slope * (x - last)
+    new = new + std * noise(i)
+    if mask is not None:
+      new = mask * new + (1 - mask) * z
+    return (new, x), None
+
+  rows = jax.tree.map(jnp.asarray, plan)
+  count = len(plan.t)
+  (z, _), _ = jax.lax.scan(
+    step, (z, jnp.zeros_like(z)), (jnp.arange(count), rows)
+  )
+  return z
+
+
+def add_noise(image, noise, plan, mask=None):
+  """A picture as noisy as a plan's first step expects it (q(z_t | x))."""
+  z = plan.alpha[0] * image + plan.sigma[0] * noise
+  return z if mask is None else mask * z + (1 - mask) * image

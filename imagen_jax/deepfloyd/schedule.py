@@ -1,0 +1,284 @@
+"""IF's diffusion in 1000 discrete steps, and its samplers as tables of numbers.
+
+A step of every sampler here is one and the same sum,
+
+  z' = a z + b x + c eps + d (x − x_last) + std · noise,
+
+with numbers that depend on the steps alone: the noise level before it and
+after it. They are computed here in float64, where they are differences of
+nearly equal numbers, and the loop (`sampling.py`) gets them as float32 rows.
+"""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from imagen_jax import hub_folder
+from imagen_jax.errors import ModelError, UsageError
+
+WHAT = (
+  "an IF stage is a folder in diffusers' layout, with "
+  'scheduler/scheduler_config.json in it'
+)
+# Steps of each tenth, seventh, … of the process, the least noisy first.
+RESPACINGS = {
+  'fast27': '10,10,3,2,2',
+  'smart27': '7,4,2,1,2,4,7',
+  'smart50': '10,6,4,3,2,2,3,4,6,10',
+  'smart100': '1,1,1,1,2,2,2,2,2,2,3,3,4,4,5,5,6,7,7,8,9,10,13',
+  'smart185': '1,1,2,2,2,3,3,3,4,5,6,7,8,9,10,11,12,13,14,15,16,18,20',
+  'super27': '1,1,1,1,1,1,1,2,5,13',
+  'super40': '2,2,2,2,2,2,3,4,6,15',
+  'super100': '4,4,6,6,8,8,10,10,14,30',
+}
+SAMPLERS = ('ddpm', 'ddim', 'dpmpp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """What a `scheduler_config.json` says, in diffusers' spelling and defaults.
+
+  Attributes:
+    num_train_timesteps: T, 1000.
+    beta_schedule: 'squaredcos_cap_v2' (IF's) or 'linear'.
+    beta_start, beta_end: of 'linear'.
+    variance_type: 'learned_range', 'fixed_small' or 'fixed_large'.
+    thresholding: dynamic thresholding of the predicted picture.
+    dynamic_thresholding_ratio: its quantile, 0 to 1.
+    sample_max_value: its quantile is capped here: 1.5 in stage I, 1 in II.
+    clip_sample: clipping to ±clip_sample_range, without thresholding.
+    clip_sample_range: see there.
+    timestep_spacing: 'leading', 'trailing' or 'linspace'.
+    lambda_min_clipped: DPM-Solver++ starts above this half log-SNR.
+  """
+
+  num_train_timesteps: int = 1000
+  beta_schedule: str = 'linear'
+  beta_start: float = 1e-4
+  beta_end: float = 0.02
+  variance_type: str = 'fixed_small'
+  thresholding: bool = False
+  dynamic_thresholding_ratio: float = 0.995
+  sample_max_value: float = 1.0
+  clip_sample: bool = True
+  clip_sample_range: float = 1.0
+  timestep_spacing: str = 'leading'
+  lambda_min_clipped: float = -5.1
+
+
+CHOICES = {
+  'beta_schedule': ('squaredcos_cap_v2', 'linear'),
+  'variance_type': ('learned_range', 'fixed_small', 'fixed_large'),
+  'timestep_spacing': ('leading', 'trailing', 'linspace'),
+}
+
+
+def read(folder, name='scheduler'):
+  """The `Schedule` of a stage's folder.
+
+  Keys that no sampler here needs are left alone; a `prediction_type` other
+  than epsilon changes what the network says and is refused.
+
+  Raises:
+    ModelError: the file is missing, or asks for what is not built here.
+  """
+  path = pathlib.Path(folder) / name / 'scheduler_config.json'
+  return parse(hub_folder.read_json(path, WHAT), path)
+
+
+def parse(raw, path='scheduler_config.json'):
+  """A `Schedule` from the JSON object; `path` is for the messages."""
+  if raw.get('prediction_type', 'epsilon') != 'epsilon':
+    raise ModelError(
+      f'{path} has prediction_type {raw["prediction_type"]!r}; IF predicts '
+      'epsilon.'
+    )
+  fields = {field.name for field in dataclasses.fields(Schedule)}
+  result = Schedule(**{k: v for k, v in raw.items() if k in fields})
+  for key, allowed in CHOICES.items():
+    if getattr(result, key) not in allowed:
+      raise ModelError(
+        f'{path} has {key} {getattr(result, key)!r}; known are '
+        f'{", ".join(allowed)}.'
+      )
+  return result
+
+
+def alphas_cumprod(schedule):
+  """ᾱ_t = Π (1 − β): the signal's share of the variance, float64 [T]."""
+  steps = schedule.num_train_timesteps
+  if schedule.beta_schedule == 'linear':
+    betas = np.linspace(schedule.beta_start, schedule.beta_end, steps)
+  else:
+    edges = np.arange(steps + 1) / steps
+    curve = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
+    # The cap is what keeps the last step from having no signal at all.
+    betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
+  return np.cumprod(1 - betas)
+
+
+def timesteps(schedule, steps, sampler='ddpm'):
+  """The step numbers of a run, the noisiest first.
+
+  Args:
+    schedule: `Schedule`.
+    steps: their number, spaced as the schedule says; or a name or string of
+      IF's, see `respaced`.
+    sampler: 'dpmpp' has a spacing of its own: it cannot bear the last steps
+      of IF's schedule, whose log-SNR falls off a cliff.
+
+  Raises:
+    UsageError: that many steps, or that name, do not exist.
+  """
+  if isinstance(steps, str) and not steps.isdigit():
+    return respaced(steps, schedule.num_train_timesteps)
+  steps, total = int(steps), schedule.num_train_timesteps
+  if not 1 <= steps <= total:
+    raise UsageError(
+      f'steps is {steps}; it lies between 1 and {total}, or is one of '
+      f'{", ".join(RESPACINGS)}.'
+    )
+  spacing = schedule.timestep_spacing
+  if sampler == 'dpmpp':
+    abar = alphas_cumprod(schedule)
+    half_logsnr = np.log(abar / (1 - abar)) / 2
+    last = np.sum(half_logsnr >= schedule.lambda_min_clipped) - 1
+    return np.rint(np.linspace(0, last, steps + 1)).astype(int)[:0:-1]
+  if spacing == 'leading':
+    return (np.arange(steps) * (total // steps))[::-1]
+  if spacing == 'trailing':
+    return np.rint(np.arange(total, 0, -total / steps)).astype(int) - 1
+  return np.rint(np.linspace(0, total - 1, steps)).astype(int)[::-1]
+
+
+def respaced(spec, total=1000):
+  """IF's respacings: so many steps in each of several equal sections.
+
+  Args:
+    spec: a name in `RESPACINGS`, or numbers with commas, the least noisy
+      section first; a section with 0 is left out, which starts later.
+    total: number of steps in all.
+
+  Raises:
+    UsageError: an unknown name, or more steps than a section has.
+  """
+  try:
+    counts = [int(n) for n in RESPACINGS.get(spec, spec).split(',')]
+  except ValueError:
+    raise UsageError(
+      f'steps {spec!r} is unknown; give a number, one of '
+      f'{", ".join(RESPACINGS)}, or numbers of steps such as 10,10,3,2,2.'
+    ) from None
+  size, extra = divmod(total, len(counts))
+  chosen, start = [], 0
+  for i, count in enumerate(counts):
+    width = size + (i < extra)
+    if not 0 <= count <= width:
+      raise UsageError(
+        f'steps {spec!r} wants {count} in section {i}, which has {width}.'
+      )
+    stride = (width - 1) / (count - 1) if count > 1 else 1
+    position = 0.0
+    for _ in range(count):
+      chosen.append(start + round(position))
+      position += stride
+    start += width
+  if not chosen:
+    raise UsageError(f'steps {spec!r} leaves no step at all.')
+  return np.array(chosen[::-1])
+
+
+class Plan(NamedTuple):
+  """The numbers of a run of n steps, float32 [n] each.
+
+  Attributes:
+    t: step number.
+    alpha, sigma: of the noisy picture before the step.
+    z, x, eps, slope: a, b, c, d of the sum at the top of this file.
+    log_low, log_high: logarithms of the two variances of the fresh noise
+      between which the network interpolates (Nichol and Dhariwal 2021).
+    noise: 1 where the step adds noise, else 0.
+  """
+
+  t: np.ndarray
+  alpha: np.ndarray
+  sigma: np.ndarray
+  z: np.ndarray
+  x: np.ndarray
+  eps: np.ndarray
+  slope: np.ndarray
+  log_low: np.ndarray
+  log_high: np.ndarray
+  noise: np.ndarray
+
+
+def plan(
+  schedule, steps, sampler='ddpm', *, end=1.0, use_clipped_model_output=True
+):
+  """The `Plan` of a run.
+
+  Args:
+    schedule: `Schedule`.
+    steps: step numbers, descending: `timesteps(…)`, or the later part of it.
+    sampler: 'ddpm' (ancestral), 'ddim' (deterministic), or 'dpmpp', the
+      second-order multistep DPM-Solver++, whose last step is of first order.
+    end: ᾱ after the last step; 1 is no noise.
+    use_clipped_model_output: DDIM derives eps anew from the thresholded
+      picture, as in IF's own loop; False keeps the network's, which is
+      diffusers' default.
+
+  Raises:
+    UsageError: an unknown sampler.
+  """
+  if sampler not in SAMPLERS:
+    raise UsageError(
+      f'sampler {sampler!r} is unknown; choose {", ".join(SAMPLERS)}.'
+    )
+  abar = alphas_cumprod(schedule)[np.asarray(steps)]
+  after = np.append(abar[1:], end)
+  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+  alpha_s, sigma_s = np.sqrt(after), np.sqrt(1 - after)
+  zero = np.zeros(len(abar))
+  beta = 1 - abar / after
+  rows = dict(t=np.asarray(steps), alpha=alpha, sigma=sigma, eps=zero)
+  rows |= dict(slope=zero, log_low=zero, log_high=zero, noise=zero)
+  if sampler == 'ddpm':
+    low = np.maximum((1 - after) / (1 - abar) * beta, 1e-20)
+    rows |= dict(
+      z=np.sqrt(abar / after) * (1 - after) / (1 - abar),
+      x=alpha_s * beta / (1 - abar),
+      log_low=np.log(low),
+      log_high=np.log(beta),
+      noise=(np.arange(len(abar)) < len(abar) - 1).astype(float),
+    )
+  elif sampler == 'ddim' and not use_clipped_model_output:
+    rows |= dict(z=zero, x=alpha_s, eps=sigma_s)
+  else:
+    # DDIM is DPM-Solver++ of first order.
+    ratio = sigma_s / sigma
+    rows |= dict(z=ratio, x=alpha_s - alpha * ratio)
+  if sampler == 'dpmpp' and len(abar) > 1:
+    half = np.log(alpha / sigma)
+    with np.errstate(divide='ignore'):
+      h = np.log(alpha_s / sigma_s) - half
+    slope = np.zeros(len(abar))
+    slope[1:] = h[1:] / np.diff(half) / 2 * rows['x'][1:]
+    rows['slope'] = np.where(np.isfinite(slope), slope, 0)
+  return Plan(**{k: v.astype(np.float32) for k, v in rows.items()})
+
+
+def later(steps, strength):
+  """The last `strength` of the steps, for starting from a picture.
+
+  Raises:
+    UsageError: strength is outside (0, 1], or leaves no step.
+  """
+  count = min(int(len(steps) * strength), len(steps))
+  if not 0 < strength <= 1 or count < 1:
+    raise UsageError(
+      f'strength is {strength:g}; it lies above 0 and up to 1, and leaves '
+      f'at least one of {len(steps)} steps.'
+    )
+  return steps[len(steps) - count :]
