@@ -10,9 +10,9 @@ Printed (F.1): embed_dim 512, channel_mult 1 2 3 4, 3 residual blocks, attention
 and text at 32, 16, 8 with heads of 64, BigGAN blocks, scale-shift norm,
 attention-pooled text, dropout 0; eps-prediction, cosine schedule; Adafactor
 with optax's defaults, rate 1e-4, 10,000 warm-up steps, cosine decay; text
-dropped for 10 %. The listing's `end_value=2500000` is the number of steps in
-the wrong place: as printed the rate would climb to 2.5 million, here it falls
-to 0. `lrs` and `weight_decay` are no arguments of optax's.
+dropped for 10 % (4.1). The listing's `end_value=2500000` is the number of steps
+in the wrong place: as printed the rate would climb to 2.5 million, here it
+falls to 0. `lrs` and `weight_decay` are no arguments of optax's.
 
 Chosen, for the paper is silent: one skip per residual block and a 4th block on
 the way up (ADM, which F.1 adapts); a conditioning vector of 4 × 512; text

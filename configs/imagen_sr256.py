@@ -10,8 +10,8 @@ Printed (F.2): blocks of 128, 256, 512, 1024 channels with 2, 4, 8, 8 residual
 blocks, each halving the side; attention to pixels and text with 8 heads at the
 last; scale-shift norm, attention-pooled text, dropout 0; eps-prediction, cosine
 schedule; Adam (0.9, 0.999, 1e-8), rate 1e-4, 10,000 warm-up steps; text
-dropped for 10 %; low-resolution input noised at a uniform level (2.4). As in
-F.1 the listing's `end_value=2500000` must be 0.
+dropped for 10 % (4.1); low-resolution input noised at a uniform level (2.4). As
+in F.1 the listing's `end_value=2500000` must be 0.
 
 "600 M" is one of several readings. Chosen: each residual block on the way up is
 concatenated with one skip; a conditioning vector of 512; text projected to
