@@ -54,6 +54,7 @@ setuptools.setup(
     'cuda13': ['jax[cuda13]'],
     'plan': ['jax[tpu]'],  # libtpu, which compiles without a TPU as well
     'tensorboard': ['tensorboardX'],
+    'wandb': ['wandb'],
   },
   entry_points={
     'console_scripts': [

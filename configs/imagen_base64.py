@@ -85,6 +85,7 @@ def get_config():
         'accumulate': 1,
         'log_every': 100,
         'checkpoint_every': 5000,
+        'checkpoint_dir': None,
         'sample_every': 10_000,
         'keep_last': 2,
         'keep_every': 100_000,

@@ -57,6 +57,7 @@ def get_config():
         'batch_size': 32,
         'log_every': 50,
         'checkpoint_every': 500,
+        'checkpoint_dir': None,
         'sample_every': 1000,
         'keep_last': 2,
         'keep_every': None,

@@ -361,7 +361,8 @@ def _checkpoints(record):
   # Orbax takes a third of a second to import, and finished models need none.
   from imagen_jax.checkpoint import Checkpoints
 
-  return Checkpoints(record.path / 'checkpoints')
+  elsewhere = record.config.get('train', {}).get('checkpoint_dir')
+  return Checkpoints(elsewhere or record.path / 'checkpoints')
 
 
 def _is_stage(path):

@@ -173,7 +173,7 @@ def make_schedule(kind, shift_from=None, resolution=None, **options):
 
 
 def init_params(stage, key):
-  """Fresh float32 parameters; `jax.eval_shape` gives their shapes alone."""
+  """Fresh float32 parameters; `param_shapes` gives their shapes alone."""
   side = stage.crop or stage.resolution
   z = jnp.zeros((1, side, side, 3))
   level = jnp.zeros((1,))
@@ -181,6 +181,25 @@ def init_params(stage, key):
   mask = jnp.ones((1, stage.text_len), bool)
   extra = () if stage.low_resolution is None else (z, level)
   return stage.net.init(key, z, level, text, mask, *extra)['params']
+
+
+def param_shapes(stage):
+  """The shapes of `init_params`' result.
+
+  Raises:
+    UsageError: the values of `stage.net` do not make a network.
+  """
+  try:
+    return jax.eval_shape(
+      functools.partial(init_params, stage), jax.random.key(0)
+    )
+  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UsageError(
+      f'stage.net of {stage.name} does not make a network ({reason[:200]}); '
+      'give one value per level where there are several, and widths that '
+      'head_dim and norm_groups divide.'
+    ) from error
 
 
 def num_params(params):

@@ -103,6 +103,7 @@ def train(
     return init_state(stages.init_params(stage, key), tx)
 
   key = jax.random.key(config.seed)
+  stages.param_shapes(stage)  # or a sentence on stage.net
   abstract = jax.eval_shape(fresh, key)
   placed = sharding.state_shardings(abstract, mesh)
   text_params, text_placed = {}, {}
@@ -155,7 +156,7 @@ def train(
   if first_process:
     list_skipped(source, workdir / 'bad_samples.jsonl')
   checkpoints = Checkpoints(
-    workdir / 'checkpoints',
+    every.get('checkpoint_dir') or workdir / 'checkpoints',
     keep_last=every.keep_last,
     keep_every=every.keep_every,
   )

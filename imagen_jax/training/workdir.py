@@ -17,6 +17,7 @@ FREE = (
   'stage.sampling.',
   'train.log_every',
   'train.checkpoint_every',
+  'train.checkpoint_dir',
   'train.sample_every',
   'train.keep_last',
   'train.keep_every',

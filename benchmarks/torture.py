@@ -1,0 +1,404 @@
+r"""What a training run survives: cuts, damage, a full disk, other meshes.
+
+  python benchmarks/torture.py                 all parts, about half an hour
+  python benchmarks/torture.py cuts --num 4    one part
+
+  cuts     the run is ended by SIGTERM and kill -9 at random moments, started
+           again each time, and compared with one that nobody touched
+  damage   files of a checkpoint are flipped, cut short and deleted
+  disk     the disk fills up, and turns read-only (needs root, for a mount)
+  memory   resident memory over a long run
+  meshes   the same run on one device, replicated, sharded, over processes
+
+Each part prints one table and the command ends with 1 if anything was lost.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+  '--config=shapes_base',
+  '--config.text.path=demo',
+  '--config.dtype=float32',
+  '--config.train.batch_size=8',
+  '--config.train.log_every=1',
+  '--config.train.eval_every=100000',
+  '--config.train.sample_every=100000',
+  '--config.stage.net.channels=16',
+  '--config.stage.net.emb_channels=32',
+  '--config.stage.net.head_dim=16',
+  '--config.stage.net.num_res_blocks=(1,1)',
+  '--config.stage.sampling.steps=1',
+]
+
+
+def command(workdir, steps, *more):
+  return [
+    sys.executable,
+    str(ROOT / 'train.py'),
+    *TINY,
+    f'--workdir={workdir}',
+    f'--config.train.num_steps={steps}',
+    *more,
+  ]
+
+
+def environment(devices):
+  flags = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'XLA_FLAGS': flags,
+    'PYTHONPATH': str(ROOT),
+  }
+
+
+def run(workdir, steps, *more, devices=1):
+  """A whole run; returns what it printed on stderr."""
+  done = subprocess.run(
+    command(workdir, steps, *more),
+    env=environment(devices),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  if done.returncode:
+    raise SystemExit(f'the run failed:\n{done.stderr[-2000:]}')
+  return done.stderr
+
+
+def last_step(workdir):
+  try:
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return json.loads(lines[-1])['step'] if lines else 0
+  except (OSError, ValueError):
+    return 0
+
+
+def final_state(workdir):
+  """{leaf: array} of the whole training state in the newest checkpoint."""
+  import jax
+  import ml_collections
+
+  from imagen_jax import model_folder, stage
+  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax.training.state import init_state, make_optimizer
+
+  record = model_folder.load_stage(workdir)
+  config = ml_collections.ConfigDict(record.config)
+  made = stage.from_config(
+    record.config['stage'],
+    text_dim=record.text['dim'],
+    text_len=record.text['max_len'],
+  )
+  tx = make_optimizer(config.train)
+  abstract = jax.eval_shape(
+    lambda key: init_state(stage.init_params(made, key), tx), jax.random.key(0)
+  )
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    state, _, step = checkpoints.restore(abstract)
+  return step, {
+    jax.tree_util.keystr(path): jax.device_get(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return {row['step']: row['loss'] for row in map(json.loads, lines)}
+
+
+def differing_bits(a, b):
+  import numpy as np
+
+  assert a.keys() == b.keys()
+  total = 0
+  for name in a:
+    x, y = (np.frombuffer(v[name].tobytes(), np.uint8) for v in (a, b))
+    total += int(np.unpackbits(x ^ y).sum())
+  return total
+
+
+# ---- Cuts ------------------------------------------------------------------
+def cuts(folder, args):
+  """Random SIGTERM and kill -9, alternating; bits against the whole run."""
+  print('devices  cuts  SIGTERM  kill -9  most steps redone  bits that differ')
+  lost = 0
+  for devices in args.devices:
+    per_cut = 30
+    steps = per_cut * (args.num + 1)
+    more = ['--config.train.checkpoint_every=7']
+    whole, cut = folder / f'whole_{devices}', folder / f'cut_{devices}'
+    run(whole, steps, *more, devices=devices)
+    rng = random.Random(devices)
+    redone, kinds = 0, {signal.SIGTERM: 0, signal.SIGKILL: 0}
+    for i in range(args.num):
+      kind = [signal.SIGTERM, signal.SIGKILL][i % 2]
+      process = subprocess.Popen(
+        command(cut, steps, *more),
+        env=environment(devices),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+      )
+      os.set_blocking(process.stderr.fileno(), False)
+      before = last_step(cut)
+      goal = per_cut * i + rng.randrange(1, per_cut)
+      while last_step(cut) <= max(goal, before) and process.poll() is None:
+        time.sleep(0.02)
+      time.sleep(rng.random() * 0.3)
+      process.send_signal(kind)
+      code = process.wait()
+      kinds[kind] += 1
+      if kind == signal.SIGTERM and code != 143:
+        print(f'SIGTERM ended in {code}: {process.stderr.read()}')
+        lost += 1
+      if kind == signal.SIGKILL:
+        redone = max(redone, last_step(cut) - newest(cut))
+    run(cut, steps, *more, devices=devices)
+    (step, mine), (_, theirs) = final_state(cut), final_state(whole)
+    bits = differing_bits(mine, theirs)
+    assert step == steps
+    if losses(cut) != losses(whole):
+      print('the two metrics.jsonl tell different losses')
+      lost += 1
+    lost += bits > 0
+    print(
+      f'{devices:7} {args.num:5} {kinds[signal.SIGTERM]:8} '
+      f'{kinds[signal.SIGKILL]:8} {redone:18} {bits:17}'
+    )
+  return lost
+
+
+def newest(workdir):
+  from imagen_jax.checkpoint import Checkpoints
+
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    return checkpoints.latest_step() or 0
+
+
+# ---- Damage ----------------------------------------------------------------
+def damage(folder, args):
+  """Every damage must be noticed, and the step before must come back."""
+  import logging
+
+  import jax.numpy as jnp
+
+  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax.errors import ModelError
+
+  logging.disable(logging.WARNING)
+  state = {f'w{i}': jnp.arange(4096.0) + i for i in range(4)}
+  with Checkpoints(folder / 'steps') as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.save(2, state, wait=True)
+  rng = random.Random(0)
+  files = sorted(p for p in (folder / 'steps/2').rglob('*') if p.is_file())
+  print('kind      tried  noticed  step before restored')
+  lost = 0
+  for kind, share in (('flip', 0.8), ('truncate', 0.1), ('delete', 0.1)):
+    tried = noticed = restored = 0
+    for _ in range(max(1, int(args.damages * share))):
+      path = rng.choice(files)
+      whole = path.read_bytes()
+      if kind == 'flip' and whole:
+        raw, bit = bytearray(whole), rng.randrange(8 * len(whole))
+        raw[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+      elif kind == 'truncate' and whole:
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+      else:
+        path.unlink()
+      tried += 1
+      with Checkpoints(folder / 'steps') as checkpoints:
+        try:
+          checkpoints.verify(2)
+        except ModelError:
+          noticed += 1
+        restored += checkpoints.newest_good()[0] == 1
+      path.write_bytes(whole)
+    print(f'{kind:9} {tried:5} {noticed:8} {restored:21}')
+    lost += (tried - noticed) + (tried - restored)
+  logging.disable(logging.NOTSET)
+  return lost
+
+
+# ---- Disk ------------------------------------------------------------------
+def disk(folder, args):
+  """The last good step stays, and the run says what happened."""
+  del args
+  mount = folder / 'small'
+  mount.mkdir()
+  lost = 0
+  for kind in ('full', 'read-only'):
+    made = subprocess.run(
+      ['mount', '-t', 'tmpfs', '-o', 'size=24m', 'none', str(mount)],
+      capture_output=True,
+    )
+    if made.returncode:
+      print('disk: not run, mounting a small file system needs root')
+      return 0
+    try:
+      workdir = mount / 'run'
+      run(workdir, 5, '--config.train.checkpoint_every=5')
+      if kind == 'full':
+        (mount / 'ballast').write_bytes(bytes(free_bytes(mount) - 100_000))
+      else:
+        subprocess.run(['mount', '-o', 'remount,ro', str(mount)], check=True)
+      more = ['--config.train.checkpoint_every=5']
+      done = subprocess.run(
+        command(workdir, 30, *more),
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+      )
+      said = done.stderr.strip().splitlines()[-1]
+      subprocess.run(['mount', '-o', 'remount,rw', str(mount)], check=True)
+      good = newest(workdir) == 5 and final_state(workdir)[0] == 5
+      plain = said.startswith('error: ') and 'Traceback' not in done.stderr
+      lost += not (good and plain and done.returncode)
+      print(f'{kind}: exit {done.returncode}, step 5 intact: {good}\n  {said}')
+    finally:
+      subprocess.run(['umount', '-l', str(mount)])
+  return lost
+
+
+def free_bytes(path):
+  stat = os.statvfs(path)
+  return stat.f_bavail * stat.f_frsize
+
+
+# ---- Memory ----------------------------------------------------------------
+def memory(folder, args):
+  """Resident memory at a tenth of the run, and at its end."""
+  workdir = folder / 'long'
+  process = subprocess.Popen(
+    command(workdir, args.steps, '--config.train.checkpoint_every=500'),
+    env=environment(1),
+    stderr=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+    cwd=ROOT,
+  )
+  sizes = {}
+  while process.poll() is None:
+    try:
+      text = pathlib.Path(f'/proc/{process.pid}/status').read_text()
+      sizes[last_step(workdir)] = int(re.search(r'VmRSS:\s+(\d+)', text)[1])
+    except (OSError, TypeError):  # it has just ended
+      break
+    time.sleep(0.5)
+  process.wait()
+  late = [size for step, size in sizes.items() if step > args.steps / 10]
+  first, final = late[0] / 1024, late[-1] / 1024
+  print(
+    f'memory: {first:.0f} MiB after {args.steps // 10} steps, {final:.0f} MiB '
+    f'after {args.steps}'
+  )
+  return int(process.returncode != 0 or final > 1.05 * first)
+
+
+# ---- Meshes ----------------------------------------------------------------
+def meshes(folder, args):
+  """Ten steps of Adam in float32 on every mesh, against one device."""
+  import numpy as np
+
+  print('mesh                     loss      parameters   MiB a device')
+  lost, reference = 0, None
+  wide = ['--config.stage.net.channels=64', '--config.stage.net.head_dim=32']
+  for name, devices, processes, data, fsdp in (
+    ('one device', 1, 1, 1, 1),
+    ('data 8', 8, 1, 8, 1),
+    ('fsdp 8', 8, 1, 1, 8),
+    ('data 2 × fsdp 4', 8, 1, 2, 4),
+    ('2 processes, data 8', 4, 2, 8, 1),
+    ('2 processes, 2 × 4', 4, 2, 2, 4),
+    ('4 processes, fsdp 8', 2, 4, 1, 8),
+  ):
+    workdir = folder / re.sub(r'\W+', '_', name)
+    more = [*wide, f'--config.mesh.data={data}', f'--config.mesh.fsdp={fsdp}']
+    printed = together(workdir, 10, *more, devices=devices, processes=processes)
+    held = float(re.search(r'a device holds ([\d.,]+) MiB', printed)[1])
+    if 'nvoluntary full rematerialization' in printed:
+      print(f'{name}: XLA rematerialized a whole array')
+      lost += 1
+    _, state = final_state(workdir)
+    state = {k: v for k, v in state.items() if k.startswith('.params')}
+    found = losses(workdir), state
+    reference = reference or found
+    loss = max(
+      abs(found[0][i] - reference[0][i]) / reference[0][i] for i in found[0]
+    )
+    norm = np.sqrt(sum(np.sum(v**2) for v in reference[1].values()))
+    off = np.sqrt(
+      sum(np.sum((state[k] - v) ** 2) for k, v in reference[1].items())
+    )
+    lost += loss > 1e-5 or off / norm > 1e-5
+    print(f'{name:22} {loss:9.1e} {off / norm:14.1e} {held:13.2f}', flush=True)
+  return lost
+
+
+def together(workdir, steps, *more, devices, processes):
+  """A run of several processes on this machine; what process 0 printed."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
+  if processes == 1:
+    flags = []
+  jobs = [
+    subprocess.Popen(
+      command(workdir, steps, *more, *flags)
+      + ([f'--process_id={i}'] if flags else []),
+      env=environment(devices),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=ROOT,
+    )
+    for i in range(processes)
+  ]
+  printed = [job.communicate()[0] for job in jobs]
+  if any(job.returncode for job in jobs):
+    raise SystemExit('\n'.join(text[-2000:] for text in printed))
+  return printed[0]
+
+
+PARTS = {f.__name__: f for f in (cuts, damage, disk, memory, meshes)}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('parts', nargs='*', help=f'of {", ".join(PARTS)}')
+  parser.add_argument('--num', type=int, default=20, help='cuts')
+  parser.add_argument('--devices', type=int, nargs='+', default=[1, 8])
+  parser.add_argument('--damages', type=int, default=1000)
+  parser.add_argument('--steps', type=int, default=5000, help='of memory')
+  args = parser.parse_args()
+  lost = 0
+  for name in args.parts or PARTS:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f'torture-{name}-'))
+    start = time.perf_counter()
+    try:
+      lost += PARTS[name](folder, args)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+    print(f'({name}: {time.perf_counter() - start:.0f} s)\n', flush=True)
+  return int(lost > 0)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
