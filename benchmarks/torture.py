@@ -87,8 +87,8 @@ def last_step(workdir):
     return 0
 
 
-def final_state(workdir):
-  """{leaf: array} of the whole training state in the newest checkpoint."""
+def states(workdir):
+  """(step, state of the newest checkpoint, state before the first step)."""
   import jax
   import ml_collections
 
@@ -104,14 +104,21 @@ def final_state(workdir):
     text_len=record.text['max_len'],
   )
   tx = make_optimizer(config.train)
-  abstract = jax.eval_shape(
-    lambda key: init_state(stage.init_params(made, key), tx), jax.random.key(0)
+  first = jax.jit(lambda key: init_state(stage.init_params(made, key), tx))(
+    jax.random.key(config.seed)
   )
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    state, _, step = checkpoints.restore(abstract)
-  return step, {
+    state, _, step = checkpoints.restore(first)
+  return step, named(state), named(first)
+
+
+def named(tree):
+  """{leaf: array}."""
+  import jax
+
+  return {
     jax.tree_util.keystr(path): jax.device_get(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
@@ -169,7 +176,7 @@ def cuts(folder, args):
       if kind == signal.SIGKILL:
         redone = max(redone, last_step(cut) - newest(cut))
     run(cut, steps, *more, devices=devices)
-    (step, mine), (_, theirs) = final_state(cut), final_state(whole)
+    (step, mine, _), (_, theirs, _) = states(cut), states(whole)
     bits = differing_bits(mine, theirs)
     assert step == steps
     if losses(cut) != losses(whole):
@@ -268,7 +275,7 @@ def disk(folder, args):
       )
       said = done.stderr.strip().splitlines()[-1]
       subprocess.run(['mount', '-o', 'remount,rw', str(mount)], check=True)
-      good = newest(workdir) == 5 and final_state(workdir)[0] == 5
+      good = newest(workdir) == 5 and states(workdir)[0] == 5
       plain = said.startswith('error: ') and 'Traceback' not in done.stderr
       lost += not (good and plain and done.returncode)
       print(f'{kind}: exit {done.returncode}, step 5 intact: {good}\n  {said}')
@@ -312,22 +319,27 @@ def memory(folder, args):
 
 
 # ---- Meshes ----------------------------------------------------------------
+# (name, devices of a process, processes, data, fsdp)
+MESHES = (
+  ('one device', 1, 1, 1, 1),
+  ('data 8', 8, 1, 8, 1),
+  ('fsdp 8', 8, 1, 1, 8),
+  ('data 2 × fsdp 4', 8, 1, 2, 4),
+  ('2 processes, data 8', 4, 2, 8, 1),
+  ('2 processes, 2 × 4', 4, 2, 2, 4),
+  ('4 processes, fsdp 8', 2, 4, 1, 8),
+)
+
+
 def meshes(folder, args):
   """Ten steps of Adam in float32 on every mesh, against one device."""
-  import numpy as np
 
-  print('mesh                     loss      parameters   MiB a device')
+  print('mesh                   loss  way of the parameters  MiB a device')
   lost, reference = 0, None
   wide = ['--config.stage.net.channels=64', '--config.stage.net.head_dim=32']
-  for name, devices, processes, data, fsdp in (
-    ('one device', 1, 1, 1, 1),
-    ('data 8', 8, 1, 8, 1),
-    ('fsdp 8', 8, 1, 1, 8),
-    ('data 2 × fsdp 4', 8, 1, 2, 4),
-    ('2 processes, data 8', 4, 2, 8, 1),
-    ('2 processes, 2 × 4', 4, 2, 2, 4),
-    ('4 processes, fsdp 8', 2, 4, 1, 8),
-  ):
+  for name, devices, processes, data, fsdp in MESHES:
+    if args.only and name not in ('one device', *args.only):
+      continue
     workdir = folder / re.sub(r'\W+', '_', name)
     more = [*wide, f'--config.mesh.data={data}', f'--config.mesh.fsdp={fsdp}']
     printed = together(workdir, 10, *more, devices=devices, processes=processes)
@@ -335,20 +347,30 @@ def meshes(folder, args):
     if 'nvoluntary full rematerialization' in printed:
       print(f'{name}: XLA rematerialized a whole array')
       lost += 1
-    _, state = final_state(workdir)
-    state = {k: v for k, v in state.items() if k.startswith('.params')}
-    found = losses(workdir), state
-    reference = reference or found
+    _, state, start = states(workdir)
+    found = losses(workdir), parameters(state)
+    reference = reference or (*found, parameters(start))
     loss = max(
       abs(found[0][i] - reference[0][i]) / reference[0][i] for i in found[0]
     )
-    norm = np.sqrt(sum(np.sum(v**2) for v in reference[1].values()))
-    off = np.sqrt(
-      sum(np.sum((state[k] - v) ** 2) for k, v in reference[1].items())
-    )
-    lost += loss > 1e-5 or off / norm > 1e-5
-    print(f'{name:22} {loss:9.1e} {off / norm:14.1e} {held:13.2f}', flush=True)
+    # How far apart two runs end, in units of how far one of them went.
+    way = norm(reference[1] - reference[2])
+    off = norm(found[1] - reference[1]) / way
+    lost += loss > 1e-5 or off > 1e-5
+    print(f'{name:20} {loss:8.1e} {off:22.1e} {held:13.2f}', flush=True)
   return lost
+
+
+def parameters(state):
+  import numpy as np
+
+  return np.concatenate(
+    [v.ravel() for k, v in sorted(state.items()) if k.startswith('.params')]
+  ).astype(np.float64)
+
+
+def norm(x):
+  return float((x**2).sum() ** 0.5)
 
 
 def together(workdir, steps, *more, devices, processes):
@@ -387,6 +409,7 @@ def main():
   parser.add_argument('--devices', type=int, nargs='+', default=[1, 8])
   parser.add_argument('--damages', type=int, default=1000)
   parser.add_argument('--steps', type=int, default=5000, help='of memory')
+  parser.add_argument('--only', action='append', help='a row of meshes')
   args = parser.parse_args()
   lost = 0
   for name in args.parts or PARTS:

@@ -10,6 +10,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imagen_jax.errors import UsageError
@@ -83,12 +84,33 @@ def make_mesh(data=-1, fsdp=1, *, devices=None):
       f'{asked} would leave {len(devices) - n} of {have} idle, which several '
       'processes cannot do; use -1 for one of them.'
     )
-  # Auto: Linen knows nothing of Explicit axes, which jax.make_mesh defaults to.
+  # Auto: Linen knows nothing of Explicit axes, which is the default elsewhere.
+  auto = (AxisType.Auto,) * 2
+  slices = {getattr(device, 'slice_index', 0) for device in devices[:n]}
+  if len(slices) > 1:
+    grid = across_slices(devices[:n], len(slices), sizes['data'], sizes['fsdp'])
+    return jax.sharding.Mesh(grid, AXES, axis_types=auto)
   return jax.make_mesh(
-    (sizes['data'], sizes['fsdp']),
-    AXES,
-    axis_types=(AxisType.Auto,) * 2,
-    devices=devices[:n],
+    (sizes['data'], sizes['fsdp']), AXES, axis_types=auto, devices=devices[:n]
+  )
+
+
+def across_slices(devices, num_slices, data, fsdp):
+  """Devices of several slices as an array [data, fsdp].
+
+  Slices are joined by the data centre's network, which is slow: only the sums
+  of gradients over `data` cross it, never a parameter that `fsdp` splits.
+
+  Raises:
+    UsageError: the slices do not divide `data`.
+  """
+  if data % num_slices:
+    raise UsageError(
+      f'mesh.data={data}, mesh.fsdp={fsdp} would split parameters across the '
+      f'{num_slices} slices; make mesh.data a multiple of {num_slices}.'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // num_slices, fsdp), (num_slices, 1), devices
   )
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,22 @@ def test_the_axes_are_auto_because_linen_knows_no_other():
 def test_sizes_that_do_not_fit_are_refused_in_one_sentence(data, fsdp, words):
   with pytest.raises(UsageError, match=words):
     sharding.make_mesh(data, fsdp)
+
+
+def test_parameters_are_never_split_across_slices():
+  devices = [
+    types.SimpleNamespace(
+      id=i, slice_index=i // 4, process_index=0, platform='cpu', device_kind='x'
+    )
+    for i in range(8)
+  ]
+  grid = sharding.across_slices(devices, 2, 4, 2)
+  assert grid.shape == (4, 2)
+  for row in grid:
+    assert len({device.slice_index for device in row}) == 1
+  assert sorted(d.id for d in grid.flat) == list(range(8))
+  with pytest.raises(UsageError, match='make mesh.data a multiple of 2'):
+    sharding.across_slices(devices, 2, 1, 8)
 
 
 def test_the_largest_dimension_that_fsdp_divides_is_split():
