@@ -239,6 +239,19 @@ def put_whole_batch(batch, mesh):
   )
 
 
+def gather(param):
+  """A parameter that is split over 'fsdp', whole on every device.
+
+  For use inside jitted code under `jax.set_mesh`, where the parameter is used,
+  so that one layer at a time is whole, in the backward pass as in the forward.
+  Where nothing is split it is the identity.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get('fsdp', 1) == 1:
+    return param
+  return jax.lax.with_sharding_constraint(param, PartitionSpec())
+
+
 def constrain_batch(x):
   """Keeps the leading axis of every array in `x` split over the mesh.
 

@@ -1,6 +1,7 @@
 """Mesh sizes, the rule that places a state, batches on the mesh."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from imagen_jax import sharding
 from imagen_jax.errors import UsageError
+from imagen_jax.nets.layers import ResBlock
 
 
 def spec(shape, fsdp=4, **options):
@@ -170,3 +172,30 @@ def test_parameters_are_split_over_as_few_devices_as_hold_them():
   assert sharding.least_split(11, 10, 8) == 2
   assert sharding.least_split(30, 10, 6) == 3
   assert sharding.least_split(1000, 10, 8) == 8
+
+
+def test_parameters_travel_and_activations_stay():
+  """Each device gathers kernels, and never another device's pictures."""
+  block = ResBlock(64)
+  x, emb = jnp.zeros((16, 4, 4, 32)), jnp.zeros((16, 128))
+  shapes = jax.eval_shape(block.init, jax.random.key(0), x, emb)
+  mesh = sharding.make_mesh(2, 4)
+  split = sharding.batch_sharding(mesh)
+
+  def loss(params, x, emb):
+    return jnp.sum(jnp.square(block.apply(params, x, emb)))
+
+  with jax.set_mesh(mesh):
+    text = (
+      jax.jit(jax.grad(loss))
+      .lower(
+        sharding.with_shardings(shapes, sharding.state_shardings(shapes, mesh)),
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
+        jax.ShapeDtypeStruct(emb.shape, emb.dtype, sharding=split),
+      )
+      .compile()
+      .as_text()
+    )
+  gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(', text)
+  assert sorted(set(gathered)) == ['128,128', '3,3,32,64', '3,3,64,64']
+  assert ' all-to-all(' not in text

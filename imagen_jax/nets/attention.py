@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from imagen_jax.nets.dense import DenseGeneral
 from imagen_jax.nets.norm import GroupNorm
 
 
@@ -97,7 +98,7 @@ class TextAttention(nn.Module):
     if inner % heads:
       raise ValueError(f'{inner} channels do not split into {heads} heads')
     dense = functools.partial(
-      nn.DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
+      DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm')(x)
     h = h.reshape(batch, height * width, channels)
@@ -119,7 +120,7 @@ class TextAttention(nn.Module):
       implementation=self.implementation,
     )
     # Zero at the start, so that a new block is the identity.
-    out = nn.DenseGeneral(
+    out = DenseGeneral(
       channels,
       axis=(-2, -1),
       kernel_init=nn.initializers.zeros,
@@ -156,7 +157,7 @@ class TextPool(nn.Module):
     inner = self.inner or text.shape[-1]
     heads = max(1, inner // self.head_dim)
     dense = functools.partial(
-      nn.DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
+      DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
     t = nn.LayerNorm(dtype=self.dtype, name='norm')(text)
     seen = mask[..., None].astype(t.dtype)
@@ -169,7 +170,7 @@ class TextPool(nn.Module):
       mask,
       implementation=self.implementation,
     )[:, 0]
-    out = nn.DenseGeneral(
+    out = DenseGeneral(
       self.features, axis=(-2, -1), dtype=self.dtype, name='out'
     )(pooled)
     out = nn.LayerNorm(dtype=self.dtype, name='out_norm')(out)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.nets.attention import TextAttention
+from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import (
   Conditioning,
   ResBlock,
@@ -103,7 +104,7 @@ class EfficientUNet(nn.Module):
     """
     text = text.astype(self.dtype)
     if self.text_width is not None:
-      text = nn.Dense(self.text_width, dtype=self.dtype, name='text_in')(text)
+      text = Dense(self.text_width, dtype=self.dtype, name='text_in')(text)
     emb = Conditioning(
       self.emb_channels,
       sinusoid=self.channels[0],

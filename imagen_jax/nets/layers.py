@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.nets.attention import TextPool
+from imagen_jax.nets.dense import Conv, Dense
 from imagen_jax.nets.norm import GroupNorm
 
 
@@ -60,8 +61,8 @@ class Conditioning(nn.Module):
 
     def mlp(x, name):
       h = sinusoidal(x, self.sinusoid).astype(self.dtype)
-      h = nn.Dense(self.features, dtype=self.dtype, name=f'{name}_in')(h)
-      return nn.Dense(self.features, dtype=self.dtype, name=f'{name}_out')(
+      h = Dense(self.features, dtype=self.dtype, name=f'{name}_in')(h)
+      return Dense(self.features, dtype=self.dtype, name=f'{name}_out')(
         nn.swish(h)
       )
 
@@ -79,7 +80,7 @@ class Conditioning(nn.Module):
 
 def conv(features, *, kernel=3, strides=1, zero=False, dtype, name):
   """A SAME convolution; zero-initialised where a block starts as identity."""
-  return nn.Conv(
+  return Conv(
     features,
     (kernel, kernel),
     strides=(strides, strides),
@@ -138,7 +139,7 @@ class ResBlock(nn.Module):
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm1')(x)
     h = resample(nn.swish(h))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
-    film = nn.Dense(2 * self.features, dtype=self.dtype, name='film')(
+    film = Dense(2 * self.features, dtype=self.dtype, name='film')(
       nn.swish(emb)
     )
     scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)

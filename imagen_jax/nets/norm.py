@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from imagen_jax import sharding
+
 
 class GroupNorm(nn.Module):
   """Group normalisation with statistics in float32 (Wu and He 2018).
@@ -28,6 +30,7 @@ class GroupNorm(nn.Module):
     batch, _, _, channels = x.shape
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
+    scale, bias = sharding.gather(scale), sharding.gather(bias)
     x = x.astype(jnp.float32)
 
     def over_groups(per_channel):

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from imagen_jax.nets.attention import TextAttention
+from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import Conditioning, ResBlock, conv, remat
 from imagen_jax.nets.norm import GroupNorm
 
@@ -77,7 +78,7 @@ class UNet(nn.Module):
     widths = [self.channels * mult for mult in self.channel_mults]
     text = text.astype(self.dtype)
     if self.text_width is not None:
-      text = nn.Dense(self.text_width, dtype=self.dtype, name='text_in')(text)
+      text = Dense(self.text_width, dtype=self.dtype, name='text_in')(text)
     emb = Conditioning(
       self.emb_channels or 4 * self.channels,
       sinusoid=self.channels,
