@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imagen_jax import sharding
+
 # T5 v1.1 and Flan by name, as `T5Encoder(**SIZES['xxl'])`: Imagen's own and
 # the smaller ones of its ablation (Appendix D.1).
 SIZES = {
@@ -74,7 +76,8 @@ class _Block(nn.Module):
 
     def weight(name, shape, fan):
       init = nn.initializers.normal(fan**-0.5)
-      return self.param(name, init, shape).astype(self.dtype)
+      param = self.param(name, init, shape)
+      return sharding.gather(param.astype(self.dtype))
 
     def product(equation, a, b, out=self.dtype):
       return jnp.einsum(
@@ -83,7 +86,8 @@ class _Block(nn.Module):
 
     def norm(name, x):
       scale = self.param(name, nn.initializers.ones, (width,))
-      return _rms_norm(x, scale, self.epsilon).astype(self.dtype)
+      x = _rms_norm(x, sharding.gather(scale), self.epsilon)
+      return x.astype(self.dtype)
 
     h = norm('attention_norm', x)
     shape = (width, heads, size)
