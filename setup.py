@@ -6,7 +6,8 @@ import setuptools
 
 HERE = pathlib.Path(__file__).parent
 TEST = ['pytest>=8', 'pytest-xdist>=3']
-PARITY = ['torch', 'diffusers', 'scipy']
+DEEPFLOYD = ['beautifulsoup4', 'ftfy']
+PARITY = ['torch', 'diffusers', 'scipy', *DEEPFLOYD]
 
 setuptools.setup(
   name='imagen_jax',
@@ -50,6 +51,7 @@ setuptools.setup(
     'test': TEST,
     'parity': TEST + PARITY,
     'tpu': ['jax[tpu]'],
+    'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'plan': ['jax[tpu]'],  # libtpu, which compiles without a TPU as well

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import model_folder, sharding
+from imagen_jax import model_folder, pictures, sharding
 from imagen_jax import stage as stages
 from imagen_jax.diffusion.samplers import picture_key
 from imagen_jax.dtypes import resolve_dtype
@@ -180,6 +180,8 @@ class Cascade:
     num_images=1,
     indices=None,
     low_res=None,
+    image=None,
+    mask=None,
     batch_size=None,
     callback=None,
     **choices,
@@ -198,6 +200,10 @@ class Cascade:
       indices: their numbers, instead of 0 … num_images − 1.
       low_res: uint8 [N, h, w, 3], the pictures that the first selected stage
         enlarges, when that is not the base; one per picture drawn.
+      image: a PIL image of any shape to start from, see `Sampling.strength`,
+        or to repaint.
+      mask: a PIL image of the same shape, white where to paint; elsewhere
+        every stage keeps `image`, resized, to the bit.
       batch_size: pictures drawn at a time, all of them up to 4 by default.
       callback: called as callback(stage_name, done, total) as pictures come.
       **choices: fields of `Sampling` (sampler, steps, guidance, aug_level, …),
@@ -223,6 +229,7 @@ class Cascade:
       raise UsageError(
         'there is nothing to draw: give a prompt, and num_images ≥ 1.'
       )
+    pictures.check_pair(image, mask)
     low = self._first_input(low_res, len(rows))
     results = {}
     for stage, record, setting in zip(self.stages, self._records, settings):
@@ -233,6 +240,7 @@ class Cascade:
         embedding,
         rows,
         low,
+        _start(stage, low, image, mask),
         seed,
         batch_size or min(4, len(rows)),
         callback,
@@ -267,6 +275,7 @@ class Cascade:
     embedding,
     rows,
     low,
+    start_from,
     seed,
     batch,
     callback,
@@ -279,7 +288,7 @@ class Cascade:
       put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
     )
     draw = compiled(stage, _static(setting), sharding.replicated(mesh))
-    pictures = []
+    drawn = []
     for start in range(0, len(rows), batch):
       chosen = rows[start : start + batch]
       padded = chosen + [chosen[-1]] * (batch - len(chosen))
@@ -300,6 +309,8 @@ class Cascade:
         lows = low[start : start + batch]
         fill = np.repeat(lows[-1:], batch - len(lows), axis=0)
         arrays['low'] = np.concatenate([lows, fill])
+      for name, array in start_from.items():
+        arrays[name] = np.broadcast_to(array, (batch, *array.shape))
       arrays = sharding.put_whole_batch(arrays, mesh)
       with jax.set_mesh(mesh):
         out = draw(
@@ -310,12 +321,39 @@ class Cascade:
           arrays.get('low'),
           jnp.float32(setting.guidance),
           jnp.float32(setting.aug_level),
+          arrays.get('image'),
+          arrays.get('paint'),
         )
-      pictures.append(np.asarray(out)[: len(chosen)])
+      drawn.append(np.asarray(out)[: len(chosen)])
       if callback is not None:
         callback(stage.name, start + len(chosen), len(rows))
     jax.tree.map(lambda leaf: leaf.delete(), params)
-    return np.concatenate(pictures)
+    return np.concatenate(drawn)
+
+
+def _start(stage, low, image, mask):
+  """{'image', 'paint'} of a stage: the user's picture and mask in its shape.
+
+  Raises:
+    UsageError: the network cannot draw that shape.
+  """
+  if image is None:
+    return {}
+  if low is None:
+    width, height = pictures.shaped(*image.size, stage.resolution)
+  else:
+    factor = stage.resolution // stage.low_resolution
+    height, width = (side * factor for side in low.shape[1:3])
+  multiple = stages.multiple(stage)
+  if height % multiple or width % multiple:
+    raise UsageError(
+      f'stage {stage.name} cannot draw {width}×{height} pixels: it takes '
+      f'multiples of {multiple}; crop the picture.'
+    )
+  start = {'image': pictures.to_float(image, width, height)}
+  if mask is not None:
+    start['paint'] = pictures.to_mask(mask, width, height)
+  return start
 
 
 def _static(setting):
@@ -328,11 +366,9 @@ def _static(setting):
 def compiled(stage, settings, placed=None):
   """The jitted call that draws one batch of pictures with a stage."""
 
-  def draw(params, keys, text, mask, low, weight, level):
+  def draw(params, keys, *given):
     keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
-    return stages.sample(
-      stage, params, keys, text, mask, low, weight, level, settings=settings
-    )
+    return stages.sample(stage, params, keys, *given, settings=settings)
 
   return jax.jit(draw, out_shardings=placed)
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 
 METADATA_KEY = 'imagen_jax'
 
@@ -83,3 +83,60 @@ def read_picture(path, size):
     raise DataError(
       f'{path} cannot be used as a picture of {size} pixels: {error}.'
     ) from error
+
+
+def open_picture(path, mode='RGB'):
+  """A picture file as a PIL image of any shape.
+
+  Raises:
+    DataError: it is no picture.
+  """
+  try:
+    with Image.open(path) as image:
+      return image.convert(mode)
+  except OSError as error:
+    raise DataError(f'{path} cannot be read as a picture ({error}).') from error
+
+
+def shaped(width, height, side, multiple=8):
+  """(width, height) with `side` as the short one, both in whole multiples."""
+  ratio = width / height
+  if ratio >= 1:
+    return round(side / multiple * ratio) * multiple, side
+  return side, round(side / multiple / ratio) * multiple
+
+
+def to_float(image, width, height):
+  """A PIL image as float32 [height, width, 3] in [−1, 1].
+
+  Bicubic where its size changes, every pixel kept where not.
+  """
+  if image.size != (width, height):
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+  return np.asarray(image.convert('RGB'), np.float32) / 127.5 - 1
+
+
+def to_mask(image, width, height):
+  """A PIL image as float32 [height, width, 1]: 1 where it is bright."""
+  image = image.convert('L')
+  if image.size != (width, height):
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+  return (np.asarray(image)[..., None] >= 127.5).astype(np.float32)
+
+
+def check_pair(image, mask):
+  """Refuses a mask without a picture, or of another shape.
+
+  Args:
+    image, mask: PIL images or None.
+
+  Raises:
+    UsageError: they do not belong together.
+  """
+  if mask is not None and image is None:
+    raise UsageError('a mask needs the picture it is for: add --init_image.')
+  if mask is not None and mask.size != image.size:
+    raise UsageError(
+      f'the mask has {mask.size} pixels and the picture {image.size}; they '
+      'must have the same shape.'
+    )

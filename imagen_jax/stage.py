@@ -7,6 +7,7 @@ Everything is a pure function of (stage, params, …).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -79,6 +80,8 @@ class Sampling:
     aug_level: noise added to the low-resolution picture, in [0, 1].
     gamma: of DDPM, between the two variances of eq. 6.
     eta: of DDIM, 0 is deterministic.
+    strength: when starting from a picture, how far back to noise, in (0, 1];
+      the steps taken shrink with it.
   """
 
   sampler: str = 'dpmpp'
@@ -90,6 +93,7 @@ class Sampling:
   aug_level: float = 0.0
   gamma: float = 0.3
   eta: float = 0.0
+  strength: float = 1.0
 
 
 NETS = {'unet': UNet, 'efficient_unet': EfficientUNet}
@@ -355,7 +359,27 @@ def _twice(arrays):
   return [jnp.concatenate([a, a], axis=0) for a in arrays]
 
 
-def sample(stage, params, keys, text, mask, low, weight, level, *, settings):
+def multiple(stage):
+  """Heights and widths of a stage's pictures are multiples of this."""
+  if isinstance(stage.net, UNet):
+    return 2 ** (len(stage.net.channel_mults) - 1)
+  return math.prod(stage.net.strides)
+
+
+def sample(
+  stage,
+  params,
+  keys,
+  text,
+  mask,
+  low,
+  weight,
+  level,
+  image=None,
+  paint=None,
+  *,
+  settings,
+):
   """Draws pictures from a stage; one compiled loop over the steps.
 
   Args:
@@ -367,13 +391,19 @@ def sample(stage, params, keys, text, mask, low, weight, level, *, settings):
     low: [B, h, w, 3] in [−1, 1] for a super-resolution stage, else None.
     weight: guidance w, a scalar; ignored unless `settings.guidance` ≠ 1.
     level: augmentation level, a scalar.
+    image: [B, H, W, 3] in [−1, 1], a picture to start from at
+      `settings.strength`; its shape is the result's.
+    paint: [B, H, W, 1], with `image`: 1 where to paint, 0 where to keep it.
     settings: `Sampling`; all but its guidance and aug_level are compiled in.
 
   Returns:
-    [B, R, R, 3] float32 in [−1, 1].
+    [B, R, R, 3] float32 in [−1, 1]; H and W of `image` or of an enlarged
+    `low` that is no square.
   """
   batch = text.shape[0]
   height = width = stage.resolution
+  if image is not None:
+    height, width = image.shape[1:3]
   extra = ()
   if low is not None:
     factor = stage.resolution // stage.low_resolution
@@ -394,12 +424,26 @@ def sample(stage, params, keys, text, mask, low, weight, level, *, settings):
     percentile=settings.percentile,
     interval=settings.guidance_interval,
   )
+  z, start, steps = None, 1.0, settings.steps
+  if image is not None and settings.strength < 1:
+    start = settings.strength
+    steps = max(1, round(steps * start))
+    eps = jax.vmap(
+      lambda key: jax.random.normal(
+        jax.random.fold_in(key, 2), image.shape[1:], jnp.float32
+      )
+    )(keys)
+    z = process.diffuse(image, eps, stage.logsnr_fn(jnp.float32(start)))
   x = samplers.sample(
     jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys),
     denoise,
     (height, width, 3),
     logsnr_fn=stage.logsnr_fn,
-    steps=settings.steps,
+    steps=steps,
+    z=z,
+    start=start,
+    known=image,
+    mask=paint,
     sampler=settings.sampler,
     gamma=settings.gamma,
     eta=settings.eta,
@@ -435,6 +479,11 @@ def check_sampling(stage, settings):
     raise UsageError(
       f'{where}: aug_level is {settings.aug_level:g}; it lies in [0, 1], and '
       '0.1 to 0.3 give the best-looking pictures.'
+    )
+  if not 0 < settings.strength <= 1:
+    raise UsageError(
+      f'{where}: strength is {settings.strength:g}; it lies above 0 and up to '
+      '1, which forgets the picture.'
     )
   if not 1 < settings.percentile <= 100:
     raise UsageError(

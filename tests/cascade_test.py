@@ -7,10 +7,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import imagen_jax
 from imagen_jax import cascade as cascades
-from imagen_jax import sharding
+from imagen_jax import pictures, sharding, stage
 from imagen_jax.errors import ModelError, UsageError
 
 RED, BLUE = 'a red circle', 'a blue square above a star'
@@ -167,3 +168,44 @@ def test_a_network_split_over_devices_draws_the_same(model, monkeypatch):
   for name in ('base', 'sr1'):
     difference = np.abs(whole[name].astype(int) - spread[name])
     assert difference.max() <= 2
+
+
+def given_picture():
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+  mask = np.zeros((8, 16), np.uint8)
+  mask[2:6, 3:11] = 255
+  return Image.fromarray(pixels), Image.fromarray(mask)
+
+
+def test_repainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
+  image, mask = given_picture()
+  out = draw(cascade, [RED], image=image, mask=mask)
+  kept = np.asarray(mask) == 0
+  np.testing.assert_array_equal(out['base'][0][kept], np.asarray(image)[kept])
+  assert (out['base'][0] != np.asarray(image))[~kept].mean() > 0.9
+  assert out['sr1'].shape == (1, 16, 32, 3)
+  large = pictures.to_mask(mask, 32, 16)[..., 0] == 0
+  resized = stage.to_uint8(pictures.to_float(image, 32, 16))
+  np.testing.assert_array_equal(out['sr1'][0][large], resized[large])
+
+
+def test_a_start_from_a_picture_stays_near_it(cascade):
+  image, _ = given_picture()
+  far, near = (
+    draw(cascade, [RED], image=image, strength=s, steps=8)['base'].astype(int)
+    for s in (1.0, 0.2)
+  )
+  distance = lambda x: np.abs(x - np.asarray(image)).mean()
+  assert distance(near) < distance(far)
+
+
+def test_pictures_that_cannot_be_started_from_are_refused(cascade):
+  image, mask = given_picture()
+  for says, asked in (
+    ('--init_image', {'mask': mask}),
+    ('same shape', {'image': image, 'mask': mask.resize((4, 4))}),
+    ('strength is 0', {'image': image, 'strength': 0.0}),
+    ('strength is 1.5', {'image': image, 'strength': 1.5}),
+  ):
+    with pytest.raises(UsageError, match=says):
+      draw(cascade, [RED], **asked)

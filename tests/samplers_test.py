@@ -425,3 +425,48 @@ def test_every_32_bit_seed_is_a_seed(seed):
 def test_seeds_that_jax_would_cut_are_refused(seed):
   with pytest.raises(ValueError, match='seed'):
     samplers.picture_key(seed, 'a', 0)
+
+
+def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
+  known = jax.random.uniform(jax.random.key(3), (2, 8, 8, 3), minval=-1)
+  mask = jnp.zeros((2, 8, 8, 1)).at[:, 2:6, 3:].set(1)
+
+  def run(mask, sampler='ddpm'):
+    return samplers.sample(
+      keys(2),
+      lambda z, logsnr: jnp.tanh(z),
+      (8, 8, 3),
+      logsnr_fn=cosine_logsnr,
+      steps=4,
+      sampler=sampler,
+      known=known,
+      mask=mask,
+    )
+
+  kept = np.broadcast_to(mask == 0, known.shape)
+  for sampler in ('ddpm', 'ddim', 'dpmpp'):
+    out = run(mask, sampler)
+    np.testing.assert_array_equal(out[kept], known[kept])
+    assert np.abs(out - known)[~kept].min() > 1e-5
+  # A mask that paints everywhere is no mask, the noise being the same.
+  everywhere = run(jnp.ones_like(mask))
+  np.testing.assert_allclose(everywhere, run(None), atol=1e-6)
+
+
+def test_kept_pixels_enter_with_the_noise_that_the_step_expects():
+  known = jnp.full((64, 8, 8, 3), 0.5)
+  mask = jnp.zeros((64, 8, 8, 1))
+  _, seen = samplers.sample(
+    keys(64),
+    lambda z, logsnr: jnp.zeros_like(z),
+    (8, 8, 3),
+    logsnr_fn=cosine_logsnr,
+    steps=4,
+    known=known,
+    mask=mask,
+    return_trajectory=True,
+  )
+  for z, logsnr in list(zip(seen['z'], seen['logsnr']))[1:]:
+    alpha, sigma = alpha_sigma(logsnr)
+    assert np.mean(z) == pytest.approx(0.5 * float(alpha), abs=0.02)
+    assert np.std(z) == pytest.approx(float(sigma), rel=0.02)

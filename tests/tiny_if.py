@@ -6,10 +6,13 @@ bias is at its harmless initial value.
 """
 
 import copy
+import json
 
 import numpy as np
 
 from imagen_jax.deepfloyd import config, unet, weights
+from imagen_jax.text.tokenizer import VOCABULARY
+from tests import tiny_text
 
 COMMON = {
   '_class_name': 'UNet2DConditionModel',
@@ -162,3 +165,36 @@ def network(name, seed=0):
       branch = branch.setdefault(key, {})
     branch[path[-1]] = weights.from_torch(names[path], arrays[names[path]])
   return module, params
+
+
+def write(folder):
+  """An IF folder of two stages, 8 and 32 pixels, with a T5; returns it."""
+  schedule = {
+    '_class_name': 'DDPMScheduler',
+    'beta_schedule': 'squaredcos_cap_v2',
+    'variance_type': 'learned_range',
+    'thresholding': True,
+    'dynamic_thresholding_ratio': 0.95,
+    'clip_sample': True,
+  }
+  for stage, name, side, cap in (
+    ('IF-I-S-v1.0', 'fast_1', 8, 1.5),
+    ('IF-II-S-v1.0', 'fast_2', 32, 1.0),
+  ):
+    _, params = network(name)
+    raw = raw_config(name) | {'sample_size': side}
+    weights.save(folder / stage / 'unet', params, source=raw)
+    noising = {'beta_schedule': 'squaredcos_cap_v2'}
+    for part, content in (
+      ('scheduler', schedule | {'sample_max_value': cap}),
+      ('image_noising_scheduler', noising),
+    ):
+      (folder / stage / part).mkdir()
+      path = folder / stage / part / 'scheduler_config.json'
+      path.write_text(json.dumps(content))
+    (folder / stage / 'model_index.json').write_text('{}')
+  first = folder / 'IF-I-S-v1.0'
+  tiny_text.random_folder(first / 'text_encoder', width=32)
+  (first / 'tokenizer').mkdir()
+  (first / 'text_encoder' / VOCABULARY).rename(first / 'tokenizer' / VOCABULARY)
+  return folder

@@ -5,7 +5,7 @@ import re
 import sys
 
 import imagen_jax
-from imagen_jax.cli import errors, runtime
+from imagen_jax.cli import deepfloyd, errors, runtime
 from imagen_jax.errors import DataError, UsageError
 
 PER_STAGE = {
@@ -13,6 +13,7 @@ PER_STAGE = {
   'steps': int,
   'guidance': float,
   'aug_level': float,
+  'strength': float,
   'threshold': str,
 }
 
@@ -40,6 +41,9 @@ def _parser():
   add('--model', help='model folder; the demo that comes with the package')
   add('--stages', help='names of stages, such as base,sr1; all of them')
   add('--low_res', help='a picture for the first of --stages to enlarge')
+  add('--init_image', help='a picture to start from')
+  add('--strength', help='share of the way back to noise, above 0, up to 1')
+  add('--mask', help='with --init_image: white where to paint anew')
   add('--sampler', help='ddpm, ddim or dpmpp')
   add('--steps', help='network evaluations')
   add('--guidance', help='w in w·cond + (1−w)·uncond; 1 is none')
@@ -48,6 +52,7 @@ def _parser():
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='pictures at a time; up to 4')
   add('--fsdp', type=int, help='devices that share a network; as needed')
+  deepfloyd.add_flags(parser)
   runtime.add_process_flags(parser)
   return parser
 
@@ -62,6 +67,11 @@ def _main(argv):
   _check_batch_size(args.batch_size)
 
   runtime.start(processes=args)
+  if deepfloyd.is_folder(args.model):
+    return deepfloyd.draw(
+      args, prompts, per_stage=per_stage, write=_write, progress=_progress
+    )
+  deepfloyd.check_unused(args)
   cascade = imagen_jax.load(
     args.model,
     dtype=args.dtype,
@@ -79,6 +89,7 @@ def _main(argv):
     seed=args.seed,
     num_images=args.num_images,
     low_res=low_res,
+    **_pictures(args.init_image, args.mask),
     batch_size=batch,
     callback=_progress(),
     **choices,
@@ -122,7 +133,7 @@ def per_stage(name, text):
   """'32,16,8' as [32, 16, 8], '32' as 32; None stays."""
   if text is None:
     return None
-  kind = PER_STAGE[name]
+  kind = PER_STAGE.get(name, float)
   try:
     values = [kind(part) for part in text.split(',')]
   except ValueError as error:
@@ -146,6 +157,14 @@ def _low_res(cascade, path):
       'from text alone: add --stages with a later one.'
     )
   return pictures.read_picture(path, first.low_resolution)[None]
+
+
+def _pictures(image, mask):
+  """{'image', 'mask'} as PIL images, of those that are given."""
+  from imagen_jax.pictures import open_picture
+
+  given = (('image', image, 'RGB'), ('mask', mask, 'L'))
+  return {name: open_picture(p, mode) for name, p, mode in given if p}
 
 
 def _notes(cascade, embedding):
@@ -209,6 +228,7 @@ def _record(cascade, args, choices, prompt, i, batch):
       'steps': setting.steps,
       'guidance': setting.guidance,
       'aug_level': setting.aug_level,
+      'strength': setting.strength,
       'threshold': setting.threshold or 'none',
     }
   return {
@@ -222,6 +242,8 @@ def _record(cascade, args, choices, prompt, i, batch):
     'model': str(args.model) if args.model else 'demo',
     'model_digest': cascade.digest,
     'low_res': args.low_res,
+    'init_image': args.init_image,
+    'mask': args.mask,
     'stages': settings,
     'version': imagen_jax.__version__,
   }
@@ -240,7 +262,9 @@ def _again(args):
     )
     cascade = imagen_jax.load(model, dtype=record['dtype'], stages=names)
     choices = {
-      key: [record['stages'][name][key] for name in names] for key in PER_STAGE
+      # Pictures of before --strength say nothing of it.
+      key: [record['stages'][name].get(key) for name in names]
+      for key in PER_STAGE
     }
     digest, low_path = record['model_digest'], record['low_res']
     call = {
@@ -263,6 +287,7 @@ def _again(args):
   result = cascade.sample(
     [prompt],
     low_res=_low_res(cascade, low_path),
+    **_pictures(record.get('init_image'), record.get('mask')),
     callback=_progress(),
     **call,
     **choices,

@@ -16,7 +16,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 
-from imagen_jax.diffusion.process import eps_from_x, posterior
+from imagen_jax.diffusion.process import diffuse, eps_from_x, posterior
 from imagen_jax.diffusion.schedule import alpha_sigma
 
 
@@ -76,6 +76,8 @@ def sample(
   grid='time',
   z=None,
   start=1.0,
+  known=None,
+  mask=None,
   dtype=jnp.float32,
   return_trajectory=False,
 ):
@@ -96,6 +98,10 @@ def sample(
     grid: points evenly spaced in 'time' (the paper) or in 'logsnr'.
     z: [B, *shape], a noisy picture to start from; None is pure noise.
     start: the time that z is at, in (0, 1].
+    known: [B, *shape], a picture to keep where `mask` is 0. There every step
+      gets it with the noise that the step expects, and the result has it as
+      it is.
+    mask: [B, H, W, 1], 1 where to paint; None paints everywhere.
     dtype: of z and all arithmetic, float32 or wider; z's own if it is given.
     return_trajectory: return (x, {'z': z before each step [steps, B, *shape],
       'x': its prediction, likewise, 'logsnr': [steps]}) instead of x.
@@ -133,6 +139,12 @@ def sample(
     x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
     noise = draw(i + 1) if stochastic else jnp.zeros_like(z)
     z_next = step(z, x, noise, logsnr_t=logsnr_t, logsnr_s=logsnr_s, last=last)
+    if mask is not None:
+      # Noise of its own number, so that a picture without a mask stays what
+      # it was.
+      kept = diffuse(known, draw(steps + 1 + i), logsnr_s)
+      z_next = jnp.where(mask > 0, z_next, kept)
+      x = jnp.where((mask > 0) | (i < steps - 1), x, known)
     z_next = jnp.where(i == steps - 1, x, z_next)
     return (z_next, (x, logsnr_t)), (z, x) if return_trajectory else None
 

@@ -77,7 +77,7 @@ class _Block(nn.Module):
     def weight(name, shape, fan):
       init = nn.initializers.normal(fan**-0.5)
       param = self.param(name, init, shape)
-      return sharding.gather(param.astype(self.dtype))
+      return sharding.gather(param, self.dtype)
 
     def product(equation, a, b, out=self.dtype):
       return jnp.einsum(
@@ -145,16 +145,18 @@ class T5Encoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, ids, mask):
+  def __call__(self, ids, mask, keep_padding=False):
     """Reads captions.
 
     Args:
       ids: [B, L] int32 tokens, each < vocab_size.
       mask: [B, L] bool, False at padding.
+      keep_padding: leave at padding what the layers made of it, for networks
+        that were trained to look there (DeepFloyd IF).
 
     Returns:
-      [B, L, D] float32, exact zeros at padding: a row that is padding alone
-      is all zeros, whatever its ids.
+      [B, L, D] float32, exact zeros at padding unless it is kept: a row that
+      is padding alone is all zeros, whatever its ids.
     """
     table = self.param(
       'embedding', nn.initializers.normal(1.0), (self.vocab_size, self.width)
@@ -189,4 +191,5 @@ class T5Encoder(nn.Module):
     )
     x, _ = blocks(table[ids].astype(jnp.float32), bias)
     scale = self.param('norm', nn.initializers.ones, (self.width,))
-    return jnp.where(mask[..., None], _rms_norm(x, scale, self.epsilon), 0)
+    x = _rms_norm(x, scale, self.epsilon)
+    return x if keep_padding else jnp.where(mask[..., None], x, 0)

@@ -1,0 +1,290 @@
+"""DeepFloyd IF from prompts to pictures: T5, stage I, stage II, one at a time.
+
+Text to image, image to image, inpainting, enlarging a picture of one's own,
+and IF's style transfer are one function with more or fewer arguments: a
+picture to start from, a mask, a second prompt.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import pictures, sharding
+from imagen_jax.deepfloyd import (
+  schedule,
+  settings,
+  stage,
+  text,
+  weights,
+)
+from imagen_jax.diffusion.samplers import picture_key
+from imagen_jax.dtypes import resolve_dtype
+from imagen_jax.errors import ModelError, UsageError
+
+
+def _stage_folders(path):
+  places = [path]
+  if path.is_dir():
+    places += sorted(p for p in path.iterdir() if p.is_dir())
+  return [p for p in places if (p / 'unet' / 'config.json').exists()]
+
+
+def load(path, *, dtype='auto', stages=None, fsdp=None):
+  """Opens IF: the configs now, the weights when drawing.
+
+  Args:
+    path: a stage's folder as downloaded (`model_index.json`, `unet/`,
+      `scheduler/`, …), or a folder of several such as IF-I-XL-v1.0 and
+      IF-II-L-v1.0.
+    dtype: of activations and weights, 'auto', 'float32' or 'bfloat16'.
+    stages: names of the folders to use; all by default.
+    fsdp: devices that share one copy of a network; None: as few as hold it.
+
+  Raises:
+    ModelError: there is no stage, or they do not follow one another.
+    UsageError: a name is unknown.
+  """
+  path = pathlib.Path(path)
+  found = [stage.read(folder) for folder in _stage_folders(path)]
+  if not found:
+    raise ModelError(
+      f'{path} holds no DeepFloyd IF stage: no unet/config.json in it or one '
+      'level below; give the folder that was downloaded.'
+    )
+  found.sort(key=lambda s: (s.enlarges, s.resolution))
+  if stages is not None:
+    names = [s.name for s in found]
+    for name in stages:
+      if name not in names:
+        raise UsageError(
+          f'{path} has no stage {name!r}; it has {", ".join(names)}.'
+        )
+    found = [s for s in found if s.name in stages]
+  for lower, upper in zip(found, found[1:]):
+    if not upper.enlarges or upper.resolution <= lower.resolution:
+      raise ModelError(
+        f'{lower.name} and {upper.name} in {path} do the same thing; choose '
+        'one of them with --stages.'
+      )
+  return IF(path, found, resolve_dtype(dtype), fsdp)
+
+
+class IF:
+  """A DeepFloyd IF model that can be sampled.
+
+  Attributes:
+    path: its folder.
+    stages: `stage.Stage`s, the lowest resolution first.
+    dtype: of activations and weights.
+  """
+
+  def __init__(self, path, stages, dtype, fsdp):
+    self.path = path
+    self.stages = stages
+    self.dtype = jnp.dtype(dtype)
+    self._mesh = functools.partial(sharding.sampling_mesh, fsdp=fsdp)
+
+  def settings(self, task, **choices):
+    """`Settings` of every stage: the task's defaults, changed by `choices`.
+
+    Args:
+      task: 'text', 'image' or 'mask'.
+      **choices: one value, or a list with one per stage; None changes
+        nothing.
+
+    Raises:
+      UsageError: a list of another length, or a value that cannot work.
+    """
+    return settings.choose(self.stages, task, choices)
+
+  def embed(self, prompts, *, cache=None):
+    """{prompt: [77, D]}; T5 leaves the device afterwards. See `text.embed`."""
+    prompts = list(dict.fromkeys(prompts))
+    folders = [self.path, *(s.folder for s in self.stages)]
+    siblings = [f for f in _stage_folders(self.path) if f not in folders]
+    made = text.embed(
+      prompts,
+      text.find([*folders, *siblings]),
+      dtype=self.dtype.name,
+      cache=cache,
+    )
+    return dict(zip(prompts, made))
+
+  def sample(
+    self,
+    prompts,
+    *,
+    seed=0,
+    num_images=1,
+    negative_prompt='',
+    style_prompt=None,
+    low_res=None,
+    image=None,
+    mask=None,
+    aspect=(1, 1),
+    cache=None,
+    batch_size=None,
+    callback=None,
+    **choices,
+  ):
+    """Draws pictures of prompts.
+
+    Picture i of a prompt depends on (seed, prompt, i) and the settings, not
+    on what else is drawn.
+
+    Args:
+      prompts: a string or a list of them.
+      seed: in [0, 2³²).
+      num_images: pictures per prompt.
+      negative_prompt: what guidance steers away from, in place of nothing.
+      style_prompt: its pooled text is used for the time embedding, and its
+        prediction is mixed in by `mixer`: IF's dream and style transfer.
+      low_res: a PIL picture for a first stage that enlarges.
+      image: a PIL picture to start from (`strength`), or to repaint.
+      mask: a PIL picture of the same shape, white where to repaint; the rest
+        is kept to the bit.
+      aspect: (width, height), without `image` or `low_res`.
+      cache: a directory of embeddings, see `text.embed`.
+      batch_size: pictures at a time, 4 at most by default.
+      callback: called with (stage's name, pictures done, pictures in all).
+      **choices: fields of `Settings`.
+
+    Returns:
+      {stage's name: float32 [N, H, W, 3] in [−1, 1]}; pictures of one prompt
+      stand together.
+
+    Raises:
+      UsageError, ModelError: see `settings`, `embed` and `Stage.load`.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    task = 'text' if image is None else 'image' if mask is None else 'mask'
+    chosen = self.settings(task, **choices)
+    pictures.check_pair(image, mask)
+    rows = [(p, i) for p in prompts for i in range(num_images)]
+    if not rows:
+      raise UsageError(
+        'there is nothing to draw: give a prompt, and num_images ≥ 1.'
+      )
+    low = self._first_input(low_res, len(rows))
+    wanted = [*prompts, negative_prompt]
+    wanted += [style_prompt] if style_prompt is not None else []
+    texts = self.embed(wanted, cache=cache)
+    results = {}
+    for part, setting in zip(self.stages, chosen):
+      shape = self._shape(part, low, image, aspect)
+      rest = {
+        'image': image and pictures.to_float(image, shape[1], shape[0]),
+        'mask': mask and pictures.to_mask(mask, shape[1], shape[0]),
+        'style': None if style_prompt is None else texts[style_prompt],
+        'uncond': texts[negative_prompt],
+      }
+      low = self._run_stage(
+        part,
+        setting,
+        [(texts[p], picture_key(seed, p, i)) for p, i in rows],
+        low,
+        rest,
+        shape,
+        batch_size or min(4, len(rows)),
+        callback,
+      )
+      results[part.name] = low
+    return results
+
+  def _first_input(self, low_res, count):
+    first = self.stages[0]
+    if not first.enlarges:
+      if low_res is not None:
+        raise UsageError(
+          f'stage {first.name} draws from text alone and takes no '
+          'low-resolution picture; choose a later stage with --stages.'
+        )
+      return None
+    if low_res is None:
+      raise UsageError(
+        f'stage {first.name} enlarges pictures: give it one with --low_res, '
+        'or add a first stage.'
+      )
+    low = pictures.to_float(low_res, *low_res.size)
+    return np.broadcast_to(low, (count, *low.shape))
+
+  def _shape(self, part, low, image, aspect):
+    """(H, W, 3) of what a stage draws."""
+    if image is not None:
+      width, height = pictures.shaped(*image.size, part.resolution)
+    elif low is not None:
+      # As IF: four times what came in, in whole units of 32 pixels.
+      height, width = (side * 4 // 32 * 32 for side in low.shape[1:3])
+    else:
+      width, height = pictures.shaped(*aspect, part.resolution)
+    multiple = part.config.multiple
+    if height < multiple or height % multiple or width % multiple or not width:
+      raise UsageError(
+        f'stage {part.name} cannot draw {width}×{height} pixels: it takes '
+        f'multiples of {multiple}; crop the picture or change the aspect '
+        'ratio.'
+      )
+    return height, width, 3
+
+  def _run_stage(self, part, setting, rows, low, rest, shape, batch, callback):
+    """One stage for every row, `batch` rows at a time, the last one padded."""
+    plan = schedule.plan(
+      part.schedule,
+      settings.steps_of(part, setting, rest['image'] is not None),
+      setting.sampler,
+    )
+    size = weights.num_bytes(part.folder / 'unet')
+    mesh = self._mesh(size)
+    batch = -(-batch // mesh.size) * mesh.size
+    module, params = part.load(
+      dtype=self.dtype,
+      weights_dtype=self.dtype,
+      place=functools.partial(sharding.leaf_sharding, mesh=mesh),
+    )
+    scalars = {'weight': np.float32(setting.guidance)}
+    if low is not None:
+      level = min(round(setting.aug_level * 1000), 999)
+      scalars |= stage.noise_terms(part.noising, level)
+    if rest['style'] is not None:
+      scalars['mixer'] = np.float32(setting.mixer)
+    drawn = []
+    for start in range(0, len(rows), batch):
+      chosen = rows[start : start + batch]
+      padded = chosen + [chosen[-1]] * (batch - len(chosen))
+      arrays = {'text': np.stack([emb for emb, _ in padded])}
+      every = lambda x: np.broadcast_to(x, (batch, *x.shape))
+      if setting.guidance > 1:
+        arrays['uncond'] = every(rest['uncond'])
+      for name in ('image', 'mask'):
+        if rest[name] is not None:
+          arrays[name] = every(rest[name])
+      if rest['style'] is not None:
+        arrays['pooled'] = arrays['mixed'] = every(rest['style'])
+      if low is not None:
+        lows = low[start : start + batch]
+        fill = np.repeat(lows[-1:], batch - len(lows), axis=0)
+        arrays['low'] = np.concatenate([lows, fill])
+      keys = [jax.random.fold_in(key, part.resolution) for _, key in padded]
+      arrays['keys'] = np.stack(
+        [np.asarray(jax.random.key_data(k)) for k in keys]
+      )
+      arrays = sharding.put_whole_batch(arrays, mesh)
+      keys = arrays.pop('keys')
+      with jax.set_mesh(mesh):
+        out = stage.draw(
+          params,
+          plan,
+          stage.Given(**arrays, **scalars),
+          keys,
+          module=module,
+          made=part.schedule,
+          shape=shape,
+        )
+      drawn.append(np.asarray(out)[: len(chosen)])
+      if callback is not None:
+        callback(part.name, start + len(chosen), len(rows))
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+    return np.concatenate(drawn)

@@ -1,0 +1,160 @@
+"""Prompts as IF's networks read them, kept on disk once they are made.
+
+IF pads every prompt to 77 tokens, hides the padding from T5 only, and lets the
+U-Nets look at what T5 made of it. T5-XXL is larger than all of IF's U-Nets, so
+it is loaded for the prompts that the disk does not know yet, and then freed.
+"""
+
+import functools
+import hashlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import hub_folder, sharding
+from imagen_jax.errors import ModelError
+from imagen_jax.text import weights
+from imagen_jax.text.tokenizer import load_tokenizer
+
+MAX_LEN = 77
+
+
+def find(folders):
+  """The first of the stages' folders that holds a text encoder.
+
+  Raises:
+    ModelError: none does.
+  """
+  for folder in map(pathlib.Path, folders):
+    if (folder / 'text_encoder' / 'config.json').exists():
+      return folder
+  raise ModelError(
+    f'{" and ".join(map(str, folders))} have no text_encoder; copy the '
+    'text_encoder and tokenizer folders of IF-I (or t5-v1_1-xxl) into the '
+    'first.'
+  )
+
+
+def embed(prompts, folder, *, dtype='float32', cache=None, batch_size=4):
+  """Embeddings of prompts, padding included.
+
+  Args:
+    prompts: list of strings, already cleaned.
+    folder: with `text_encoder/` and `tokenizer/` in it.
+    dtype: of T5's products, 'float32' or 'bfloat16'; never float16, in which
+      T5 overflows.
+    cache: a directory of embeddings made before, extended; None keeps none.
+    batch_size: prompts per call of T5.
+
+  Returns:
+    float32 numpy [N, 77, D].
+
+  Raises:
+    ModelError: the encoder or its tokenizer is unusable.
+  """
+  folder = pathlib.Path(folder)
+  names = [f'{_key(folder, prompt, dtype)}.npy' for prompt in prompts]
+  found = {}
+  if cache is not None:
+    cache = pathlib.Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in set(names):
+      if (cache / name).exists():
+        found[name] = np.load(cache / name, allow_pickle=False)
+  missing = {n: p for n, p in zip(names, prompts) if n not in found}
+  if missing:
+    made = _encode(list(missing.values()), folder, dtype, batch_size)
+    for name, value in zip(missing, made):
+      found[name] = value
+      if cache is not None:
+        temporary = cache / f'.{name}'
+        np.save(temporary, value, allow_pickle=False)
+        temporary.replace(cache / name)
+  return np.stack([found[name] for name in names])
+
+
+def encoder(folder, dtype):
+  """(module, params) of a stage's T5, split over the devices if it must be."""
+  path = folder / 'text_encoder'
+  size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
+  mesh = sharding.sampling_mesh(size)
+  config = weights.read_config(path)
+  module = weights.module_from_config(path, config, dtype=jnp.dtype(dtype))
+  params, _ = weights.load_params(
+    path, module, place=functools.partial(sharding.leaf_sharding, mesh=mesh)
+  )
+  return module, params
+
+
+def _encode(prompts, folder, dtype, batch_size):
+  tokenizer = load_tokenizer(folder / 'tokenizer')
+  module, params = encoder(folder, dtype)
+  ids, mask, _ = tokenizer(prompts, MAX_LEN)
+
+  @jax.jit
+  def apply(params, ids, mask):
+    return module.apply({'params': params}, ids, mask, keep_padding=True)
+
+  made = []
+  for start in range(0, len(prompts), batch_size):
+    rows = slice(start, start + batch_size)
+    fill = ((0, batch_size - len(ids[rows])), (0, 0))
+    out = apply(params, np.pad(ids[rows], fill), np.pad(mask[rows], fill))
+    made.append(np.asarray(out)[: len(ids[rows])])
+  # Not when the interpreter gets round to it: the U-Net needs the room now.
+  jax.tree.map(lambda leaf: leaf.delete(), params)
+  return np.concatenate(made)
+
+
+def _key(folder, prompt, dtype):
+  """A name for a prompt's embedding by this encoder.
+
+  Reading XXL's weights to name them would take as long as using them; their
+  files' names and sizes and the config stand for them.
+  """
+  path = folder / 'text_encoder'
+  config = hub_folder.read_json(path / 'config.json', weights.WHAT)
+  files = sorted((f.name, f.stat().st_size) for f in path.glob('*.safetensors'))
+  what = f'{sorted(config.items())}\n{files}\n{dtype}\n{MAX_LEN}\n{prompt}'
+  return hashlib.sha256(what.encode()).hexdigest()[:32]
+
+
+def check_reference(folder, reference, dtype='bfloat16'):
+  """How far T5's reading of the empty prompt is from a vector kept elsewhere.
+
+  The public IF repository stores T5-XXL's output for "" (its unconditional
+  embedding): whoever has the weights can test this port of T5 with it.
+
+  Args:
+    folder: with `text_encoder/` and `tokenizer/` in it.
+    reference: path of a .npy [77, D].
+    dtype: of T5's products.
+
+  Returns:
+    {'cosine': least cosine similarity of a position, 'error': root mean
+    square error over the reference's root mean square}.
+
+  Raises:
+    ModelError: the file is no such array.
+  """
+  try:
+    expected = np.load(reference, allow_pickle=False).astype(np.float64)
+  except (OSError, ValueError) as error:
+    raise ModelError(
+      f'{reference} cannot be read as a .npy array ({error}).'
+    ) from error
+  got = embed([''], folder, dtype=dtype)[0].astype(np.float64)
+  if got.shape != expected.shape:
+    raise ModelError(
+      f'{reference} has shape {expected.shape} and this encoder gives '
+      f'{got.shape}; they belong to different models.'
+    )
+  norm = lambda x: np.linalg.norm(x, axis=-1)
+  cosine = np.sum(got * expected, axis=-1) / (norm(got) * norm(expected))
+  rms = lambda x: np.sqrt(np.mean(x**2))
+  return {
+    'cosine': float(cosine.min()),
+    'error': float(rms(got - expected) / rms(expected)),
+  }

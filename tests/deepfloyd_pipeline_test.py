@@ -1,0 +1,253 @@
+"""DeepFloyd IF from the folder to the picture, and through sample.py."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import pictures
+from imagen_jax.cli import sample
+from imagen_jax.deepfloyd import cleaning, images, pipeline, stage, text
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.text import weights as text_weights
+from tests import tiny_if
+
+STEPS = {'steps': 4, 'guidance': 3.0}
+FIRST, SECOND = 'IF-I-S-v1.0', 'IF-II-S-v1.0'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tiny_if.write(tmp_path_factory.mktemp('IF'))
+
+
+@pytest.fixture(scope='module')
+def model(folder):
+  return pipeline.load(folder, dtype='float32')
+
+
+@pytest.fixture(scope='module')
+def drawn(model):
+  """What one call with two prompts draws, two pictures each."""
+  return model.sample(['a red circle', 'a star'], num_images=2, seed=5, **STEPS)
+
+
+def picture(width=16, height=8):
+  rng = np.random.default_rng(0)
+  return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_stages_follow_one_another(model, drawn):
+  assert [s.name for s in model.stages] == [FIRST, SECOND]
+  assert {k: v.shape for k, v in drawn.items()} == {
+    FIRST: (4, 8, 8, 3),
+    SECOND: (4, 32, 32, 3),
+  }
+  for value in drawn.values():
+    assert np.isfinite(value).all() and np.abs(value).max() <= 1
+
+
+def test_a_picture_does_not_depend_on_its_company(model, drawn):
+  alone = model.sample('a star', num_images=2, seed=5, batch_size=4, **STEPS)
+  for name, value in alone.items():
+    np.testing.assert_allclose(value, drawn[name][2:], atol=1e-4)
+  assert np.abs(drawn[FIRST][0] - drawn[FIRST][1]).max() > 0.1
+  assert np.abs(drawn[FIRST][0] - drawn[FIRST][2]).max() > 0.1
+
+
+def test_one_program_for_all_samplers_levels_and_weights(model):
+  one = dict(num_images=1, batch_size=4, seed=1)
+  model.sample('a star', **STEPS, **one)
+  before = stage.draw._cache_size()
+  for sampler in ('ddim', 'dpmpp'):
+    model.sample('a star', sampler=sampler, steps=4, guidance=5.0, **one)
+  model.sample('a star', steps=4, guidance=7.0, aug_level=0.1, **one)
+  assert stage.draw._cache_size() == before
+
+
+def test_repainting_keeps_the_rest_to_the_bit(model):
+  given = picture()
+  mask = np.zeros((8, 16), np.uint8)
+  mask[2:6, 4:12] = 255
+  out = model.sample('a star', image=given, mask=Image.fromarray(mask), steps=4)
+  kept = mask == 0
+  np.testing.assert_array_equal(
+    out[FIRST][0][kept], pictures.to_float(given, *given.size)[kept]
+  )
+  assert (
+    np.abs(out[FIRST][0] - pictures.to_float(given, *given.size))[~kept].min()
+    > 1e-5
+  )
+  assert out[SECOND].shape == (1, 32, 64, 3)
+  large = pictures.to_mask(Image.fromarray(mask), 64, 32)[..., 0] == 0
+  np.testing.assert_array_equal(
+    out[SECOND][0][large], pictures.to_float(given, 64, 32)[large]
+  )
+
+
+def test_a_start_from_a_picture_stays_near_it(model):
+  given = picture(8, 8)
+  far = model.sample('a star', image=given, steps=8, strength=1.0)[FIRST]
+  near = model.sample('a star', image=given, steps=8, strength=0.25)[FIRST]
+  distance = lambda x: np.abs(x - pictures.to_float(given, *given.size)).mean()
+  assert distance(near) < distance(far)
+
+
+def test_a_second_stage_enlarges_ones_own_picture(folder):
+  model = pipeline.load(folder, dtype='float32', stages=[SECOND])
+  out = model.sample('a star', low_res=picture(), steps=2, aug_level=0.1)
+  assert out[SECOND].shape == (1, 32, 64, 3)
+  with pytest.raises(UsageError, match='--low_res'):
+    model.sample('a star')
+
+
+def test_a_style_changes_the_picture(model):
+  plain = model.sample('a star', steps=2)[FIRST]
+  style = model.sample('a star', style_prompt='blue', steps=2)[FIRST]
+  pooled = model.sample('a star', style_prompt='blue', steps=2, mixer=0.0)
+  assert np.abs(plain - style).max() > 1e-3
+  assert np.abs(plain - pooled[FIRST]).max() > 1e-3
+  assert np.abs(style - pooled[FIRST]).max() > 1e-3
+
+
+def test_padding_is_read_and_embeddings_are_kept(folder, tmp_path, monkeypatch):
+  where = folder / FIRST
+  made = text.embed(['a star', ''], where, cache=tmp_path)
+  assert made.shape == (2, 77, 32) and np.abs(made).min(axis=-1).max() > 0
+  # The empty prompt: only </s> is attended to, so all padding looks alike.
+  np.testing.assert_allclose(made[1, 1:], made[1, 1:2].repeat(76, 0), atol=1e-5)
+  assert np.abs(made[1, 0] - made[1, 1]).max() > 1e-3
+  monkeypatch.setattr(text, 'encoder', None)  # T5 is not needed again
+  again = text.embed(['', 'a star'], where, cache=tmp_path)
+  np.testing.assert_array_equal(again, made[::-1])
+  with pytest.raises(TypeError):
+    text.embed(['another'], where, cache=tmp_path)
+
+
+def test_reference_vector_is_compared(folder, tmp_path):
+  where = folder / FIRST
+  exact = text.embed([''], where)[0]
+  np.save(tmp_path / 'zero.npy', exact.astype(np.float16))
+  result = text.check_reference(where, tmp_path / 'zero.npy', 'float32')
+  assert result['cosine'] > 0.99999 and result['error'] < 1e-3
+  np.save(tmp_path / 'other.npy', exact[::-1])
+  assert (
+    text.check_reference(where, tmp_path / 'other.npy', 'float32')['error']
+    > 0.01
+  )
+  np.save(tmp_path / 'short.npy', exact[:5])
+  with pytest.raises(ModelError, match=r'has shape \(5, 32\)'):
+    text.check_reference(where, tmp_path / 'short.npy', 'float32')
+
+
+@pytest.mark.parametrize(
+  'asked, says',
+  [
+    ({'steps': [4]}, 'steps has 1 values for 2 stages'),
+    ({'steps': 'smart28'}, 'smart28'),
+    ({'sampler': 'euler'}, 'euler'),
+    ({'aug_level': 1.0}, 'aug_level is 1'),
+    ({'strength': 0.0}, 'strength is 0'),
+    ({'mixer': 2.0}, 'share is 2'),
+    ({'mask': picture().convert('L')}, 'a mask needs the picture'),
+    (
+      {'image': picture(), 'mask': picture(8, 4).convert('L')},
+      'must have the same shape',
+    ),
+    ({'low_res': picture()}, 'takes no low-resolution'),
+    ({'num_images': 0}, 'nothing to draw'),
+  ],
+)
+def test_impossible_requests_are_refused(model, asked, says):
+  with pytest.raises(UsageError, match=says):
+    model.sample('a star', **asked)
+
+
+def test_folders_that_cannot_work_are_refused(folder, tmp_path):
+  with pytest.raises(ModelError, match='holds no DeepFloyd IF stage'):
+    pipeline.load(tmp_path)
+  with pytest.raises(UsageError, match="no stage 'IF-III'.*IF-I-S-v1.0"):
+    pipeline.load(folder, stages=['IF-III'])
+  shutil.copytree(folder, tmp_path / 'IF')
+  shutil.copytree(folder / FIRST, tmp_path / 'IF' / 'IF-I-M-v1.0')
+  with pytest.raises(ModelError, match='do the same thing'):
+    pipeline.load(tmp_path / 'IF')
+  shutil.rmtree(tmp_path / 'IF' / FIRST / 'text_encoder')
+  one = pipeline.load(tmp_path / 'IF' / FIRST, dtype='float32')
+  with pytest.raises(ModelError, match='no text_encoder'):
+    one.embed(['a star'])
+
+
+def test_enlarging_keeps_corners_and_straight_lines():
+  ramp = np.linspace(-1, 1, 4)[None, :, None, None] + np.zeros((1, 4, 3, 2))
+  out = np.asarray(images.enlarge(jnp.asarray(ramp), 16, 5))
+  expected = np.linspace(-1, 1, 16)[None, :, None, None]
+  np.testing.assert_allclose(out, expected + np.zeros((1, 16, 5, 2)), atol=1e-6)
+
+
+def test_aspect_ratios():
+  assert pictures.shaped(*images.parse_aspect('3:2'), 64) == (96, 64)
+  assert pictures.shaped(*images.parse_aspect('9:16'), 64) == (64, 112)
+  for text_ in ('3x2', '3', '0:1'):
+    with pytest.raises(UsageError, match='aspect'):
+      images.parse_aspect(text_)
+
+
+def test_sample_py_draws_with_an_if_folder(folder, tmp_path, capsys):
+  picture().save(tmp_path / 'in.png')
+  argv = ['--model', str(folder), '--prompt', 'A star', '--seed', '3']
+  argv += ['--steps', 'super27,2', '--dtype', 'float32']
+  argv += ['--stages', f'{FIRST},{SECOND}', '--out', str(tmp_path / 'out')]
+  argv += ['--init_image', str(tmp_path / 'in.png'), '--strength', '0.1,1']
+  argv += ['--text_cache', str(tmp_path / 'cache'), '--guidance', '1']
+  assert sample.main(argv) == 0
+  files = capsys.readouterr().out.split()
+  with Image.open(files[0]) as image:
+    assert image.size == (64, 32)
+    record = json.loads(image.text['imagen_jax'])
+  assert record['prompt'] == 'A star' and record['seed'] == 3
+  assert len(list((tmp_path / 'cache').glob('*.npy'))) == 2
+
+
+def test_flags_of_if_are_refused_elsewhere(capsys):
+  assert sample.main(['--prompt', 'a star', '--style_prompt', 'blue']) == 2
+  assert '--style_prompt works with a DeepFloyd IF' in capsys.readouterr().err
+
+
+def test_cleaning_falls_back_where_packages_are_missing(monkeypatch, capsys):
+  monkeypatch.setattr(
+    cleaning.importlib.util,
+    'find_spec',
+    lambda name: None if name == 'ftfy' else name,
+  )
+  assert cleaning.cleaner(True)('  A Star ') == 'a star'
+  assert 'ftfy is missing' in capsys.readouterr().err
+  assert cleaning.cleaner(False)('  A Star ') == 'a star'
+
+
+@pytest.mark.parametrize(
+  'given, expected',
+  [
+    ('A <b>red</b> CIRCLE', 'a red circle'),
+    ('see https://example.com/x a cat', 'see a cat'),
+    ('this-is-my-cute-cat', 'this is my cute cat'),
+    ('“quoted” – dash', '"quoted" - dash'),
+    ('cat jc6640 10x20 free shipping', 'cat'),
+  ],
+)
+def test_cleaning(given, expected):
+  pytest.importorskip('bs4')
+  pytest.importorskip('ftfy')
+  assert cleaning.cleaner(True)(given) == expected
+
+
+def test_text_encoder_of_a_stage_is_read_in_any_variant(folder, tmp_path):
+  path = shutil.copytree(folder / FIRST, tmp_path / 'stage') / 'text_encoder'
+  (path / text_weights.SINGLE).rename(path / 'model.fp16.safetensors')
+  np.testing.assert_array_equal(
+    text.embed(['a star'], tmp_path / 'stage'),
+    text.embed(['a star'], folder / FIRST),
+  )
