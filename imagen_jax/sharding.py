@@ -239,17 +239,27 @@ def put_whole_batch(batch, mesh):
   )
 
 
-def gather(param):
+def gather(param, dtype=None):
   """A parameter that is split over 'fsdp', whole on every device.
 
   For use inside jitted code under `jax.set_mesh`, where the parameter is used,
   so that one layer at a time is whole, in the backward pass as in the forward.
-  Where nothing is split it is the identity.
+  Where nothing is split it is only the cast.
+
+  Args:
+    param: array.
+    dtype: type in which it travels and is used; None for its own.
   """
   mesh = jax.sharding.get_abstract_mesh()
+  cast = param if dtype is None else param.astype(dtype)
   if mesh.empty or mesh.shape.get('fsdp', 1) == 1:
-    return param
-  return jax.lax.with_sharding_constraint(param, PartitionSpec())
+    return cast
+  if cast.dtype != param.dtype:
+    # Else XLA gathers the wider type and casts afterwards.
+    cast = jax.lax.with_sharding_constraint(
+      cast, leaf_sharding(param, mesh).spec
+    )
+  return jax.lax.with_sharding_constraint(cast, PartitionSpec())
 
 
 def constrain_batch(x):

@@ -199,3 +199,14 @@ def test_parameters_travel_and_activations_stay():
   gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(', text)
   assert sorted(set(gathered)) == ['128,128', '3,3,32,64', '3,3,64,64']
   assert ' all-to-all(' not in text
+
+
+def test_parameters_travel_in_the_type_they_are_used_in():
+  mesh = sharding.make_mesh(2, 4)
+  w = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+  w = sharding.with_shardings(w, sharding.leaf_sharding(w, mesh))
+  with jax.set_mesh(mesh):
+    gather = jax.jit(lambda w: sharding.gather(w, jnp.bfloat16))
+    text = gather.lower(w).compile().as_text()
+  # CPU has no bfloat16 collectives, but a device casts its own share.
+  assert 'all-gather' in text and 'bf16[256,128]' in text

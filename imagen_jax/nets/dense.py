@@ -16,8 +16,11 @@ from imagen_jax import sharding
 
 def _promote(x, *params, **options):
   """Flax's `promote_dtype` of a layer's input and parameters, these whole."""
-  x, *params = promote_dtype(x, *params, **options)
-  return x, *[p if p is None else sharding.gather(p) for p in params]
+  x, *promoted = promote_dtype(x, *params, **options)
+  return x, *[
+    new if old is None else sharding.gather(old, new.dtype)
+    for old, new in zip(params, promoted)
+  ]
 
 
 Dense = functools.partial(nn.Dense, promote_dtype=_promote)
