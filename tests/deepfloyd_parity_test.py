@@ -13,8 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.deepfloyd import images, sampling, schedule, stage, weights
-from tests import tiny_if
+from imagen_jax.deepfloyd import (
+  cleaning,
+  images,
+  sampling,
+  schedule,
+  stage,
+  text,
+  weights,
+)
+from tests import tiny_if, tiny_text
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip('torch')
@@ -165,6 +173,56 @@ def test_dpmpp_follows_diffusers_over_a_run(lent):
     made,
   )
   np.testing.assert_allclose(got, nhwc(expected), atol=1e-4)
+
+
+def test_text_is_what_transformers_makes_of_it_padding_included(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  tiny_text.random_folder(tmp_path / 'text_encoder', width=32)
+  (tmp_path / 'tokenizer').mkdir()
+  vocabulary = tmp_path / 'text_encoder' / 'spiece.model'
+  vocabulary.rename(tmp_path / 'tokenizer' / 'spiece.model')
+  prompts = ['a red circle above a blue square', '', 'star ' * 100]
+  oracle = transformers.T5EncoderModel.from_pretrained(
+    tmp_path / 'text_encoder'
+  ).eval()
+  tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path / 'tokenizer')
+  tokens = tokenizer(
+    prompts,
+    padding='max_length',
+    max_length=77,
+    truncation=True,
+    return_tensors='pt',
+  )
+  with torch.no_grad():
+    expected = oracle(tokens.input_ids, attention_mask=tokens.attention_mask)
+  np.testing.assert_allclose(
+    text.embed(prompts, tmp_path),
+    expected.last_hidden_state.numpy(),
+    atol=2e-5,
+  )
+
+
+CAPTIONS = [
+  'A <b>photo</b> of a &quot;Cat&quot; at http://www.cats.com/one?x=1 !!!',
+  '<person> walks | free shipping | page 12 | 10x20 cm',
+  'this-is-my-cute-cat_and_dog.jpg IMG_1234.png',
+  '“Quoted” — dash–dash ‘single’ ... *** #12 #123456 jc6640vc 6640vc231',
+  "'whole caption in quotes'",
+  'x%20y+z 192.168.0.1 12:30  ',
+  '漢字 and kana カナ, ㌀ too & more &amp; more',
+  '@nick says:click for more; download free J2D1A2A ends-',
+  '.hidden',
+  'plain words',
+]
+
+
+@pytest.mark.parametrize('caption', CAPTIONS)
+def test_cleaning(caption):
+  pytest.importorskip('bs4')
+  pytest.importorskip('ftfy')
+  pipe = object.__new__(diffusers.IFPipeline)
+  expected = pipe._text_preprocessing(caption, clean_caption=True)[0]
+  assert cleaning.cleaner(True)(caption) == expected
 
 
 class Noises:

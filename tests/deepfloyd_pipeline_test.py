@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import pictures
-from imagen_jax.cli import sample
+from imagen_jax.cli import check_t5_xxl, sample
 from imagen_jax.deepfloyd import cleaning, images, pipeline, stage, text
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.text import weights as text_weights
@@ -127,7 +127,7 @@ def test_padding_is_read_and_embeddings_are_kept(folder, tmp_path, monkeypatch):
     text.embed(['another'], where, cache=tmp_path)
 
 
-def test_reference_vector_is_compared(folder, tmp_path):
+def test_reference_vector_is_compared(folder, tmp_path, capsys):
   where = folder / FIRST
   exact = text.embed([''], where)[0]
   np.save(tmp_path / 'zero.npy', exact.astype(np.float16))
@@ -138,6 +138,10 @@ def test_reference_vector_is_compared(folder, tmp_path):
     text.check_reference(where, tmp_path / 'other.npy', 'float32')['error']
     > 0.01
   )
+  argv = ['--model', str(where), '--dtype', 'float32', '--reference']
+  assert check_t5_xxl.main([*argv, str(tmp_path / 'zero.npy')]) == 0
+  assert 'cosine similarity of a position 1.0000' in capsys.readouterr().out
+  assert check_t5_xxl.main([*argv, str(tmp_path / 'other.npy')]) == 4
   np.save(tmp_path / 'short.npy', exact[:5])
   with pytest.raises(ModelError, match=r'has shape \(5, 32\)'):
     text.check_reference(where, tmp_path / 'short.npy', 'float32')

@@ -1,0 +1,56 @@
+"""imagen-check-t5-xxl: this port of T5 against a vector kept elsewhere.
+
+The public DeepFloyd IF repository holds T5-XXL's output for the empty prompt,
+`deepfloyd_if/resources/zero_t5-v1_1-xxl_vector.npy`. Whoever has the weights
+can compare with it what this project makes of them.
+"""
+
+import sys
+
+from imagen_jax.cli import errors, runtime
+
+LEAST_COSINE = 0.99
+
+
+def main(argv=None):
+  """Entry point; returns the exit code."""
+  return errors.run(_main, argv)
+
+
+def _main(argv):
+  parser = errors.Parser(
+    prog='imagen-check-t5-xxl',
+    description="Compare T5's output for the empty prompt with a reference.",
+  )
+  parser.add_argument(
+    '--model',
+    required=True,
+    help='folder with text_encoder/ and tokenizer/, such as IF-I-XL-v1.0',
+  )
+  parser.add_argument(
+    '--reference', required=True, help='.npy of 77 × 4096 numbers'
+  )
+  parser.add_argument(
+    '--dtype', default='bfloat16', choices=['bfloat16', 'float32']
+  )
+  args = parser.parse_args(argv)
+  runtime.start()
+
+  from imagen_jax.deepfloyd.text import check_reference
+  from imagen_jax.errors import ModelError
+
+  result = check_reference(args.model, args.reference, args.dtype)
+  print(
+    f'least cosine similarity of a position {result["cosine"]:.5f}, relative '
+    f'error {result["error"]:.2%}'
+  )
+  if result['cosine'] < LEAST_COSINE:
+    raise ModelError(
+      f'{args.model} does not give {args.reference}: a position is only '
+      f'{result["cosine"]:.3f} similar; is it t5-v1_1-xxl, downloaded whole?'
+    )
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
