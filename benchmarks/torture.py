@@ -9,6 +9,7 @@ r"""What a training run survives: cuts, damage, a full disk, other meshes.
   disk     the disk fills up, and turns read-only (needs root, for a mount)
   memory   resident memory over a long run
   meshes   the same run on one device, replicated, sharded, over processes
+  hosts    one of two processes is told to stop, or dies
 
 Each part prints one table and the command ends with 1 if anything was lost.
 """
@@ -273,7 +274,7 @@ def disk(folder, args):
         text=True,
         cwd=ROOT,
       )
-      said = done.stderr.strip().splitlines()[-1]
+      said = done.stderr.strip().splitlines()[-1][:300]
       subprocess.run(['mount', '-o', 'remount,rw', str(mount)], check=True)
       good = newest(workdir) == 5 and states(workdir)[0] == 5
       plain = said.startswith('error: ') and 'Traceback' not in done.stderr
@@ -375,13 +376,22 @@ def norm(x):
 
 def together(workdir, steps, *more, devices, processes):
   """A run of several processes on this machine; what process 0 printed."""
+  jobs = start(workdir, steps, *more, devices=devices, processes=processes)
+  printed = [job.communicate()[0] for job in jobs]
+  if any(job.returncode for job in jobs):
+    raise SystemExit('\n'.join(text[-2000:] for text in printed))
+  return printed[0]
+
+
+def start(workdir, steps, *more, devices, processes):
+  """The processes of a run, started."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
   if processes == 1:
     flags = []
-  jobs = [
+  return [
     subprocess.Popen(
       command(workdir, steps, *more, *flags)
       + ([f'--process_id={i}'] if flags else []),
@@ -393,13 +403,39 @@ def together(workdir, steps, *more, devices, processes):
     )
     for i in range(processes)
   ]
-  printed = [job.communicate()[0] for job in jobs]
-  if any(job.returncode for job in jobs):
-    raise SystemExit('\n'.join(text[-2000:] for text in printed))
-  return printed[0]
 
 
-PARTS = {f.__name__: f for f in (cuts, damage, disk, memory, meshes)}
+# ---- Hosts -----------------------------------------------------------------
+def hosts(folder, args):
+  """SIGTERM to one process stops both, saved; kill -9 ends the other too."""
+  lost = 0
+  workdir = folder / 'hosts'
+  for kind, steps in ((signal.SIGTERM, 100_000), (signal.SIGKILL, 100_000)):
+    before = newest(workdir) if (workdir / 'checkpoints').exists() else 0
+    jobs = start(workdir, steps, devices=1, processes=2)
+    while last_step(workdir) <= before + 5:
+      if any(job.poll() is not None for job in jobs):
+        raise SystemExit(jobs[0].communicate()[0][-2000:])
+      time.sleep(0.1)
+    jobs[1].send_signal(kind)
+    began = time.perf_counter()
+    try:
+      codes = [job.wait(timeout=args.patience) for job in jobs]
+    except subprocess.TimeoutExpired:
+      codes = [job.kill() or 'hangs' for job in jobs]
+    saved = newest(workdir)
+    print(
+      f'{kind.name} to process 1: exit codes {codes} after '
+      f'{time.perf_counter() - began:.0f} s, newest checkpoint {saved}'
+    )
+    if kind == signal.SIGTERM:
+      lost += codes != [143, 143] or saved <= before
+    else:
+      lost += codes[0] in (0, 'hangs') or saved < before
+  return lost
+
+
+PARTS = {f.__name__: f for f in (cuts, damage, disk, memory, meshes, hosts)}
 
 
 def main():
@@ -410,6 +446,7 @@ def main():
   parser.add_argument('--damages', type=int, default=1000)
   parser.add_argument('--steps', type=int, default=5000, help='of memory')
   parser.add_argument('--only', action='append', help='a row of meshes')
+  parser.add_argument('--patience', type=float, default=300, help='of hosts')
   args = parser.parse_args()
   lost = 0
   for name in args.parts or PARTS:

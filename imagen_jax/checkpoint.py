@@ -25,6 +25,13 @@ from imagen_jax import manifest
 from imagen_jax.errors import ModelError, UsageError
 
 _log = logging.getLogger(__name__)
+# What a file system says when it is to blame; orbax wraps it in pages.
+_STORAGE = (
+  'No space left on device',
+  'Disk quota exceeded',
+  'Read-only file system',
+  'Permission denied',
+)
 
 
 class Checkpoints:
@@ -58,6 +65,8 @@ class Checkpoints:
     self._last_saved = None
     self._pending = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
+    # Its threads log with a traceback what is raised here in one sentence.
+    logging.getLogger('absl').addFilter(_not_of_a_thread)
     self._orbax = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
     )
@@ -293,11 +302,14 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
-      reason = str(error).strip().splitlines() or [type(error).__name__]
+      text = str(error).strip() or type(error).__name__
+      reason = next(
+        (words for words in _STORAGE if words in text),
+        text.splitlines()[0][:200],
+      )
       last = self.latest_step()
       raise ModelError(
-        f'checkpoint {self._path(step)} could not be written '
-        f'({reason[0][:200]}); '
+        f'checkpoint {self._path(step)} could not be written ({reason}); '
         + (f'step {last} is the last good one: ' if last is not None else '')
         + 'check space and permissions, then run the same command again.'
       ) from error
@@ -340,6 +352,11 @@ class Checkpoints:
     raise ModelError(
       f'{self.directory} holds no checkpoint; train first, or check the path.'
     )
+
+
+def _not_of_a_thread(record):
+  message = record.getMessage()
+  return '_SignalingThread' not in message and 'save thread' not in message
 
 
 def _leaves(tree):

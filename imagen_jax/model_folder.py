@@ -93,13 +93,14 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
     temporary = pathlib.Path(
       tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent)
     )
-    temporary.chmod(0o755)  # mkdtemp makes it private
+    temporary.chmod(0o755)  # mkdtemp makes it private, and so is the file
     file = temporary / 'weights.safetensors'
     flat = {
       name: np.asarray(leaf).astype(DTYPES[dtype], order='C')
       for name, leaf in _flatten(params)
     }
     safetensors.numpy.save_file(flat, file)
+    file.chmod(0o644)
     record = {
       'format_version': FORMAT_VERSION,
       'name': config['stage']['name'],

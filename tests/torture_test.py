@@ -35,3 +35,9 @@ def test_a_full_and_a_read_only_disk_leave_the_last_good_step():
 def test_two_processes_compute_what_one_does():
   printed = torture('meshes', '--only', '2 processes, 2 × 4')
   assert len(printed.splitlines()) >= 3
+
+
+@pytest.mark.slow
+def test_a_signal_or_a_death_of_one_process_ends_both():
+  printed = torture('hosts')
+  assert 'SIGTERM to process 1: exit codes [143, 143]' in printed

@@ -168,7 +168,7 @@ def test_a_dry_run_writes_nothing(watched, tmp_path, capsys):
 def still(config):
   """The config with a learning rate of zero."""
   config = config.copy_and_resolve_references()
-  config.train.update(log_to='', num_steps=1, sample_every=100)
+  config.train.update(log_to='', num_steps=1, eval_every=None)
   config.train.optimizer.learning_rate = 0.0
   return config
 
@@ -193,27 +193,27 @@ def test_a_warm_start_from_another_network_is_refused(watched, tmp_path):
     loop.train(config, tmp_path / 'w', init_from=watched[1])
 
 
+def claim(folder, config, **options):
+  encoder = types.SimpleNamespace(dim=4, digest='d')
+  workdir.claim(folder, config, encoder, **options)
+
+
 def test_insisting_goes_on_with_another_config(watched, tmp_path):
   config = still(watched[0])
-  loop.train(config, tmp_path / 'w')
-  config.train.num_steps = 2
+  claim(tmp_path, config)
   config.stage.cond_drop = 0.2
-  with pytest.raises(UsageError, match='--insist'):
-    loop.train(config, tmp_path / 'w')
-  assert loop.train(config, tmp_path / 'w', insist=True) == 2
-  record = json.loads((tmp_path / 'w/config.json').read_text())
+  with pytest.raises(UsageError, match='cond_drop was 0.1.*--insist'):
+    claim(tmp_path, config)
+  claim(tmp_path, config, insist=True)
+  record = json.loads((tmp_path / 'config.json').read_text())
   assert record['config']['stage']['cond_drop'] == 0.2
 
 
 def test_another_data_set_is_refused(watched, tmp_path):
-  encoder = types.SimpleNamespace(dim=4, digest='d')
-  claim = lambda fingerprint: workdir.claim(
-    tmp_path, watched[0], encoder, fingerprint=fingerprint
-  )
-  claim('one')
-  claim('one')
+  claim(tmp_path, watched[0], fingerprint='one')
+  claim(tmp_path, watched[0], fingerprint='one')
   with pytest.raises(UsageError, match="data.fingerprint was 'one'"):
-    claim('two')
+    claim(tmp_path, watched[0], fingerprint='two')
 
 
 def test_a_profile_of_some_steps_is_written(tmp_path):

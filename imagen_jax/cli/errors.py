@@ -34,6 +34,7 @@ def run(main, argv=None):
     or what `main` returned.
   """
   argv = sys.argv[1:] if argv is None else list(argv)
+  sys.unraisablehook = _unraisable
   try:
     code = main(argv) or 0
     sys.stdout.flush()  # a reader that has left shows here, not at exit
@@ -52,6 +53,16 @@ def run(main, argv=None):
       raise
     print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
     return getattr(error, 'exit_code', UsageError.exit_code)
+
+
+def _unraisable(problem):
+  """Python's own, but for what a failed save leaves behind.
+
+  When a disk is full, the writes that were still queued report to an event
+  loop that has gone; the failure itself has been told by then.
+  """
+  if str(problem.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(problem)
 
 
 def _sentence(error):

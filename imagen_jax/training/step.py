@@ -72,7 +72,7 @@ def train_step(
 
   def loss_fn(params, key, image, text, mask):
     values, details = stages.loss(stage, params, key, image, text, mask)
-    band = jnp.floor(details['t'] * NUM_BANDS).clip(0, NUM_BANDS - 1)
+    band = (details['t'] * NUM_BANDS).astype(int).clip(0, NUM_BANDS - 1)
     here = jax.nn.one_hot(band, NUM_BANDS)
     bands = {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
     return jnp.mean(values), bands
