@@ -30,6 +30,11 @@ def model(folder):
 
 
 @pytest.fixture(scope='module')
+def first(folder):
+  return pipeline.load(folder, dtype='float32', stages=[FIRST])
+
+
+@pytest.fixture(scope='module')
 def drawn(model):
   """What one call with two prompts draws, two pictures each."""
   return model.sample(['a red circle', 'a star'], num_images=2, seed=5, **STEPS)
@@ -58,13 +63,13 @@ def test_a_picture_does_not_depend_on_its_company(model, drawn):
   assert np.abs(drawn[FIRST][0] - drawn[FIRST][2]).max() > 0.1
 
 
-def test_one_program_for_all_samplers_levels_and_weights(model):
+def test_one_program_for_all_samplers_levels_and_weights(first):
   one = dict(num_images=1, batch_size=4, seed=1)
-  model.sample('a star', **STEPS, **one)
+  first.sample('a star', **STEPS, **one)
   before = stage.draw._cache_size()
   for sampler in ('ddim', 'dpmpp'):
-    model.sample('a star', sampler=sampler, steps=4, guidance=5.0, **one)
-  model.sample('a star', steps=4, guidance=7.0, aug_level=0.1, **one)
+    first.sample('a star', sampler=sampler, steps=4, guidance=5.0, **one)
+  first.sample('a star', steps=4, guidance=7.0, aug_level=0.1, **one)
   assert stage.draw._cache_size() == before
 
 
@@ -88,10 +93,10 @@ def test_repainting_keeps_the_rest_to_the_bit(model):
   )
 
 
-def test_a_start_from_a_picture_stays_near_it(model):
+def test_a_start_from_a_picture_stays_near_it(first):
   given = picture(8, 8)
-  far = model.sample('a star', image=given, steps=8, strength=1.0)[FIRST]
-  near = model.sample('a star', image=given, steps=8, strength=0.25)[FIRST]
+  far = first.sample('a star', image=given, steps=8, strength=1.0)[FIRST]
+  near = first.sample('a star', image=given, steps=8, strength=0.25)[FIRST]
   distance = lambda x: np.abs(x - pictures.to_float(given, *given.size)).mean()
   assert distance(near) < distance(far)
 
@@ -104,10 +109,10 @@ def test_a_second_stage_enlarges_ones_own_picture(folder):
     model.sample('a star')
 
 
-def test_a_style_changes_the_picture(model):
-  plain = model.sample('a star', steps=2)[FIRST]
-  style = model.sample('a star', style_prompt='blue', steps=2)[FIRST]
-  pooled = model.sample('a star', style_prompt='blue', steps=2, mixer=0.0)
+def test_a_style_changes_the_picture(first):
+  plain = first.sample('a star', steps=2)[FIRST]
+  style = first.sample('a star', style_prompt='blue', steps=2)[FIRST]
+  pooled = first.sample('a star', style_prompt='blue', steps=2, mixer=0.0)
   assert np.abs(plain - style).max() > 1e-3
   assert np.abs(plain - pooled[FIRST]).max() > 1e-3
   assert np.abs(style - pooled[FIRST]).max() > 1e-3

@@ -61,12 +61,22 @@ def _main(argv):
     pretrain(config, workdir)
     return 0
 
+  stop = _alone() if not _together() else _agreed()
+  if config.get('kind') == 'if_finetune':
+    from imagen_jax.training.finetune_if import finetune
+
+    for flag in ('dry_run', 'init_from', 'insist'):
+      if getattr(args, flag):
+        raise UsageError(f'--{flag} is for stages of our own, not for IF.')
+    with stop as should_stop:
+      step = finetune(config, workdir, should_stop=should_stop)
+    return _ended(step, config, should_stop)
+
   import jax
 
   from imagen_jax.planning import chips, program
   from imagen_jax.training.loop import train
 
-  stop = _alone() if not _together() else _agreed()
   with stop as should_stop:
     step = train(
       config,
@@ -78,13 +88,18 @@ def _main(argv):
       count_flops=program.flops,
       peak=chips.find_peak(jax.devices()[0].device_kind),
     )
-  if step < config.train.num_steps and not args.dry_run:
-    print(
-      f'stopped at step {step}, saved; the same command goes on from there',
-      file=sys.stderr,
-    )
-    return 128 + should_stop.signal
-  return 0
+  return 0 if args.dry_run else _ended(step, config, should_stop)
+
+
+def _ended(step, config, should_stop):
+  """The exit code of a run that ended after `step`."""
+  if step >= config.train.num_steps:
+    return 0
+  print(
+    f'stopped at step {step}, saved; the same command goes on from there',
+    file=sys.stderr,
+  )
+  return 128 + should_stop.signal
 
 
 def _together():

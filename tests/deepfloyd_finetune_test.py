@@ -1,0 +1,215 @@
+"""Fine-tuning of DeepFloyd IF: its loss, its adapters, and whole runs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.cli import train
+from imagen_jax.cli.configs import load_config
+from imagen_jax.deepfloyd import lora, loss, pipeline, schedule, weights
+from imagen_jax.errors import UsageError
+from imagen_jax.training import finetune_if
+from tests import tiny_if
+
+IF = schedule.Schedule(
+  beta_schedule='squaredcos_cap_v2', variance_type='learned_range'
+)
+PLAN = loss.training_plan(IF)
+
+
+def pictures(batch=512):
+  rng = np.random.default_rng(0)
+  x = rng.integers(0, 256, (batch, 4, 4, 3)) / 127.5 - 1
+  return jnp.asarray(x, jnp.float32)
+
+
+def knowing(x, *, miss=0.0, share=0.0):
+  """A network that knows x: the noise, `miss` off, and a given variance."""
+
+  def predict(z, t):
+    row = jax.tree.map(lambda c: jnp.asarray(c)[t][:, None, None, None], PLAN)
+    eps = (z - row.alpha * x) / row.sigma + miss
+    return jnp.concatenate([eps, jnp.full_like(eps, 2 * share - 1)], axis=-1)
+
+  return predict
+
+
+def test_the_plan_goes_from_each_step_to_the_one_before():
+  abar = schedule.alphas_cumprod(IF)
+  assert PLAN.t.tolist() == list(range(1000))
+  np.testing.assert_allclose(PLAN.alpha, np.sqrt(abar), rtol=1e-6)
+  beta = 1 - abar[700] / abar[699]
+  assert np.exp(PLAN.log_high[700]) == pytest.approx(beta, rel=1e-5)
+  assert PLAN.log_low[0] == PLAN.log_low[1]
+
+
+def test_knowing_the_picture_and_the_lower_variance_costs_nothing():
+  x = pictures()
+  values, details = loss.hybrid_loss(jax.random.key(0), knowing(x), x, PLAN)
+  later = np.asarray(details['t'] > 0)
+  # 1 / alpha magnifies the rounding of eps near the end of the process.
+  early = later & np.asarray(details['t'] < 0.9)
+  np.testing.assert_allclose(details['bound'][early], 0, atol=0.05)
+  np.testing.assert_allclose(details['mse'][early], 0, atol=1e-6)
+  np.testing.assert_allclose(
+    values, details['mse'] + 0.001 * details['bound'], rtol=1e-6
+  )
+
+
+def test_bound_is_the_divergence_of_two_gaussians():
+  x, share, miss = pictures(64), 0.7, 0.2
+  _, details = loss.hybrid_loss(
+    jax.random.key(1), knowing(x, miss=miss, share=share), x, PLAN
+  )
+  t = np.rint(np.asarray(details['t']) * 1000).astype(int)
+  row = schedule.Plan(*(np.float64(c)[t] for c in PLAN))
+  low, high = np.exp(row.log_low), np.exp(row.log_high)
+  variance = low ** (1 - share) * high**share
+  off = row.x * row.sigma / row.alpha * miss
+  exact = 0.5 * (np.log(variance / low) + (low + off**2) / variance - 1)
+  later = t > 0
+  np.testing.assert_allclose(
+    details['bound'][later], (1000 / np.log(2) * exact)[later], rtol=1e-2
+  )
+  np.testing.assert_allclose(details['mse'], miss**2, rtol=1e-2)
+
+
+def test_bound_teaches_the_variance_and_not_the_noise():
+  x = pictures(8)
+
+  def bound(miss, share):
+    predict = knowing(x, miss=miss, share=share)
+    _, details = loss.hybrid_loss(jax.random.key(2), predict, x, PLAN)
+    return jnp.mean(details['bound'])
+
+  of_miss, of_share = jax.grad(bound, (0, 1))(0.2, 0.5)
+  assert of_miss == 0 and abs(of_share) > 0
+
+
+def test_without_a_variance_only_the_noise_counts():
+  x = pictures(8)
+  whole = knowing(x, miss=0.3)
+  values, details = loss.hybrid_loss(
+    jax.random.key(3), lambda z, t: whole(z, t)[..., :3], x, PLAN
+  )
+  np.testing.assert_allclose(values, details['mse'])
+  same, _ = loss.hybrid_loss(jax.random.key(3), whole, x, PLAN, weight=0)
+  np.testing.assert_allclose(values, same)
+
+
+def test_grey_levels_share_all_the_mass():
+  levels = jnp.arange(256) / 127.5 - 1
+  for mean, log_variance in ((0.1, -3.0), (-0.98, -6.0), (1.2, -8.0)):
+    mass = jnp.exp(loss.log_likelihood(levels, mean, log_variance))
+    assert float(mass.sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_adapters_start_as_nothing_and_touch_attentions_only():
+  _, params = tiny_if.network('fast_1')
+  adapters = lora.init(jax.random.key(0), params, 2)
+  modules = {path.split('/')[-2] for path in adapters}
+  assert modules == set(lora.TARGETS)
+  jax.tree.map(
+    np.testing.assert_array_equal, lora.merge(params, adapters), params
+  )
+  adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+  merged = lora.merge(params, adapters, scale=3.0)
+  name = 'mid_block/attentions_0/to_q/kernel'
+  a, b = adapters[name]['a'], adapters[name]['b']
+  old = params['mid_block']['attentions_0']['to_q']['kernel']
+  new = merged['mid_block']['attentions_0']['to_q']['kernel']
+  np.testing.assert_allclose(new, old + 1.5 * (a @ b), rtol=1e-5, atol=1e-6)
+  changed = [
+    '/'.join(path)
+    for (path, old), (_, new) in zip(
+      weights.leaves(params), weights.leaves(merged)
+    )
+    if not np.array_equal(old, new)
+  ]
+  assert sorted(changed) == sorted(adapters)
+
+
+def settings(folder, stage, data, **changes):
+  config = load_config('if_finetune')
+  with config.unlocked(), config.ignore_type():
+    config.model = str(folder / stage)
+    config.text.path = str(folder / 'IF-I-S-v1.0')
+    config.text.dtype = config.dtype = 'float32'
+    config.data.path = str(data)
+    config.rank = 2
+    config.train.update(num_steps=4, batch_size=8, log_every=2)
+    config.train.update(checkpoint_every=2)
+    config.train.optimizer.update(warmup=1, learning_rate=1e-3)
+    config.update(changes)
+  return config
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  rng = np.random.default_rng(0)
+  for i in range(8):
+    pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f'{i}.png')
+    (folder / f'{i}.txt').write_text(f'a {"red" if i % 2 else "blue"} star')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tiny_if.write(tmp_path_factory.mktemp('IF'))
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_resumed_and_exported(folder, data, tmp_path):
+  config = settings(folder, 'IF-I-S-v1.0', data)
+  stopped = finetune_if.finetune(
+    config, tmp_path / 'a', should_stop=lambda step: step == 2
+  )
+  assert stopped == 2 and not (tmp_path / 'a' / 'export').exists()
+  assert finetune_if.finetune(config, tmp_path / 'a') == 4
+  assert finetune_if.finetune(config, tmp_path / 'b') == 4
+  file = f'export/IF-I-S-v1.0/unet/{weights.STEM}.safetensors'
+  a, b = ((tmp_path / x / file).read_bytes() for x in 'ab')
+  assert a == b
+  _, before = weights.load(folder / 'IF-I-S-v1.0' / 'unet')
+  _, after = weights.load(tmp_path / 'a' / 'export' / 'IF-I-S-v1.0' / 'unet')
+  moved = {
+    path[-2]
+    for (path, old), (_, new) in zip(
+      weights.leaves(before), weights.leaves(after)
+    )
+    if not np.array_equal(old, new)
+  }
+  assert moved == set(lora.TARGETS)
+  lines = (tmp_path / 'a' / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_second_stage_is_trained_whole_without_its_variance(
+  folder, data, tmp_path
+):
+  config = settings(
+    folder, 'IF-II-S-v1.0', data, method='full', variance='drop'
+  )
+  config.train.num_steps = 2
+  assert finetune_if.finetune(config, tmp_path / 'a') == 2
+  model = pipeline.load(
+    tmp_path / 'a' / 'export' / 'IF-II-S-v1.0', dtype='float32'
+  )
+  assert model.stages[0].config.out_channels == 3
+  assert model.stages[0].schedule.variance_type == 'fixed_small'
+
+
+def test_choices_are_named(folder, data, tmp_path, capsys):
+  config = settings(folder, 'IF-I-S-v1.0', data, method='dora')
+  with pytest.raises(UsageError, match="method is 'dora'; it can be lora"):
+    finetune_if.finetune(config, tmp_path)
+  argv = ['--config', 'if_finetune', '--workdir', str(tmp_path), '--dry_run']
+  assert train.main(argv) == 2
+  assert '--dry_run is for stages of our own' in capsys.readouterr().err
