@@ -192,7 +192,7 @@ def cheapest_change(work, chip, num_chips, *, step='train'):
   """What to change so that a job fits: a phrase, or None if nothing does.
 
   From the cheapest on: another split, gradient accumulation, recomputation,
-  cached embeddings, a smaller batch.
+  cached embeddings; of a sampling step, fewer pictures at a time.
   """
   changed = functools.partial(dataclasses.replace, work)
 
@@ -207,25 +207,44 @@ def cheapest_change(work, chip, num_chips, *, step='train'):
   if plan:
     return f'--data {plan.data} --fsdp {plan.fsdp}'
   local = work.batch_size // num_chips
-  if step == 'train':
-    parts = work.accumulate
-    while parts < local:
-      parts *= 2
-      plan = fits(changed(accumulate=parts))
+  times = _times(work, chip, num_chips, step)
+  if step == 'sample':
+    batch = work.batch_size // times if times else 0
+    while batch >= num_chips:
+      plan = fits(changed(batch_size=batch))
       if plan:
-        return f'--accumulate {parts} --fsdp {plan.fsdp}'
-    if work.text_module is not None:
-      cached = changed(text_module=None, text_params={})
-      plan = fits(cached)
-      if plan:
-        return f'--text cached --fsdp {plan.fsdp}'
-  batch = work.batch_size
-  while batch > num_chips:
-    batch //= 2
-    plan = fits(changed(batch_size=batch, accumulate=1))
+        return f'--batch_size {batch} --fsdp {plan.fsdp}'
+      batch //= 2
+    return None
+  parts = work.accumulate * times
+  while 1 < parts <= local:
+    plan = fits(changed(accumulate=parts))
     if plan:
-      return f'--batch_size {batch} --fsdp {plan.fsdp}'
+      return f'--accumulate {parts} --fsdp {plan.fsdp}'
+    parts *= 2
+  if work.stage.net.remat is None:
+    net = work.stage.net.clone(remat='nothing_saveable')
+    plan = fits(changed(stage=dataclasses.replace(work.stage, net=net)))
+    if plan:
+      return f'--config.stage.net.remat=nothing_saveable --fsdp {plan.fsdp}'
+  if work.text_module is not None:
+    plan = fits(changed(text_module=None, text_params={}))
+    if plan:
+      return f'--text cached --fsdp {plan.fsdp}'
   return None
+
+
+def _times(work, chip, num_chips, step):
+  """By what power of two the activations must shrink; 0 when none is enough.
+
+  Where to begin: tracing the step of a large model takes seconds.
+  """
+  plan = make_plan(work, chip, data=1, fsdp=num_chips, step=step)
+  activations = plan.memory['activations']
+  room = chips.usable(chip) - (plan.total - activations)
+  if room <= 0:
+    return 0
+  return 2 ** max(1, math.ceil(math.log2(activations / room)))
 
 
 def require_fit(plan, work, chip, num_chips, *, step='train'):

@@ -87,6 +87,8 @@ def topology_devices(topology):
   accelerator = ACCELERATORS[chip.name].format(chips=count, cores=cores)
   # Nothing here is a TPU machine: libtpu shall not look for its metadata.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  # Its lock is for processes that share chips; here none are.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ['TPU_ACCELERATOR_TYPE'] = accelerator
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')

@@ -202,10 +202,16 @@ def lower_train(job, mesh):
     )
 
 
-def sample_arguments(job, batch_size):
-  """(function, shapes) of one call that draws `batch_size` pictures."""
+def sample_arguments(job, batch_size, placed=None):
+  """(function, shapes) of one call that draws `batch_size` pictures.
+
+  Args:
+    job: the `Job`.
+    batch_size: pictures.
+    placed: where the pictures go.
+  """
   stage = job.stage
-  draw = cascade.compiled(stage, stage.sampling)
+  draw = cascade.compiled(stage, stage.sampling, placed)
   shape = jax.ShapeDtypeStruct
   params = stages.param_shapes(stage)
   low = None
@@ -231,7 +237,9 @@ def sample_jaxpr(job, batch_size):
 
 def lower_sample(job, mesh):
   """The sampling call lowered for a mesh, as the cascade places things."""
-  draw, (params, *arrays, weight, level) = sample_arguments(job, job.batch_size)
+  draw, (params, *arrays, weight, level) = sample_arguments(
+    job, job.batch_size, sharding.replicated(mesh)
+  )
   split = sharding.batch_sharding(mesh)
   placed = jax.tree.map(lambda _: split, arrays)
   with jax.set_mesh(mesh):
