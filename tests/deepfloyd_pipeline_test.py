@@ -219,6 +219,8 @@ def test_sample_py_draws_with_an_if_folder(folder, tmp_path, capsys):
     record = json.loads(image.text['imagen_jax'])
   assert record['prompt'] == 'A star' and record['seed'] == 3
   assert len(list((tmp_path / 'cache').glob('*.npy'))) == 2
+  assert sample.main(['--from_image', files[0]]) == 2
+  assert 'drawn with DeepFloyd IF' in capsys.readouterr().err
 
 
 def test_flags_of_if_are_refused_elsewhere(capsys):

@@ -150,6 +150,20 @@ def test_tolerance_notices(mutation, monkeypatch, record_property):
   assert found > TOLERANCE
 
 
+@pytest.mark.slow
+def test_bfloat16_is_near_and_its_result_float32():
+  module, params = tiny_if.network('fast_2')
+  half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+  module = unet.IFUNet(module.config, jnp.bfloat16)
+  given = tiny_if.inputs(tiny_if.raw_config('fast_2'))
+  out = jax.jit(lambda p, *xs: module.apply({'params': p}, *xs))(half, *given)
+  assert out.dtype == jnp.float32
+  with np.load(GOLDEN) as golden:
+    expected = golden['fast_2']
+  rms = lambda x: np.sqrt(np.mean(x**2))
+  assert 1e-4 < rms(np.asarray(out) - expected) / rms(expected) < 0.05
+
+
 def test_pooled_text_is_a_text_of_its_own():
   module, params = tiny_if.network('fast_1')
   sample, t, text, _ = tiny_if.inputs(tiny_if.raw_config('fast_1'))

@@ -254,6 +254,11 @@ def _again(args):
   from imagen_jax import pictures
 
   record = pictures.read_metadata(args.from_image)
+  if 'if_stages' in record:
+    raise UsageError(
+      f'{args.from_image} was drawn with DeepFloyd IF, which --from_image does '
+      'not repeat; give the settings in its metadata as flags.'
+    )
   runtime.start(processes=args)
   try:
     names = list(record['stages'])
