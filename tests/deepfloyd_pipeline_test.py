@@ -73,6 +73,15 @@ def test_one_program_for_all_samplers_levels_and_weights(first):
   assert stage.draw._cache_size() == before
 
 
+@pytest.mark.slow
+def test_a_network_split_over_devices_draws_the_same(folder, first):
+  spread = pipeline.load(folder, dtype='float32', stages=[FIRST], fsdp=4)
+  asked = dict(seed=5, steps=3, guidance=3.0)
+  one = first.sample(['a red circle', 'a star'], **asked)[FIRST]
+  several = spread.sample(['a red circle', 'a star'], **asked)[FIRST]
+  np.testing.assert_allclose(several, one, atol=1e-3)
+
+
 def test_repainting_keeps_the_rest_to_the_bit(model):
   given = picture()
   mask = np.zeros((8, 16), np.uint8)
@@ -168,6 +177,7 @@ def test_reference_vector_is_compared(folder, tmp_path, capsys):
     ),
     ({'low_res': picture()}, 'takes no low-resolution'),
     ({'num_images': 0}, 'nothing to draw'),
+    ({'seed': -1}, 'seed is -1'),
   ],
 )
 def test_impossible_requests_are_refused(model, asked, says):

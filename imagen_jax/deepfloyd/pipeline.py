@@ -163,6 +163,8 @@ class IF:
     task = 'text' if image is None else 'image' if mask is None else 'mask'
     chosen = self.settings(task, **choices)
     pictures.check_pair(image, mask)
+    if not 0 <= seed < 2**32:
+      raise UsageError(f'seed is {seed}; it lies in 0 … 2³² − 1.')
     rows = [(p, i) for p in prompts for i in range(num_images)]
     if not rows:
       raise UsageError(

@@ -181,7 +181,11 @@ def draw(params, plan, given, keys, *, module, made, shape):
   """
   keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
   noise = noise_from_keys(keys, shape)
-  return run(module, params, plan, given, noise, made)
+  out = run(module, params, plan, given, noise, made)
+  if jax.sharding.get_abstract_mesh().empty:
+    return out
+  # Every process holds every picture.
+  return jax.lax.with_sharding_constraint(out, jax.sharding.PartitionSpec())
 
 
 def noise_terms(noising, level):
