@@ -38,11 +38,12 @@ def test_stored_embeddings_take_the_place_of_the_encoder(
 
   def no_step(state, batch, text_params):
     seen.append(({k: v.dtype for k, v in batch.items()}, text_params))
-    values = {'loss': 0.0, 'grad_norm': 0.0, 'skipped': state.skipped}
-    return state.replace(step=state.step + 1), values
+    values = dict.fromkeys(['loss', 'grad_norm', 'param_norm', 'skipped'], 0)
+    bands = {'band_loss': np.zeros(4), 'band_count': np.zeros(4)}
+    return state.replace(step=state.step + 1), values | bands
 
   monkeypatch.setattr(loop, 'jit_step', lambda *_, **__: no_step)
-  monkeypatch.setattr(loop, '_previewer', lambda *_: lambda *_: None)
+  monkeypatch.setattr(loop, 'make_preview', lambda *_, **__: lambda _: None)
   assert loop.train(prepared, tmp_path / 'run') == 2
   types, text_params = seen[0]
   assert types == {
@@ -74,7 +75,8 @@ def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(
   model, monkeypatch
 ):
   def loss(stage, params, key, image, text, mask):
-    return params['w'] * jnp.where(mask[..., None], text**2, 0).mean((1, 2))
+    seen = jnp.where(mask[..., None], text**2, 0).mean((1, 2))
+    return params['w'] * seen, {'t': jnp.zeros(len(seen))}
 
   monkeypatch.setattr(step.stages, 'loss', loss)  # a network takes minutes
   encoder = load_text_encoder(model / 'text')

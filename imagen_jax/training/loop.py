@@ -8,6 +8,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import model_folder, pictures, sharding
@@ -319,7 +320,7 @@ def _batch_shapes(config, stage, prepared):
   }
   if prepared:
     size = (rows, stage.text_len, stage.text_dim)
-    return shapes | {'text': shape(size, np.float32)}
+    return shapes | {'text': shape(size, jnp.bfloat16)}
   return shapes | {'ids': shape((rows, stage.text_len), np.int32)}
 
 
