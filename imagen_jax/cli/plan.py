@@ -40,6 +40,12 @@ def _parser():
     action='store_true',
     help='compile the step with the TPU compiler (needs the extra "plan")',
   )
+  add(
+    '--effort',
+    choices=('full', 'low'),
+    default='full',
+    help="the compiler's: full as for training, low for a quicker look",
+  )
   return parser
 
 
@@ -232,7 +238,12 @@ def _compile(args, work, chip, plan):
   print(f'\ncompiling for {args.topology}, {devices} devices …', flush=True)
   try:
     done = compile.compile_step(
-      work, args.topology, data=data, fsdp=plan.fsdp, step=args.step
+      work,
+      args.topology,
+      data=data,
+      fsdp=plan.fsdp,
+      step=args.step,
+      effort=args.effort,
     )
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):

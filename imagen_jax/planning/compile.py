@@ -4,6 +4,7 @@ libtpu compiles for any slice when it is told the shape; it brings the
 compiler's own account of memory, operations and communication.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -23,6 +24,7 @@ ACCELERATORS = {
   'v5p': 'v5p-{cores}',
   'v6e': 'v6e-{chips}',
 }
+EFFORTS = {'full': None, 'low': 'O0'}
 COLLECTIVES = (
   'all-gather',
   'all-reduce',
@@ -105,7 +107,9 @@ def topology_devices(topology):
     ) from error
 
 
-def compile_step(work, topology, *, data=-1, fsdp=1, step='train'):
+def compile_step(
+  work, topology, *, data=-1, fsdp=1, step='train', effort='full'
+):
   """Compiles a job's step for a slice.
 
   Args:
@@ -114,6 +118,8 @@ def compile_step(work, topology, *, data=-1, fsdp=1, step='train'):
     data: size of the mesh's axis, -1 for the rest.
     fsdp: size of the mesh's other axis.
     step: 'train' or 'sample'.
+    effort: 'full', as when the step is run, or 'low', a quicker look: the
+      program is split over the slice and laid out in memory all the same.
 
   Returns:
     `Compiled`.
@@ -129,7 +135,8 @@ def compile_step(work, topology, *, data=-1, fsdp=1, step='train'):
   lower = {'train': job.lower_train, 'sample': job.lower_sample}[step]
   lowered = lower(work, mesh)
   middle = time.perf_counter()
-  compiled = lowered.compile()
+  with _effort(effort):
+    compiled = lowered.compile()
   end = time.perf_counter()
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
@@ -143,6 +150,16 @@ def compile_step(work, topology, *, data=-1, fsdp=1, step='train'):
     lower_seconds=middle - start,
     compile_seconds=end - middle,
   )
+
+
+@contextlib.contextmanager
+def _effort(effort):
+  before = jax.config.jax_optimization_level
+  jax.config.update('jax_optimization_level', EFFORTS[effort] or before)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_optimization_level', before)
 
 
 def collectives(text):

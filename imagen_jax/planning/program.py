@@ -28,6 +28,10 @@ MOVES = frozenset(
   'broadcast_in_dim reshape squeeze expand_dims transpose rev slice copy '
   'convert_element_type stop_gradient pad sharding_constraint'.split()
 )
+# The same bytes under another shape.
+VIEWS = frozenset(
+  'reshape squeeze expand_dims stop_gradient sharding_constraint'.split()
+)
 PRODUCTS = ('dot_general', 'conv_general_dilated')
 
 
@@ -196,6 +200,13 @@ def _stored(operations, size_of):
     if eqn.primitive.name in PRODUCTS
     for v in inputs
   }
+  # A loop reads slices of arrays that are there, however simple to make.
+  looped = {
+    v
+    for eqn, inputs, _ in operations
+    if eqn.primitive.name == 'scan'
+    for v in inputs
+  }
   computed = set()  # values with arithmetic since what they are made of
   roots = {}  # value -> {stored value: bytes} it is made of
   stored, traffic, last = [], 0.0, {}
@@ -217,6 +228,7 @@ def _stored(operations, size_of):
         fused
         and sum(sources.values()) <= 1.25 * size + 2**16
         and not (sources and out in operands and out in computed)
+        and not (out in looped and eqn.primitive.name not in VIEWS)
       ):
         roots[out] = sources
       else:
