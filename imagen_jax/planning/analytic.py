@@ -149,21 +149,18 @@ def _largest_layer(tree):
 def _network_bytes(work, params, mesh, step):
   """Bytes that leave a device in one step.
 
-  A ring of n moves (n − 1)/n of the array to gather it or to scatter a sum,
-  and twice that for a sum that all keep. Parameters travel in the type of the
-  activations, gradients in float32.
+  A ring of n moves (n − 1)/n of the array to gather it, and twice that for a
+  sum that all keep. Parameters and gradients travel in bfloat16; compiled
+  steps sum a layer's gradient over all devices and keep their share of it.
   """
-  data, fsdp = mesh.shape['data'], mesh.shape['fsdp']
+  fsdp, devices = mesh.shape['fsdp'], mesh.size
   split = (fsdp - 1) / fsdp
-  whole = tree_bytes(params)
+  whole = tree_bytes(params) / 2
   if step == 'sample':
-    steps = work.stage.sampling.steps
-    return split * whole / 2 * steps
-  gathered = 2 * split * whole / 2 * work.accumulate
-  gathered += split * tree_bytes(work.text_params)
-  scattered = split * whole * work.accumulate
-  summed = 2 * (data - 1) / data * tree_bytes(params, mesh)
-  return gathered + scattered + summed
+    return split * whole * work.stage.sampling.steps
+  text = split * tree_bytes(work.text_params)
+  layers = 2 * split * whole + 2 * (devices - 1) / devices * whole
+  return text + layers * work.accumulate
 
 
 def splits(work, chip, num_chips, *, step='train'):
