@@ -24,7 +24,7 @@ ACCELERATORS = {
   'v5p': 'v5p-{cores}',
   'v6e': 'v6e-{chips}',
 }
-EFFORTS = {'full': None, 'low': 'O0'}
+LEVELS = ('jax_optimization_level', 'jax_memory_fitting_level')
 COLLECTIVES = (
   'all-gather',
   'all-reduce',
@@ -154,12 +154,14 @@ def compile_step(
 
 @contextlib.contextmanager
 def _effort(effort):
-  before = jax.config.jax_optimization_level
-  jax.config.update('jax_optimization_level', EFFORTS[effort] or before)
+  before = {name: getattr(jax.config, name) for name in LEVELS}
+  for name in LEVELS if effort == 'low' else ():
+    jax.config.update(name, 'O0')
   try:
     yield
   finally:
-    jax.config.update('jax_optimization_level', before)
+    for name, level in before.items():
+      jax.config.update(name, level)
 
 
 def collectives(text):
