@@ -148,6 +148,7 @@ def test_progress_is_told(cascade):
   assert told == [('base', 2, 3), ('base', 3, 3), ('sr1', 2, 3), ('sr1', 3, 3)]
 
 
+@pytest.mark.slow
 def test_a_network_split_over_devices_draws_the_same(model, monkeypatch):
   split = functools.partial(sharding.leaf_sharding, min_size=1)
   monkeypatch.setattr(sharding, 'leaf_sharding', split)

@@ -82,6 +82,7 @@ def test_a_network_split_over_devices_draws_the_same(folder, first):
   np.testing.assert_allclose(several, one, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_repainting_keeps_the_rest_to_the_bit(model):
   given = picture()
   mask = np.zeros((8, 16), np.uint8)
@@ -110,6 +111,7 @@ def test_a_start_from_a_picture_stays_near_it(first):
   assert distance(near) < distance(far)
 
 
+@pytest.mark.slow
 def test_a_second_stage_enlarges_ones_own_picture(folder):
   model = pipeline.load(folder, dtype='float32', stages=[SECOND])
   out = model.sample('a star', low_res=picture(), steps=2, aug_level=0.1)
@@ -118,6 +120,7 @@ def test_a_second_stage_enlarges_ones_own_picture(folder):
     model.sample('a star')
 
 
+@pytest.mark.slow
 def test_a_style_changes_the_picture(first):
   plain = first.sample('a star', steps=2)[FIRST]
   style = first.sample('a star', style_prompt='blue', steps=2)[FIRST]

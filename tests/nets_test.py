@@ -120,6 +120,7 @@ def test_without_self_attention_crops_and_whole_pictures_run_alike():
   assert apply('cross')(*inputs(CROSS, 8)).shape == (2, 8, 8, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'change',
   [{'unroll': False}, {'remat': 'nothing_saveable'}],

@@ -232,6 +232,7 @@ def test_training_and_sampling_have_one_null_condition(model):
   np.testing.assert_array_equal(kept[1][0], mask[0])
 
 
+@pytest.mark.slow
 def test_accumulating_averages_the_gradients_of_the_parts(step, model):
   _, state, batch, text = step
   encoder = load_text_encoder(model / 'text')

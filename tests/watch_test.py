@@ -36,6 +36,13 @@ class FakeWriter:
     return lambda *args, **options: self.calls.append((name, args))
 
 
+@pytest.fixture
+def config(model):
+  config = tiny_model.config(log_every=2)
+  config.text.path = str(model / 'text')
+  return config
+
+
 @pytest.fixture(scope='module')
 def watched(model, tmp_path_factory):
   """(config, workdir, printed lines, logger) of a run with everything on."""
@@ -58,8 +65,7 @@ def rows(folder):
 
 
 def test_metrics_have_noise_bands_norms_speed_and_the_heldout_loss(watched):
-  config, folder, *_ = watched
-  found = rows(folder)
+  found = rows(watched[1])
   assert list(found) == [2, 3, 4, 6]
   row = found[3]
   bands = [row[key] for key in row if key.startswith('loss_t')]
@@ -75,13 +81,12 @@ def test_metrics_have_noise_bands_norms_speed_and_the_heldout_loss(watched):
   assert row['mfu_percent'] == pytest.approx(share, abs=0.01)
 
 
-def test_the_loss_is_the_mean_over_its_bands(watched):
+def test_the_loss_is_the_mean_over_its_bands(tmp_path):
   seconds = iter(range(100))
   count = np.asarray([1.0, 2, 0, 5])
   step = dict(loss=2.0, grad_norm=1.0, param_norm=3.0, skipped=0)
   step |= dict(band_loss=count * [1, 2, 0, 2.2], band_count=count)
-  folder = watched[1].parent / 'bands'
-  folder.mkdir()
+  folder = tmp_path
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(time, 'perf_counter', lambda: float(next(seconds)))
     metrics = Metrics(folder / 'metrics.jsonl', start_step=0, num_steps=9)
@@ -109,8 +114,7 @@ def test_pauses_are_not_training_time(tmp_path, monkeypatch):
 
 
 def test_the_report_says_what_every_device_will_hold(watched):
-  config, folder, lines, _ = watched
-  text = '\n'.join(lines)
+  text = '\n'.join(watched[2])
   for words in ('way down', 'mesh: data 8 × fsdp 1 = 8 cpu', 'operations'):
     assert words in text
   mesh = sharding.make_mesh(2, 4)
@@ -158,8 +162,7 @@ def test_a_logger_that_is_not_there_is_one_sentence(
     make_loggers(names, tmp_path, {})
 
 
-def test_a_dry_run_writes_nothing(watched, tmp_path, capsys):
-  config = watched[0]
+def test_a_dry_run_writes_nothing(config, tmp_path, capsys):
   assert loop.train(config, tmp_path / 'w', dry_run=True) == 0
   assert 'a device holds' in capsys.readouterr().out
   assert not (tmp_path / 'w').exists()
@@ -186,11 +189,10 @@ def test_a_warm_start_begins_with_the_other_runs_ema(watched, tmp_path):
   assert record['init_from']['path'] == str(folder)
 
 
-def test_a_warm_start_from_another_network_is_refused(watched, tmp_path):
-  config = still(watched[0])
+def test_a_warm_start_from_another_network_is_refused(config, model, tmp_path):
   config.stage.net.channels = 16
   with pytest.raises(ModelError, match='is another network: '):
-    loop.train(config, tmp_path / 'w', init_from=watched[1])
+    loop.train(config, tmp_path / 'w', init_from=model / 'base')
 
 
 def claim(folder, config, **options):
@@ -198,8 +200,7 @@ def claim(folder, config, **options):
   workdir.claim(folder, config, encoder, **options)
 
 
-def test_insisting_goes_on_with_another_config(watched, tmp_path):
-  config = still(watched[0])
+def test_insisting_goes_on_with_another_config(config, tmp_path):
   claim(tmp_path, config)
   config.stage.cond_drop = 0.2
   with pytest.raises(UsageError, match='cond_drop was 0.1.*--insist'):
@@ -209,11 +210,11 @@ def test_insisting_goes_on_with_another_config(watched, tmp_path):
   assert record['config']['stage']['cond_drop'] == 0.2
 
 
-def test_another_data_set_is_refused(watched, tmp_path):
-  claim(tmp_path, watched[0], fingerprint='one')
-  claim(tmp_path, watched[0], fingerprint='one')
+def test_another_data_set_is_refused(config, tmp_path):
+  claim(tmp_path, config, fingerprint='one')
+  claim(tmp_path, config, fingerprint='one')
   with pytest.raises(UsageError, match="data.fingerprint was 'one'"):
-    claim(tmp_path, watched[0], fingerprint='two')
+    claim(tmp_path, config, fingerprint='two')
 
 
 def test_a_profile_of_some_steps_is_written(tmp_path):

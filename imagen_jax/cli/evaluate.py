@@ -7,8 +7,12 @@ import time
 
 import imagen_jax
 from imagen_jax.cli import errors, runtime
-from imagen_jax.cli.sample import PER_STAGE, per_stage
+from imagen_jax.cli.sample import PER_STAGE as SAMPLING
+from imagen_jax.cli.sample import per_stage
 from imagen_jax.errors import UsageError
+
+# Nothing here starts from a picture, which `strength` is about.
+PER_STAGE = tuple(key for key in SAMPLING if key != 'strength')
 
 SUITES = ('shapes', 'prompts', 'clip', 'fid')
 
