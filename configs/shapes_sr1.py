@@ -32,6 +32,8 @@ def get_config():
     'norm_groups': 8,
   }
   config.stage.prediction = 'x'
+  config.stage.max_level = 0.4
   config.stage.sampling.update(steps=16, guidance=2.0, aug_level=0.1)
-  config.train.update(num_steps=4000, batch_size=16, checkpoint_every=500)
+  config.train.update(num_steps=6000, batch_size=16)
+  config.train.optimizer.learning_rate = 4e-3
   return config

@@ -46,6 +46,8 @@ class Stage:
       prediction itself.
     stratified: spread the training times evenly over the batch.
     cond_drop: share of captions dropped in training (0.1); 0 forbids guidance.
+    max_level: training draws augmentation levels from U(0, max_level); the
+      paper's is 1 (2.4).
     crop: side of the training crops, None for whole pictures. The paper
       trains 256→1024 on 256-pixel crops.
     sampling: defaults of `sample` for this stage.
@@ -62,6 +64,7 @@ class Stage:
   weighting: str | None = None
   stratified: bool = False
   cond_drop: float = 0.1
+  max_level: float = 1.0
   crop: int | None = None
   sampling: 'Sampling' = None
 
@@ -283,7 +286,7 @@ def loss(stage, params, key, image, text, mask):
     low = box_downsample(x, stage.low_resolution)
     if stage.crop is not None:
       x, low = _crop(stage, keys['crop'], x, low)
-    level = jax.random.uniform(keys['level'], (batch,))
+    level = stage.max_level * jax.random.uniform(keys['level'], (batch,))
     eps = jax.random.normal(keys['low'], low.shape)
     extra = (low_res_input(stage, eps, low, level), level)
 
@@ -456,7 +459,7 @@ def check_sampling(stage, settings):
 
   Raises:
     UsageError: steps < 1, an unknown sampler, guidance without dropout, an
-      augmentation level outside [0, 1], a percentile outside (1, 100].
+      augmentation level outside [0, max_level], a percentile outside (1, 100].
   """
   where = f'stage {stage.name}'
   if settings.steps < 1:
@@ -475,10 +478,11 @@ def check_sampling(stage, settings):
       'caption dropout, and this one had stage.cond_drop = 0; use '
       '--guidance 1.'
     )
-  if not 0 <= settings.aug_level <= 1:
+  if not 0 <= settings.aug_level <= stage.max_level:
     raise UsageError(
-      f'{where}: aug_level is {settings.aug_level:g}; it lies in [0, 1], and '
-      '0.1 to 0.3 give the best-looking pictures.'
+      f'{where}: aug_level is {settings.aug_level:g}; it lies in '
+      f'[0, {stage.max_level:g}], and 0.1 to 0.3 give the best-looking '
+      'pictures.'
     )
   if not 0 < settings.strength <= 1:
     raise UsageError(

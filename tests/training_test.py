@@ -19,6 +19,7 @@ from imagen_jax.training.state import (
   ema_decay,
   init_state,
   learning_rate,
+  matrix_axes,
   optimizer,
 )
 from imagen_jax.training.step import train_step
@@ -191,6 +192,42 @@ def test_adafactor_moves_zero_layers_without_parameter_scale():
     updates, _ = tx.update(grads, tx.init(zero), zero)
     moves.append(float(jnp.abs(updates['w']).max()))
   assert moves[0] < 1e-4 and moves[1] > 5e-3
+
+
+@pytest.mark.parametrize('name', ['base', 'sr1'])
+def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
+  encoder = load_text_encoder(model / 'text')
+  params = tiny_model.random_params(
+    tiny_model.build(tiny_model.config(name), encoder)
+  )
+  tx = optimizer(1.0, kind='muon', clip=None)
+  updates, _ = tx.update(params, tx.init(params), params)
+  kernels = 0
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    axes = matrix_axes(path, update)
+    inside = path[-1].key == 'kernel' and 'conv_' not in path[0].key
+    assert (axes is not None) == inside, path
+    if axes is None:
+      continue
+    kernels += 1
+    together = (*axes.reduction_axis, *axes.output_axis)
+    batch = [i for i in range(update.ndim) if i not in together]
+    matrices = np.transpose(update, (*batch, *together))
+    rows = np.prod([update.shape[i] for i in axes.reduction_axis])
+    matrices = matrices.reshape(
+      *(update.shape[i] for i in batch), rows, -1
+    )
+    sizes = np.linalg.svd(matrices, compute_uv=False)
+    assert sizes.max() < 2 * sizes.min(), path
+    np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.3)
+  assert kernels > 20
+
+
+def test_an_unknown_optimizer_is_one_sentence():
+  with pytest.raises(UsageError, match='adam, adafactor, muon'):
+    optimizer(1e-3, kind='sgdd')
+  with pytest.raises(UsageError, match='b3'):
+    optimizer(1e-3, b3=0.9)
 
 
 def test_crops_of_both_pictures_show_the_same_place(model):
