@@ -6,6 +6,7 @@ that looks at shapes only, so that no network knows about devices. A single
 device is the 1 x 1 mesh, not a special case.
 """
 
+import functools
 import os
 
 import jax
@@ -254,12 +255,34 @@ def gather(param, dtype=None):
   cast = param if dtype is None else param.astype(dtype)
   if mesh.empty or mesh.shape.get('fsdp', 1) == 1:
     return cast
+  spec = leaf_sharding(param, mesh).spec
   if cast.dtype != param.dtype:
     # Else XLA gathers the wider type and casts afterwards.
-    cast = jax.lax.with_sharding_constraint(
-      cast, leaf_sharding(param, mesh).spec
-    )
-  return jax.lax.with_sharding_constraint(cast, PartitionSpec())
+    cast = jax.lax.with_sharding_constraint(cast, spec)
+  return _gather(cast, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(param, spec):
+  return jax.lax.with_sharding_constraint(param, PartitionSpec())
+
+
+def _gather_forward(param, spec):
+  return _gather(param, spec), None
+
+
+def _gather_backward(spec, _, gradient):
+  """The sum over the devices, of which each keeps its share.
+
+  The barrier makes it keep no more: without it XLA fuses the taking of the
+  share into the optimizer, and all gradients stay whole until then.
+  """
+  gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
+  gradient = jax.lax.with_sharding_constraint(gradient, spec)
+  return (jax.lax.optimization_barrier(gradient),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def constrain_batch(x):

@@ -234,7 +234,7 @@ def _compile(args, work, chip, plan):
 
   devices = len(compile.topology_devices(args.topology))
   data = devices // plan.fsdp
-  room = chips.usable(chip) / chip.cores
+  room = chips.usable(chip)
   print(f'\ncompiling for {args.topology}, {devices} devices …', flush=True)
   try:
     done = compile.compile_step(

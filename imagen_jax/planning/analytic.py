@@ -83,7 +83,6 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
   traced = work.trace(step, work.batch_size // mesh.size)
   state = work.state
   params = state.params
-  size_of = _split_gradients(params, mesh)
   memory = {'parameters': tree_bytes(params, mesh)}
   if step == 'train':
     memory |= {
@@ -93,10 +92,12 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
     }
   batch = job.abstract_batch(work, work.batch_size // mesh.size)
   memory['batch'] = tree_bytes(batch)
-  peak, moved = program.memory(traced, size_of)
-  gradients = tree_bytes(params, mesh) if step == 'train' else 0
-  memory['gradients'] = min(gradients, peak)
-  memory['activations'] = max(0, peak - gradients)
+  memory['activations'], moved = program.memory(traced, _size_of(params, step))
+  if step == 'train':
+    # Compiled steps set all of them aside before the first is known. They are
+    # written, read for their norm and read again.
+    memory['gradients'] = tree_bytes(params, mesh) * (1 + (parts > 1))
+    moved += 3 * memory['gradients']
   if fsdp > 1:
     # One layer whole while it is used, and the next one on its way.
     memory['gathered layers'] = 2 * max(
@@ -121,16 +122,16 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
   )
 
 
-def _split_gradients(params, mesh):
-  """Bytes of a value in which gradients are split like their parameters."""
-  shares = {}
-  for leaf in jax.tree.leaves(params):
-    whole = program.num_bytes(leaf)
-    shares[leaf.shape] = tree_bytes(leaf, mesh) / max(whole, 1)
+def _size_of(params, step):
+  """Bytes of a value of a step; gradients, told by their shape, are none."""
+  counted_apart = set()
+  if step == 'train':
+    counted_apart = {leaf.shape for leaf in jax.tree.leaves(params)}
 
   def size_of(aval):
-    share = shares.get(getattr(aval, 'shape', None), 1)
-    return program.num_bytes(aval) * share
+    if getattr(aval, 'shape', None) in counted_apart:
+      return 0
+    return program.num_bytes(aval)
 
   return size_of
 

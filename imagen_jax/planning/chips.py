@@ -17,7 +17,6 @@ class Chip:
     bandwidth: bytes per second to and from HBM.
     link: bytes per second that leave the chip for others of its pod or server;
       as many come in at the same time.
-    cores: devices that jax makes of one chip in a compile-only topology.
     source: document of the maker.
   """
 
@@ -26,7 +25,6 @@ class Chip:
   memory: float
   bandwidth: float
   link: float
-  cores: int = 1
   source: str = ''
 
 
@@ -38,10 +36,10 @@ _TPU = 'Cloud TPU documentation, page "TPU {}" (docs.cloud.google.com/tpu)'
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v4', 275e12, 32 * GIB, 1228e9, 300e9, 2, _TPU.format('v4')),
-    Chip('v5e', 197e12, 16 * GIB, 819e9, 200e9, 1, _TPU.format('v5e')),
-    Chip('v5p', 459e12, 95 * GIB, 2765e9, 600e9, 1, _TPU.format('v5p')),
-    Chip('v6e', 918e12, 32 * GIB, 1640e9, 400e9, 1, _TPU.format('v6e')),
+    Chip('v4', 275e12, 32 * GIB, 1228e9, 300e9, _TPU.format('v4')),
+    Chip('v5e', 197e12, 16 * GIB, 819e9, 200e9, _TPU.format('v5e')),
+    Chip('v5p', 459e12, 95 * GIB, 2765e9, 600e9, _TPU.format('v5p')),
+    Chip('v6e', 918e12, 32 * GIB, 1640e9, 400e9, _TPU.format('v6e')),
     Chip(
       'a100',
       312e12,

@@ -96,9 +96,11 @@ def topology_devices(topology):
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   from jax.experimental import topologies
 
+  # A v4 chip's two cores work as one device, as they do in training.
+  options = {'chip_config_name': 'megacore'} if chip.name == 'v4' else {}
   try:
     return topologies.get_topology_desc(
-      platform='tpu', topology_name=topology
+      platform='tpu', topology_name=topology, **options
     ).devices
   except jax.errors.JaxRuntimeError as error:
     raise UsageError(

@@ -32,7 +32,8 @@ MOVES = frozenset(
 VIEWS = frozenset(
   'reshape squeeze expand_dims stop_gradient sharding_constraint'.split()
 )
-PRODUCTS = ('dot_general', 'conv_general_dilated')
+SUMS = {'reduce_sum', 'reduce_max', 'reduce_min'}
+PRODUCTS = {'dot_general', 'conv_general_dilated'}
 
 
 def inner_jaxpr(eqn):
@@ -194,19 +195,26 @@ def _stored(operations, size_of):
     {value: the last operation that reads it}.
   """
   tail = _tail(operations)
-  operands = {
-    v
-    for eqn, inputs, _ in operations
-    if eqn.primitive.name in PRODUCTS
-    for v in inputs
-  }
+  readers = {}
+  for eqn, inputs, outputs in operations:
+    for v in set(inputs) - {None}:
+      readers.setdefault(v, []).append((eqn.primitive.name, outputs[0]))
+  names = {v: {name for name, _ in found} for v, found in readers.items()}
+  operands = {v for v in names if names[v] & PRODUCTS}
   # A loop reads slices of arrays that are there, however simple to make.
-  looped = {
-    v
-    for eqn, inputs, _ in operations
-    if eqn.primitive.name == 'scan'
-    for v in inputs
-  }
+  looped = {v for v in names if 'scan' in names[v]}
+  # Sums compute their terms as they go; and what has one reader, which is
+  # fused and smaller, is stored as that, if at all: in bfloat16, say.
+  later = {v for v in names if names[v] <= SUMS}
+  least = {}  # value -> bytes of the smallest that it alone becomes
+  for _, _, outputs in reversed(operations):
+    for v in outputs:
+      least[v] = size_of(v[1].aval)
+      found = readers.get(v, [])
+      if len(found) == 1 and found[0][0] in FUSED:
+        least[v] = min(least[v], least[found[0][1]])
+        if least[v] < size_of(v[1].aval):
+          later.add(v)
   computed = set()  # values with arithmetic since what they are made of
   roots = {}  # value -> {stored value: bytes} it is made of
   stored, traffic, last = [], 0.0, {}
@@ -226,7 +234,7 @@ def _stored(operations, size_of):
         done = True
       elif (
         fused
-        and sum(sources.values()) <= 1.25 * size + 2**16
+        and (out in later or sum(sources.values()) <= 1.25 * size + 2**16)
         and not (sources and out in operands and out in computed)
         and not (out in looped and eqn.primitive.name not in VIEWS)
       ):
