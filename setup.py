@@ -55,6 +55,7 @@ setuptools.setup(
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'plan': ['jax[tpu]'],  # libtpu, which compiles without a TPU as well
+    'notebook': ['ipykernel', 'nbclient'],
     'tensorboard': ['tensorboardX'],
     'wandb': ['wandb'],
   },

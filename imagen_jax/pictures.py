@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from imagen_jax.errors import DataError, UsageError
 
@@ -83,6 +83,32 @@ def read_picture(path, size):
     raise DataError(
       f'{path} cannot be used as a picture of {size} pixels: {error}.'
     ) from error
+
+
+def read_low_res(path, side, multiple):
+  """A user's picture for a stage to enlarge: uint8 [h, w, 3].
+
+  Its shape is kept, but for what is cut off to make both sides whole
+  multiples.
+
+  Args:
+    path: of the file.
+    side: of the shorter side of the result.
+    multiple: of both its sides.
+
+  Raises:
+    DataError: it is no picture, or smaller than `side`.
+  """
+  image = open_picture(path)
+  width, height = shaped(*image.size, side, multiple)
+  if width == height:
+    return read_picture(path, side)
+  if min(image.size) < side:
+    raise DataError(
+      f'{path} cannot be used as a picture of {side} pixels: it is '
+      f'{image.width}×{image.height} pixels, smaller than that.'
+    )
+  return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BOX))
 
 
 def open_picture(path, mode='RGB'):

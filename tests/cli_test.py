@@ -76,21 +76,23 @@ def test_prompts_from_a_file_and_stages_by_name(model, tmp_path):
   assert Image.open(images[0]).size == (8, 8)
 
 
-def test_a_later_stage_enlarges_ones_own_picture(model, tmp_path):
-  Image.new('RGB', (40, 30), 'orange').save(tmp_path / 'mine.png')
-  args = ['--model', model, '--out', tmp_path, '--stages', 'sr1']
-  assert (
-    run(
-      sample.main,
-      '--prompt',
-      PROMPT,
-      '--low_res',
-      tmp_path / 'mine.png',
-      *args,
-    )
-    == 0
-  )
-  assert Image.open(next(tmp_path.glob('000*'))).size == (16, 16)
+@pytest.mark.parametrize(
+  'size, drawn', [((40, 30), (20, 16)), ((9, 9), (16, 16))]
+)
+def test_a_later_stage_enlarges_ones_own_picture(model, tmp_path, size, drawn):
+  Image.new('RGB', size, 'orange').save(tmp_path / 'mine.png')
+  args = ['--model', model, '--out', tmp_path / 'out', '--stages', 'sr1']
+  args += ['--prompt', PROMPT, '--low_res', tmp_path / 'mine.png']
+  assert run(sample.main, *args) == 0
+  assert Image.open(next(tmp_path.glob('out/000*'))).size == drawn
+
+
+def test_ones_own_picture_is_not_too_small(model, tmp_path, capsys):
+  Image.new('RGB', (40, 6), 'orange').save(tmp_path / 'mine.png')
+  args = ['--model', model, '--out', tmp_path / 'out', '--stages', 'sr1']
+  args += ['--prompt', PROMPT, '--low_res', tmp_path / 'mine.png']
+  assert run(sample.main, *args) == 3
+  assert '40×6 pixels, smaller' in capsys.readouterr().err
 
 
 def test_notes_on_long_empty_and_unknown_prompts(model, tmp_path, capsys):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import train
+from imagen_jax.cli import export
 from imagen_jax.cli.configs import load_config
 from imagen_jax.deepfloyd import lora, loss, pipeline, schedule, weights
 from imagen_jax.errors import UsageError
-from imagen_jax.training import finetune_if
+from imagen_jax.training import loop
 from tests import tiny_if
 
 IF = schedule.Schedule(
@@ -142,7 +142,7 @@ def settings(folder, stage, data, **changes):
     config.data.path = str(data)
     config.rank = 2
     config.train.update(num_steps=4, batch_size=8, log_every=2)
-    config.train.update(checkpoint_every=2)
+    config.train.update(checkpoint_every=2, sample_every=4, accumulate=2)
     config.train.optimizer.update(warmup=1, learning_rate=1e-3)
     config.update(changes)
   return config
@@ -165,17 +165,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_adapters_are_trained_resumed_and_exported(folder, data, tmp_path):
+def test_adapters_are_trained_resumed_and_exported(
+  folder, data, tmp_path, capsys
+):
   config = settings(folder, 'IF-I-S-v1.0', data)
-  stopped = finetune_if.finetune(
+  stopped = loop.train(
     config, tmp_path / 'a', should_stop=lambda step: step == 2
   )
   assert stopped == 2 and not (tmp_path / 'a' / 'export').exists()
-  assert finetune_if.finetune(config, tmp_path / 'a') == 4
-  assert finetune_if.finetune(config, tmp_path / 'b') == 4
+  assert loop.train(config, tmp_path / 'a') == 4
+  assert loop.train(config, tmp_path / 'b') == 4
   file = f'export/IF-I-S-v1.0/unet/{weights.STEM}.safetensors'
   a, b = ((tmp_path / x / file).read_bytes() for x in 'ab')
   assert a == b
+  argv = ['--workdir', str(tmp_path / 'a'), '--out', str(tmp_path / 'mine')]
+  assert export.main(argv) == 0
+  mine = tmp_path / 'mine' / 'unet' / f'{weights.STEM}.safetensors'
+  assert mine.read_bytes() == (tmp_path / 'a' / file).read_bytes()
+  assert export.main(argv) == 2 and 'exists' in capsys.readouterr().err
+  assert (tmp_path / 'a' / 'samples' / 'step_0000004.png').exists()
   _, before = weights.load(folder / 'IF-I-S-v1.0' / 'unet')
   _, after = weights.load(tmp_path / 'a' / 'export' / 'IF-I-S-v1.0' / 'unet')
   moved = {
@@ -198,7 +206,7 @@ def test_a_second_stage_is_trained_whole_without_its_variance(
     folder, 'IF-II-S-v1.0', data, method='full', variance='drop'
   )
   config.train.num_steps = 2
-  assert finetune_if.finetune(config, tmp_path / 'a') == 2
+  assert loop.train(config, tmp_path / 'a') == 2
   model = pipeline.load(
     tmp_path / 'a' / 'export' / 'IF-II-S-v1.0', dtype='float32'
   )
@@ -209,7 +217,20 @@ def test_a_second_stage_is_trained_whole_without_its_variance(
 def test_choices_are_named(folder, data, tmp_path, capsys):
   config = settings(folder, 'IF-I-S-v1.0', data, method='dora')
   with pytest.raises(UsageError, match="method is 'dora'; it can be lora"):
-    finetune_if.finetune(config, tmp_path)
-  argv = ['--config', 'if_finetune', '--workdir', str(tmp_path), '--dry_run']
-  assert train.main(argv) == 2
-  assert '--dry_run is for stages of our own' in capsys.readouterr().err
+    loop.train(config, tmp_path)
+
+
+def test_a_run_of_our_own_is_no_start(folder, data, model, tmp_path):
+  config = settings(folder, 'IF-I-S-v1.0', data)
+  with pytest.raises(UsageError, match='starts from --config.model'):
+    loop.train(config, tmp_path, init_from=model / 'base')
+
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
+  folder, data, tmp_path, capsys
+):
+  config = settings(folder, 'IF-I-S-v1.0', data)
+  assert loop.train(config, tmp_path / 'w', dry_run=True) == 0
+  said = capsys.readouterr().out
+  assert 'IF-I-S-v1.0' in said and 'frozen weights' in said
+  assert not (tmp_path / 'w').exists()

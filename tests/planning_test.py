@@ -11,6 +11,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.cli import plan as cli
+from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import UsageError
 from imagen_jax.planning import analytic, chips, compile, job, program
 from tests import tiny_model
@@ -227,6 +228,41 @@ def test_the_tpu_compiler_takes_the_steps(name, step):
   assert done.flops > 0
   # Parameters are split over fsdp, gradients summed over data.
   assert 'all-reduce' in done.collectives or step == 'sample'
+
+
+# 64→256 and 256→1024 with 128 and 256 channels; and 64→256 as it is.
+SMALL = [
+  'stage.net.channels=(128,256)',
+  'stage.net.num_res_blocks=(2,2)',
+  'stage.net.strides=(2,2)',
+  'stage.net.text_attention=(False,True)',
+]
+WHOLE = ['stage.resolution=64', 'stage.low_resolution=16']
+WHOLE += ['stage.net.self_attention=(False,True)']
+CROPS = ['stage.resolution=128', 'stage.low_resolution=32', 'stage.crop=64']
+CROPS += ['stage.net.self_attention=(False,False)']
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+  'name, changes, topology, batch_size',
+  [
+    ('imagen_sr256', [*SMALL, *WHOLE], 'v5e:2x2', 64),
+    ('imagen_sr1024', [*SMALL, *CROPS], 'v5e:2x2', 64),
+    ('imagen_sr256', [], 'v5e:16x16', 2048),
+  ],
+)
+def test_memory_is_the_compilers_within_a_fifth(
+  name, changes, topology, batch_size
+):
+  work = job.make_job(
+    load_config(name, changes), text='cached', batch_size=batch_size
+  )
+  done = compile.compile_step(work, topology, fsdp=2, effort='low')
+  chip, devices = chips.parse_topology(topology)
+  plan = analytic.make_plan(work, chip, data=devices // 2, fsdp=2)
+  assert abs(plan.total / done.total - 1) < 0.2
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from imagen_jax import stage as stages
 from imagen_jax.cli import prepare
 from imagen_jax.errors import DataError
 from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.training import loop, step
+from imagen_jax.training import loop, stage_run, step
 from imagen_jax.training.state import init_state, optimizer
 from imagen_jax.training.workdir import differences
 from tests import tiny_model
@@ -42,8 +42,10 @@ def test_stored_embeddings_take_the_place_of_the_encoder(
     bands = {'band_loss': np.zeros(4), 'band_count': np.zeros(4)}
     return state.replace(step=state.step + 1), values | bands
 
-  monkeypatch.setattr(loop, 'jit_step', lambda *_, **__: no_step)
-  monkeypatch.setattr(loop, 'make_preview', lambda *_, **__: lambda _: None)
+  monkeypatch.setattr(stage_run, 'jit_step', lambda *_, **__: no_step)
+  monkeypatch.setattr(
+    stage_run, 'make_preview', lambda *_, **__: lambda _: None
+  )
   assert loop.train(prepared, tmp_path / 'run') == 2
   types, text_params = seen[0]
   assert types == {

@@ -15,6 +15,7 @@ from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
+from imagen_jax.training.guard import check_finite
 from imagen_jax.training.state import (
   ema_decay,
   init_state,
@@ -158,9 +159,9 @@ def test_many_bad_steps_in_a_row_end_the_run_and_name_their_pictures(
   _, state, *_ = step
   state = state.replace(skipped_in_row=jnp.asarray(2))
   seen = [(6, np.asarray([3, 1])), (7, np.asarray([8, 2]))]
-  loop._check_finite(state, 7, 3, seen, None, tmp_path)
+  check_finite(state, 7, 3, seen, None, tmp_path)
   with pytest.raises(NumericError, match='last 2 steps up to step 7.* 8, 2'):
-    loop._check_finite(state, 7, 2, seen, None, tmp_path)
+    check_finite(state, 7, 2, seen, None, tmp_path)
   lines = (tmp_path / 'bad_batches_0.jsonl').read_text().splitlines()
   assert json.loads(lines[0]) == {'step': 6, 'samples': ['3', '1']}
 
@@ -214,9 +215,7 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
     batch = [i for i in range(update.ndim) if i not in together]
     matrices = np.transpose(update, (*batch, *together))
     rows = np.prod([update.shape[i] for i in axes.reduction_axis])
-    matrices = matrices.reshape(
-      *(update.shape[i] for i in batch), rows, -1
-    )
+    matrices = matrices.reshape(*(update.shape[i] for i in batch), rows, -1)
     sizes = np.linalg.svd(matrices, compute_uv=False)
     assert sizes.max() < 2 * sizes.min(), path
     np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.3)

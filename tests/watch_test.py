@@ -1,6 +1,7 @@
 """What a person watches: the report, the metrics, the loggers, the watchdog."""
 
 import json
+import re
 import sys
 import time
 import types
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 
 from imagen_jax import sharding
+from imagen_jax import stage as stages
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import runtime
 from imagen_jax.cli import train as cli
+from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.planning import chips, program
 from imagen_jax.training import loop, report, workdir
 from imagen_jax.training.loggers import make_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
+from imagen_jax.training.state import init_state, make_optimizer
 from imagen_jax.training.watchdog import Watchdog
 from tests import tiny_model
 
@@ -123,6 +127,30 @@ def test_the_report_says_what_every_device_will_hold(watched):
   real = jax.device_put(np.zeros((256, 256), np.float32), placed['w'])
   mine = report.device_bytes(tree, placed)
   assert mine == real.addressable_shards[0].data.nbytes == 4 * 256 * 256 // 4
+
+
+def test_devices_hold_their_share_and_the_small_arrays_which_are_listed():
+  config = load_config('shapes_base')
+  stage = stages.from_config(config.stage.to_dict(), text_dim=128, text_len=32)
+  tx = make_optimizer(config.train)
+  state = jax.eval_shape(
+    lambda: init_state(stages.init_params(stage, jax.random.key(0)), tx)
+  )
+  mesh = sharding.make_mesh(1, 8)
+  placed = sharding.state_shardings(state, mesh)
+  first, second, *listed = report.splits(state, placed, 8)
+  held, size = map(
+    float, re.search(r'([\d.]+) of ([\d.]+) MiB', first).groups()
+  )
+  assert held == pytest.approx(size / 8, rel=0.05) and size > 15
+  whole = float(re.search(r'whole, ([\d.]+) MiB', second)[1])
+  assert sum(float(line.split()[-2]) for line in listed) == pytest.approx(
+    whole, abs=0.02
+  )
+  assert held + whole == pytest.approx(
+    report.device_bytes(state, placed) / 2**20, abs=0.02
+  )
+  assert any('norm1/scale' in line for line in listed)
 
 
 def test_a_logger_gets_the_numbers_and_the_grids(watched):

@@ -36,14 +36,55 @@ def _main(argv):
   from imagen_jax.cli import runtime
 
   runtime.start()
+  workdir, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
+  if _kind(workdir) == 'if_finetune':
+    step = export_if(workdir, out, weights=args.weights, step=args.step)
+    print(f'{out}: step {step}, {args.weights} weights, as diffusers has them')
+    return 0
   return export(
-    pathlib.Path(args.workdir),
-    pathlib.Path(args.out),
+    workdir,
+    out,
     weights=args.weights,
     step=args.step,
     dtype=args.dtype,
     command=' '.join(['imagen-export', *argv]),
   )
+
+
+def export_if(workdir, out, *, weights, step):
+  """Writes a fine-tuned stage of IF's, finished or not; returns the step."""
+  from ml_collections import ConfigDict
+
+  from imagen_jax import model_folder, sharding
+  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax.errors import UsageError
+  from imagen_jax.training.if_run import IFRun
+
+  if out.exists():
+    raise UsageError(f'{out} exists; give another --out, or remove it.')
+  config = ConfigDict(model_folder.read_json(workdir / 'config.json')['config'])
+  run = IFRun(config)
+  every = config.train
+  with Checkpoints(
+    every.get('checkpoint_dir') or workdir / 'checkpoints',
+    keep_last=every.keep_last,
+  ) as checkpoints:
+    state, _, step = checkpoints.restore(
+      sharding.with_shardings(run.abstract, run.placed), step
+    )
+  run.load()
+  run.export({'ema': state.ema_params, 'raw': state.params}[weights], out)
+  return step
+
+
+def _kind(workdir):
+  """The kind of a training workdir's config; None: it is not one of these."""
+  from imagen_jax import model_folder
+
+  path = workdir / 'config.json'
+  if not path.exists():
+    return None
+  return model_folder.read_json(path).get('config', {}).get('kind')
 
 
 def export(workdir, out, *, weights, step, dtype, command):

@@ -1,5 +1,6 @@
 """imagen-sample: pictures from prompts, from the command line."""
 
+import math
 import pathlib
 import re
 import sys
@@ -149,6 +150,7 @@ def _low_res(cascade, path):
   if path is None:
     return None
   from imagen_jax import pictures
+  from imagen_jax.stage import multiple
 
   first = cascade.stages[0]
   if first.low_resolution is None:
@@ -156,7 +158,11 @@ def _low_res(cascade, path):
       f'--low_res needs a super-resolution stage first; {first.name} draws '
       'from text alone: add --stages with a later one.'
     )
-  return pictures.read_picture(path, first.low_resolution)[None]
+  unit = 1
+  for stage in cascade.stages:
+    factor, whole = stage.resolution // first.low_resolution, multiple(stage)
+    unit = math.lcm(unit, whole // math.gcd(whole, factor))
+  return pictures.read_low_res(path, first.low_resolution, unit)[None]
 
 
 def _pictures(image, mask):

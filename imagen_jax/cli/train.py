@@ -61,23 +61,12 @@ def _main(argv):
     pretrain(config, workdir)
     return 0
 
-  stop = _alone() if not _together() else _agreed()
-  if config.get('kind') == 'if_finetune':
-    from imagen_jax.training.finetune_if import finetune
-
-    for flag in ('dry_run', 'init_from', 'insist'):
-      if getattr(args, flag):
-        raise UsageError(f'--{flag} is for stages of our own, not for IF.')
-    with stop as should_stop:
-      step = finetune(config, workdir, should_stop=should_stop)
-    return _ended(step, config, should_stop)
-
   import jax
 
   from imagen_jax.planning import chips, program
   from imagen_jax.training.loop import train
 
-  with stop as should_stop:
+  with _agreed() if _together() else _alone() as should_stop:
     step = train(
       config,
       workdir,

@@ -5,6 +5,7 @@ and IF's style transfer are one function with more or fewer arguments: a
 picture to start from, a mask, a second prompt.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -290,3 +291,39 @@ class IF:
         callback(part.name, start + len(chosen), len(rows))
     jax.tree.map(lambda leaf: leaf.delete(), params)
     return np.concatenate(drawn)
+
+
+def previewer(part, module, shape):
+  """A function that draws as a stage does when not told how.
+
+  Args:
+    part: the `stage.Stage`.
+    module: its network, perhaps without the variance.
+    shape: (H, W, 3).
+
+  Returns:
+    (params, arrays on a mesh, empty prompt [L, D]) -> [B, H, W, 3]; the arrays
+    are `keys` (key data) [B, 2], `text` [B, L, D] and, of a super-resolution
+    stage, `low` [B, h, w, 3].
+  """
+  (setting,) = settings.choose([part], 'text', {})
+  made = part.schedule
+  if module.config.out_channels == 3:
+    made = dataclasses.replace(made, variance_type='fixed_small')
+  plan = schedule.plan(
+    made, settings.steps_of(part, setting, False), setting.sampler
+  )
+  scalars = {'weight': np.float32(setting.guidance)}
+  if part.enlarges:
+    scalars |= stage.noise_terms(part.noising, round(setting.aug_level * 1000))
+
+  def draw(params, arrays, empty):
+    arrays = dict(arrays)
+    keys = arrays.pop('keys')
+    empty = jnp.broadcast_to(empty, arrays['text'].shape)
+    given = stage.Given(**arrays, uncond=empty, **scalars)
+    return stage.draw(
+      params, plan, given, keys, module=module, made=made, shape=shape
+    )
+
+  return draw

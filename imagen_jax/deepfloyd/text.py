@@ -55,24 +55,41 @@ def embed(prompts, folder, *, dtype='float32', cache=None, batch_size=4):
     ModelError: the encoder or its tokenizer is unusable.
   """
   folder = pathlib.Path(folder)
-  names = [f'{_key(folder, prompt, dtype)}.npy' for prompt in prompts]
-  found = {}
-  if cache is not None:
-    cache = pathlib.Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    for name in set(names):
-      if (cache / name).exists():
-        found[name] = np.load(cache / name, allow_pickle=False)
-  missing = {n: p for n, p in zip(names, prompts) if n not in found}
-  if missing:
-    made = _encode(list(missing.values()), folder, dtype, batch_size)
-    for name, value in zip(missing, made):
-      found[name] = value
-      if cache is not None:
-        temporary = cache / f'.{name}'
-        np.save(temporary, value, allow_pickle=False)
-        temporary.replace(cache / name)
-  return np.stack([found[name] for name in names])
+  if cache is None:
+    found = dict(_encode(dict.fromkeys(prompts), folder, dtype, batch_size))
+    return np.stack([found[prompt] for prompt in prompts])
+  options = {'dtype': dtype, 'cache': cache}
+  store(dict.fromkeys(prompts), folder, batch_size=batch_size, **options)
+  return np.stack([stored(prompt, folder, **options) for prompt in prompts])
+
+
+def store(prompts, folder, *, dtype, cache, batch_size=4):
+  """Makes the embeddings that a cache lacks; arguments as `embed`'s.
+
+  However many there are, a batch of them is in memory at a time.
+  """
+  cache = pathlib.Path(cache)
+  cache.mkdir(parents=True, exist_ok=True)
+  missing = [p for p in prompts if not _file(p, folder, dtype, cache).exists()]
+  if not missing:
+    return
+  for prompt, value in _encode(missing, folder, dtype, batch_size):
+    path = _file(prompt, folder, dtype, cache)
+    temporary = path.with_name(f'.{path.name}')
+    np.save(temporary, value, allow_pickle=False)
+    temporary.replace(path)
+
+
+def stored(prompt, folder, *, dtype, cache):
+  """The embedding of one prompt that a cache holds, [77, D]."""
+  path = _file(prompt, folder, dtype, cache)
+  return np.load(path, allow_pickle=False)
+
+
+def _file(prompt, folder, dtype, cache):
+  key = f'{_encoder_key(pathlib.Path(folder), dtype)}\n{prompt}'
+  name = hashlib.sha256(key.encode()).hexdigest()[:32]
+  return pathlib.Path(cache) / f'{name}.npy'
 
 
 def encoder(folder, dtype):
@@ -89,6 +106,8 @@ def encoder(folder, dtype):
 
 
 def _encode(prompts, folder, dtype, batch_size):
+  """Yields (prompt, [77, D]) with T5 on the device until the last."""
+  prompts = list(prompts)
   tokenizer = load_tokenizer(folder / 'tokenizer')
   module, params = encoder(folder, dtype)
   ids, mask, _ = tokenizer(prompts, MAX_LEN)
@@ -97,19 +116,18 @@ def _encode(prompts, folder, dtype, batch_size):
   def apply(params, ids, mask):
     return module.apply({'params': params}, ids, mask, keep_padding=True)
 
-  made = []
   for start in range(0, len(prompts), batch_size):
     rows = slice(start, start + batch_size)
     fill = ((0, batch_size - len(ids[rows])), (0, 0))
     out = apply(params, np.pad(ids[rows], fill), np.pad(mask[rows], fill))
-    made.append(np.asarray(out)[: len(ids[rows])])
+    yield from zip(prompts[rows], np.asarray(out))
   # Not when the interpreter gets round to it: the U-Net needs the room now.
   jax.tree.map(lambda leaf: leaf.delete(), params)
-  return np.concatenate(made)
 
 
-def _key(folder, prompt, dtype):
-  """A name for a prompt's embedding by this encoder.
+@functools.cache
+def _encoder_key(folder, dtype):
+  """A name for an encoder and the way it is run.
 
   Reading XXL's weights to name them would take as long as using them; their
   files' names and sizes and the config stand for them.
@@ -117,8 +135,7 @@ def _key(folder, prompt, dtype):
   path = folder / 'text_encoder'
   config = hub_folder.read_json(path / 'config.json', weights.WHAT)
   files = sorted((f.name, f.stat().st_size) for f in path.glob('*.safetensors'))
-  what = f'{sorted(config.items())}\n{files}\n{dtype}\n{MAX_LEN}\n{prompt}'
-  return hashlib.sha256(what.encode()).hexdigest()[:32]
+  return f'{sorted(config.items())}\n{files}\n{dtype}\n{MAX_LEN}'
 
 
 def check_reference(folder, reference, dtype='bfloat16'):

@@ -1,44 +1,43 @@
 """The loss on pictures that are never trained on, with and without the EMA."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
-from imagen_jax.training.step import embed
 
 NUM_BATCHES = 4
 
 
-def make_heldout_loss(stage, text_module, batches, mesh, *, seed):
+def make_heldout_loss(run):
   """A function that computes the held-out loss, always with the same noise.
 
   Args:
-    stage: the stage.
-    text_module: the text encoder's module.
-    batches: list of this process's batches, as `train_step` takes them.
-    mesh: of the parameters.
-    seed: of times and noise.
+    run: the `Run`.
 
   Returns:
-    (parameters, text parameters) -> mean loss over the batches, a float.
+    parameters -> their mean loss over a few batches, a float.
   """
+  stream = run.stream(run.pictures('eval'))
+  batches = [
+    {k: v for k, v in batch.items() if k != 'index'}
+    for batch in itertools.islice(stream, NUM_BATCHES)
+  ]
 
   @jax.jit
-  def loss(params, text_params, batch, number):
+  def loss(params, batch, number, frozen):
     # Off a number that no step has: the keys are not those of training.
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
-    key = jax.random.fold_in(key, number)
-    text = embed(text_module, text_params, batch)
-    values, _ = stages.loss(
-      stage, params, key, batch['image'], text, batch['mask']
+    key = jax.random.fold_in(
+      jax.random.key(run.config.seed), np.uint32(2**32 - 1)
     )
-    return jnp.mean(values)
+    key = jax.random.fold_in(key, number)
+    return jnp.mean(run.loss(params, key, batch, frozen))
 
-  def heldout(params, text_params):
+  def heldout(params):
     losses = [
-      loss(params, text_params, sharding.put_batch(batch, mesh), number)
+      loss(params, sharding.put_batch(batch, run.mesh), number, run.frozen)
       for number, batch in enumerate(batches)
     ]
     return float(sum(map(float, losses)) / len(losses))

@@ -61,15 +61,26 @@ def make_preview(stage, encoder, source, mesh, *, seed, max_len):
 
   def preview(ema_params):
     drawn = draw(ema_params, sharding.put_whole_batch(given, mesh))
-    drawn = stages.to_uint8(drawn)[:shown]
-    if jax.process_index() != 0:
-      return None
-    rows = [truth[:shown]]
-    if 'low' in given:
-      factor = stage.resolution // stage.low_resolution
-      small = stages.to_uint8(given['low'][:shown])
-      rows.append(small.repeat(factor, axis=1).repeat(factor, axis=2))
-    images = pictures.enlarge(np.concatenate([*rows, drawn]), 64)
-    return pictures.grid(images, shown)
+    return show(truth, given.get('low'), drawn, shown)
 
   return preview
+
+
+def show(truth, low, drawn, shown):
+  """The grid of `make_preview`, on the first process; None on others.
+
+  Args:
+    truth: uint8 [N, R, R, 3].
+    low: [N, r, r, 3] in [−1, 1], or None.
+    drawn: [N, R, R, 3] in [−1, 1].
+    shown: how many of them to show.
+  """
+  if jax.process_index() != 0:
+    return None
+  rows = [truth[:shown]]
+  if low is not None:
+    factor = truth.shape[1] // low.shape[1]
+    small = stages.to_uint8(low[:shown])
+    rows.append(small.repeat(factor, axis=1).repeat(factor, axis=2))
+  rows.append(stages.to_uint8(drawn[:shown]))
+  return pictures.grid(pictures.enlarge(np.concatenate(rows), 64), shown)

@@ -36,21 +36,55 @@ def device_bytes(tree, placed):
   )
 
 
-def startup(stage, mesh, state, placed, text, *, batch_size, flops=None):
+def splits(state, placed, fsdp):
+  """What devices share and what each of them holds whole, as lines.
+
+  Args:
+    state: the `TrainState`, or its shapes.
+    placed: its shardings.
+    fsdp: devices that share one copy.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  share, whole = [], {}
+  for (path, leaf), where in zip(leaves, jax.tree.leaves(placed)):
+    size = leaf.size * jnp.dtype(leaf.dtype).itemsize
+    held = device_bytes(leaf, where)
+    if held < size:
+      share.append((held, size))
+    else:
+      name = '/'.join(str(getattr(key, 'key', '')) for key in path[-2:])
+      count, total = whole.get(name, (0, 0))
+      whole[name] = count + 1, total + size
+  held, size = (sum(column) / MIB for column in list(zip(*share)) or [(), ()])
+  yield (
+    f'  of the state, a device shares {len(share)} arrays with {fsdp - 1} '
+    f'others: {held:,.2f} of {size:,.2f} MiB'
+  )
+  count, rest = (sum(column) for column in zip(*whole.values()))
+  yield f'  and holds {count} small ones whole, {rest / MIB:,.2f} MiB:'
+  largest = sorted(whole.items(), key=lambda item: -item[1][1])
+  for name, (count, total) in largest:
+    yield f'    {count:5} × {name:30} {total / MIB:10,.3f} MiB'
+
+
+def startup(
+  name, mesh, state, placed, frozen, *, frozen_name, batch_size, flops=None
+):
   """The report, as lines.
 
   Args:
-    stage: the stage.
+    name: of the stage.
     mesh: the mesh.
     state: the `TrainState`, or its shapes.
     placed: its shardings.
-    text: (the text encoder's parameters, their shardings).
+    frozen: (what is not trained, its shardings).
+    frozen_name: what that is called.
     batch_size: of a step, over all devices.
     flops: operations of a step over all devices, or None.
   """
   device = mesh.devices.flat[0]
   data, fsdp = mesh.shape['data'], mesh.shape['fsdp']
-  yield f'{stage.name}: {stages.num_params(state.params):,} parameters'
+  yield f'{name}: {stages.num_params(state.params):,} parameters'
   for group, count in parameter_table(state.params).items():
     yield f'  {group:28} {count:14,}'
   hosts = len({d.process_index for d in mesh.devices.flat})
@@ -62,7 +96,7 @@ def startup(stage, mesh, state, placed, text, *, batch_size, flops=None):
     'parameters': (state.params, placed.params),
     'EMA': (state.ema_params, placed.ema_params),
     'optimizer': (state.opt_state, placed.opt_state),
-    'text encoder': text,
+    frozen_name: frozen,
   }
   sizes = {name: device_bytes(*part) / MIB for name, part in parts.items()}
   yield (

@@ -67,18 +67,48 @@ def train_step(
     skipped, and two [4] vectors: band_loss, the summed loss of the pictures
     in each quarter of the time t, and band_count, how many those were.
   """
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
   text = embed(text_module, text_params, batch)
 
   def loss_fn(params, key, image, text, mask):
     values, details = stages.loss(stage, params, key, image, text, mask)
-    band = (details['t'] * NUM_BANDS).astype(int).clip(0, NUM_BANDS - 1)
+    return values, details['t']
+
+  return take_step(
+    state,
+    loss_fn,
+    (batch['image'], text, batch['mask']),
+    tx=tx,
+    seed=seed,
+    ema_limit=ema_limit,
+    accumulate=accumulate,
+    unroll=unroll,
+  )
+
+
+def take_step(
+  state, loss_fn, arrays, *, tx, seed, ema_limit, accumulate=1, unroll=None
+):
+  """`train_step` of any loss.
+
+  Args:
+    state: the `TrainState`.
+    loss_fn: (params, key, *arrays) -> ([B] losses, [B] times in [0, 1]).
+    arrays: of B rows each.
+    tx, seed, ema_limit, accumulate, unroll: see `train_step`.
+
+  Returns:
+    (state, metrics).
+  """
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+  def mean_loss(params, key, *arrays):
+    values, t = loss_fn(params, key, *arrays)
+    band = (t * NUM_BANDS).astype(int).clip(0, NUM_BANDS - 1)
     here = jax.nn.one_hot(band, NUM_BANDS)
     bands = {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
     return jnp.mean(values), bands
 
-  gradient = jax.value_and_grad(loss_fn, has_aux=True)
-  arrays = batch['image'], text, batch['mask']
+  gradient = jax.value_and_grad(mean_loss, has_aux=True)
   if accumulate == 1:
     (loss, bands), grads = gradient(state.params, key, *arrays)
   else:

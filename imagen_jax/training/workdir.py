@@ -31,6 +31,7 @@ FREE = (
 DEFAULTS = {
   'data.flip': False,
   'data.resize': 'area',
+  'stage.max_level': 1.0,
   'text.dtype': 'float32',
   'train.accumulate': 1,
 }

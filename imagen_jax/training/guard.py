@@ -1,0 +1,42 @@
+"""The end of a run whose steps keep giving NaN or Inf."""
+
+import json
+
+import jax
+
+from imagen_jax.errors import NumericError
+
+
+def check_finite(state, step, limit, seen, source, workdir):
+  """Stops a run whose last `limit` steps were all left out.
+
+  Args:
+    state: the `TrainState`.
+    step: the last step.
+    limit: how many in a row are too many.
+    seen: [(step, indices of its pictures in the source)], the latest ones.
+    source: of the pictures.
+    workdir: where `bad_batches_PROCESS.jsonl` is written.
+
+  Raises:
+    NumericError: naming pictures of the last batch.
+  """
+  bad = int(state.skipped_in_row)
+  if bad < limit:
+    return
+  name = getattr(source, 'name', str)
+  rows = [
+    {'step': number, 'samples': [name(int(i)) for i in index]}
+    for number, index in seen
+  ]
+  process = jax.process_index()
+  file = workdir / f'bad_batches_{process}.jsonl'
+  file.write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
+  some = rows[-1]['samples']
+  raise NumericError(
+    f'the last {bad} steps up to step {step} gave NaN or Inf and were left '
+    'out; the parameters are those from before: resume from the last '
+    'checkpoint with a lower train.optimizer.learning_rate. The last batch '
+    f'held {", ".join(some[:4])}{", …" if len(some) > 4 else ""}; {file} lists '
+    'all of them.'
+  )
