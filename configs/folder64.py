@@ -40,5 +40,6 @@ def get_config():
     'max_bad': 0.01,
   }
   config.train.update(num_steps=20_000, batch_size=32)
-  config.train.optimizer.learning_rate = 3e-4
+  config.train.optimizer.update(kind='adam', learning_rate=3e-4)
+  config.train.optimizer.options = {'b1': 0.9, 'b2': 0.99}
   return config

@@ -287,7 +287,8 @@ class Cascade:
       record,
       put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
     )
-    draw = compiled(stage, _static(setting), sharding.replicated(mesh))
+    placed = sharding.batch_sharding(mesh)
+    draw = compiled(stage, _static(setting), placed)
     drawn = []
     for start in range(0, len(rows), batch):
       chosen = rows[start : start + batch]
@@ -324,7 +325,7 @@ class Cascade:
           arrays.get('image'),
           arrays.get('paint'),
         )
-      drawn.append(np.asarray(out)[: len(chosen)])
+      drawn.append(sharding.fetch(out)[: len(chosen)])
       if callback is not None:
         callback(stage.name, start + len(chosen), len(rows))
     jax.tree.map(lambda leaf: leaf.delete(), params)

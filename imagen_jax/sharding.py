@@ -11,7 +11,7 @@ import os
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imagen_jax.errors import UsageError
@@ -238,6 +238,17 @@ def put_whole_batch(batch, mesh):
     lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]),
     batch,
   )
+
+
+def fetch(x):
+  """A global array as a NumPy array that every process holds whole.
+
+  On one process the devices give their parts to the host and none of them
+  ever holds more.
+  """
+  if not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
 
 
 def gather(param, dtype=None):

@@ -130,6 +130,9 @@ def from_config(config, *, text_dim, text_len, dtype=jnp.float32):
   _known('stage.sampling', sampling, Sampling)
   logsnr_fn = make_schedule(**dict(config.pop('schedule')))
   _known('stage', config, Stage)
+  level = config.get('max_level', 1.0)
+  if not 0 <= level <= 1:
+    raise UsageError(f'stage.max_level is {level:g}; it lies in [0, 1].')
   return Stage(
     net=NETS[kind](**net, dtype=dtype),
     logsnr_fn=logsnr_fn,

@@ -141,8 +141,8 @@ def settings(folder, stage, data, **changes):
     config.text.dtype = config.dtype = 'float32'
     config.data.path = str(data)
     config.rank = 2
-    config.train.update(num_steps=4, batch_size=8, log_every=2)
-    config.train.update(checkpoint_every=2, sample_every=4, accumulate=2)
+    config.train.update(num_steps=4, batch_size=8, log_every=2, eval_every=4)
+    config.train.update(checkpoint_every=2, sample_every=4)
     config.train.optimizer.update(warmup=1, learning_rate=1e-3)
     config.update(changes)
   return config
@@ -205,7 +205,7 @@ def test_a_second_stage_is_trained_whole_without_its_variance(
   config = settings(
     folder, 'IF-II-S-v1.0', data, method='full', variance='drop'
   )
-  config.train.num_steps = 2
+  config.train.update(num_steps=2, batch_size=16, accumulate=2)
   assert loop.train(config, tmp_path / 'a') == 2
   model = pipeline.load(
     tmp_path / 'a' / 'export' / 'IF-II-S-v1.0', dtype='float32'

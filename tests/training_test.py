@@ -1,5 +1,6 @@
 """Training: resuming, the guard, the averages, one loss per batch."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -254,6 +255,34 @@ def test_low_resolution_noise_is_added_before_enlarging(model):
   np.testing.assert_allclose(out, stages.enlarge(eps, 2), atol=1e-6)
   clean = stages.low_res_input(made, eps, low + 0.5, jnp.asarray([0.0]))
   np.testing.assert_allclose(clean, 0.5, atol=1e-6)
+
+
+def test_levels_reach_max_level_and_no_further(model):
+  encoder = load_text_encoder(model / 'text')
+  config = tiny_model.config('sr1')
+  config.stage.max_level = 0.25
+  made, seen = tiny_model.build(config, encoder), []
+
+  class Spy:
+    def apply(self, variables, z, logsnr, text, mask, low, level, **_):
+      seen.append(level)
+      return jnp.zeros_like(z)
+
+  stages.loss(
+    dataclasses.replace(made, net=Spy()),
+    {},
+    jax.random.key(0),
+    np.zeros((256, 16, 16, 3), np.uint8),
+    jnp.zeros((256, 5, made.text_dim)),
+    jnp.ones((256, 5), bool),
+  )
+  assert 0.24 < seen[0].max() < 0.25 and seen[0].min() < 0.01
+  settings = dataclasses.replace(made.sampling, aug_level=0.3)
+  with pytest.raises(UsageError, match=r'lies in \[0, 0.25\]'):
+    stages.check_sampling(made, settings)
+  config.stage.max_level = 1.5
+  with pytest.raises(UsageError, match='max_level is 1.5'):
+    tiny_model.build(config, encoder)
 
 
 def test_training_and_sampling_have_one_null_condition(model):

@@ -24,7 +24,8 @@ def _main(argv):
   parser.add_argument(
     '--source',
     required=True,
-    help='kind of source: folder, webdataset, tfds, arrayrecord or shapes',
+    help='kind of source: folder, webdataset, tfds, arrayrecord, shapes '
+    'or emoji',
   )
   parser.add_argument('--path', help="where it is, such as 'shards/*.tar'")
   parser.add_argument(
@@ -35,7 +36,7 @@ def _main(argv):
     '--resize', default='area', help='area, bicubic or lanczos'
   )
   parser.add_argument('--split', default='train', help='train or eval')
-  parser.add_argument('--seed', type=int, default=0, help='of --source shapes')
+  parser.add_argument('--seed', type=int, default=0, help='of shapes and emoji')
   parser.add_argument(
     '--num', type=int, help='write the first NUM pictures only'
   )
@@ -72,8 +73,10 @@ def prepare(args):
   from imagen_jax.data.progress import Progress
   from imagen_jax.data.sources import make_source
 
-  if args.source == 'shapes' and args.num is None:
-    raise UsageError('the shapes world has no end: say how many with --num.')
+  if args.source in ('shapes', 'emoji') and args.num is None:
+    raise UsageError(
+      f'the {args.source} world has no end: say how many with --num.'
+    )
   source = make_source(
     kind=args.source,
     size=args.size,

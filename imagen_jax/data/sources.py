@@ -10,7 +10,7 @@ import re
 
 from imagen_jax.errors import UsageError
 
-KINDS = ('shapes', 'folder', 'webdataset', 'tfds', 'arrayrecord')
+KINDS = ('shapes', 'emoji', 'folder', 'webdataset', 'tfds', 'arrayrecord')
 RESIZE = ('area', 'bicubic', 'lanczos')
 WHAT = {
   'folder': 'a folder of pictures with .txt captions beside them',
@@ -33,13 +33,14 @@ def make_source(
   """The pictures of a split at one size.
 
   Args:
-    kind: 'shapes' (drawn on the fly), 'folder', 'webdataset' (tars), 'tfds' or
-      'arrayrecord' (what imagen-prepare wrote).
+    kind: 'shapes' and 'emoji' (drawn on the fly), 'folder', 'webdataset'
+      (tars), 'tfds' or 'arrayrecord' (what imagen-prepare wrote).
     size: side of the pictures, in pixels.
-    path: where they are; unused by 'shapes'.
+    path: where they are; unused by 'shapes', and of 'emoji' the font, which is
+      looked for if it is not given.
     split: 'train' or 'eval'; folders, tars and prepared sets have one split
       and give it for both.
-    seed: of the shapes.
+    seed: of the shapes or emoji.
     resize: how pictures are made smaller: 'area', 'bicubic' or 'lanczos'.
     max_bad: share of bad samples above which to stop.
 
@@ -53,6 +54,10 @@ def make_source(
     from imagen_jax.data.shapes import ShapesSource
 
     return ShapesSource(seed, split, size)
+  if kind == 'emoji':
+    from imagen_jax.data.emoji import EmojiSource
+
+    return EmojiSource(path, size, seed=seed, split=split)
   if not path:
     raise UsageError(
       f'data.path is not set: add --config.data.path=…, {WHAT[kind]}.'

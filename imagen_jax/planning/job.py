@@ -238,7 +238,7 @@ def sample_jaxpr(job, batch_size):
 def lower_sample(job, mesh):
   """The sampling call lowered for a mesh, as the cascade places things."""
   draw, (params, *arrays, weight, level) = sample_arguments(
-    job, job.batch_size, sharding.replicated(mesh)
+    job, job.batch_size, sharding.batch_sharding(mesh)
   )
   split = sharding.batch_sharding(mesh)
   placed = jax.tree.map(lambda _: split, arrays)

@@ -8,8 +8,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
@@ -85,9 +85,7 @@ class TextEncoder:
         np.pad(ids[rows], fill),
         np.pad(mask[rows], fill),
       )
-      if not out.is_fully_addressable:  # parameters over several processes
-        out = multihost_utils.process_allgather(out, tiled=True)
-      emb[rows] = out[: len(ids[rows])]
+      emb[rows] = sharding.fetch(out)[: len(ids[rows])]
     return emb, mask
 
 

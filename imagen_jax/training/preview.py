@@ -57,10 +57,11 @@ def make_preview(stage, encoder, source, mesh, *, seed, max_len):
       settings=settings,
     )
 
-  draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
 
   def preview(ema_params):
     drawn = draw(ema_params, sharding.put_whole_batch(given, mesh))
+    drawn = sharding.fetch(drawn)
     return show(truth, given.get('low'), drawn, shown)
 
   return preview

@@ -53,7 +53,9 @@ class Run:
   def holds_out(self):
     """Whether the eval split is not the one that is trained on."""
     data = self.config.data
-    return data.kind in ('shapes', 'tfds') or bool(data.get('eval_path'))
+    return data.kind in ('shapes', 'emoji', 'tfds') or bool(
+      data.get('eval_path')
+    )
 
   def stream(self, source, **options):
     """This process's batches, see `data.pipeline.batches`."""

@@ -1,0 +1,293 @@
+"""Scenes of emoji: small pictures of real things, composed and captioned.
+
+The pictures are glyphs of a colour font that is found on the system (Noto Color
+Emoji); it is not part of this package. Scenes are invented as in the shapes
+world: example i of a split is a pure function of (seed, split, i), "two dogs to
+the left of a red car" is one, and some pairs of things are never trained.
+"""
+
+import functools
+import pathlib
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from imagen_jax.data.captions import NUMBERS, OPPOSITE, RELATIONS, SAID, pick
+from imagen_jax.data.shapes_layout import place
+from imagen_jax.errors import DataError
+
+FONTS = ('NotoColorEmoji.ttf', 'Noto-COLRv1.ttf', 'NotoColorEmoji-Regular.ttf')
+PLACES = (
+  '~/.fonts',
+  '~/.local/share/fonts',
+  '/usr/local/share/fonts',
+  '/usr/share/fonts',
+  '~/Library/Fonts',
+  '/Library/Fonts',
+)
+# Bitmap fonts come in one size; Noto's is 109. A vector font takes the first.
+SIZES = (109, 136, 128, 160, 96, 64)
+# What a person would call them. Colours are those of Noto's drawings.
+THINGS = {
+  'dog': '\N{DOG}',
+  'cat': '\N{CAT}',
+  'horse': '\N{HORSE}',
+  'cow': '\N{COW}',
+  'pig': '\N{PIG}',
+  'sheep': '\N{SHEEP}',
+  'elephant': '\N{ELEPHANT}',
+  'camel': '\N{BACTRIAN CAMEL}',
+  'tiger': '\N{TIGER}',
+  'rabbit': '\N{RABBIT}',
+  'mouse': '\N{MOUSE}',
+  'rooster': '\N{ROOSTER}',
+  'penguin': '\N{PENGUIN}',
+  'turtle': '\N{TURTLE}',
+  'snake': '\N{SNAKE}',
+  'snail': '\N{SNAIL}',
+  'bee': '\N{HONEYBEE}',
+  'ladybug': '\N{LADY BEETLE}',
+  'fish': '\N{FISH}',
+  'octopus': '\N{OCTOPUS}',
+  'whale': '\N{SPOUTING WHALE}',
+  'red car': '\N{AUTOMOBILE}',
+  'blue car': '\N{RECREATIONAL VEHICLE}',
+  'bus': '\N{BUS}',
+  'truck': '\N{DELIVERY TRUCK}',
+  'tractor': '\N{TRACTOR}',
+  'bicycle': '\N{BICYCLE}',
+  'helicopter': '\N{HELICOPTER}',
+  'rocket': '\N{ROCKET}',
+  'ship': '\N{SHIP}',
+  'house': '\N{HOUSE BUILDING}',
+  'tree': '\N{DECIDUOUS TREE}',
+  'palm tree': '\N{PALM TREE}',
+  'cactus': '\N{CACTUS}',
+  'sunflower': '\N{SUNFLOWER}',
+  'rose': '\N{ROSE}',
+  'mushroom': '\N{MUSHROOM}',
+  'red apple': '\N{RED APPLE}',
+  'green apple': '\N{GREEN APPLE}',
+  'banana': '\N{BANANA}',
+  'strawberry': '\N{STRAWBERRY}',
+  'pineapple': '\N{PINEAPPLE}',
+  'lemon': '\N{LEMON}',
+  'hamburger': '\N{HAMBURGER}',
+  'birthday cake': '\N{BIRTHDAY CAKE}',
+  'balloon': '\N{BALLOON}',
+  'key': '\N{KEY}',
+  'guitar': '\N{GUITAR}',
+  'trumpet': '\N{TRUMPET}',
+  'soccer ball': '\N{SOCCER BALL}',
+  'alarm clock': '\N{ALARM CLOCK}',
+  'light bulb': '\N{ELECTRIC LIGHT BULB}',
+  'crown': '\N{CROWN}',
+  'top hat': '\N{TOP HAT}',
+  'robot': '\N{ROBOT FACE}',
+  'ghost': '\N{GHOST}',
+}
+PLURALS = {
+  'sheep': 'sheep',
+  'mouse': 'mice',
+  'fish': 'fish',
+  'strawberry': 'strawberries',
+}
+BACKGROUNDS = {
+  'white': (255, 255, 255),
+  'black': (16, 16, 20),
+  'grey': (200, 202, 208),
+  'blue': (176, 208, 240),
+  'green': (190, 226, 188),
+  'yellow': (252, 238, 190),
+}
+HELD_OUT = 0.1  # share of the pairs that are never trained
+
+
+def plural(name):
+  """'dog' -> 'dogs', 'bus' -> 'buses', 'sheep' -> 'sheep'."""
+  if name in PLURALS:
+    return PLURALS[name]
+  return name + ('es' if name.endswith(('s', 'sh', 'ch', 'x')) else 's')
+
+
+def held_out(a, b):
+  """Whether two things, either way round, are never in one trained scene."""
+  pair = '/'.join(sorted((a, b)))
+  return random.Random(f'held out: {pair}').random() < HELD_OUT
+
+
+def said(rng, name, count):
+  """'a dog', 'an elephant', 'two dogs'."""
+  if count > 1:
+    return f'{NUMBERS[count - 1]} {plural(name)}'
+  return f'{"an" if name[0] in "aeiou" else "a"} {name}'
+
+
+def scene(seed, split, i, names):
+  """Scene `i` of a split.
+
+  Args:
+    seed: any int.
+    split: 'train' or 'eval'; they share no random stream, and only 'eval' has
+      pairs that are held out.
+    i: any int ≥ 0.
+    names: of the things that there are.
+
+  Returns:
+    (caption, background's name, [(name, x, y, diameter)]), in fractions of the
+    picture.
+  """
+  rng = random.Random(f'emoji/{seed}/{split}/{i}')
+  background = pick(rng, tuple(BACKGROUNDS))
+  groups = [(pick(rng, names), 1)]
+  relation = None
+  kind = rng.random()
+  if kind < 0.35 or len(names) == 1:
+    groups = [(groups[0][0], 1 + int(rng.random() * 5))]
+  else:
+    first = groups[0][0]
+    others = [
+      name
+      for name in names
+      if name != first and (split == 'eval' or not held_out(first, name))
+    ]
+    if others:
+      groups.append((pick(rng, tuple(others)), 1))
+      if rng.random() < 0.3:
+        groups[0] = (first, 2)
+      if kind < 0.75:
+        relation = pick(rng, RELATIONS)
+  number = sum(count for _, count in groups)
+  largest = {1: 0.7, 2: 0.44, 3: 0.38, 4: 0.36, 5: 0.31}[number]
+  sizes = [largest * (0.8 + 0.2 * rng.random()) for _ in range(number)]
+  relations = ()
+  if relation:
+    # Every one of the first group stands so to the second.
+    last = number - 1
+    relations = tuple((k, relation, last) for k in range(last))
+  sizes, places = place(rng, sizes, [0.2] * number, relations)
+  kinds = [name for name, count in groups for _ in range(count)]
+  words = [said(rng, name, count) for name, count in groups]
+  if relation:
+    # The same scene can be told from either side.
+    if rng.random() < 0.3:
+      words, relation = words[::-1], OPPOSITE[relation]
+    caption = f' {pick(rng, SAID[relation])} '.join(words)
+  else:
+    caption = ' and '.join(words)
+  if rng.random() < 0.25:
+    caption += f' on a {background} background'
+  things = [(n, x, y, d) for n, (x, y), d in zip(kinds, places, sizes)]
+  return caption, background, things
+
+
+def find_font(path=None):
+  """The colour font at a path, or Noto Color Emoji wherever systems keep it.
+
+  Raises:
+    DataError: there is none.
+  """
+  if path:
+    return pathlib.Path(path)
+  for place_ in map(lambda p: pathlib.Path(p).expanduser(), PLACES):
+    for name in FONTS:
+      found = sorted(place_.rglob(name)) if place_.is_dir() else ()
+      if found:
+        return found[0]
+  raise DataError(
+    'no Noto Color Emoji font was found on this system: install it (package '
+    'fonts-noto-color-emoji on Debian and Ubuntu) or give the file with '
+    '--config.data.path=NotoColorEmoji.ttf.'
+  )
+
+
+def load_font(path):
+  """The font, in a size that it has.
+
+  Raises:
+    DataError: the file is no font.
+  """
+  error = None
+  for size in SIZES:
+    try:
+      return ImageFont.truetype(str(path), size)
+    except OSError as failed:
+      error = failed
+  raise DataError(f'{path} cannot be used as a font ({error}).')
+
+
+def glyph(font, text):
+  """A character as an RGBA picture without a border; None: it has none."""
+  side = 2 * int(font.size)
+  image = Image.new('RGBA', (side, side), (0, 0, 0, 0))
+  ImageDraw.Draw(image).text(
+    (side // 4, side // 4), text, font=font, embedded_color=True
+  )
+  box = image.getbbox()
+  return None if box is None else image.crop(box)
+
+
+class EmojiSource:
+  """Random-access source of {'image', 'caption'}, for `data.pipeline`.
+
+  Args:
+    path: of the font; None looks for it.
+    size: side of the pictures in pixels.
+    seed: of the world.
+    split: 'train' or 'eval'.
+    num: how many scenes the source holds.
+
+  Raises:
+    DataError: there is no font, or it has none of the things.
+  """
+
+  def __init__(self, path, size, *, seed=0, split='train', num=1_000_000):
+    self.path = find_font(path)
+    self.size, self.seed, self.split, self.num = size, seed, split, num
+    if len(self.names) < 2:
+      raise DataError(
+        f'{self.path} draws {len(self.names)} of the {len(THINGS)} things; '
+        'give a colour emoji font.'
+      )
+
+  @functools.cached_property
+  def glyphs(self):
+    """{name: RGBA picture} of the things that the font can draw."""
+    font = load_font(self.path)
+    missing = glyph(font, '\U0010fffe')
+    found = {name: glyph(font, text) for name, text in THINGS.items()}
+    return {
+      name: image
+      for name, image in found.items()
+      if image is not None
+      and (missing is None or image.tobytes() != missing.tobytes())
+    }
+
+  @property
+  def names(self):
+    """Of the things, in a fixed order."""
+    return tuple(sorted(self.glyphs))
+
+  def __len__(self):
+    return self.num
+
+  def __getitem__(self, i):
+    """{'image': uint8 [size, size, 3], 'caption': str}."""
+    i = int(i)
+    if not 0 <= i < self.num:
+      raise IndexError(f'scene {i} of {self.num}')
+    caption, background, things = scene(self.seed, self.split, i, self.names)
+    # Drawn large and averaged down, so that edges and places are exact.
+    scale = max(1, 256 // self.size)
+    side = scale * self.size
+    image = Image.new('RGB', (side, side), BACKGROUNDS[background])
+    for name, x, y, diameter in things:
+      drawn = self.glyphs[name]
+      factor = diameter * side / max(drawn.size)
+      width, height = (max(1, round(factor * n)) for n in drawn.size)
+      drawn = drawn.resize((width, height), Image.Resampling.LANCZOS)
+      corner = round(x * side - width / 2), round(y * side - height / 2)
+      image.paste(drawn, corner, drawn)
+    image = image.resize((self.size, self.size), Image.Resampling.BOX)
+    return {'image': np.asarray(image), 'caption': caption}
