@@ -5,6 +5,12 @@ r"""The demo's last super-resolution model: 64→256 (F.3 shrunk).
 As the paper's 256→1024 model it has no self-attention, keeps the attention to
 the text, trains on crops and draws whole pictures. It paints the fills, which
 16 pixels cannot hold.
+
+The bundled weights: 1,840 steps, 29,440 crops, 15 minutes on 2 cores; loss
+0.0048. Behind sr1, fed with true 16-pixel pictures, the judge passes 63 of 64
+pictures without fills and 6 of 16 with them, which are the last thing it learns:
+
+  python evaluate.py --suite shapes --from_truth --num 16
 """
 
 from imagen_jax.configs import shapes_sr1

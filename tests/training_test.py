@@ -24,7 +24,7 @@ from imagen_jax.training.state import (
   matrix_axes,
   optimizer,
 )
-from imagen_jax.training.step import train_step
+from imagen_jax.training.step import take_step, train_step
 from imagen_jax.training.workdir import differences
 from tests import tiny_model
 
@@ -297,57 +297,34 @@ def test_training_and_sampling_have_one_null_condition(model):
   np.testing.assert_array_equal(kept[1][0], mask[0])
 
 
-@pytest.mark.slow
-def test_accumulating_averages_the_gradients_of_the_parts(step, model):
-  _, state, batch, text = step
-  encoder = load_text_encoder(model / 'text')
-  made = tiny_model.build(tiny_model.config('sr1'), encoder)
-  options = dict(
-    stage=made,
-    text_module=encoder.module,
-    tx=optax.sgd(1e-1),  # linear in the gradient
-    seed=0,
-    ema_limit=0.9,
-  )
-  state = init_state(state.params, options['tx'])
-  batch = batch | {
-    'image': np.arange(4 * 16 * 16 * 3, dtype=np.uint32)
-    .reshape(4, 16, 16, 3)
-    .astype(np.uint8)
-  }
-  both, _ = jax.jit(functools.partial(train_step, accumulate=2, **options))(
-    state, batch, text
-  )
-  key = jax.random.fold_in(jax.random.key(0), 0)
-  emb = encoder.module.apply({'params': text}, batch['ids'], batch['mask'])
+@pytest.mark.parametrize('unroll', [True, False])
+def test_accumulating_averages_the_gradients_of_the_parts(unroll):
+  def loss_fn(params, key, x, y):
+    t = jax.random.uniform(key, y.shape)
+    return (x @ params['w'] - t * y) ** 2, t
 
-  @jax.jit
-  def gradient(params):
-    def loss(params):
-      return (
-        sum(
-          jnp.mean(
-            stages.loss(
-              made,
-              params,
-              jax.random.fold_in(key, i),
-              batch['image'][i::2],
-              emb[i::2],
-              batch['mask'][i::2],
-            )[0]
-          )
-          for i in range(2)
-        )
-        / 2
-      )
+  tx = optax.sgd(1.0)  # linear in the gradient
+  state = init_state({'w': jnp.arange(3.0)}, tx)
+  x = jax.random.normal(jax.random.key(1), (8, 3))
+  y = jax.random.normal(jax.random.key(2), (8,))
+  options = dict(tx=tx, seed=0, ema_limit=0.9, unroll=unroll)
+  step = functools.partial(take_step, state, loss_fn, (x, y), **options)
+  after, metrics = jax.jit(functools.partial(step, accumulate=4))()
 
-    return jax.grad(loss)(params)
+  def part(params, i):
+    # Row r belongs to part r % 4, which has a key of its own.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), i)
+    return jnp.mean(loss_fn(params, key, x[i::4], y[i::4])[0])
 
-  jax.tree.map(
-    lambda new, old, g: np.testing.assert_allclose(
-      new, old - 1e-1 * g, rtol=1e-5, atol=1e-6
-    ),
-    both.params,
-    state.params,
-    gradient(state.params),
+  losses, grads = zip(
+    *(jax.value_and_grad(part)(state.params, i) for i in range(4))
   )
+  mean = sum(g['w'] for g in grads) / 4
+  np.testing.assert_allclose(
+    after.params['w'], state.params['w'] - mean, rtol=1e-5
+  )
+  np.testing.assert_allclose(metrics['loss'], sum(losses) / 4, rtol=1e-5)
+  # The bands' sums and counts are averaged over the parts as well.
+  np.testing.assert_allclose(metrics['band_count'].sum(), 2)
+  once, _ = jax.jit(step)()
+  assert not np.allclose(once.params['w'], after.params['w'])
