@@ -10,9 +10,9 @@ resolution, so that a small one cannot give back the noise of single pixels,
 which eps and v ask for. With v-prediction the same network was still grainy
 after 1,500 steps, its loss at 0.16.
 
-Levels up to 0.4, and Muon, because a small network then learns more in the same
-time: `python benchmarks/first_steps.py --config shapes_sr1`. After 400 steps the
-error of x at level 0.1 was, in thousandths, at t = 0.1 and 1:
+Levels up to 0.4, and Muon, because a small network then learns more in the
+same time: `python benchmarks/first_steps.py --config shapes_sr1`. After 400
+steps the error of x at level 0.1 was, in thousandths, at t = 0.1 and 1:
 
   13.2 and 57.9  levels to 1, Adam at 1e-3
    9.7 and 23.7  levels to 0.4, Adam at 1e-3 (8.7 and 23.1 at 2e-3)

@@ -8,7 +8,7 @@ the text, trains on crops and draws whole pictures. It paints the fills, which
 
 The bundled weights: 1,840 steps, 29,440 crops, 15 minutes on 2 cores; loss
 0.0048. Behind sr1, fed with true 16-pixel pictures, the judge passes 63 of 64
-pictures without fills and 6 of 16 with them, which are the last thing it learns:
+pictures without fills and 6 of 16 with them, the last thing it learns:
 
   python evaluate.py --suite shapes --from_truth --num 16
 """
