@@ -13,6 +13,7 @@ steps are averaged.
 
 import argparse
 import itertools
+import sys
 import time
 
 import jax
@@ -63,7 +64,7 @@ def make_errors(run):
 
 
 def main():
-  argv, overrides = split_overrides(None)
+  argv, overrides = split_overrides(sys.argv[1:])
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--config', default='shapes_sr1')
   parser.add_argument('--steps', type=int, default=400)
