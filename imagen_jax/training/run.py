@@ -1,5 +1,7 @@
 """What the loop needs to know of a model that it trains."""
 
+import abc
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from imagen_jax.training import report
 from imagen_jax.training.state import make_optimizer
 
 
-class Run:
+class Run(abc.ABC):
   """A config made ready; `StageRun` and `IFRun` fill in what it trains.
 
   Attributes:
@@ -111,34 +113,34 @@ class Run:
   # ---- What a model fills in ---------------------------------------------
   frozen_name = 'frozen'
 
+  @abc.abstractmethod
   def new_state(self, trained):
     """The `TrainState` before the first step."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def example(self, example):
     """One example of the source as the step takes it, without `index`."""
-    raise NotImplementedError
 
-  def open(self, workdir):
+  def open(self, workdir):  # noqa: B027 - most runs have nothing to do
     """Loads what a dry run does not need."""
 
+  @abc.abstractmethod
   def first_state(self, init_from):
     """(state on the mesh, where it came from) of a new run.
 
     Args:
       init_from: a `StageRecord` to start from, or None.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def make_preview(self):
     """A function: EMA parameters -> uint8 grid, None off the first process."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def loss(self, params, key, batch, frozen):
     """[B] losses of a batch, for the held-out loss."""
-    raise NotImplementedError
 
-  def finish(self, state, workdir):
+  def finish(self, state, workdir):  # noqa: B027 - the same
     """What is left to do after the last step, on the first process."""
 
 
