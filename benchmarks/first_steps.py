@@ -24,6 +24,7 @@ from imagen_jax import sharding
 from imagen_jax import stage as stages
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.diffusion import process
+from imagen_jax.training.run import split_index
 from imagen_jax.training.stage_run import StageRun
 from imagen_jax.training.step import embed
 
@@ -83,8 +84,7 @@ def main():
     losses, seconds = [], []
     stream = itertools.islice(run.train_stream(0), args.steps)
     for step, batch in enumerate(stream, 1):
-      batch.pop('index')
-      batch = sharding.put_batch(batch, run.mesh)
+      batch = sharding.put_batch(split_index(batch)[0], run.mesh)
       start = time.perf_counter()
       state, metrics = run.step_fn(state, batch, run.frozen)
       losses.append(float(metrics['loss']))

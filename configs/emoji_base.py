@@ -9,8 +9,8 @@ with counts, relations and backgrounds: `imagen_jax/data/emoji.py`. A tenth of
 the pairs is never trained. The captions want a text encoder that has read
 English: a folder of T5 v1.1 weights.
 
-For a GPU. It was not trained: none was at hand. The data, this config and a few
-steps of it are tested with a font made for the test.
+For a GPU. It was not trained: none was at hand. The scenes are tested, with a
+font made for the test, and that this config makes a network.
 """
 
 from imagen_jax.configs import folder64

@@ -68,7 +68,7 @@ def test_a_picture_shows_the_things_where_the_scene_says(font):
       )
       assert 0.1 < diameter <= 0.7
     np.testing.assert_allclose(
-      picture[0, 0], emoji.BACKGROUNDS[background], atol=1
+      picture[0, 0], emoji.BACKGROUND[background], atol=1
     )
 
 
@@ -117,6 +117,7 @@ def test_scenes_are_pure_and_splits_differ(font):
   options = {'kind': 'emoji', 'path': str(font), 'size': 32}
   first, again = make_source(**options), make_source(**options)
   np.testing.assert_array_equal(first[7]['image'], again[7]['image'])
+  assert first.fingerprint == again.fingerprint
   other = make_source(**options, split='eval')
   assert [first[i]['caption'] for i in range(9)] != [
     other[i]['caption'] for i in range(9)

@@ -72,7 +72,7 @@ def export_if(workdir, out, *, weights, step):
     state, _, step = checkpoints.restore(
       sharding.with_shardings(run.abstract, run.placed), step
     )
-  run.load()
+  run.load_frozen()
   run.export({'ema': state.ema_params, 'raw': state.params}[weights], out)
   return step
 

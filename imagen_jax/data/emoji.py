@@ -7,14 +7,17 @@ the left of a red car" is one, and some pairs of things are never trained.
 """
 
 import functools
+import hashlib
 import pathlib
 import random
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from imagen_jax.data import captions
 from imagen_jax.data.captions import NUMBERS, OPPOSITE, RELATIONS, SAID, pick
 from imagen_jax.data.shapes_layout import place
+from imagen_jax.data.shapes_render import BACKGROUND
 from imagen_jax.errors import DataError
 
 FONTS = ('NotoColorEmoji.ttf', 'Noto-COLRv1.ttf', 'NotoColorEmoji-Regular.ttf')
@@ -93,22 +96,12 @@ PLURALS = {
   'fish': 'fish',
   'strawberry': 'strawberries',
 }
-BACKGROUNDS = {
-  'white': (255, 255, 255),
-  'black': (16, 16, 20),
-  'grey': (200, 202, 208),
-  'blue': (176, 208, 240),
-  'green': (190, 226, 188),
-  'yellow': (252, 238, 190),
-}
 HELD_OUT = 0.1  # share of the pairs that are never trained
 
 
 def plural(name):
   """'dog' -> 'dogs', 'bus' -> 'buses', 'sheep' -> 'sheep'."""
-  if name in PLURALS:
-    return PLURALS[name]
-  return name + ('es' if name.endswith(('s', 'sh', 'ch', 'x')) else 's')
+  return PLURALS.get(name) or captions.plural(name)
 
 
 def held_out(a, b):
@@ -139,7 +132,7 @@ def scene(seed, split, i, names):
     picture.
   """
   rng = random.Random(f'emoji/{seed}/{split}/{i}')
-  background = pick(rng, tuple(BACKGROUNDS))
+  background = pick(rng, tuple(BACKGROUND))
   groups = [(pick(rng, names), 1)]
   relation = None
   kind = rng.random()
@@ -190,9 +183,9 @@ def find_font(path=None):
   """
   if path:
     return pathlib.Path(path)
-  for place_ in map(lambda p: pathlib.Path(p).expanduser(), PLACES):
+  for folder in (pathlib.Path(p).expanduser() for p in PLACES):
     for name in FONTS:
-      found = sorted(place_.rglob(name)) if place_.is_dir() else ()
+      found = sorted(folder.rglob(name)) if folder.is_dir() else ()
       if found:
         return found[0]
   raise DataError(
@@ -252,6 +245,11 @@ class EmojiSource:
       )
 
   @functools.cached_property
+  def fingerprint(self):
+    """Of the font: another one draws another data set."""
+    return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+  @functools.cached_property
   def glyphs(self):
     """{name: RGBA picture} of the things that the font can draw."""
     font = load_font(self.path)
@@ -281,7 +279,7 @@ class EmojiSource:
     # Drawn large and averaged down, so that edges and places are exact.
     scale = max(1, 256 // self.size)
     side = scale * self.size
-    image = Image.new('RGB', (side, side), BACKGROUNDS[background])
+    image = Image.new('RGB', (side, side), BACKGROUND[background])
     for name, x, y, diameter in things:
       drawn = self.glyphs[name]
       factor = diameter * side / max(drawn.size)

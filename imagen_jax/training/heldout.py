@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
+from imagen_jax.training.run import split_index
 
 NUM_BATCHES = 4
 
@@ -22,8 +23,7 @@ def make_heldout_loss(run):
   """
   stream = run.stream(run.pictures('eval'))
   batches = [
-    {k: v for k, v in batch.items() if k != 'index'}
-    for batch in itertools.islice(stream, NUM_BATCHES)
+    split_index(batch)[0] for batch in itertools.islice(stream, NUM_BATCHES)
   ]
 
   @jax.jit

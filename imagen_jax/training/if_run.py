@@ -15,9 +15,9 @@ from imagen_jax.deepfloyd import (
   pipeline,
   schedule,
   text,
-  weights,
 )
 from imagen_jax.deepfloyd import stage as stages
+from imagen_jax.deepfloyd import weights as weight_files
 from imagen_jax.deepfloyd.export import (
   cut_variance,
   export_stage,
@@ -28,7 +28,7 @@ from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
 from imagen_jax.stage import box_downsample
-from imagen_jax.training.preview import NUM_PREVIEWS, show
+from imagen_jax.training.preview import make_preview
 from imagen_jax.training.run import Run, picture_shape
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import take_step
@@ -70,7 +70,7 @@ class IFRun(Run):
     )
     self.dtype = resolve_dtype(config.dtype)
     self.module = IFUNet(self.stage.config, self.dtype)
-    shapes = weights.abstract_params(self.stage.config)
+    shapes = weight_files.abstract_params(self.stage.config)
     if self.drop:
       self.module = without_variance(self.module)
       shapes = jax.eval_shape(cut_variance, shapes)
@@ -120,23 +120,24 @@ class IFRun(Run):
       dtype=self.config.text.dtype,
       cache=self.cache,
     )
-    self.load()
     self.frozen['empty'] = jax.device_put(
       self._embedding(''), sharding.replicated(self.mesh)
     )
+    self.load_frozen()
+
+  def load_frozen(self):
+    """Reads the weights that adapters are added to."""
+    if self.adapt:
+      self.frozen['weights'] = self.load()
 
   def load(self):
-    """Reads the weights that are fine-tuned."""
+    """The weights that are fine-tuned, on the mesh."""
     _, params = self.stage.load(
       dtype=self.dtype,
       weights_dtype=self.dtype if self.adapt else jnp.float32,
       place=functools.partial(sharding.leaf_sharding, mesh=self.mesh),
     )
-    if self.drop:
-      params = cut_variance(params)
-    self.loaded = params
-    if self.adapt:
-      self.frozen['weights'] = params
+    return cut_variance(params) if self.drop else params
 
   def _embedding(self, caption):
     return text.stored(
@@ -158,15 +159,15 @@ class IFRun(Run):
         '--init_from is for stages of our own; a fine-tuning starts from '
         '--config.model.'
       )
-    state = jax.jit(self.new_state, out_shardings=self.placed)(self.loaded)
-    self.loaded = None
+    params = self.frozen['weights'] if self.adapt else self.load()
+    state = jax.jit(self.new_state, out_shardings=self.placed)(params)
     return state, f'starts from {self.stage.folder}'
 
-  def assemble(self, trained, frozen):
-    """The network's parameters."""
+  def assemble(self, trained, weights):
+    """The network's parameters; `weights` are those adapters are added to."""
     if not self.adapt:
       return trained
-    return lora.merge(frozen['weights'], trained, self.config.scale)
+    return lora.merge(weights, trained, self.config.scale)
 
   def _loss(self, trained, key, image, captions, frozen):
     """([B] losses, [B] times)."""
@@ -185,7 +186,7 @@ class IFRun(Run):
       abar = jnp.asarray(abar)[level][:, None, None, None]
       noise = jax.random.normal(keys['low'], low.shape)
       low = jnp.sqrt(abar) * low + jnp.sqrt(1 - abar) * noise
-    params = self.assemble(trained, frozen)
+    params = self.assemble(trained, frozen.get('weights'))
 
     def predict(z, t):
       given = z if low is None else jnp.concatenate([z, low], axis=-1)
@@ -204,35 +205,26 @@ class IFRun(Run):
     return self._loss(params, key, batch['image'], batch['text'], frozen)[0]
 
   def make_preview(self):
-    source = self.pictures('eval')
-    shown = min(NUM_PREVIEWS, len(source))
-    count = -(-shown // self.mesh.size) * self.mesh.size
-    examples = [source[i % shown] for i in range(count)]
-    truth = np.stack([example['image'] for example in examples])
-    given = {'text': np.stack([self.example(e)['text'] for e in examples])}
-    if self.stage.enlarges:
-      x = jnp.asarray(truth, jnp.float32) / 127.5 - 1
-      given['low'] = np.asarray(box_downsample(x, self.resolution // 4))
-    keys = jax.random.split(jax.random.key(self.config.seed), count)
-    given['keys'] = np.asarray(jax.random.key_data(keys))
-    draw = pipeline.previewer(
-      self.stage, self.module, (self.resolution, self.resolution, 3)
-    )
+    shape = (self.resolution, self.resolution, 3)
+    draw = pipeline.previewer(self.stage, self.module, shape)
 
-    def preview(ema_params):
-      params = jax.jit(self.assemble)(ema_params, self.frozen)
-      arrays = sharding.put_whole_batch(given, self.mesh)
-      drawn = draw(params, arrays, self.frozen['empty'])
-      return show(truth, given.get('low'), drawn, shown)
+    def draw_trained(trained, given, frozen):
+      params = self.assemble(trained, frozen.get('weights'))
+      return draw(params, given, frozen['empty'])
 
-    return preview
+    low = self.resolution // 4 if self.stage.enlarges else None
+    return make_preview(self, jax.jit(draw_trained), low)
+
+  def captions(self, captions):
+    return {'text': np.stack([self._embedding(c) for c in captions])}
 
   def finish(self, state, workdir):
     self.export(state.ema_params, workdir / 'export' / self.name)
 
   def export(self, trained, folder):
     """Writes a stage's folder with the weights as trained."""
-    params = jax.jit(self.assemble)(trained, self.frozen)
+    weights = self.frozen['weights'] if self.adapt else None
+    params = jax.jit(self.assemble)(trained, weights)
     if jax.process_index() == 0:
       export_stage(folder, params, self.stage, drop=self.drop)
 

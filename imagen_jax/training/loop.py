@@ -16,6 +16,7 @@ from imagen_jax.training.heldout import make_heldout_loss
 from imagen_jax.training.loggers import make_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
+from imagen_jax.training.run import split_index
 from imagen_jax.training.stage_run import StageRun
 from imagen_jax.training.watchdog import Watchdog
 
@@ -134,7 +135,7 @@ def train(
         break
       profiler.before(step)
       waiting = time.perf_counter()
-      batch, index = _numbers(next(data))
+      batch, index = split_index(next(data))
       metrics.waited(time.perf_counter() - waiting)
       seen.append((step, index))
       batch = sharding.put_batch(batch, run.mesh)
@@ -185,8 +186,3 @@ def make_run(config, count_flops=None):
 
     return IFRun(config, count_flops)
   return StageRun(config, count_flops)
-
-
-def _numbers(batch):
-  """(what goes to the devices, where in the source it came from)."""
-  return {k: v for k, v in batch.items() if k != 'index'}, batch['index']

@@ -140,8 +140,17 @@ class Run(abc.ABC):
   def loss(self, params, key, batch, frozen):
     """[B] losses of a batch, for the held-out loss."""
 
+  @abc.abstractmethod
+  def captions(self, captions):
+    """A list of sentences as arrays for `preview.make_preview`'s `draw`."""
+
   def finish(self, state, workdir):  # noqa: B027 - the same
-    """What is left to do after the last step, on the first process."""
+    """What is left to do after the last step; every process calls it."""
+
+
+def split_index(batch):
+  """(what goes to the devices, where in the source it came from)."""
+  return {k: v for k, v in batch.items() if k != 'index'}, batch['index']
 
 
 def picture_shape(run):

@@ -107,14 +107,27 @@ class StageRun(Run):
     return state, f'starts from the weights of {init_from.path}'
 
   def make_preview(self):
-    return make_preview(
-      self.stage,
-      self.text,
-      self.pictures('eval'),
-      self.mesh,
-      seed=self.config.seed,
-      max_len=self.max_len,
-    )
+    settings = self.stage.sampling
+
+    def draw(params, given, frozen):
+      return stages.sample(
+        self.stage,
+        params,
+        jax.random.wrap_key_data(given['keys']),
+        given['text'],
+        given['mask'],
+        given.get('low'),
+        settings.guidance,
+        settings.aug_level,
+        settings=settings,
+      )
+
+    draw = jax.jit(draw, out_shardings=sharding.batch_sharding(self.mesh))
+    return make_preview(self, draw, self.stage.low_resolution)
+
+  def captions(self, captions):
+    text, mask = self.text.encode(captions, max_len=self.max_len)
+    return {'text': text, 'mask': mask}
 
   def loss(self, params, key, batch, frozen):
     text = embed(self.text.module, frozen, batch)
