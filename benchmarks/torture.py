@@ -35,8 +35,10 @@ TINY = [
   '--config.dtype=float32',
   '--config.train.batch_size=8',
   '--config.train.log_every=1',
-  '--config.train.eval_every=100000',
-  '--config.train.sample_every=100000',
+  '--config.train.eval_every=None',
+  '--config.train.sample_every=None',
+  '--config.train.optimizer.kind=adam',
+  '--config.train.optimizer.learning_rate=1e-3',
   '--config.stage.net.channels=16',
   '--config.stage.net.emb_channels=32',
   '--config.stage.net.head_dim=16',
@@ -145,7 +147,7 @@ def cuts(folder, args):
   print('devices  cuts  SIGTERM  kill -9  most steps redone  bits that differ')
   lost = 0
   for devices in args.devices:
-    per_cut = 30
+    per_cut = 15
     steps = per_cut * (args.num + 1)
     more = ['--config.train.checkpoint_every=7']
     whole, cut = folder / f'whole_{devices}', folder / f'cut_{devices}'
@@ -279,7 +281,8 @@ def disk(folder, args):
       good = newest(workdir) == 5 and states(workdir)[0] == 5
       plain = said.startswith('error: ') and 'Traceback' not in done.stderr
       lost += not (good and plain and done.returncode)
-      print(f'{kind}: exit {done.returncode}, step 5 intact: {good}\n  {said}')
+      print(f'{kind}: exit {done.returncode}, step 5 intact: {good}')
+      print('  ' + (said if plain else done.stderr[-3000:]))
     finally:
       subprocess.run(['umount', '-l', str(mount)])
   return lost

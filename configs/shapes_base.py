@@ -86,7 +86,7 @@ def get_config():
           'warmup': 200,
           'decay': False,
           'clip': 1.0,
-          'options': {'adam_b1': 0.9, 'adam_b2': 0.99},
+          'options': {},
         },
       },
       'mesh': {'data': -1, 'fsdp': 1},

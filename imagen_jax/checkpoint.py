@@ -66,7 +66,9 @@ class Checkpoints:
     self._pending = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
     # Its threads log with a traceback what is raised here in one sentence.
-    logging.getLogger('absl').addFilter(_not_of_a_thread)
+    # So do writes that were queued behind a failed one, on their event loop.
+    for name in ('absl', 'asyncio'):
+      logging.getLogger(name).addFilter(_not_of_a_thread)
     self._orbax = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
     )
@@ -356,6 +358,8 @@ class Checkpoints:
 
 def _not_of_a_thread(record):
   message = record.getMessage()
+  if 'exception was never retrieved' in message and record.exc_info:
+    return not any(words in str(record.exc_info[1]) for words in _STORAGE)
   return '_SignalingThread' not in message and 'save thread' not in message
 
 

@@ -87,6 +87,24 @@ def test_a_later_stage_enlarges_ones_own_picture(model, tmp_path, size, drawn):
   assert Image.open(next(tmp_path.glob('out/000*'))).size == drawn
 
 
+def test_a_masked_part_of_ones_own_picture_is_drawn_anew(model, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  mask = np.zeros((8, 8), np.uint8)
+  mask[2:6, 3:8] = 255
+  Image.fromarray(pixels).save(tmp_path / 'mine.png')
+  Image.fromarray(mask).save(tmp_path / 'mask.png')
+  args = ['--model', model, '--stages', 'base', '--prompt', PROMPT]
+  args += ['--init_image', tmp_path / 'mine.png', '--out', tmp_path / 'out']
+  assert run(sample.main, *args, '--mask', tmp_path / 'mask.png') == 0
+  assert run(sample.main, *args, '--strength', '0.2') == 0
+  painted, near = (
+    np.asarray(Image.open(path)) for path in sorted(tmp_path.glob('out/0*'))
+  )
+  np.testing.assert_array_equal(painted[mask == 0], pixels[mask == 0])
+  assert (painted != pixels)[mask == 255].mean() > 0.9
+  assert (near != pixels).mean() > 0.5
+
+
 def test_ones_own_picture_is_not_too_small(model, tmp_path, capsys):
   Image.new('RGB', (40, 6), 'orange').save(tmp_path / 'mine.png')
   args = ['--model', model, '--out', tmp_path / 'out', '--stages', 'sr1']

@@ -13,6 +13,9 @@ import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+# Tiny programs take longer to compile than to run; LLVM's optimizations are a
+# third of it. Commands that tests start have them on.
+jax.config.update('jax_disable_most_optimizations', True)
 
 import pytest  # noqa: E402
 

@@ -13,7 +13,7 @@ from imagen_jax.cli import check_t5_xxl, sample
 from imagen_jax.deepfloyd import cleaning, images, pipeline, stage, text
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.text import weights as text_weights
-from tests import tiny_if
+from tests import tiny_if, tiny_model
 
 STEPS = {'steps': 4, 'guidance': 3.0}
 FIRST, SECOND = 'IF-I-S-v1.0', 'IF-II-S-v1.0'
@@ -234,6 +234,23 @@ def test_sample_py_draws_with_an_if_folder(folder, tmp_path, capsys):
   assert len(list((tmp_path / 'cache').glob('*.npy'))) == 2
   assert sample.main(['--from_image', files[0]]) == 2
   assert 'drawn with DeepFloyd IF' in capsys.readouterr().err
+
+
+def test_a_stage_of_our_own_enlarges_what_if_drew(folder, tmp_path, capsys):
+  ours = tiny_model.write(tmp_path / 'ours')
+  argv = ['--model', str(folder), '--prompt', 'a star', '--steps', 'super27']
+  argv += ['--dtype', 'float32', '--guidance', '1', '--out', str(tmp_path)]
+  first = ['--stages', FIRST]
+  assert sample.main([*argv, *first, '--enlarge_with', f'{ours}/sr1']) == 0
+  with Image.open(capsys.readouterr().out.split()[0]) as image:
+    assert image.size == (16, 16)  # 8 by IF, twice as many by sr1
+  for folder_of_ours, stages_, says in (
+    (ours, first, 'whose stage base draws from text alone'),
+    (f'{ours}/sr1', [], f'{SECOND} draws 32 pixels a side and stage sr1'),
+  ):
+    more = [*stages_, '--enlarge_with', str(folder_of_ours)]
+    assert sample.main([*argv, *more]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_flags_of_if_are_refused_elsewhere(capsys):

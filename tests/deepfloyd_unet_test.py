@@ -119,6 +119,31 @@ def _interleaved(patch):
   )
 
 
+def _skips_of_the_way_down(patch):
+  plain = unet.UpLevel
+
+  def up_level(*args, **kwargs):
+    level = plain(*args, **kwargs)
+
+    def call(h, skips, *rest):
+      if skips[0].shape == skips[1].shape:  # the others would not fit
+        skips[:2] = skips[1::-1]
+      return level(h, skips, *rest)
+
+    return call
+
+  patch.setattr(unet, 'UpLevel', up_level)
+
+
+def _skip_before_h(patch):
+  plain = jnp.concatenate
+
+  def concatenate(parts, axis=0):
+    return plain(parts[::-1] if parts[0].ndim == 4 else parts, axis)
+
+  patch.setattr(unet.jnp, 'concatenate', concatenate)
+
+
 # name: (config fields, patch or None), each run on like_2.
 MUTATIONS = {
   '√2 for 1/0.7071': ({'resnet_out_scale_factor': math.sqrt(2)}, None),
@@ -135,6 +160,8 @@ MUTATIONS = {
   'heads interleaved': ({}, _interleaved),
   'strided instead of averaged': ({}, _patch(unet, 'downsample', _strided)),
   'scale and shift swapped': ({}, _swapped),
+  'earliest skip first': ({}, _skips_of_the_way_down),
+  'skip before h': ({}, _skip_before_h),
 }
 
 

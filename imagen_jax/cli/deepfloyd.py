@@ -100,6 +100,7 @@ def draw(args, prompts, *, per_stage, write, progress):
     stages=args.stages.split(',') if args.stages else None,
     fsdp=args.fsdp,
   )
+  third = _third_stage(args, model)
   choices = {
     'sampler': per_stage('sampler', args.sampler),
     'steps': steps_per_stage(args.steps),
@@ -154,9 +155,8 @@ def draw(args, prompts, *, per_stage, write, progress):
     for i in range(args.num_images)
   ]
   last = stages.to_uint8(list(drawn.values())[-1])
-  if args.enlarge_with is not None:
-    third = imagen_jax.load(args.enlarge_with, dtype=args.dtype)
-    third = third.sample(
+  if third is not None:
+    drawn = third.sample(
       prompts,
       seed=args.seed,
       num_images=args.num_images,
@@ -164,7 +164,30 @@ def draw(args, prompts, *, per_stage, write, progress):
       batch_size=batch,
       callback=progress(),
     )
-    last = list(third.values())[-1]
+    last = list(drawn.values())[-1]
   for path in write(pathlib.Path(args.out), last, records):
     print(path)
   return 0
+
+
+def _third_stage(args, model):
+  """What --enlarge_with names, checked before anything is drawn, or None."""
+  import imagen_jax
+
+  if args.enlarge_with is None:
+    return None
+  third = imagen_jax.load(args.enlarge_with, dtype=args.dtype, fsdp=args.fsdp)
+  takes, last = third.stages[0].low_resolution, model.stages[-1]
+  if takes is None:
+    raise UsageError(
+      f'--enlarge_with names {args.enlarge_with}, whose stage '
+      f'{third.stages[0].name} draws from text alone; name the folder of a '
+      'super-resolution stage.'
+    )
+  if takes != last.resolution:
+    raise UsageError(
+      f'{last.name} draws {last.resolution} pixels a side and stage '
+      f'{third.stages[0].name} of {args.enlarge_with} enlarges {takes}; choose '
+      'others with --stages or --enlarge_with.'
+    )
+  return third

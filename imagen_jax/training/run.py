@@ -89,8 +89,12 @@ class Run(abc.ABC):
     self.placed = sharding.state_shardings(self.abstract, self.mesh)
     self.step_fn = step_fn(self.placed)
     if count_flops is not None:
+      # With the shardings of the arrays to come, so that it is traced once.
+      state = sharding.with_shardings(self.abstract, self.placed)
+      rows = sharding.batch_sharding(self.mesh)
+      batch = sharding.with_shardings(batch, jax.tree.map(lambda _: rows, batch))
       with jax.set_mesh(self.mesh):
-        traced = self.step_fn.trace(self.abstract, batch, self.frozen)
+        traced = self.step_fn.trace(state, batch, self.frozen)
         self.flops = count_flops(traced.jaxpr)
 
   def describe(self, arrays=False):

@@ -101,7 +101,15 @@ class StageRun(Run):
   def first_state(self, init_from):
     if init_from is None:
       fresh = lambda key: self.new_state(stages.init_params(self.stage, key))
-      return jax.jit(fresh, out_shardings=self.placed)(self.key), 'from scratch'
+      # Long to compile and run once: on CPU, half the time without LLVM's care.
+      quick = {'xla_backend_optimization_level': 0}
+      on_cpu = jax.default_backend() == 'cpu'
+      fresh = jax.jit(
+        fresh,
+        out_shardings=self.placed,
+        compiler_options=quick if on_cpu else None,
+      )
+      return fresh(self.key), 'from scratch'
     params = matching_params(init_from, self.abstract.params)
     state = jax.jit(self.new_state, out_shardings=self.placed)(params)
     return state, f'starts from the weights of {init_from.path}'
