@@ -56,8 +56,8 @@ def get_config():
         'stratified': True,
         'cond_drop': 0.1,
         'sampling': {
-          'sampler': 'dpmpp',
-          'steps': 32,
+          'sampler': 'ddpm',
+          'steps': 64,
           'guidance': 3.0,
           'threshold': 'dynamic',
           'percentile': 99.5,

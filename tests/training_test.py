@@ -14,6 +14,7 @@ import pytest
 from imagen_jax import stage as stages
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import NumericError, UsageError
+from imagen_jax.stage import objective
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
 from imagen_jax.training.guard import check_finite
@@ -240,7 +241,7 @@ def test_crops_of_both_pictures_show_the_same_place(model):
   x = np.repeat(x, 6, 0)
   low = stages.box_downsample(x, 8)
   key = jax.random.key(0)
-  x_cut, low_cut = stages._crop(made, key, jnp.asarray(x), jnp.asarray(low))
+  x_cut, low_cut = objective.crop(made, key, jnp.asarray(x), jnp.asarray(low))
   assert x_cut.shape == (6, 8, 8, 3) and low_cut.shape == (6, 4, 4, 3)
   np.testing.assert_allclose(stages.box_downsample(x_cut, 4), low_cut)
   assert len(np.unique(x_cut[:, 0, 0, 0])) > 1

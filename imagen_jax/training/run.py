@@ -91,8 +91,8 @@ class Run(abc.ABC):
     if count_flops is not None:
       # With the shardings of the arrays to come, so that it is traced once.
       state = sharding.with_shardings(self.abstract, self.placed)
-      rows = sharding.batch_sharding(self.mesh)
-      batch = sharding.with_shardings(batch, jax.tree.map(lambda _: rows, batch))
+      rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
+      batch = sharding.with_shardings(batch, rows)
       with jax.set_mesh(self.mesh):
         traced = self.step_fn.trace(state, batch, self.frozen)
         self.flops = count_flops(traced.jaxpr)

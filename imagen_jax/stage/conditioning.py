@@ -1,0 +1,66 @@
+"""What a stage is given: low-resolution pictures, captions or none.
+
+The same functions serve training and sampling.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax.diffusion import process
+
+
+def box_downsample(image, size):
+  """The one way this project makes a picture smaller: the mean of each box.
+
+  Args:
+    image: [B, H, W, C], H a multiple of `size`.
+    size: the side of the result.
+  """
+  batch, height, width, channels = image.shape
+  factor = height // size
+  image = image.reshape(
+    batch, height // factor, factor, width // factor, factor, channels
+  )
+  return jnp.mean(image, axis=(2, 4))
+
+
+def enlarge(image, factor):
+  """Bilinear enlargement of the low-resolution input: [B, h, w, C]."""
+  batch, height, width, channels = image.shape
+  return jax.image.resize(
+    image, (batch, height * factor, width * factor, channels), 'linear'
+  )
+
+
+def to_uint8(image):
+  """float [..., 3] in [−1, 1] -> numpy uint8, rounded to nearest."""
+  image = (np.asarray(image, np.float32) + 1) * 127.5
+  return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def low_res_input(stage, eps, low, level):
+  """The low-resolution condition (2.4): noise first, then enlarge.
+
+  Args:
+    stage: a super-resolution stage.
+    eps: standard normal noise shaped like `low`.
+    low: [B, h, w, 3] in [−1, 1].
+    level: [B] augmentation level in [0, 1].
+
+  Returns:
+    [B, H, W, 3] at the stage's scale.
+  """
+  factor = stage.resolution // stage.low_resolution
+  return enlarge(process.augment(eps, low, level), factor)
+
+
+def null_where(dropped, text, mask):
+  """The null condition where `dropped` [B] says so, in training and sampling.
+
+  Zeros for the sequence and every position masked, so that neither the words
+  nor the length of the caption remain (4.1: "zeroing out the text
+  embeddings"); the pooled vector is then exactly zero too.
+  """
+  text = jnp.where(dropped[:, None, None], 0, text)
+  return text, mask & ~dropped[:, None]
