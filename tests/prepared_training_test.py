@@ -1,5 +1,6 @@
 """Prepared data in training: stored embeddings, one low-resolution function."""
 
+import dataclasses
 import functools
 
 import jax
@@ -146,7 +147,7 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   )
   text = jnp.zeros((2, tiny_model.MAX_LEN, encoder.dim))
   mask = jnp.ones(text.shape[:2], bool)
-  replace = functools.partial(stages.dataclasses.replace, made)
+  replace = functools.partial(dataclasses.replace, made)
   stages.loss(
     replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
   )
