@@ -23,15 +23,15 @@ were busy with tests as well.
       --config.train.num_steps=3200 --config.train.optimizer.decay=True \
       --config.train.optimizer.learning_rate=1.5e-3
 
+A constant 3e-3 from the same start raised the loss, from 0.075 after 100 steps
+to 0.093 after 400.
+
 Sampling: of 32 single objects at 64 pixels, 91 % were right with DDPM in 64
 steps, 75 and 81 % with DPM-Solver++ in 32 and 64. The noise of every step lets
 the network mend an outline that went wrong.
 
   python evaluate.py --suite shapes --num 32 --categories single \
       --stages base,sr1 --sampler ddpm,dpmpp --steps 64,16
-
-A constant 3e-3 from the same start raised the loss, from 0.075 after 100 steps
-to 0.093 after 400.
 """
 
 from ml_collections import ConfigDict
