@@ -357,11 +357,10 @@ def meshes(folder, args):
     loss = max(
       abs(found[0][i] - reference[0][i]) / reference[0][i] for i in found[0]
     )
-    # How far apart two runs end, in units of how far one of them went. Adam
-    # divides by the gradient's size, so rounding of small ones comes through.
+    # How far apart two runs end, in units of how far one of them went.
     way = norm(reference[1] - reference[2])
     off = norm(found[1] - reference[1]) / way
-    lost += loss > 1e-5 or off > 5e-5
+    lost += loss > 1e-5 or off > 1e-5
     print(f'{name:20} {loss:8.1e} {off:22.1e} {held:13.2f}', flush=True)
   return lost
 

@@ -145,11 +145,11 @@ def sample(
       kept = diffuse(known, draw(steps + 1 + i), logsnr_s)
       z_next = jnp.where(mask > 0, z_next, kept)
       x = jnp.where((mask > 0) | (i < steps - 1), x, known)
-    z_next = jnp.where(i == steps - 1, x, z_next)
     return (z_next, (x, logsnr_t)), (z, x) if return_trajectory else None
 
   past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
-  (x, _), trajectory = jax.lax.scan(
+  # The last prediction is the result, whatever the step after it would be.
+  (_, (x, _)), trajectory = jax.lax.scan(
     body, (z, past), (jnp.arange(steps), logsnr[:-1], logsnr[1:])
   )
   if return_trajectory:

@@ -120,7 +120,10 @@ def take_step(
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   decay = ema_decay(state.step, ema_limit)
-  ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+  # In this form the average of equal numbers is that number, to the bit.
+  ema_params = jax.tree.map(
+    lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params
+  )
 
   def keep(new, old):
     return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
