@@ -53,6 +53,13 @@ def get_config():
     'emb_channels': 128,
     'norm_groups': 8,
   }
+  config.data.mixture = {
+    'single': 0.1,
+    'pair': 0.1,
+    'relation': 0.15,
+    'count': 0.15,
+    'fill': 0.5,
+  }
   config.stage.prediction = 'x'
   config.stage.max_level = 0.4
   config.stage.sampling.update(steps=16, guidance=1.0, aug_level=0.05)

@@ -10,6 +10,8 @@ import pytest
 from imagen_jax.data import captions, prompts, shapes
 from imagen_jax.data.shapes_layout import BORDER, GAP, LARGE, SMALL
 from imagen_jax.data.shapes_render import BACKGROUND, INSIDE, PALETTE, SECOND
+from imagen_jax.data.sources import make_source
+from imagen_jax.errors import UsageError
 
 TRAIN = [shapes.scene(0, 'train', i) for i in range(3000)]
 EVAL = [
@@ -213,6 +215,34 @@ def test_a_source_is_picklable_and_random_access():
   np.testing.assert_array_equal(example['image'], shapes.render(TRAIN[7], 32))
   with pytest.raises(IndexError):
     source[50]
+
+
+def test_a_mixture_sets_the_shares_of_the_categories():
+  mixture = {'fill': 0.75, 'single': 0.25}
+  found = [
+    shapes.scene(0, 'train', i, mixture=mixture).category for i in range(400)
+  ]
+  assert set(found) == {'fill', 'single'}
+  assert 270 < found.count('fill') < 330  # 2 sigma and a half
+  source = make_source(kind='shapes', size=16, mixture={'fill': 1.0})
+  said = [source[i]['caption'] for i in range(20)]
+  assert said == [
+    shapes.scene(0, 'train', i, mixture={'fill': 1.0}).caption
+    for i in range(20)
+  ]
+
+
+@pytest.mark.parametrize(
+  'mixture, word',
+  [
+    ({'fill': 0.5, 'pair': 0.4}, 'add up to 0.9'),
+    ({'heldout': 1.0}, 'heldout'),
+    ({'fill': -0.5, 'pair': 1.5}, 'fill is -0.5'),
+  ],
+)
+def test_a_wrong_mixture_is_one_sentence(mixture, word):
+  with pytest.raises(UsageError, match=word):
+    make_source(kind='shapes', size=16, mixture=mixture)
 
 
 def test_held_out_scenes_cannot_be_asked_of_training():

@@ -63,13 +63,33 @@ def test_parameters_are_never_split_across_slices():
     )
     for i in range(8)
   ]
-  grid = sharding.across_slices(devices, 2, 4, 2)
+  grid = sharding.device_grid(devices, 4, 2)
   assert grid.shape == (4, 2)
   for row in grid:
     assert len({device.slice_index for device in row}) == 1
   assert sorted(d.id for d in grid.flat) == list(range(8))
   with pytest.raises(UsageError, match='make mesh.data a multiple of 2'):
-    sharding.across_slices(devices, 2, 1, 8)
+    sharding.device_grid(devices, 1, 8)
+
+
+def test_an_axis_of_a_torus_may_be_split():
+  devices = [
+    types.SimpleNamespace(
+      id=i,
+      coords=coords,
+      core_on_chip=0,
+      process_index=i // 4,
+      platform='tpu',
+      device_kind='TPU v4',
+    )
+    for i, coords in enumerate(np.ndindex(4, 8, 8))
+  ]
+  grid = sharding.device_grid(devices, 128, 2)
+  assert grid.shape == (128, 2)
+  assert sorted(d.id for d in grid.flat) == list(range(256))
+  for pair in grid:  # neighbours, of 4 and 8 chips that close to a ring
+    apart = np.abs(np.subtract(*(d.coords for d in pair)))
+    assert np.minimum(apart, np.array([4, 8, 8]) - apart).sum() == 1
 
 
 def test_the_largest_dimension_that_fsdp_divides_is_split():

@@ -25,6 +25,7 @@ from imagen_jax.data.captions import (
 )
 from imagen_jax.data.shapes_layout import LARGE, LEAST, diameter, place
 from imagen_jax.data.shapes_render import contrast, render
+from imagen_jax.errors import UsageError
 
 __all__ = [
   'CATEGORIES',
@@ -41,13 +42,13 @@ __all__ = [
 SPLITS = ('train', 'eval')
 CATEGORIES = ('single', 'pair', 'relation', 'count', 'fill', 'heldout')
 # Shares of the training mixture.
-MIXTURE = (
-  ('single', 0.2),
-  ('pair', 0.2),
-  ('relation', 0.3),
-  ('count', 0.18),
-  ('fill', 0.12),
-)
+MIXTURE = {
+  'single': 0.2,
+  'pair': 0.2,
+  'relation': 0.3,
+  'count': 0.18,
+  'fill': 0.12,
+}
 CONTRAST = 75  # least RGB distance of a thing from its background
 
 
@@ -218,7 +219,7 @@ _INVENT = {
 }
 
 
-def scene(seed, split, i, *, category=None):
+def scene(seed, split, i, *, category=None, mixture=None):
   """Scene `i` of a split: a pure function of its arguments.
 
   Args:
@@ -227,6 +228,8 @@ def scene(seed, split, i, *, category=None):
       held-out combinations.
     i: any int >= 0.
     category: one of `CATEGORIES`, or None for the training mixture.
+    mixture: shares of the categories, {name: share}, that add up to 1; None:
+      `MIXTURE`. Without influence where `category` is given.
 
   Returns:
     A `Scene`.
@@ -243,7 +246,7 @@ def scene(seed, split, i, *, category=None):
     raise ValueError("held-out scenes are never in split 'train'")
   rng = random.Random(f'{seed}/{split}/{category}/{i}')
   if category is None:
-    names, shares = zip(*MIXTURE)
+    names, shares = zip(*(mixture or MIXTURE).items())
     bounds = itertools.accumulate(shares[:-1])
     r = rng.random()
     category = names[sum(r >= bound for bound in bounds)]
@@ -269,6 +272,19 @@ def scene(seed, split, i, *, category=None):
   return Scene(caption, things, background, category, meaning)
 
 
+def _check_mixture(mixture):
+  for name, share in mixture.items():
+    if name not in MIXTURE:
+      raise UsageError(
+        f'data.mixture names {name!r}; it can name {", ".join(MIXTURE)}.'
+      )
+    if not share >= 0:
+      raise UsageError(f'data.mixture.{name} is {share}; it must be 0 or more.')
+  total = sum(mixture.values())
+  if abs(total - 1) > 1e-6:
+    raise UsageError(f'The shares of data.mixture add up to {total:g}, not 1.')
+
+
 class ShapesSource:
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
@@ -281,11 +297,20 @@ class ShapesSource:
     size: side of the pictures in pixels.
     num: how many scenes the source holds; the world itself has no end.
     category: None for the training mixture.
+    mixture: shares of the categories in it; None: `MIXTURE`.
+
+  Raises:
+    UsageError: `mixture` names no category of training, or does not add up.
   """
 
-  def __init__(self, seed, split, size, num=1_000_000, category=None):
+  def __init__(
+    self, seed, split, size, num=1_000_000, category=None, mixture=None
+  ):
     self.seed, self.split, self.size = seed, split, size
     self.num, self.category = num, category
+    self.mixture = mixture
+    if mixture is not None:
+      _check_mixture(mixture)
 
   def __len__(self):
     return self.num
@@ -295,5 +320,11 @@ class ShapesSource:
     i = int(i)
     if not 0 <= i < self.num:
       raise IndexError(f'scene {i} of {self.num}')
-    s = scene(self.seed, self.split, i, category=self.category)
+    s = scene(
+      self.seed,
+      self.split,
+      i,
+      category=self.category,
+      mixture=self.mixture,
+    )
     return {'image': render(s, self.size), 'caption': s.caption}

@@ -29,6 +29,7 @@ def make_source(
   seed=0,
   resize='area',
   max_bad=0.01,
+  mixture=None,
 ):
   """The pictures of a split at one size.
 
@@ -43,9 +44,10 @@ def make_source(
     seed: of the shapes or emoji.
     resize: how pictures are made smaller: 'area', 'bicubic' or 'lanczos'.
     max_bad: share of bad samples above which to stop.
+    mixture: shares of the categories in 'shapes', see `ShapesSource`.
 
   Raises:
-    UsageError: unknown kind or resize, or no path.
+    UsageError: unknown kind, resize or mixture, or no path.
     DataError: there are no usable pictures, or too many bad ones.
   """
   if kind not in KINDS:
@@ -53,7 +55,7 @@ def make_source(
   if kind == 'shapes':
     from imagen_jax.data.shapes import ShapesSource
 
-    return ShapesSource(seed, split, size)
+    return ShapesSource(seed, split, size, mixture=mixture)
   if kind == 'emoji':
     from imagen_jax.data.emoji import EmojiSource
 
