@@ -1,0 +1,68 @@
+r"""What base models with different text encoders draw, judged at 64 pixels.
+
+  python benchmarks/judged_base.py --num 32 runs/mine/pretrained runs/mine/random
+
+Every workdir's base model draws the prompts of the shapes suite with its own
+text encoder; the demo's first super-resolution stage, with the demo's encoder,
+then enlarges the pictures, so that the bases alone differ. Prints the share
+that the judge finds right, with Wilson's 95 % interval, and each workdir's last
+held-out loss.
+"""
+
+import argparse
+import json
+import pathlib
+
+import imagen_jax
+from imagen_jax import sharding
+from imagen_jax.evaluation import scores, shapes_suite
+from imagen_jax.evaluation.judge import judge
+
+CATEGORIES = ('single', 'pair', 'relation', 'count')
+BATCH = 16
+
+
+def heldout_loss(workdir):
+  """The last held-out loss of a run."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [row['heldout_loss_ema'] for row in rows if 'heldout_loss_ema' in row][-1]
+
+
+def verdicts(base, enlarge, items):
+  """Whether each item's picture is right."""
+  for start in range(0, len(items), BATCH):
+    part = items[start : start + BATCH]
+    prompts = [item.prompt for item in part]
+    small = base.sample(prompts, batch_size=BATCH)['base']
+    large = enlarge.sample(prompts, low_res=small, batch_size=BATCH)['sr1']
+    for item, image in zip(part, large):
+      meaning = shapes_suite.scene(item.category, item.number).meaning
+      yield judge(image, meaning).correct
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
+  parser.add_argument('--num', type=int, default=32)
+  args = parser.parse_args()
+  sharding.set_cpu_devices()
+  enlarge = imagen_jax.load(stages=['sr1'])
+  print('| base | held-out loss |', ' | '.join(CATEGORIES), '|')
+  print('|---|---|' + '---|' * len(CATEGORIES))
+  for workdir in args.workdirs:
+    base = imagen_jax.load(workdir, stages=['base'])
+    cells = []
+    for category in CATEGORIES:
+      items = shapes_suite.items([category], args.num)
+      share = scores.share(verdicts(base, enlarge, items))
+      low, high = share['ci95']
+      cells.append(
+        f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
+      )
+    loss = heldout_loss(workdir)
+    print(f'| {workdir} | {loss:.4f} |', ' | '.join(cells), '|', flush=True)
+
+
+if __name__ == '__main__':
+  main()
