@@ -20,13 +20,15 @@ from imagen_jax.evaluation.judge import judge
 
 CATEGORIES = ('single', 'pair', 'relation', 'count')
 BATCH = 16
+KEY = 'heldout_loss_ema'
 
 
 def heldout_loss(workdir):
-  """The last held-out loss of a run."""
+  """The last held-out loss of a run, as text; a dash before there is one."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
-  return [row['heldout_loss_ema'] for row in rows if 'heldout_loss_ema' in row][-1]
+  found = [row[KEY] for row in rows if KEY in row]
+  return f'{found[-1]:.4f}' if found else '–'
 
 
 def verdicts(base, enlarge, items):
@@ -60,8 +62,12 @@ def main():
       cells.append(
         f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
       )
-    loss = heldout_loss(workdir)
-    print(f'| {workdir} | {loss:.4f} |', ' | '.join(cells), '|', flush=True)
+    print(
+      f'| {workdir} | {heldout_loss(workdir)} |',
+      ' | '.join(cells),
+      '|',
+      flush=True,
+    )
 
 
 if __name__ == '__main__':

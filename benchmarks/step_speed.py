@@ -46,9 +46,7 @@ class Way:
     batch = sharding.put_batch(batch, self.run.mesh)
     with jax.set_mesh(self.run.mesh):
       start = time.perf_counter()
-      self.state, metrics = self.run.step_fn(
-        self.state, batch, self.run.frozen
-      )
+      self.state, metrics = self.run.step_fn(self.state, batch, self.run.frozen)
       jax.block_until_ready((self.state, metrics))
     self.seconds.append(time.perf_counter() - start)
 
