@@ -1,6 +1,6 @@
 r"""What base models with different text encoders draw, judged at 64 pixels.
 
-  python benchmarks/judged_base.py --num 32 runs/frozen/trained runs/frozen/random
+  python benchmarks/judged_base.py --num 32 runs/a runs/b
 
 Every workdir's base model draws the prompts of the shapes suite with its own
 text encoder; the demo's first super-resolution stage, with the demo's encoder,
