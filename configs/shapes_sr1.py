@@ -30,9 +30,10 @@ eighth: the pattern is what 16 pixels do not show.
 The bundled weights: 5,000 steps of the world's own mixture at a constant rate,
 then from the EMA 3,000 and 4,500 steps of this one with a cosine to 0; 200,000
 pictures in 117 minutes on 2 cores that were busy with tests as well. Held out,
-on this mixture: 0.0052 after the second run, 0.0042 after the third. Fed with
-true 16-pixel pictures, this stage and sr2 get 36 of 48 patterned scenes right
-(6 of the first 16 before); ten of the 12 others have two things.
+on this mixture and each run in its own world: 0.0052 after the second, 0.0042
+after the third. Fed with true 16-pixel pictures, this stage and sr2 get 36 of
+48 patterned scenes right (6 of the first 16 before); ten of the 12 others have
+two things.
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1b \
       --init_from runs/shapes/sr1 --config.data.seed=1 \
