@@ -12,8 +12,8 @@ Times one step of a config three ways, all with the same operations:
               loops, as a GPU or TPU runs them; the base model has no loops
 
 The ways take turns, so that a busy machine is busy for all of them; the times
-are medians. On 2 cores a step of sr1 took 1.31 times as long on one device as it
-is trained, and 8.9 times as long plain.
+are medians. On 2 cores a step of sr1 took 1.31 times as long on one device as
+it is trained, and 8.9 times as long plain.
 """
 
 import argparse
