@@ -15,6 +15,7 @@ import pathlib
 
 from imagen_jax.evaluation import charts, scores
 
+SUITES = ('shapes', 'shapes_from_truth')
 CONTROLS = ('shuffled', 'judge')
 STYLE = (
   'text{font:11px system-ui,sans-serif;fill:#111827}.tick{fill:#6b7280}'
@@ -27,7 +28,7 @@ def read(folder, categories):
   found, axis = {}, None
   for suite, score in scores.read_scores(folder).items():
     name, _, sweep = suite.partition('@')
-    if name != 'shapes' or not sweep:
+    if name not in SUITES or not sweep:
       continue
     *others, (axis, x) = [part.split('=') for part in sweep.split(',')]
     kept = [

@@ -7,7 +7,7 @@ the text, trains on crops and draws whole pictures. It paints the fills, which
 16 pixels cannot hold.
 
 The bundled weights: 1,840 steps of the world's own mixture, then from their EMA
-3,500 of this one (see `shapes_sr1`) with a cosine to 0; 85,440 crops in 61
+3,500 of one that was half `fill`, with a cosine to 0; 85,440 crops in 61
 minutes on 2 cores that were busy with tests as well; held out 0.0027. Behind
 sr1, fed with true 16-pixel pictures, the judge passes 62 of 64 pictures without
 patterns and 10 of 16 with them:

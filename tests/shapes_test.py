@@ -232,6 +232,18 @@ def test_a_mixture_sets_the_shares_of_the_categories():
   ]
 
 
+def test_fill_pair_is_always_of_two_things():
+  made = [
+    shapes.scene(0, 'train', i, mixture={'fill_pair': 1.0}) for i in range(60)
+  ]
+  assert {len(s.meaning.groups) for s in made} == {2}
+  assert {g.fill for s in made for g in s.meaning.groups} == set(captions.FILLS)
+  assert all(
+    (a.colour, a.shape) != (b.colour, b.shape)
+    for a, b in (s.meaning.groups for s in made)
+  )
+
+
 @pytest.mark.parametrize(
   'mixture, word',
   [

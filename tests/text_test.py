@@ -532,6 +532,18 @@ def test_pretraining_leaves_an_encoder_metrics_and_provenance(small_run):
   assert {str(v.dtype) for v in stored.values()} == {'bfloat16'}
 
 
+def test_no_steps_save_the_untrained_encoder(small_run, tmp_path, monkeypatch):
+  config = small_run[0].copy_and_resolve_references()
+  config.train.num_steps = 0
+  small = functools.partial(probe.probe, num_fit=20, num_test=10)
+  monkeypatch.setattr(probe, 'probe', small)
+  pretrain.pretrain(config, tmp_path)
+  provenance = json.loads((tmp_path / 'provenance.json').read_text())
+  assert provenance['steps'] == 0
+  assert provenance['probe']['trained'] == provenance['probe']['random']
+  assert provenance['digest'] == load_text_encoder(tmp_path).digest
+
+
 def test_the_same_command_twice_does_not_train_twice(small_run):
   config, workdir = small_run
   before = (workdir / weights.SINGLE).stat().st_mtime_ns

@@ -48,6 +48,7 @@ MIXTURE = {
   'relation': 0.3,
   'count': 0.18,
   'fill': 0.12,
+  'fill_pair': 0.0,  # 'fill', but always of two things
 }
 CONTRAST = 75  # least RGB distance of a thing from its background
 
@@ -178,14 +179,24 @@ def _count(rng, background):
   return [_group(rng, background, count=number, size=size)], ()
 
 
+def _filled(rng, background, *others):
+  """A group with a fill, unlike the others in colour or in shape."""
+  while True:
+    group = _group(rng, background, fill=pick(rng, captions.FILLS))
+    if all((group.colour, group.shape) != (g.colour, g.shape) for g in others):
+      return group
+
+
 def _fill(rng, background):
-  groups = [_group(rng, background, fill=pick(rng, captions.FILLS))]
+  first = _filled(rng, background)
   if rng.random() < 0.3:
-    while True:
-      other = _group(rng, background, fill=pick(rng, captions.FILLS))
-      if (other.colour, other.shape) != (groups[0].colour, groups[0].shape):
-        return [*groups, other], ()
-  return groups, ()
+    return [first, _filled(rng, background, first)], ()
+  return [first], ()
+
+
+def _fill_pair(rng, background):
+  first = _filled(rng, background)
+  return [first, _filled(rng, background, first)], ()
 
 
 def _heldout(rng, background):
@@ -215,6 +226,7 @@ _INVENT = {
   'relation': _relation,
   'count': _count,
   'fill': _fill,
+  'fill_pair': _fill_pair,
   'heldout': _heldout,
 }
 

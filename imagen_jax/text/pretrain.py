@@ -257,7 +257,8 @@ def loss_fn(params, encoder, decoder, ids, mask, visible, target):
 def pretrain(config, workdir):
   """Trains vocabulary and encoder, saves them as a Hugging Face folder.
 
-  Short enough to have no checkpoints: an interrupted run starts again.
+  Short enough to have no checkpoints: an interrupted run starts again. With
+  `train.num_steps` = 0 it saves the untrained encoder, to compare with.
 
   Args:
     config: `configs/shapes_text.py`'s.
@@ -324,7 +325,7 @@ def pretrain(config, workdir):
         init_value=0.0,
         peak_value=train.learning_rate,
         warmup_steps=min(train.warmup, train.num_steps // 10),
-        decay_steps=train.num_steps,
+        decay_steps=max(train.num_steps, 1),
       )
     ),
   )
