@@ -24,6 +24,9 @@ the script gives 4.7 and 15.3 for the last row. A step with Muon takes 1.1 to
 1.3 times as long. A widest block of 96 channels with two residual blocks
 learned no faster in 200 steps and cost half as much again.
 
+`--config shapes_sr1:unet` has the base model's network instead, of as many
+parameters, to compare with.
+
 More than half of the scenes that it trains on have patterned things, instead of
 an eighth: the pattern is what 16 pixels do not show. Most of those scenes have
 two things, since that is where it fails.
@@ -48,17 +51,10 @@ ten of the 12 others have two things.
 
 from imagen_jax.configs import shapes_base
 
+from imagen_jax.errors import UsageError
 
-def get_config():
-  """The 16→64 stage of the shapes cascade."""
-  config = shapes_base.get_config()
-  config.stage.update(
-    name='sr1',
-    resolution=64,
-    low_resolution=16,
-  )
-  config.stage.net = {
-    'kind': 'efficient_unet',
+NETS = {
+  'efficient_unet': {
     'channels': (24, 48, 64),
     'num_res_blocks': (1, 1, 1),
     'strides': (2, 2, 2),
@@ -67,7 +63,35 @@ def get_config():
     'num_heads': 4,
     'emb_channels': 128,
     'norm_groups': 8,
-  }
+  },
+  # As many parameters, to compare with.
+  'unet': {
+    'channels': 24,
+    'channel_mults': (1, 1, 1, 2),
+    'num_res_blocks': 1,
+    'attention_resolutions': (8,),
+    'head_dim': 16,
+    'emb_channels': 72,
+    'norm_groups': 8,
+  },
+}
+
+
+def get_config(net='efficient_unet'):
+  """The 16→64 stage of the shapes cascade, with one of `NETS`.
+
+  Raises:
+    UsageError: there is no such network.
+  """
+  if net not in NETS:
+    raise UsageError(f'shapes_sr1:{net}: it can be {" or ".join(NETS)}.')
+  config = shapes_base.get_config()
+  config.stage.update(
+    name='sr1',
+    resolution=64,
+    low_resolution=16,
+  )
+  config.stage.net = {'kind': net, **NETS[net]}
   config.data.mixture = {
     'single': 0.08,
     'pair': 0.1,

@@ -6,6 +6,7 @@ import pytest
 
 from imagen_jax import stage as stages
 from imagen_jax.cli.configs import load_config
+from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.training.state import learning_rate
 
@@ -68,3 +69,27 @@ def test_stages_are_as_the_paper_says():
   # The linear schedule's end, log(alpha²/sigma²) of 1,000 betas up to 0.02.
   logsnr = made['imagen_sr1024'].logsnr_fn(jnp.asarray(1.0))
   assert float(logsnr) == pytest.approx(-10.05, abs=0.1)
+
+
+def test_the_demos_two_networks_for_sr1_have_as_many_parameters():
+  efficient, ordinary = (
+    stages.num_params(
+      jax.eval_shape(
+        lambda key, stage=stage: stages.init_params(stage, key),
+        jax.random.key(0),
+      )
+    )
+    for stage in (
+      stages.from_config(
+        load_config(name).stage.to_dict(), text_dim=128, text_len=32
+      )
+      for name in ('shapes_sr1', 'shapes_sr1:unet')
+    )
+  )
+  assert ordinary != efficient
+  assert ordinary == pytest.approx(efficient, rel=0.002)
+
+
+def test_a_network_that_sr1_has_not_is_named():
+  with pytest.raises(UsageError, match='shapes_sr1:vit: it can be'):
+    load_config('shapes_sr1:vit')
