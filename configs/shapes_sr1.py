@@ -36,9 +36,9 @@ then from the EMA 3,000 and 4,500 steps with a cosine to 0 on a mixture that was
 half `fill` and had no `fill_pair` (this file as of 7b46af0, for the commands
 below); 200,000 pictures in 117 minutes on 2 cores that were busy with tests as
 well. Held out, each run in its own world: 0.0052 after the second, 0.0042 after
-the third. Fed with true 16-pixel pictures, this
-stage and sr2 get 36 of 48 patterned scenes right (6 of the first 16 before);
-ten of the 12 others have two things.
+the third. Fed with true 16-pixel pictures, this stage and sr2 get 36 of 48
+patterned scenes right (6 of the first 16 before); ten of the 12 others have two
+things.
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1b \
       --init_from runs/shapes/sr1 --config.data.seed=1 \

@@ -17,19 +17,22 @@ COUNTS = {
 }
 
 
-def build(config):
+def build(config, text_dim=4096):
   return stages.from_config(
-    config.stage.to_dict(), text_dim=4096, text_len=config.text.max_len
+    config.stage.to_dict(), text_dim=text_dim, text_len=config.text.max_len
   )
+
+
+def count(stage):
+  params = jax.eval_shape(
+    lambda key: stages.init_params(stage, key), jax.random.key(0)
+  )
+  return stages.num_params(params)
 
 
 @pytest.mark.parametrize('name', COUNTS)
 def test_the_papers_stages_have_the_parameters_their_notes_say(name):
-  stage = build(load_config(name))
-  params = jax.eval_shape(
-    lambda key: stages.init_params(stage, key), jax.random.key(0)
-  )
-  assert stages.num_params(params) == COUNTS[name]
+  assert count(build(load_config(name))) == COUNTS[name]
 
 
 def test_t5_xxl_has_4_76_billion_parameters():
@@ -73,18 +76,8 @@ def test_stages_are_as_the_paper_says():
 
 def test_the_demos_two_networks_for_sr1_have_as_many_parameters():
   efficient, ordinary = (
-    stages.num_params(
-      jax.eval_shape(
-        lambda key, stage=stage: stages.init_params(stage, key),
-        jax.random.key(0),
-      )
-    )
-    for stage in (
-      stages.from_config(
-        load_config(name).stage.to_dict(), text_dim=128, text_len=32
-      )
-      for name in ('shapes_sr1', 'shapes_sr1:unet')
-    )
+    count(build(load_config(name), text_dim=128))
+    for name in ('shapes_sr1', 'shapes_sr1:unet')
   )
   assert ordinary != efficient
   assert ordinary == pytest.approx(efficient, rel=0.002)
