@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import logging
 import os
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -310,6 +311,10 @@ class Checkpoints:
         text.splitlines()[0][:200],
       )
       last = self.latest_step()
+      # What orbax had not begun to write when this failed, it just drops.
+      warnings.filterwarnings(
+        'ignore', "coroutine 'async_serialize.* was never awaited"
+      )
       raise ModelError(
         f'checkpoint {self._path(step)} could not be written ({reason}); '
         + (f'step {last} is the last good one: ' if last is not None else '')
