@@ -56,10 +56,10 @@ from imagen_jax.errors import UsageError
 NETS = {
   'efficient_unet': {
     'channels': (24, 48, 64),
-    'num_res_blocks': (1, 1, 1),
+    'num_res_blocks': (2, 2, 1),
     'strides': (2, 2, 2),
     'self_attention': (False, False, True),
-    'text_attention': (False, False, True),
+    'text_attention': (False, True, True),
     'num_heads': 4,
     'emb_channels': 128,
     'norm_groups': 8,
@@ -67,11 +67,11 @@ NETS = {
   # As many parameters, to compare with.
   'unet': {
     'channels': 24,
-    'channel_mults': (1, 1, 1, 2),
+    'channel_mults': (1, 1, 2, 2),
     'num_res_blocks': 1,
     'attention_resolutions': (8,),
     'head_dim': 16,
-    'emb_channels': 72,
+    'emb_channels': 88,
     'norm_groups': 8,
   },
 }
@@ -93,16 +93,18 @@ def get_config(net='efficient_unet'):
   )
   config.stage.net = {'kind': net, **NETS[net]}
   config.data.mixture = {
-    'single': 0.08,
-    'pair': 0.1,
-    'relation': 0.14,
-    'count': 0.13,
-    'fill': 0.2,
-    'fill_pair': 0.35,
+    'single': 0.12,
+    'pair': 0.22,
+    'relation': 0.16,
+    'count': 0.15,
+    'fill': 0.12,
+    'fill_pair': 0.23,
   }
   config.stage.prediction = 'x'
   config.stage.max_level = 0.4
+  config.stage.contrast_floor = 0.01
   config.stage.sampling.update(steps=16, guidance=1.0, aug_level=0.05)
   config.train.update(num_steps=6000, batch_size=16)
   config.train.optimizer.learning_rate = 4e-3
+  config.train.optimizer.options.weight_decay = 0.1
   return config

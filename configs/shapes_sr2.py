@@ -26,6 +26,7 @@ def get_config():
   config = shapes_sr1.get_config()
   config.stage.update(name='sr2', resolution=256, low_resolution=64)
   config.stage.crop = 96
+  config.stage.contrast_floor = None
   config.stage.net.update(
     channels=(16, 32, 48, 64),
     num_res_blocks=(1, 1, 1, 1),
@@ -35,4 +36,5 @@ def get_config():
   )
   config.stage.sampling.update(steps=8, guidance=1.0)
   config.train.update(num_steps=4000, batch_size=16)
+  config.train.optimizer.options = {}
   return config

@@ -249,3 +249,25 @@ def test_every_weight_is_finite_at_the_ends_of_time(weighting):
 def test_unknown_weighting_is_named():
   with pytest.raises(ValueError, match='weighting'):
     loss.log_weight('snr', jnp.zeros((1,)))
+
+
+def test_pixel_weights_are_factors_of_the_squared_errors(float64):
+  x = pictures()
+  weight = jnp.ones((8, 4, 4, 1)).at[:, 1:].set(0)  # the first row counts
+
+  def loss_of(x, **more):
+    key = jax.random.key(3)
+    return loss.diffusion_loss(
+      key,
+      x,
+      lambda z, logsnr: jnp.zeros_like(z),
+      logsnr_fn=COSINE,
+      prediction='x',
+      **more,
+    )
+
+  value, aux = loss_of(x, pixel_weight=weight)
+  np.testing.assert_allclose(value, jnp.mean(x[:, 0] ** 2, (1, 2)) / 4)
+  np.testing.assert_allclose(aux['mse'] * aux['weight'], value)
+  ones, plain = loss_of(x, pixel_weight=jnp.ones_like(weight))[0], loss_of(x)[0]
+  np.testing.assert_allclose(ones, plain)

@@ -286,6 +286,63 @@ def test_levels_reach_max_level_and_no_further(model):
     tiny_model.build(config, encoder)
 
 
+def test_pixels_are_weighed_by_the_contrast_of_the_small_picture():
+  low = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3))
+  low[1, :, :4] = 0.3  # flat, and so is its neighbourhood up to column 2
+  weight = np.asarray(objective.contrast_weight(jnp.asarray(low), 0.05, 12))
+  assert weight.shape == (2, 12, 12, 1)
+  padded = np.pad(low, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
+  for b, i, j in np.ndindex(2, 6, 6):
+    contrast = padded[b, i : i + 3, j : j + 3].var(axis=(0, 1)).mean()
+    expected = 0.05 / (0.05 + contrast)
+    square = weight[b, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+    np.testing.assert_allclose(square, expected, rtol=1e-5)
+  np.testing.assert_allclose(weight[1, :, :6], 1)
+  assert weight[1, :, 6:].max() < 0.9
+
+
+def test_a_contrast_floor_makes_a_faint_thing_count(model):
+  encoder = load_text_encoder(model / 'text')
+  config = tiny_model.config('sr1')
+  config.stage.prediction = 'x'
+  grey, pale, black = (np.full((16, 16, 3), v, np.uint8) for v in (200, 220, 0))
+  squares = np.stack([grey, grey])
+  squares[0, 6:10, 6:10], squares[1, 6:10, 6:10] = pale[0, 0], black[0, 0]
+
+  class Flat:  # it sees neither square
+    def apply(self, variables, z, *_, **__):
+      return jnp.full_like(z, 200 / 127.5 - 1)
+
+  def losses(floor):
+    config.stage.contrast_floor = floor
+    return stages.loss(
+      dataclasses.replace(tiny_model.build(config, encoder), net=Flat()),
+      {},
+      jax.random.key(0),
+      squares,
+      jnp.zeros((2, 5, 128)),
+      jnp.ones((2, 5), bool),
+    )[0]
+
+  plain, weighed = losses(None), losses(1e-4)
+  assert plain[1] > 99 * plain[0]  # (200 / 20)²
+  assert weighed[1] < 3 * weighed[0]
+  assert weighed[0] < plain[0]
+  config.stage.crop = 8
+  assert (losses(1e-4) < losses(None)).all()
+
+
+@pytest.mark.parametrize(
+  'stage, floor, words',
+  [('sr1', 0.0, 'contrast_floor is 0; it is'), ('base', 0.1, 'stages with a')],
+)
+def test_a_contrast_floor_that_cannot_be(model, stage, floor, words):
+  config = tiny_model.config(stage)
+  config.stage.contrast_floor = floor
+  with pytest.raises(UsageError, match=words):
+    tiny_model.build(config, load_text_encoder(model / 'text'))
+
+
 def test_training_and_sampling_have_one_null_condition(model):
   text = jax.random.normal(jax.random.key(0), (2, 5, 4))
   mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)

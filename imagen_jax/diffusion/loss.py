@@ -58,6 +58,7 @@ def diffusion_loss(
   stratified=False,
   min_snr_gamma=5.0,
   bias=0.0,
+  pixel_weight=None,
 ):
   """The weighted squared error of a denoiser at a random time (eq. 1).
 
@@ -76,10 +77,13 @@ def diffusion_loss(
     stratified: times evenly spaced over the batch with one random offset.
       Each is still U(0, 1); their mean loss varies less. The paper's is plain.
     min_snr_gamma, bias: of 'min_snr' and 'sigmoid'.
+    pixel_weight: [B, H, W, 1], factors of the pixels' squared errors; they may
+      depend on what `predict` is given, but not on x, lest the best prediction
+      be another one. None is 1 everywhere.
 
   Returns:
-    loss [B], and a dict of [B]: t, logsnr, mse (the prediction's, unweighted),
-    weight (loss = weight · mse). All float32 or wider.
+    loss [B], and a dict of [B]: t, logsnr, mse (the prediction's, with
+    `pixel_weight` alone), weight (loss = weight · mse). All float32 or wider.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   batch = x.shape[0]
@@ -94,7 +98,10 @@ def diffusion_loss(
   logsnr, slope = jax.jvp(logsnr_fn, (t,), (jnp.ones_like(t),))
   output = predict(diffuse(x, eps, logsnr), logsnr).astype(x.dtype)
   error = output - target(prediction, x, eps, logsnr)
-  mse = jnp.mean(error**2, axis=range(1, x.ndim))
+  error = error**2
+  if pixel_weight is not None:
+    error = pixel_weight * error
+  mse = jnp.mean(error, axis=range(1, x.ndim))
 
   # From the prediction's error to the eps error, and then its weight. In
   # logarithms the two cancel exactly where they should.

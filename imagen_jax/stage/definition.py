@@ -34,6 +34,8 @@ class Stage:
     cond_drop: share of captions dropped in training (0.1); 0 forbids guidance.
     max_level: training draws augmentation levels from U(0, max_level); the
       paper's is 1 (2.4).
+    contrast_floor: weigh faint edges up in training, see
+      `objective.contrast_weight`; None, as in the paper, weighs all alike.
     crop: side of the training crops, None for whole pictures. The paper
       trains 256→1024 on 256-pixel crops.
     sampling: defaults of `sample` for this stage.
@@ -51,6 +53,7 @@ class Stage:
   stratified: bool = False
   cond_drop: float = 0.1
   max_level: float = 1.0
+  contrast_floor: float | None = None
   crop: int | None = None
   sampling: 'Sampling' = None
 
@@ -119,6 +122,14 @@ def from_config(config, *, text_dim, text_len, dtype=jnp.float32):
   level = config.get('max_level', 1.0)
   if not 0 <= level <= 1:
     raise UsageError(f'stage.max_level is {level:g}; it lies in [0, 1].')
+  floor = config.get('contrast_floor')
+  if floor is not None and not floor > 0:
+    raise UsageError(f'stage.contrast_floor is {floor:g}; it is positive.')
+  if floor is not None and config.get('low_resolution') is None:
+    raise UsageError(
+      'stage.contrast_floor is for stages with a stage.low_resolution; '
+      'set it to None.'
+    )
   return Stage(
     net=NETS[kind](**net, dtype=dtype),
     logsnr_fn=logsnr_fn,

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +36,7 @@ def loss(stage, params, key, image, text, mask):
   x = image.astype(jnp.float32) / 127.5 - 1
   dropped = jax.random.bernoulli(keys['drop'], stage.cond_drop, (batch,))
   text, mask = null_where(dropped, text, mask)
-  extra = ()
+  extra, weight = (), None
   if stage.low_resolution is not None:
     low = box_downsample(x, stage.low_resolution)
     if stage.crop is not None:
@@ -43,6 +44,8 @@ def loss(stage, params, key, image, text, mask):
     level = stage.max_level * jax.random.uniform(keys['level'], (batch,))
     eps = jax.random.normal(keys['low'], low.shape)
     extra = (low_res_input(stage, eps, low, level), level)
+    if stage.contrast_floor is not None:
+      weight = contrast_weight(low, stage.contrast_floor, x.shape[1])
 
   def predict(z, logsnr):
     return stage.net.apply(
@@ -64,7 +67,40 @@ def loss(stage, params, key, image, text, mask):
     prediction=stage.prediction,
     weighting=stage.weighting,
     stratified=stage.stratified,
+    pixel_weight=weight,
   )
+
+
+def contrast_weight(low, floor, size):
+  """Weights that make faint things count in the loss of a large picture.
+
+  A blurred edge costs the square of its contrast, so that white things on a
+  light background stay clouds while black ones are still being polished. Each
+  pixel is weighed with floor / (floor + c), c the variance of the small
+  picture's 3×3 pixels around it, mean over the channels. The network sees the
+  small picture, but for the augmentation's noise, so what it should predict
+  stays the same. Not in the paper.
+
+  Args:
+    low: [B, h, h, 3], the small picture in [−1, 1], without noise.
+    floor: a variance, positive; the smaller, the more alike all edges count.
+    size: side of the large picture, a multiple of h.
+
+  Returns:
+    [B, size, size, 1] in (0, 1]; 1 where the small picture is flat.
+  """
+  padded = jnp.pad(low, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
+  mean = nn.avg_pool(padded, (3, 3))
+  shifts = [
+    padded[:, i : i + low.shape[1], j : j + low.shape[2]] - mean
+    for i in range(3)
+    for j in range(3)
+  ]
+  variance = sum(shift**2 for shift in shifts) / 9
+  contrast = jnp.mean(variance, axis=-1, keepdims=True)
+  weight = floor / (floor + contrast)
+  factor = size // low.shape[1]
+  return weight.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def crop(stage, key, x, low):
