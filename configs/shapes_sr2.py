@@ -9,13 +9,15 @@ the text, trains on crops and draws whole pictures. It paints the fills, which
 The bundled weights: 1,840 steps of the world's own mixture, then from their EMA
 3,500 of one that was half `fill` (this file as of 7b46af0), with a cosine to 0;
 85,440 crops in 61 minutes on 2 cores that were busy with tests as well; held
-out 0.0027. Fed with true 64-pixel pictures it gets 48 of 48 patterned scenes
-right (`--stages sr2`); behind sr1, fed with true 16-pixel ones, 381 of 384:
+out 0.0027. Fed with true 16-pixel pictures, sr1 and it get 381 of 384 scenes
+right; fed with true 64-pixel ones, it gets 48 of 48 patterned scenes:
 
   python train.py --config shapes_sr2 --workdir runs/shapes/sr2b \
       --init_from runs/shapes/sr2 --config.data.seed=1 \
       --config.train.num_steps=3500 --config.train.optimizer.decay=True
   python evaluate.py --suite shapes --from_truth --num 64
+  python evaluate.py --suite shapes --from_truth --stages sr2 --num 48 \
+      --categories fill
 """
 
 from imagen_jax.configs import shapes_sr1

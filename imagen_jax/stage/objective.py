@@ -77,9 +77,9 @@ def contrast_weight(low, floor, size):
   A blurred edge costs the square of its contrast, so that white things on a
   light background stay clouds while black ones are still being polished. Each
   pixel is weighed with floor / (floor + c), c the variance of the small
-  picture's 3×3 pixels around it, mean over the channels. The network sees the
-  small picture, but for the augmentation's noise, so what it should predict
-  stays the same. Not in the paper.
+  picture's 3×3 pixels around it, mean over the channels. The network sees that
+  picture too, but for the augmentation's noise, so that what it should predict
+  hardly changes. Not in the paper.
 
   Args:
     low: [B, h, h, 3], the small picture in [−1, 1], without noise.
