@@ -1,11 +1,10 @@
 r"""Emoji scenes, 64→256: F.2 at a quarter of its width.
 
-  python train.py --config emoji_sr256 --workdir runs/emoji/sr256 \
-      --config.text.path=T5-V1_1-BASE
+  python train.py --config emoji_sr256 --workdir runs/emoji/sr256
 
-Not trained either, see `emoji_base`. Crops of 128 pixels, as the paper's last
-stage trains on crops; without self-attention it draws whole pictures all the
-same.
+Trained for 2,562 steps only: docs/emoji.md. Crops of 128 pixels, as the paper's
+last stage trains on crops; without self-attention it draws whole pictures all
+the same.
 """
 
 from imagen_jax.configs import emoji_base
@@ -27,6 +26,8 @@ def get_config():
     'emb_channels': 256,
     'norm_groups': 16,
   }
-  config.stage.sampling.update(steps=32, guidance=2.0, aug_level=0.1)
+  config.stage.prediction = 'x'  # and levels up to 0.4: see `shapes_sr1`
+  config.stage.max_level = 0.4
+  config.stage.sampling.update(steps=32, guidance=1.0, aug_level=0.1)
   config.train.update(num_steps=50_000, batch_size=64)
   return config

@@ -74,6 +74,25 @@ def test_what_was_prepared_is_what_the_source_gave(pictures, tmp_path):
     np.testing.assert_array_equal(mine['image'], theirs['image'])
 
 
+def test_sets_prepared_side_by_side_are_one(pictures, tmp_path):
+  write(pictures, tmp_path / 'set-0', number=4)
+  write(pictures, tmp_path / 'set-1', size=16)
+  pattern = str(tmp_path / 'set-*')
+  both = make_source(kind='arrayrecord', path=pattern, size=16)
+  alone = ArrayRecordSource(tmp_path / 'set-1', 16)
+  assert [both[i]['caption'][8] for i in range(len(both))] == list(
+    '01230123456789'
+  )
+  assert both.fingerprint != alone.fingerprint
+  write(pictures, tmp_path / 'set-2', size=8)
+  with pytest.raises(DataError, match='set-2 was prepared with another size'):
+    ArrayRecordSource(pattern, 8)
+  with pytest.raises(DataError, match='set-2 was prepared at 8 pixels'):
+    ArrayRecordSource(pattern, 16)
+  with pytest.raises(DataError, match='is no prepared data'):
+    ArrayRecordSource(tmp_path / 'no-*', 16)
+
+
 def test_a_smaller_size_is_the_box_mean(pictures, tmp_path):
   write(pictures, tmp_path / 'out')
   small = ArrayRecordSource(tmp_path / 'out', 4)[0]['image']

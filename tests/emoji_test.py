@@ -1,14 +1,19 @@
 """Emoji scenes, with a colour font of four squares made for the test."""
 
+import importlib.util
+import pathlib
+
 import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-from imagen_jax.data import emoji
+from imagen_jax.data import captions, emoji
 from imagen_jax.data.sources import make_source
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
+from imagen_jax.text import pretrain, probe
 
+JUDGE = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'emoji_judge.py'
 COLOURS = {
   'dog': (1.0, 0.0, 0.0),
   'cat': (0.0, 0.6, 0.0),
@@ -59,24 +64,42 @@ def test_a_picture_shows_the_things_where_the_scene_says(font):
   for i in range(20):
     picture = source[i]['image'].astype(float)
     assert picture.shape == (64, 64, 3)
-    caption, background, things = emoji.scene(0, 'eval', i, source.names)
-    assert caption == source[i]['caption']
-    for name, x, y, diameter in things:
+    scene = emoji.scene(0, 'eval', i, source.names)
+    assert scene.caption == source[i]['caption']
+    for name, x, y, diameter in scene.things:
       colour = 255 * np.array(COLOURS[name])
       np.testing.assert_allclose(
         picture[int(64 * y), int(64 * x)], colour, atol=3
       )
       assert 0.1 < diameter <= 0.7
     np.testing.assert_allclose(
-      picture[0, 0], emoji.BACKGROUND[background], atol=1
+      picture[0, 0], emoji.BACKGROUND[scene.background], atol=1
     )
+
+
+def test_the_judge_reads_true_pictures_and_no_others(font):
+  spec = importlib.util.spec_from_file_location('emoji_judge', JUDGE)
+  judge = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(judge)
+  source = emoji.EmojiSource(font, 128, split='eval')
+  reader = judge.Reader(source.glyphs)
+  scenes = [emoji.scene(0, 'eval', i, source.names) for i in range(30)]
+  for i, scene in enumerate(scenes):
+    assert reader.right(source[i]['image'], scene.meaning), scene.caption
+  wrong = [
+    reader.right(source[i]['image'], scene.meaning)
+    for i, scene in enumerate(scenes[1:])
+  ]
+  assert sum(wrong) <= 1
+  assert not reader.right(source[0]['image'] * 0 + 255, scenes[0].meaning)
 
 
 def test_captions_say_what_is_there():
   names = tuple(sorted(COLOURS))
   seen = set()
   for i in range(400):
-    caption, _, things = emoji.scene(3, 'train', i, names)
+    scene = emoji.scene(3, 'train', i, names)
+    caption, things = scene.caption, scene.things
     found = {name for name, *_ in things}
     for name in names:
       said = name in caption or emoji.plural(name) in caption
@@ -101,7 +124,7 @@ def test_held_out_pairs_come_in_eval_alone():
   assert len(names) == 56
   pairs = {
     split: {
-      frozenset(name for name, *_ in emoji.scene(0, split, i, names)[2])
+      frozenset(name for name, *_ in emoji.scene(0, split, i).things)
       for i in range(1500)
     }
     for split in ('train', 'eval')
@@ -144,3 +167,35 @@ def test_the_configs_make_networks(name):
   stage = stages.from_config(config.stage.to_dict(), text_dim=768, text_len=64)
   count = stages.num_params(stages.param_shapes(stage))
   assert 10e6 < count < 150e6
+
+
+class Words:
+  """A tokenizer of a piece for every word."""
+
+  def pieces(self, text):
+    return text.split()
+
+
+def test_names_are_found_in_captions():
+  meaning = captions.Meaning(
+    (captions.Group('tree', None, 2), captions.Group('palm tree', None))
+  )
+  caption = 'A palm tree to the right of two trees on a blue background'
+  assert emoji.nouns(Words(), caption, meaning) == [(2, 1), (8, 0)]
+  for i in range(300):
+    scene = emoji.scene(5, 'train', i)
+    found = emoji.nouns(Words(), scene.caption, scene.meaning)
+    assert sorted(g for _, g in found) == list(range(len(scene.meaning.groups)))
+
+
+def test_the_text_encoder_reads_these_captions():
+  scenes = probe.scenes('emoji', 0, 'eval', 40, heldout=True)
+  assert len(scenes) == 40
+  assert all(emoji.is_held_out(s.meaning) for s in scenes)
+  scene = scenes[0]
+  texts = [pretrain.description(scene.meaning, g) for g in (0, 1)]
+  for group, text in zip(scene.meaning.groups, texts):
+    assert group.shape in text
+    assert captions.NUMBERS[group.count - 1] in text
+  with pytest.raises(UsageError, match='shapes or emoji'):
+    probe.scenes('mugs', 0, 'train', 1)

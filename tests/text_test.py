@@ -473,11 +473,12 @@ def test_nouns_are_found_in_whatever_order_they_are_written(tmp_path):
     ((0, 'above', 1),),
   )
   disc, moons = 5, 10
-  assert probe.nouns(tokenizer, caption, meaning) == [(disc, 1), (moons, 0)]
+  found = probe.shape_nouns(tokenizer, caption, meaning)
+  assert found == [(disc, 1), (moons, 0)]
   assert probe.facts(meaning, 1)['down'] == 'below'
   assert pretrain.description(meaning, 1) == 'one purple circle below grey moon'
   for s in scenes:
-    found = probe.nouns(tokenizer, s.caption, s.meaning)
+    found = probe.shape_nouns(tokenizer, s.caption, s.meaning)
     assert sorted(g for _, g in found) == list(range(len(s.meaning.groups)))
 
 

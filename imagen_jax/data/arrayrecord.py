@@ -11,6 +11,7 @@ stored. Nothing in it is code.
 """
 
 import concurrent.futures
+import glob
 import hashlib
 import json
 import os
@@ -38,42 +39,52 @@ class ArrayRecordSource(Checked):
   """Random access to what imagen-prepare wrote.
 
   Args:
-    path: its folder.
+    path: its folder; a pattern such as 'data/part-*' takes several, prepared
+      side by side, one after the other.
     size: side of the pictures in pixels, at most the prepared one; less is
       the mean over each target pixel's area.
     max_bad: see `Checked`.
 
   Attributes:
-    header: `dataset.json`; its `text` is None, or the `dim`, `max_len` and
-      digests of the embeddings. With embeddings an example also has `text`
-      bfloat16 [max_len, dim], zeros at padding, and `mask` bool [max_len].
+    header: `dataset.json`, of the first; its `text` is None, or the `dim`,
+      `max_len` and digests of the embeddings. With embeddings an example also
+      has `text` bfloat16 [max_len, dim], zeros at padding, and `mask` bool
+      [max_len].
 
   Raises:
-    DataError: the set is missing, unfinished, damaged, newer, or too small.
+    DataError: the set is missing, unfinished, damaged, newer, or too small, or
+      several differ in size or text.
   """
 
   def __init__(self, path, size, *, max_bad=MAX_BAD):
-    self.path = pathlib.Path(path)
-    self.header = _read_header(self.path)
-    if size > self.header['size']:
-      raise DataError(
-        f'{path} was prepared at {self.header["size"]} pixels and {size} are '
-        f'needed; prepare it again with imagen-prepare --size {size}.'
-      )
+    self.path = path
+    folders = [pathlib.Path(path)]
+    if not folders[0].exists():
+      folders = [*map(pathlib.Path, sorted(glob.glob(str(path))))] or folders
+    self._headers = [_read_header(folder) for folder in folders]
+    self.header = self._headers[0]
     files = []
-    for part in self.header['parts']:
-      file = self.path / part['name']
-      if not file.exists() or file.stat().st_size != part['bytes']:
-        raise DataError(
-          f'{file} is missing or has another size than {DATASET} says; copy '
-          'it again from where it came.'
-        )
-      if part['count']:
-        files.append(f'{file}[0:{part["count"]}]')
+    for folder, header in zip(folders, self._headers):
+      self._check(folder, header, size)
+      files += _files(folder, header)
     self._records = (
       array_record_data_source.ArrayRecordDataSource(files) if files else ()
     )
     super().__init__(str(path), size, 'area', max_bad, {})
+
+  def _check(self, folder, header, size):
+    """Refuses a set that is too small or unlike the first."""
+    if size > header['size']:
+      raise DataError(
+        f'{folder} was prepared at {header["size"]} pixels and {size} are '
+        f'needed; prepare it again with imagen-prepare --size {size}.'
+      )
+    for key in ('size', 'text'):
+      if header[key] != self.header[key]:
+        raise DataError(
+          f'{folder} was prepared with another {key} than the first set of '
+          f'{self.path}; prepare them alike, or name one of them.'
+        )
 
   def __len__(self):
     return len(self._records)
@@ -81,7 +92,8 @@ class ArrayRecordSource(Checked):
   @property
   def fingerprint(self):
     """sha256 of the parts' digests and of what made them."""
-    return hashlib.sha256(json.dumps(self.header).encode()).hexdigest()
+    what = self._headers if len(self._headers) > 1 else self.header
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
   def name(self, i):
     return f'record {i}'
@@ -324,6 +336,23 @@ def _padded(text, *, dim, max_len, **_):
   full = np.zeros((max_len, dim), ml_dtypes.bfloat16)
   full[: len(rows)] = rows
   return {'text': full, 'mask': np.arange(max_len) < len(rows)}
+
+
+def _files(folder, header):
+  """A set's files, as the reader wants them.
+
+  Raises:
+    DataError: one is missing or has another size.
+  """
+  for part in header['parts']:
+    file = folder / part['name']
+    if not file.exists() or file.stat().st_size != part['bytes']:
+      raise DataError(
+        f'{file} is missing or has another size than {DATASET} says; copy '
+        'it again from where it came.'
+      )
+    if part['count']:
+      yield f'{file}[0:{part["count"]}]'
 
 
 def _read_header(path):

@@ -6,6 +6,7 @@ world: example i of a split is a pure function of (seed, split, i), "two dogs to
 the left of a red car" is one, and some pairs of things are never trained.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -15,7 +16,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from imagen_jax.data import captions
-from imagen_jax.data.captions import NUMBERS, OPPOSITE, RELATIONS, SAID, pick
+from imagen_jax.data.captions import (
+  NUMBERS,
+  OPPOSITE,
+  RELATIONS,
+  SAID,
+  Group,
+  Meaning,
+  pick,
+)
 from imagen_jax.data.shapes_layout import place
 from imagen_jax.data.shapes_render import BACKGROUND
 from imagen_jax.errors import DataError
@@ -110,6 +119,12 @@ def held_out(a, b):
   return random.Random(f'held out: {pair}').random() < HELD_OUT
 
 
+def is_held_out(meaning):
+  """Whether a scene's things are a pair that is never trained."""
+  names = [group.shape for group in meaning.groups]
+  return len(names) == 2 and held_out(*names)
+
+
 def said(rng, name, count):
   """'a dog', 'an elephant', 'two dogs'."""
   if count > 1:
@@ -117,7 +132,21 @@ def said(rng, name, count):
   return f'{"an" if name[0] in "aeiou" else "a"} {name}'
 
 
-def scene(seed, split, i, names):
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """What is drawn and what is said.
+
+  `things` are (name, x, y, diameter), in fractions of the picture. In `meaning`
+  a group's shape is the thing's name.
+  """
+
+  caption: str
+  background: str
+  things: tuple
+  meaning: Meaning
+
+
+def scene(seed, split, i, names=None):
   """Scene `i` of a split.
 
   Args:
@@ -125,12 +154,12 @@ def scene(seed, split, i, names):
     split: 'train' or 'eval'; they share no random stream, and only 'eval' has
       pairs that are held out.
     i: any int ≥ 0.
-    names: of the things that there are.
+    names: of the things that there are; all of `THINGS` when None.
 
   Returns:
-    (caption, background's name, [(name, x, y, diameter)]), in fractions of the
-    picture.
+    a `Scene`.
   """
+  names = names or tuple(sorted(THINGS))
   rng = random.Random(f'emoji/{seed}/{split}/{i}')
   background = pick(rng, tuple(BACKGROUND))
   groups = [(pick(rng, names), 1)]
@@ -154,14 +183,17 @@ def scene(seed, split, i, names):
   number = sum(count for _, count in groups)
   largest = {1: 0.7, 2: 0.44, 3: 0.38, 4: 0.36, 5: 0.31}[number]
   sizes = [largest * (0.8 + 0.2 * rng.random()) for _ in range(number)]
-  relations = ()
-  if relation:
-    # Every one of the first group stands so to the second.
-    last = number - 1
-    relations = tuple((k, relation, last) for k in range(last))
-  sizes, places = place(rng, sizes, [0.2] * number, relations)
+  # Every one of the first group stands so to the second.
+  last = number - 1
+  sizes, places = place(
+    rng,
+    sizes,
+    [0.2] * number,
+    tuple((k, relation, last) for k in range(last)) if relation else (),
+  )
   kinds = [name for name, count in groups for _ in range(count)]
   words = [said(rng, name, count) for name, count in groups]
+  meant = ((0, relation, 1),) if relation else ()
   if relation:
     # The same scene can be told from either side.
     if rng.random() < 0.3:
@@ -169,10 +201,42 @@ def scene(seed, split, i, names):
     caption = f' {pick(rng, SAID[relation])} '.join(words)
   else:
     caption = ' and '.join(words)
-  if rng.random() < 0.25:
+  told = rng.random() < 0.25
+  if told:
     caption += f' on a {background} background'
-  things = [(n, x, y, d) for n, (x, y), d in zip(kinds, places, sizes)]
-  return caption, background, things
+  return Scene(
+    caption,
+    background,
+    tuple((n, x, y, d) for n, (x, y), d in zip(kinds, places, sizes)),
+    Meaning(
+      tuple(Group(name, None, count) for name, count in groups),
+      meant,
+      background if told else None,
+    ),
+  )
+
+
+def nouns(tokenizer, caption, meaning):
+  """Where the things are named: [(position of the name's last token, group)].
+
+  'palm tree' is no 'tree': at each word the longest name counts.
+  """
+  names = {
+    tuple(name.split()): group
+    for group, g in enumerate(meaning.groups)
+    for name in (g.shape, plural(g.shape))
+  }
+  words = caption.lower().split()
+  found, position, k = [], 0, 0
+  while k < len(words):
+    fits = [n for n in names if tuple(words[k : k + len(n)]) == n]
+    name = max(fits, key=len, default=())
+    step = max(1, len(name))
+    position += sum(len(tokenizer.pieces(w)) for w in words[k : k + step])
+    if name:
+      found.append((position - 1, names[name]))
+    k += step
+  return found
 
 
 def find_font(path=None):
@@ -275,17 +339,17 @@ class EmojiSource:
     i = int(i)
     if not 0 <= i < self.num:
       raise IndexError(f'scene {i} of {self.num}')
-    caption, background, things = scene(self.seed, self.split, i, self.names)
+    drawn = scene(self.seed, self.split, i, self.names)
     # Drawn large and averaged down, so that edges and places are exact.
     scale = max(1, 256 // self.size)
     side = scale * self.size
-    image = Image.new('RGB', (side, side), BACKGROUND[background])
-    for name, x, y, diameter in things:
-      drawn = self.glyphs[name]
-      factor = diameter * side / max(drawn.size)
-      width, height = (max(1, round(factor * n)) for n in drawn.size)
-      drawn = drawn.resize((width, height), Image.Resampling.LANCZOS)
+    image = Image.new('RGB', (side, side), BACKGROUND[drawn.background])
+    for name, x, y, diameter in drawn.things:
+      thing = self.glyphs[name]
+      factor = diameter * side / max(thing.size)
+      width, height = (max(1, round(factor * n)) for n in thing.size)
+      thing = thing.resize((width, height), Image.Resampling.LANCZOS)
       corner = round(x * side - width / 2), round(y * side - height / 2)
-      image.paste(drawn, corner, drawn)
+      image.paste(thing, corner, thing)
     image = image.resize((self.size, self.size), Image.Resampling.BOX)
-    return {'image': np.asarray(image), 'caption': caption}
+    return {'image': np.asarray(image), 'caption': drawn.caption}

@@ -16,7 +16,7 @@ import numpy as np
 
 from imagen_jax.errors import DataError, UsageError
 
-PREFETCH = 8  # batches
+PREFETCH = 16  # batches
 # Captions that would be false of the mirrored picture.
 SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Pretrains the demo's T5 on the captions of the shapes world, text alone.
+"""Pretrains a small T5 on the captions of a world, text alone.
 
 Two tasks share one encoder and one small decoder, which is thrown away:
 span corruption, as T5 was trained (Raffel et al. 2020, Section 3.1.4), and
@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import sentencepiece
 
-from imagen_jax.data import captions, shapes
+from imagen_jax.data import captions
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import probe
@@ -142,7 +142,7 @@ def _with_strangers(rng, caption):
   return ' '.join(words)
 
 
-def example(rng, scene, tokenizer, first_sentinel, config):
+def example(rng, scene, nouns, tokenizer, first_sentinel, config):
   """(encoder ids, visible positions or None for all, decoder target ids)."""
   if rng.random() < config.span_share:
     ids = tokenizer.pieces(scene.caption)
@@ -157,13 +157,16 @@ def example(rng, scene, tokenizer, first_sentinel, config):
   caption = scene.caption
   if rng.random() < config.stranger_share:
     caption = _with_strangers(rng, caption)
-  found = probe.nouns(tokenizer, caption, scene.meaning)
+  found = nouns(tokenizer, caption, scene.meaning)
+  if not found:  # a stranger has come between 'palm' and 'tree'
+    caption = scene.caption
+    found = nouns(tokenizer, caption, scene.meaning)
   position, group = rng.choice(found)
   target = tokenizer.pieces(description(scene.meaning, group))
   return [*tokenizer.pieces(caption), EOS], position, [*target, EOS]
 
 
-def batches(scenes, tokenizer, first_sentinel, config, *, seed):
+def batches(scenes, nouns, tokenizer, first_sentinel, config, *, seed):
   """Endless batches; half as long where all captions of a batch are short.
 
   Yields:
@@ -174,7 +177,8 @@ def batches(scenes, tokenizer, first_sentinel, config, *, seed):
   short = config.max_len // 2
   waiting = {short: [], config.max_len: []}
   while True:
-    item = example(rng, rng.choice(scenes), tokenizer, first_sentinel, config)
+    scene = rng.choice(scenes)
+    item = example(rng, scene, nouns, tokenizer, first_sentinel, config)
     if len(item[0]) > config.max_len or len(item[2]) > TARGET_LEN:
       continue
     length = short if len(item[0]) <= short else config.max_len
@@ -261,7 +265,7 @@ def pretrain(config, workdir):
   `train.num_steps` = 0 it saves the untrained encoder, to compare with.
 
   Args:
-    config: `configs/shapes_text.py`'s.
+    config: `configs/shapes_text.py`'s or `configs/emoji_text.py`'s.
     workdir: gets config.json, model.safetensors (bfloat16), spiece.model,
       tokenizer_config.json, metrics.jsonl and provenance.json.
 
@@ -286,10 +290,8 @@ def pretrain(config, workdir):
   workdir.mkdir(parents=True, exist_ok=True)
   began = time.perf_counter()
 
-  scenes = [
-    shapes.scene(config.data.seed, 'train', i)
-    for i in range(config.data.num_scenes)
-  ]
+  data, world = config.data, config.data.get('kind', 'shapes')
+  scenes = probe.scenes(world, data.seed, 'train', data.num_scenes)
   vocabulary = train_vocabulary([s.caption for s in scenes])
   (workdir / VOCABULARY).write_bytes(vocabulary)
   tokenizer = Tokenizer(workdir / VOCABULARY)
@@ -337,13 +339,18 @@ def pretrain(config, workdir):
     return optax.apply_updates(params, updates), opt_state, loss
 
   opt_state = tx.init(params)
-  data = batches(
-    scenes, tokenizer, vocab_size - 1, train, seed=f'text/{config.seed}'
+  stream = batches(
+    scenes,
+    probe.nouns(world),
+    tokenizer,
+    vocab_size - 1,
+    train,
+    seed=f'text/{config.seed}',
   )
   losses, since = [], time.perf_counter()
   with (workdir / 'metrics.jsonl').open('w', encoding='utf-8') as metrics:
     for step in range(1, train.num_steps + 1):
-      params, opt_state, loss = step_fn(params, opt_state, next(data))
+      params, opt_state, loss = step_fn(params, opt_state, next(stream))
       losses.append(loss)
       if step % train.log_every == 0 or step == train.num_steps:
         value = float(np.mean(jax.device_get(losses)))
@@ -364,10 +371,10 @@ def pretrain(config, workdir):
   seconds = time.perf_counter() - began
   save(workdir, encoder, params['encoder'], vocabulary, config)
   trained = load_text_encoder(workdir)
-  scores = probe.probe(trained)
+  scores = probe.probe(trained, world=world)
   with tempfile.TemporaryDirectory() as folder:
     save(folder, encoder, untrained, vocabulary, config)
-    chance = probe.probe(load_text_encoder(folder))
+    chance = probe.probe(load_text_encoder(folder), world=world)
   gate = probe.passes(scores)
   print('linear probe at the nouns, accuracy in %:')
   print(f' trained\n{probe.table(scores)}')

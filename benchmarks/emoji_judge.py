@@ -1,0 +1,180 @@
+r"""What an emoji cascade draws, read back: is all there, and nothing else?
+
+  python benchmarks/emoji_judge.py --write prompts.txt
+  python sample.py --model runs/emoji --prompts prompts.txt --out pictures
+  python benchmarks/emoji_judge.py pictures
+
+The first command writes captions of the eval split, `--num` of each category;
+'heldout' has pairs that are never trained. The last one reads the pictures.
+A thing is a region apart from the background, named after the glyph that is
+nearest to it, 32 pixels wide; what was said of number, names, places and
+background must hold. Beside every share, with Wilson's 95 % interval, stand
+those of the true pictures of the same captions, and of the drawn pictures
+judged by the next caption, which shows what chance is worth.
+"""
+
+import argparse
+import itertools
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from imagen_jax.data import emoji
+from imagen_jax.data.shapes_render import BACKGROUND
+from imagen_jax.evaluation import scores
+from imagen_jax.evaluation.judge import compare
+from imagen_jax.evaluation.reading import Found, Reading
+from imagen_jax.evaluation.regions import extreme, label
+from imagen_jax.pictures import read_metadata
+
+CATEGORIES = ('single', 'count', 'pair', 'relation', 'heldout')
+SEED = 1  # of the world: other scenes than those of training
+SIDE = 32
+JOIN = 0.025  # parts of a thing are at most twice this far apart
+SPECK = 0.002  # smaller regions are ignored, as a share of the picture
+
+
+def category(meaning):
+  """One of `CATEGORIES`."""
+  if emoji.is_held_out(meaning):
+    return 'heldout'
+  if len(meaning.groups) == 1:
+    return 'single' if meaning.groups[0].count == 1 else 'count'
+  return 'relation' if meaning.relations else 'pair'
+
+
+def chosen(num):
+  """{category: [(i, scene)]}, `num` of each, no caption twice."""
+  found, seen = {name: [] for name in CATEGORIES}, set()
+  for i in itertools.count():
+    scene = emoji.scene(SEED, 'eval', i)
+    some = found[category(scene.meaning)]
+    if len(some) < num and scene.caption not in seen:
+      some.append((i, scene))
+      seen.add(scene.caption)
+    if all(len(some) == num for some in found.values()):
+      return found
+
+
+def square(image, ground):
+  """A picture of one thing on a square of the background, [SIDE, SIDE, 3]."""
+  side = max(image.size)
+  full = Image.new('RGB', (side, side), ground)
+  full.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+  return np.asarray(full.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+
+
+class Reader:
+  """Reads pictures of the glyphs of a font."""
+
+  def __init__(self, glyphs):
+    self.names = sorted(glyphs)
+    self.templates = {}
+    for name, ground in BACKGROUND.items():
+      rows = []
+      for glyph in map(glyphs.get, self.names):
+        drawn = Image.new('RGB', glyph.size, ground)
+        drawn.paste(glyph, (0, 0), glyph)
+        # As cut out of a picture: what cannot be told from the background
+        # does not count.
+        box = self.mask(np.asarray(drawn), np.array(ground))
+        ys, xs = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        part = drawn.crop((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))
+        rows.append(square(part, ground))
+      self.templates[name] = np.stack(rows)
+
+  @staticmethod
+  def mask(pixels, ground):
+    """Where a picture is not the background, bool [H, W]."""
+    return np.abs(pixels.astype(int) - ground).max(-1) > 28
+
+  def read(self, image):
+    """A `Reading` of uint8 [H, W, 3]."""
+    side = image.shape[0]
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    ground = np.median(border, axis=0)
+    background = min(
+      BACKGROUND, key=lambda n: np.abs(ground - BACKGROUND[n]).sum()
+    )
+    mask = self.mask(image, ground)
+    wide = extreme(mask, round(JOIN * side), np.max)
+    labels, number = label(wide)
+    things = []
+    for k in range(1, number + 1):
+      part = mask & (labels == k)
+      if part.sum() < SPECK * side * side:
+        continue
+      ys, xs = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+      y0, y1, x0, x1 = ys[0], ys[-1] + 1, xs[0], xs[-1] + 1
+      cut = np.where(part[..., None], image, ground.astype(np.uint8))
+      crop = square(
+        Image.fromarray(cut[y0:y1, x0:x1]), tuple(ground.astype(int))
+      )
+      away = np.abs(self.templates[background] - crop).mean((1, 2, 3))
+      things.append(
+        Found(
+          shape=self.names[int(np.argmin(away))],
+          colour=None,
+          fill=None,
+          size=None,
+          x=(x0 + x1) / 2 / side,
+          y=(y0 + y1) / 2 / side,
+          width=(x1 - x0) / side,
+          height=(y1 - y0) / side,
+          match=float(1 - away.min() / 255),
+        )
+      )
+    return Reading(background, tuple(things))
+
+  def right(self, image, meaning):
+    """Whether a picture shows a meaning."""
+    reading = self.read(image)
+    return len(reading.things) <= 6 and compare(reading, meaning).correct
+
+
+def cell(verdicts):
+  """'85 % (77 to 91)'."""
+  share = scores.share(verdicts)
+  low, high = share['ci95']
+  return f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('pictures', nargs='?', type=pathlib.Path)
+  parser.add_argument('--write', type=pathlib.Path, help='file for the prompts')
+  parser.add_argument('--num', type=int, default=80)
+  parser.add_argument('--font', help='where it is not found')
+  args = parser.parse_args()
+  found = chosen(args.num)
+  if args.write:
+    lines = [scene.caption for some in found.values() for _, scene in some]
+    args.write.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return
+  source = emoji.EmojiSource(args.font, 256, seed=SEED, split='eval')
+  reader = Reader(source.glyphs)
+  drawn = {}
+  for file in sorted(args.pictures.glob('[0-9]*.png')):
+    drawn[read_metadata(file)['prompt']] = np.asarray(
+      Image.open(file).convert('RGB')
+    )
+  print('| category | drawn right | true pictures | another caption | n |')
+  print('|---|---|---|---|---|')
+  for name, some in found.items():
+    some = [(i, s) for i, s in some if s.caption in drawn]
+    pictures = [drawn[s.caption] for _, s in some]
+    others = [s.meaning for _, s in some[1:] + some[:1]]
+    print(
+      f'| {name} |',
+      cell(reader.right(p, s.meaning) for p, (_, s) in zip(pictures, some)),
+      '|',
+      cell(reader.right(source[i]['image'], s.meaning) for i, s in some),
+      '|',
+      cell(reader.right(p, m) for p, m in zip(pictures, others)),
+      f'| {len(some)} |',
+    )
+
+
+if __name__ == '__main__':
+  main()
