@@ -219,7 +219,7 @@ def scene(seed, split, i, names=None):
 def nouns(tokenizer, caption, meaning):
   """Where the things are named: [(position of the name's last token, group)].
 
-  'palm tree' is no 'tree': at each word the longest name counts.
+  'palm tree' is no 'tree': a name's words are read once.
   """
   names = {
     tuple(name.split()): group
@@ -229,8 +229,7 @@ def nouns(tokenizer, caption, meaning):
   words = caption.lower().split()
   found, position, k = [], 0, 0
   while k < len(words):
-    fits = [n for n in names if tuple(words[k : k + len(n)]) == n]
-    name = max(fits, key=len, default=())
+    name = next((n for n in names if tuple(words[k : k + len(n)]) == n), ())
     step = max(1, len(name))
     position += sum(len(tokenizer.pieces(w)) for w in words[k : k + step])
     if name:
