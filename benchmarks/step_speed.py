@@ -6,38 +6,59 @@ r"""What a training step gains on a CPU from how it is laid out.
 Times one step of a config three ways, all with the same operations:
 
   as trained  the batch split over one virtual device a core, loops unrolled,
-              which is what train.py does
+              our group normalisation, which is what train.py does
   one device  the same on one device, whose operations XLA splits over the cores
-  plain       one device, and the residual blocks of the Efficient U-Net in
-              loops, as a GPU or TPU runs them; the base model has no loops
+  plain       one device, Flax's group normalisation, and the residual blocks of
+              the Efficient U-Net in loops, as a GPU or TPU runs them; the base
+              model has no loops
 
 The ways take turns, so that a busy machine is busy for all of them; the times
-are medians. On 2 cores a step of sr1 took 1.31 times as long on one device as
-it is trained, and 8.9 times as long plain.
+are medians. On 2 cores, against a step as trained:
+
+              base    sr1    sr2
+  one device  ×1.02  ×1.09  ×0.88
+  plain       ×1.17  ×12.9  ×6.7
+
+The super-resolution models gain from their unrolled blocks; the base model has
+no loops and little to gain. What made its training faster is 16 pixels instead
+of 32 (a quarter of the work), v-prediction and Muon, see `shapes_base`.
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
 import time
+from unittest import mock
 
+import flax.linen as nn
 import jax
 
 from imagen_jax import sharding
 from imagen_jax.cli.configs import load_config, split_overrides
+from imagen_jax.nets import efficient_unet, layers, unet
 from imagen_jax.training.run import split_index
 from imagen_jax.training.stage_run import StageRun
+
+
+@contextlib.contextmanager
+def flax_norm():
+  """Networks that are traced meanwhile have Flax's group normalisation."""
+  with contextlib.ExitStack() as stack:
+    for module in (layers, unet, efficient_unet):
+      stack.enter_context(mock.patch.object(module, 'GroupNorm', nn.GroupNorm))
+    yield
 
 
 class Way:
   """One way to take a step, with a state of its own."""
 
-  def __init__(self, name, config, *, data, unroll):
-    self.name, self.seconds = name, []
+  def __init__(self, name, config, *, data, plain=False):
+    self.name, self.seconds, self.plain = name, [], plain
     config = config.copy_and_resolve_references()
     config.mesh.data = data
-    if not unroll:
+    if plain and config.stage.net.kind == 'efficient_unet':
       with config.stage.net.unlocked():
         config.stage.net.unroll = False
     self.run = StageRun(config)
@@ -46,7 +67,8 @@ class Way:
   def step(self, batch):
     """Takes one step and notes its time."""
     batch = sharding.put_batch(batch, self.run.mesh)
-    with jax.set_mesh(self.run.mesh):
+    norm = flax_norm() if self.plain else contextlib.nullcontext()
+    with jax.set_mesh(self.run.mesh), norm:
       start = time.perf_counter()
       self.state, metrics = self.run.step_fn(self.state, batch, self.run.frozen)
       jax.block_until_ready((self.state, metrics))
@@ -64,11 +86,10 @@ def main():
   if config.text.path == 'runs/shapes/text':
     config.text.path = 'demo'
   ways = [
-    Way('as trained', config, data=-1, unroll=True),
-    Way('one device', config, data=1, unroll=True),
+    Way('as trained', config, data=-1),
+    Way('one device', config, data=1),
+    Way('plain', config, data=1, plain=True),
   ]
-  if config.stage.net.kind == 'efficient_unet':
-    ways.append(Way('plain', config, data=1, unroll=False))
   stream = itertools.islice(ways[0].run.train_stream(0), args.steps + 1)
   for batch in stream:
     for way in ways:

@@ -37,8 +37,8 @@ def make_source(
     kind: 'shapes' and 'emoji' (drawn on the fly), 'folder', 'webdataset'
       (tars), 'tfds' or 'arrayrecord' (what imagen-prepare wrote).
     size: side of the pictures, in pixels.
-    path: where they are; unused by 'shapes', and of 'emoji' the font, which is
-      looked for if it is not given.
+    path: where they are, a pattern for several tars or prepared sets; unused by
+      'shapes', and of 'emoji' the font, which is looked for if it is not given.
     split: 'train' or 'eval'; folders, tars and prepared sets have one split
       and give it for both.
     seed: of the shapes or emoji.
