@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import tarfile
 
 import numpy as np
@@ -215,3 +216,9 @@ def test_a_picture_is_mirrored_in_some_epochs_only():
   iterator = batches(Sided(), seed=1, batch_size=64, augment=flip)
   epochs = [next(iterator)['image'][:, 0, 0, 0].sum() for _ in range(3)]
   assert len(set(epochs)) > 1
+
+
+def test_on_many_cores_no_thread_waits_for_room(monkeypatch, caplog):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+  next(batches(Numbers(), seed=0, batch_size=4))
+  assert 'prefetch_buffer_size' not in caplog.text
