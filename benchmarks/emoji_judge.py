@@ -44,11 +44,11 @@ def category(meaning):
   return 'relation' if meaning.relations else 'pair'
 
 
-def chosen(num):
-  """{category: [(i, scene)]}, `num` of each, no caption twice."""
+def chosen(num, names):
+  """{category: [(i, scene)]} of these things, `num` each, no caption twice."""
   found, seen = {name: [] for name in CATEGORIES}, set()
   for i in itertools.count():
-    scene = emoji.scene(SEED, 'eval', i)
+    scene = emoji.scene(SEED, 'eval', i, names)
     some = found[category(scene.meaning)]
     if len(some) < num and scene.caption not in seen:
       some.append((i, scene))
@@ -147,12 +147,14 @@ def main():
   parser.add_argument('--num', type=int, default=80)
   parser.add_argument('--font', help='where it is not found')
   args = parser.parse_args()
-  found = chosen(args.num)
+  if not (args.write or args.pictures):
+    parser.error('give a folder of pictures, or --write a file of prompts.')
+  source = emoji.EmojiSource(args.font, 256, seed=SEED, split='eval')
+  found = chosen(args.num, source.names)
   if args.write:
     lines = [scene.caption for some in found.values() for _, scene in some]
     args.write.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return
-  source = emoji.EmojiSource(args.font, 256, seed=SEED, split='eval')
   reader = Reader(source.glyphs)
   drawn = {}
   for file in sorted(args.pictures.glob('[0-9]*.png')):
@@ -163,6 +165,8 @@ def main():
   print('|---|---|---|---|---|')
   for name, some in found.items():
     some = [(i, s) for i, s in some if s.caption in drawn]
+    if not some:
+      continue
     pictures = [drawn[s.caption] for _, s in some]
     others = [s.meaning for _, s in some[1:] + some[:1]]
     print(

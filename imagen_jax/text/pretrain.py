@@ -287,11 +287,11 @@ def pretrain(config, workdir):
       )
     print(f'{workdir} is finished.')
     return old['gate']
-  workdir.mkdir(parents=True, exist_ok=True)
   began = time.perf_counter()
-
   data, world = config.data, config.data.get('kind', 'shapes')
   scenes = probe.scenes(world, data.seed, 'train', data.num_scenes)
+  workdir.mkdir(parents=True, exist_ok=True)
+
   vocabulary = train_vocabulary([s.caption for s in scenes])
   (workdir / VOCABULARY).write_bytes(vocabulary)
   tokenizer = Tokenizer(workdir / VOCABULARY)
