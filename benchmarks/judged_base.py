@@ -6,10 +6,12 @@ Every workdir's base model draws the prompts of the shapes suite with its own
 text encoder; the demo's first super-resolution stage, with the demo's encoder,
 then enlarges the pictures, so that the bases alone differ. Prints the share
 that the judge finds right, with Wilson's 95 % interval, and each workdir's last
-held-out loss.
+held-out loss; then, over all categories, the share of pictures in which each
+aspect of what was said is right, whatever the others are.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 
@@ -19,6 +21,7 @@ from imagen_jax.evaluation import scores, shapes_suite
 from imagen_jax.evaluation.judge import judge
 
 CATEGORIES = ('single', 'pair', 'relation', 'count')
+ASPECTS = ('count', 'shape', 'colour', 'relation', 'background')
 BATCH = 16
 KEY = 'heldout_loss_ema'
 
@@ -32,7 +35,7 @@ def heldout_loss(workdir):
 
 
 def verdicts(base, enlarge, items):
-  """Whether each item's picture is right."""
+  """The judge's verdict on each item's picture."""
   for start in range(0, len(items), BATCH):
     part = items[start : start + BATCH]
     prompts = [item.prompt for item in part]
@@ -40,7 +43,14 @@ def verdicts(base, enlarge, items):
     large = enlarge.sample(prompts, low_res=small, batch_size=BATCH)['sr1']
     for item, image in zip(part, large):
       meaning = shapes_suite.scene(item.category, item.number).meaning
-      yield judge(image, meaning).correct
+      yield judge(image, meaning)
+
+
+def cell(verdicts):
+  """'85% (77 to 91)'."""
+  share = scores.share(verdicts)
+  low, high = share['ci95']
+  return f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
 
 
 def main():
@@ -52,22 +62,29 @@ def main():
   enlarge = imagen_jax.load(stages=['sr1'])
   print('| base | held-out loss |', ' | '.join(CATEGORIES), '|')
   print('|---|---|' + '---|' * len(CATEGORIES))
+  aspects = {}
   for workdir in args.workdirs:
     base = imagen_jax.load(workdir, stages=['base'])
-    cells = []
+    cells, found = [], collections.defaultdict(list)
     for category in CATEGORIES:
       items = shapes_suite.items([category], args.num)
-      share = scores.share(verdicts(base, enlarge, items))
-      low, high = share['ci95']
-      cells.append(
-        f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
-      )
+      seen = list(verdicts(base, enlarge, items))
+      cells.append(cell(verdict.correct for verdict in seen))
+      for verdict in seen:
+        for aspect, holds in verdict.aspects.items():
+          if holds is not None:
+            found[aspect].append(holds)
+    aspects[workdir] = [cell(found[aspect]) for aspect in ASPECTS]
     print(
       f'| {workdir} | {heldout_loss(workdir)} |',
       ' | '.join(cells),
       '|',
       flush=True,
     )
+  print('\n| base |', ' | '.join(ASPECTS), '|')
+  print('|---|' + '---|' * len(ASPECTS))
+  for workdir, cells in aspects.items():
+    print(f'| {workdir} |', ' | '.join(cells), '|')
 
 
 if __name__ == '__main__':
