@@ -133,13 +133,6 @@ class Reader:
     return len(reading.things) <= 6 and compare(reading, meaning).correct
 
 
-def cell(verdicts):
-  """'85 % (77 to 91)'."""
-  share = scores.share(verdicts)
-  low, high = share['ci95']
-  return f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('pictures', nargs='?', type=pathlib.Path)
@@ -168,16 +161,14 @@ def main():
     if not some:
       continue
     pictures = [drawn[s.caption] for _, s in some]
-    others = [s.meaning for _, s in some[1:] + some[:1]]
-    print(
-      f'| {name} |',
-      cell(reader.right(p, s.meaning) for p, (_, s) in zip(pictures, some)),
-      '|',
-      cell(reader.right(source[i]['image'], s.meaning) for i, s in some),
-      '|',
-      cell(reader.right(p, m) for p, m in zip(pictures, others)),
-      f'| {len(some)} |',
+    meanings = [s.meaning for _, s in some]
+    others = meanings[1:] + meanings[:1]
+    cells = (
+      scores.cell(map(reader.right, pictures, meanings)),
+      scores.cell(reader.right(source[i]['image'], s.meaning) for i, s in some),
+      scores.cell(map(reader.right, pictures, others)),
     )
+    print(f'| {name} |', ' | '.join(cells), f'| {len(some)} |')
 
 
 if __name__ == '__main__':

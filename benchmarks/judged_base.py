@@ -46,13 +46,6 @@ def verdicts(base, enlarge, items):
       yield judge(image, meaning)
 
 
-def cell(verdicts):
-  """'85% (77 to 91)'."""
-  share = scores.share(verdicts)
-  low, high = share['ci95']
-  return f'{share["accuracy"]:.0%} ({100 * low:.0f} to {100 * high:.0f})'
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
@@ -69,12 +62,12 @@ def main():
     for category in CATEGORIES:
       items = shapes_suite.items([category], args.num)
       seen = list(verdicts(base, enlarge, items))
-      cells.append(cell(verdict.correct for verdict in seen))
+      cells.append(scores.cell(verdict.correct for verdict in seen))
       for verdict in seen:
         for aspect, holds in verdict.aspects.items():
           if holds is not None:
             found[aspect].append(holds)
-    aspects[workdir] = [cell(found[aspect]) for aspect in ASPECTS]
+    aspects[workdir] = [scores.cell(found[aspect]) for aspect in ASPECTS]
     print(
       f'| {workdir} | {heldout_loss(workdir)} |',
       ' | '.join(cells),

@@ -47,16 +47,9 @@ def table(found, axis):
   yield f'| {axis} | ' + ' | '.join(line or 'right' for line in found) + ' |'
   yield '|---' * (1 + len(found)) + '|'
   for x in dict.fromkeys(x for line in found.values() for x in line):
-    cells = [line.get(x) for line in found.values()]
-    yield f'| {x} | ' + ' | '.join(_cell(c) for c in cells) + ' |'
-
-
-def _cell(counts):
-  if counts is None:
-    return ''
-  low, high = scores.wilson(*counts)
-  share = counts[0] / counts[1]
-  return f'{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f})'
+    counts = [line.get(x, (0, 0)) for line in found.values()]
+    cells = [scores.cell([True] * r + [False] * (n - r)) for r, n in counts]
+    yield f'| {x} | ' + ' | '.join(cells) + ' |'
 
 
 def picture(found, axis, title):

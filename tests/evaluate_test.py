@@ -27,6 +27,11 @@ def report(model, tmp_path_factory):
   return out
 
 
+def test_a_share_as_text():
+  assert scores.cell([True] * 15 + [False] * 5) == '75 % (53 to 89)'
+  assert scores.cell(iter(())) == ''
+
+
 def test_wilsons_interval():
   # Table values; Wilson's interval of 15 of 20 and of 0 of 10.
   np.testing.assert_allclose(scores.wilson(15, 20), (0.5313, 0.8881), atol=1e-4)

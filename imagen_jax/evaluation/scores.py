@@ -43,6 +43,16 @@ def share(verdicts):
   return {'accuracy': right / n, 'n': n, 'ci95': list(wilson(right, n))}
 
 
+def cell(verdicts):
+  """The share as text, '85 % (77 to 91)'; '' where there are no verdicts."""
+  verdicts = list(verdicts)
+  if not verdicts:
+    return ''
+  found = share(verdicts)
+  right, low, high = (100 * p for p in (found['accuracy'], *found['ci95']))
+  return f'{right:.0f} % ({low:.0f} to {high:.0f})'
+
+
 def mean(values):
   """{'mean', 'n', 'ci95'} of real numbers, by the normal approximation."""
   values = np.asarray(list(values), np.float64)
