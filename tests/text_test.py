@@ -545,6 +545,23 @@ def test_no_steps_save_the_untrained_encoder(small_run, tmp_path, monkeypatch):
   assert provenance['digest'] == load_text_encoder(tmp_path).digest
 
 
+def test_the_emoji_captions_have_an_encoder_too(
+  small_run, tmp_path, monkeypatch
+):
+  config = small_run[0].copy_and_resolve_references()
+  with config.unlocked():
+    config.data.update(kind='emoji', num_scenes=500)
+  config.train.num_steps = 1
+  small = functools.partial(probe.probe, num_fit=60, num_test=10)
+  monkeypatch.setattr(probe, 'probe', small)
+  pretrain.pretrain(config, tmp_path)
+  provenance = json.loads((tmp_path / 'provenance.json').read_text())
+  for scores in provenance['probe'].values():
+    assert scores['heldout'].keys() == {'shape', 'count', 'across', 'down'}
+  tokenizer = load_text_encoder(tmp_path).tokenizer
+  assert len(tokenizer.pieces('an octopus below two palm trees')) == 6
+
+
 def test_the_same_command_twice_does_not_train_twice(small_run):
   config, workdir = small_run
   before = (workdir / weights.SINGLE).stat().st_mtime_ns
