@@ -6,8 +6,9 @@ Every workdir's base model draws the prompts of the shapes suite with its own
 text encoder; the demo's first super-resolution stage, with the demo's encoder,
 then enlarges the pictures, so that the bases alone differ. Prints the share
 that the judge finds right, with Wilson's 95 % interval, and each workdir's last
-held-out loss; then, over all categories, the share of pictures in which each
-aspect of what was said is right, whatever the others are.
+held-out loss; then, over all categories, of the pictures whose sentence says
+something of an aspect, the share in which it is right. With a wrong number of
+things their places count as wrong, and forms and colours nearly always.
 """
 
 import argparse

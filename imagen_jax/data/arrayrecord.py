@@ -92,6 +92,7 @@ class ArrayRecordSource(Checked):
   @property
   def fingerprint(self):
     """sha256 of the parts' digests and of what made them."""
+    # A single set keeps the fingerprint that earlier runs have noted.
     what = self._headers if len(self._headers) > 1 else self.header
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 

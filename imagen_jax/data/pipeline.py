@@ -16,7 +16,7 @@ import numpy as np
 
 from imagen_jax.errors import DataError, UsageError
 
-PREFETCH = 16  # batches
+PREFETCH = 16  # batches, of which a thread makes one
 # Captions that would be false of the mirrored picture.
 SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 
@@ -78,7 +78,7 @@ def batches(
   data = _HostRows(data, host, num_hosts, rows).batch(rows)
   # Threads suffice: decoding and numpy let go of the interpreter's lock. Their
   # number is no part of the order, as that of processes would be.
-  threads = min(16, os.cpu_count() or 1)
+  threads = min(PREFETCH, os.cpu_count() or 1)
   iterator = iter(
     data.to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
