@@ -26,7 +26,7 @@ from imagen_jax.evaluation import scores
 from imagen_jax.evaluation.judge import compare
 from imagen_jax.evaluation.reading import Found, Reading
 from imagen_jax.evaluation.regions import extreme, label
-from imagen_jax.pictures import read_metadata
+from imagen_jax.io.images import read_metadata
 
 CATEGORIES = ('single', 'count', 'pair', 'relation', 'heldout')
 SEED = 1  # of the world: other scenes than those of training

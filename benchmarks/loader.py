@@ -18,7 +18,7 @@ import time
 
 from imagen_jax.data.pipeline import batches
 from imagen_jax.data.sources import make_source
-from imagen_jax.model_folder import text_folder
+from imagen_jax.io.model_folder import text_folder
 from imagen_jax.text.tokenizer import load_tokenizer
 
 

@@ -95,8 +95,9 @@ def states(workdir):
   import jax
   import ml_collections
 
-  from imagen_jax import model_folder, stage
-  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax import stage
+  from imagen_jax.io import model_folder
+  from imagen_jax.io.checkpoint import Checkpoints
   from imagen_jax.training.state import init_state, make_optimizer
 
   record = model_folder.load_stage(workdir)
@@ -194,7 +195,7 @@ def cuts(folder, args):
 
 
 def newest(workdir):
-  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax.io.checkpoint import Checkpoints
 
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     return checkpoints.latest_step() or 0
@@ -207,8 +208,8 @@ def damage(folder, args):
 
   import jax.numpy as jnp
 
-  from imagen_jax.checkpoint import Checkpoints
   from imagen_jax.errors import ModelError
+  from imagen_jax.io.checkpoint import Checkpoints
 
   logging.disable(logging.WARNING)
   state = {f'w{i}': jnp.arange(4096.0) + i for i in range(4)}

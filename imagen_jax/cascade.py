@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import model_folder, pictures, sharding
+from imagen_jax import sharding
 from imagen_jax import stage as stages
 from imagen_jax.diffusion.samplers import picture_key
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import images as pictures
+from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 import imagen_jax
 from imagen_jax import cascade as cascades
-from imagen_jax import pictures, sharding, stage
+from imagen_jax import sharding, stage
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import images as pictures
 
 RED, BLUE = 'a red circle', 'a blue square above a star'
 

@@ -13,9 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax import manifest, sharding
-from imagen_jax.checkpoint import Checkpoints
+from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import manifest
+from imagen_jax.io.checkpoint import Checkpoints
 
 MANIFEST = manifest.name(0, 1)
 

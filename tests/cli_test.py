@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import pictures
 from imagen_jax.cli import export, sample, train
+from imagen_jax.io import images as pictures
 from tests import tiny_model
 
 PROMPT = 'a red circle above a blue square'

@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import hub_folder, sharding
+from imagen_jax import sharding
 from imagen_jax.deepfloyd import config, unet, weights
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import hub_folder
 from imagen_jax.nets import layers
 from tests import tiny_if
 

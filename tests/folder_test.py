@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from imagen_jax.data import checked, folder
-from imagen_jax.data.decode import decode as read_picture
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.errors import DataError
+from imagen_jax.io.decode import decode as read_picture
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +187,7 @@ def test_a_bomb_raises_memory_by_less_than_64_mb(tmp_path):
   file.write_bytes(bomb(30_000, 30_000))
   code = (
     'import resource, sys\n'
-    'from imagen_jax.data.decode import BadSample, inspect\n'
+    'from imagen_jax.io.decode import BadSample, inspect\n'
     'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
     'before = peak()\n'
     'try: inspect(sys.argv[1])\n'

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import model_folder
-from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import DataError, ModelError, UsageError
+from imagen_jax.io import model_folder
+from imagen_jax.io.checkpoint import Checkpoints
 
 TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
 

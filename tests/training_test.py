@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from imagen_jax import stage as stages
-from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import NumericError, UsageError
+from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.stage import objective
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop

@@ -12,11 +12,11 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax import stage as stages
-from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import runtime
 from imagen_jax.cli import train as cli
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.planning import chips, program
 from imagen_jax.training import loop, report, workdir
 from imagen_jax.training.loggers import make_loggers

@@ -87,7 +87,7 @@ def draw(args, prompts, *, per_stage, write, progress):
   import imagen_jax
   from imagen_jax import stage as stages
   from imagen_jax.deepfloyd import cleaning, images, pipeline
-  from imagen_jax.pictures import open_picture
+  from imagen_jax.io.images import open_picture
 
   if args.threshold is not None:
     raise UsageError(

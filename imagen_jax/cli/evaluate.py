@@ -133,7 +133,7 @@ def _stages(args):
     return args.stages.split(',')
   if not args.from_truth:
     return None
-  from imagen_jax import model_folder
+  from imagen_jax.io import model_folder
 
   path = args.model or model_folder.demo_path()
   records = model_folder.find_stages(path)

@@ -55,9 +55,10 @@ def export_if(workdir, out, *, weights, step):
   """Writes a fine-tuned stage of IF's, finished or not; returns the step."""
   from ml_collections import ConfigDict
 
-  from imagen_jax import model_folder, sharding
-  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax import sharding
   from imagen_jax.errors import UsageError
+  from imagen_jax.io import model_folder
+  from imagen_jax.io.checkpoint import Checkpoints
   from imagen_jax.training.if_run import IFRun
 
   if out.exists():
@@ -79,7 +80,7 @@ def export_if(workdir, out, *, weights, step):
 
 def _kind(workdir):
   """The kind of a training workdir's config; None: it is not one of these."""
-  from imagen_jax import model_folder
+  from imagen_jax.io import model_folder
 
   path = workdir / 'config.json'
   if not path.exists():
@@ -94,8 +95,8 @@ def export(workdir, out, *, weights, step, dtype, command):
 
   import jax
 
-  from imagen_jax import model_folder
   from imagen_jax.errors import UsageError
+  from imagen_jax.io import model_folder
 
   record = model_folder.load_stage(workdir)
   if record.weights is not None:

@@ -127,7 +127,7 @@ def _embedder(args):
 
   from imagen_jax.cli import runtime
   from imagen_jax.data.checked import CLEANING
-  from imagen_jax.model_folder import text_folder
+  from imagen_jax.io.model_folder import text_folder
   from imagen_jax.text.encoder import load_text_encoder
 
   runtime.start()

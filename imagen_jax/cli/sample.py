@@ -149,7 +149,7 @@ def per_stage(name, text):
 def _low_res(cascade, path):
   if path is None:
     return None
-  from imagen_jax import pictures
+  from imagen_jax.io import images as pictures
   from imagen_jax.stage import multiple
 
   first = cascade.stages[0]
@@ -167,7 +167,7 @@ def _low_res(cascade, path):
 
 def _pictures(image, mask):
   """{'image', 'mask'} as PIL images, of those that are given."""
-  from imagen_jax.pictures import open_picture
+  from imagen_jax.io.images import open_picture
 
   given = (('image', image, 'RGB'), ('mask', mask, 'L'))
   return {name: open_picture(p, mode) for name, p, mode in given if p}
@@ -257,7 +257,7 @@ def _record(cascade, args, choices, prompt, i, batch):
 
 def _again(args):
   """Draws the picture that a PNG's record describes."""
-  from imagen_jax import pictures
+  from imagen_jax.io import images as pictures
 
   record = pictures.read_metadata(args.from_image)
   if 'if_stages' in record:
@@ -317,7 +317,7 @@ def _write(out, images, records, grid=True):
   """
   import jax
 
-  from imagen_jax import pictures
+  from imagen_jax.io import images as pictures
 
   if jax.process_index() != 0:
     return []

@@ -23,8 +23,8 @@ from array_record.python import array_record_data_source, array_record_module
 from PIL import Image
 
 from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
-from imagen_jax.data.decode import BadSample, resize_square
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io.decode import BadSample, resize_square
 
 FORMAT_VERSION = 1
 DATASET, UNFINISHED, DROPPED = (

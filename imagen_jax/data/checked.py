@@ -13,9 +13,9 @@ import logging
 import os
 import threading
 
-from imagen_jax.data.decode import BadSample, decode
 from imagen_jax.data.progress import Progress
 from imagen_jax.errors import DataError
+from imagen_jax.io.decode import BadSample, decode
 
 MAX_BAD = 0.01  # share of bad samples that a source puts up with
 MAX_CAPTION = 10_000  # characters; longer is a document, not a caption

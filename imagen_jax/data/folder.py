@@ -16,8 +16,8 @@ import pathlib
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
-from imagen_jax.data.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.errors import DataError
+from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 
 CAPTION_KEYS = ('text', 'caption')
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
-from imagen_jax.data.decode import BadSample, inspect
 from imagen_jax.errors import DataError
+from imagen_jax.io.decode import BadSample, inspect
 
 CAPTION_KEYS = ('caption', 'captions', 'text', 'title', 'description')
 # What builds call the split for looking at, the first first.

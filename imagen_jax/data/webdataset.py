@@ -21,8 +21,8 @@ import numpy as np
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
-from imagen_jax.data.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.errors import DataError
+from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 
 MAX_MEMBER = 64 * 2**20  # bytes of one picture; a caption is far smaller
 MAX_TEXT = 2**20

@@ -9,8 +9,8 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from imagen_jax import hub_folder
 from imagen_jax.errors import ModelError
+from imagen_jax.io import hub_folder
 
 WHAT = (
   "a DeepFloyd IF U-Net is a folder in diffusers' layout: config.json, "

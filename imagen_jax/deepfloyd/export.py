@@ -4,9 +4,9 @@ import dataclasses
 import json
 import shutil
 
-from imagen_jax import hub_folder
 from imagen_jax.deepfloyd import weights
 from imagen_jax.deepfloyd.unet import IFUNet
+from imagen_jax.io import hub_folder
 
 
 def without_variance(module):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import pictures, sharding
+from imagen_jax import sharding
 from imagen_jax.deepfloyd import (
   schedule,
   settings,
@@ -24,6 +24,7 @@ from imagen_jax.deepfloyd import (
 from imagen_jax.diffusion.samplers import picture_key
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import images as pictures
 
 
 def _stage_folders(path):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from imagen_jax import hub_folder
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import hub_folder
 
 WHAT = (
   "an IF stage is a folder in diffusers' layout, with "

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import hub_folder, sharding
+from imagen_jax import sharding
 from imagen_jax.errors import ModelError
+from imagen_jax.io import hub_folder
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import load_tokenizer
 

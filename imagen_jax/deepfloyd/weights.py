@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import hub_folder
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import hub_folder
 
 STEM = 'diffusion_pytorch_model'
 CONVERT = (

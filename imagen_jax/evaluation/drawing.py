@@ -21,8 +21,9 @@ import re
 import numpy as np
 from PIL import Image
 
-from imagen_jax import model_folder, pictures
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import images as pictures
+from imagen_jax.io import model_folder
 
 # Batches between two times that the stages change places on the device.
 BATCHES = 4

@@ -9,8 +9,8 @@ import pathlib
 
 import numpy as np
 
-from imagen_jax import model_folder
 from imagen_jax.errors import DataError
+from imagen_jax.io import model_folder
 
 FILE = 'scores.json'
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from imagen_jax import hub_folder
 from imagen_jax.errors import ModelError
+from imagen_jax.io import hub_folder
 from imagen_jax.nets.t5 import T5Encoder
 
 SINGLE = 'model.safetensors'

@@ -7,9 +7,11 @@ import time
 
 import jax
 
-from imagen_jax import model_folder, pictures, sharding
-from imagen_jax.checkpoint import Checkpoints
+from imagen_jax import sharding
 from imagen_jax.data.sources import list_skipped
+from imagen_jax.io import images as pictures
+from imagen_jax.io import model_folder
+from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss

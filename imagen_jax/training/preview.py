@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import pictures, sharding
+from imagen_jax import sharding
 from imagen_jax import stage as stages
+from imagen_jax.io import images as pictures
 
 NUM_PREVIEWS = 8
 

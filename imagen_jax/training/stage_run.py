@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import model_folder, sharding
+from imagen_jax import sharding
 from imagen_jax import stage as stages
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError
+from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training.preview import make_preview
 from imagen_jax.training.run import Run, picture_shape

@@ -4,7 +4,7 @@ import json
 import logging
 
 from imagen_jax.errors import UsageError
-from imagen_jax.model_folder import FORMAT_VERSION, read_json, write_json
+from imagen_jax.io.model_folder import FORMAT_VERSION, read_json, write_json
 
 # What may change between two starts of one run: it does not change the
 # numbers that the run computes.

@@ -75,7 +75,7 @@ def read_picture(path, size):
   Raises:
     DataError: when the file is no picture or smaller than `size`.
   """
-  from imagen_jax.data import decode
+  from imagen_jax.io import decode
 
   try:
     return decode.decode(path, size)

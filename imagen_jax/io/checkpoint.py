@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from imagen_jax import manifest
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import manifest
 
 _log = logging.getLogger(__name__)
 # What a file system says when it is to blame; orbax wraps it in pages.

@@ -288,7 +288,7 @@ def model_digest(records):
 
 def demo_path():
   """The folder of the model that comes with the package."""
-  return pathlib.Path(__file__).parent / 'assets' / 'demo'
+  return pathlib.Path(__file__).parents[1] / 'assets' / 'demo'
 
 
 def text_folder(configured):
@@ -360,7 +360,7 @@ def write_json(path, value):
 
 def _checkpoints(record):
   # Orbax takes a third of a second to import, and finished models need none.
-  from imagen_jax.checkpoint import Checkpoints
+  from imagen_jax.io.checkpoint import Checkpoints
 
   elsewhere = record.config.get('train', {}).get('checkpoint_dir')
   return Checkpoints(elsewhere or record.path / 'checkpoints')
