@@ -27,7 +27,7 @@ setuptools.setup(
   # The configs stay at the top level, where people read them, and are
   # installed too, so that `--config shapes_base` works without a checkout.
   package_dir={'imagen_jax.configs': 'configs'},
-  package_data={'imagen_jax': ['assets/**/*', 'data/*.json', 'py.typed']},
+  package_data={'imagen_jax': ['assets/**/*', 'worlds/*.json', 'py.typed']},
   install_requires=[
     'absl-py',
     'array_record>=0.8',

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from imagen_jax.data import captions
-from imagen_jax.data.shapes import render, scene
+from imagen_jax.worlds import captions
+from imagen_jax.worlds.shapes import render, scene
 
 WINDOW, GRID, JITTER = 0.4, 20, 0.04  # of the picture; samples; of the picture
 

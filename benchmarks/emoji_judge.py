@@ -20,13 +20,13 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from imagen_jax.data import emoji
-from imagen_jax.data.shapes_render import BACKGROUND
 from imagen_jax.evaluation import scores
-from imagen_jax.evaluation.judge import compare
-from imagen_jax.evaluation.reading import Found, Reading
-from imagen_jax.evaluation.regions import extreme, label
 from imagen_jax.io.images import read_metadata
+from imagen_jax.worlds import emoji
+from imagen_jax.worlds.judge import compare
+from imagen_jax.worlds.reading import Found, Reading
+from imagen_jax.worlds.regions import extreme, label
+from imagen_jax.worlds.render import BACKGROUND
 
 CATEGORIES = ('single', 'count', 'pair', 'relation', 'heldout')
 SEED = 1  # of the world: other scenes than those of training

@@ -18,8 +18,9 @@ import pathlib
 
 import imagen_jax
 from imagen_jax import sharding
-from imagen_jax.evaluation import scores, shapes_suite
-from imagen_jax.evaluation.judge import judge
+from imagen_jax.evaluation import scores
+from imagen_jax.worlds import suite as shapes_suite
+from imagen_jax.worlds.judge import judge
 
 CATEGORIES = ('single', 'pair', 'relation', 'count')
 ASPECTS = ('count', 'shape', 'colour', 'relation', 'background')

@@ -4,7 +4,7 @@ r"""Emoji scenes at 64×64: "two dogs to the left of a red car".
 
 Fifty-six real things, drawn by the colour emoji font of the system (Noto Color
 Emoji; `--config.data.path=FONT` where it is not found), one to five in a scene,
-with counts, relations and backgrounds: `imagen_jax/data/emoji.py`. A tenth of
+with counts, relations and backgrounds: `imagen_jax/worlds/emoji.py`. A tenth of
 the pairs is never trained. The text encoder is `emoji_text`'s, or a folder of
 T5 v1.1 weights.
 

@@ -8,10 +8,10 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-from imagen_jax.data import captions, emoji
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
-from imagen_jax.text import pretrain, probe
+from imagen_jax.worlds import captions, emoji, probe
+from imagen_jax.worlds import pretraining as pretrain
 
 JUDGE = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'emoji_judge.py'
 COLOURS = {

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import evaluate
-from imagen_jax.data import shapes
-from imagen_jax.evaluation import drawing, scores, shapes_suite
+from imagen_jax.evaluation import drawing, scores
+from imagen_jax.worlds import shapes
+from imagen_jax.worlds import suite as shapes_suite
 
 FAST = ('--steps', 1, '--guidance', 1, '--sampler', 'ddim', '--stages', 'base')
 

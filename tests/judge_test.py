@@ -9,16 +9,17 @@ import sys
 import numpy as np
 import pytest
 
-from imagen_jax.data import prompts, shapes
-from imagen_jax.data.captions import Group, Meaning
-from imagen_jax.evaluation import (
+from imagen_jax.worlds import (
   judge_accuracy,
   naming,
+  prompts,
   reading,
   regions,
+  shapes,
   silhouettes,
 )
-from imagen_jax.evaluation.judge import judge, read, related
+from imagen_jax.worlds.captions import Group, Meaning
+from imagen_jax.worlds.judge import judge, read, related
 
 judging = sys.modules[judge.__module__]
 
@@ -34,7 +35,7 @@ CIRCLE = ('circle', 'red', 'plain', 0.3, 0.25, 0.3)
 SQUARE = ('square', 'blue', 'plain', 0.4, 0.72, 0.4)
 
 
-# In full: `python -m imagen_jax.evaluation.judge_accuracy`.
+# In full: `python -m imagen_jax.worlds.judge_accuracy`.
 SIZES = [(32, 50), (64, 50), (128, 25), (256, 17)]
 
 
@@ -78,7 +79,7 @@ def test_the_judge_shares_no_geometry_or_palette_with_the_renderer():
         continue
       for name in names:
         if name.startswith('imagen_jax.data'):
-          assert name.startswith('imagen_jax.data.captions')
+          assert name.startswith('imagen_jax.worlds.captions')
 
 
 def test_a_right_picture_is_right_in_every_aspect():

@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 
-from imagen_jax.data import captions, prompts, shapes
-from imagen_jax.data.shapes_layout import BORDER, GAP, LARGE, SMALL
-from imagen_jax.data.shapes_render import BACKGROUND, INSIDE, PALETTE, SECOND
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
+from imagen_jax.worlds import captions, prompts, shapes
+from imagen_jax.worlds.layout import BORDER, GAP, LARGE, SMALL
+from imagen_jax.worlds.render import BACKGROUND, INSIDE, PALETTE, SECOND
 
 TRAIN = [shapes.scene(0, 'train', i) for i in range(3000)]
 EVAL = [

@@ -16,10 +16,10 @@ from imagen_jax.evaluation import (
   extractors,
   report,
   scores,
-  shapes_suite,
   suites,
 )
 from imagen_jax.evaluation.prompts import read_prompts
+from imagen_jax.worlds import suite as shapes_suite
 from tests import tiny_clip
 
 FILES = {

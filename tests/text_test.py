@@ -19,12 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 from imagen_jax import sharding
 from imagen_jax.cli.configs import load_config
-from imagen_jax.data import captions, shapes
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.nets.t5 import SIZES, T5Encoder
-from imagen_jax.text import pretrain, probe, weights
+from imagen_jax.text import weights
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import EOS, PAD, Tokenizer
+from imagen_jax.worlds import captions, probe, shapes
+from imagen_jax.worlds import pretraining as pretrain
 from tests import tiny_text
 
 # A real T5's spiece.model, and a file of prompts, a line each.

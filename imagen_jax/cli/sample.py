@@ -188,7 +188,7 @@ def _notes(cascade, embedding):
       file=sys.stderr,
     )
   if cascade.trained_on_shapes:
-    from imagen_jax.data import captions
+    from imagen_jax.worlds import captions
 
     known = captions.vocabulary()
     unknown = {

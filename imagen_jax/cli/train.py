@@ -53,7 +53,7 @@ def _main(argv):
 
   runtime.start(split_cpu=True, processes=args)
   if config.get('kind') == 'text':
-    from imagen_jax.text.pretrain import pretrain
+    from imagen_jax.worlds.pretraining import pretrain
 
     for flag in ('dry_run', 'init_from', 'insist'):
       if getattr(args, flag):

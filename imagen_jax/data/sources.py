@@ -53,11 +53,11 @@ def make_source(
   if kind not in KINDS:
     raise UsageError(f'data.kind is {kind!r}; it can be {" or ".join(KINDS)}.')
   if kind == 'shapes':
-    from imagen_jax.data.shapes import ShapesSource
+    from imagen_jax.worlds.shapes import ShapesSource
 
     return ShapesSource(seed, split, size, mixture=mixture)
   if kind == 'emoji':
-    from imagen_jax.data.emoji import EmojiSource
+    from imagen_jax.worlds.emoji import EmojiSource
 
     return EmojiSource(path, size, seed=seed, split=split)
   if not path:

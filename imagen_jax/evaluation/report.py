@@ -13,7 +13,8 @@ import pathlib
 from PIL import Image
 
 from imagen_jax.errors import DataError
-from imagen_jax.evaluation import charts, drawing, scores, shapes_suite
+from imagen_jax.evaluation import charts, drawing, scores
+from imagen_jax.worlds import suite as shapes_suite
 
 SHOWN = 24  # pictures of a category on the page
 THUMB = 144  # their side, in pixels

@@ -18,8 +18,9 @@ import random
 import numpy as np
 
 from imagen_jax.errors import DataError, UsageError
-from imagen_jax.evaluation import frechet, prompts, scores, shapes_suite
+from imagen_jax.evaluation import frechet, prompts, scores
 from imagen_jax.evaluation.drawing import Item, read_picture
+from imagen_jax.worlds import suite as shapes_suite
 
 BLOCK = 256  # pictures in memory at a time
 NEIGHBOURS = 10_000  # pictures of either set for precision and recall

@@ -10,8 +10,8 @@ import itertools
 
 import numpy as np
 
-from imagen_jax.data import captions, emoji, shapes
 from imagen_jax.errors import UsageError
+from imagen_jax.worlds import captions, emoji, shapes
 
 NOUNS = {
   word + ending: shape

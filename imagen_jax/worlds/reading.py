@@ -10,13 +10,9 @@ import dataclasses
 
 import numpy as np
 
-from imagen_jax.evaluation.naming import (
-  background_name,
-  colour_name,
-  fill_name,
-)
-from imagen_jax.evaluation.regions import box_mean, extreme, label, smooth
-from imagen_jax.evaluation.silhouettes import shape_name
+from imagen_jax.worlds.naming import background_name, colour_name, fill_name
+from imagen_jax.worlds.regions import box_mean, extreme, label, smooth
+from imagen_jax.worlds.silhouettes import shape_name
 
 WORK = 128  # pictures larger than this are averaged down to find things
 FILL_SIZE = 256  # smallest picture in which a fill is told

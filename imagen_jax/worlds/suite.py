@@ -9,11 +9,11 @@ random stream with training; `heldout` holds only combinations never trained.
 import collections
 import dataclasses
 
-from imagen_jax.data import shapes
 from imagen_jax.evaluation import scores
 from imagen_jax.evaluation.drawing import Item
-from imagen_jax.evaluation.judge import compare, judge, read
-from imagen_jax.evaluation.reading import FILL_SIZE, Found, Reading
+from imagen_jax.worlds import shapes
+from imagen_jax.worlds.judge import compare, judge, read
+from imagen_jax.worlds.reading import FILL_SIZE, Found, Reading
 
 SEED = 2205  # of the worlds kept for evaluation; nothing else uses it
 CATEGORIES = shapes.CATEGORIES

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from imagen_jax.evaluation.regions import box_mean
+from imagen_jax.worlds.regions import box_mean
 
 MATCH = 0.78  # least overlap with a silhouette that names a shape
 GRID, REACH = 32, 1.05  # samples, and their reach in units of sqrt(area)

@@ -1,6 +1,6 @@
 """How often the judge itself is right, on pictures known to be right.
 
-  python -m imagen_jax.evaluation.judge_accuracy [--num 500] [--sizes 64,256]
+  python -m imagen_jax.worlds.judge_accuracy [--num 500] [--sizes 64,256]
 
 prints, for every size and category, the share of renders that the judge finds
 right: clean; after a mild blur and noise (`degrade`); with the captions
@@ -15,10 +15,10 @@ import time
 
 import numpy as np
 
-from imagen_jax.data import captions
-from imagen_jax.data.shapes import CATEGORIES, render, scene
-from imagen_jax.evaluation.judge import judge
-from imagen_jax.evaluation.reading import FILL_SIZE
+from imagen_jax.worlds import captions
+from imagen_jax.worlds.judge import judge
+from imagen_jax.worlds.reading import FILL_SIZE
+from imagen_jax.worlds.shapes import CATEGORIES, render, scene
 
 BLUR, NOISE = 1 / 128, 0.04  # of the picture's side; of the range of a pixel
 

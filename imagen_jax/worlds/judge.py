@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import itertools
 
-from imagen_jax.data.captions import Meaning
-from imagen_jax.evaluation.reading import Reading, read
+from imagen_jax.worlds.captions import Meaning
+from imagen_jax.worlds.reading import Reading, read
 
 __all__ = ['Verdict', 'compare', 'judge', 'read']
 

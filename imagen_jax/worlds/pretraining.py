@@ -27,13 +27,12 @@ import numpy as np
 import optax
 import sentencepiece
 
-from imagen_jax.data import captions
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import T5Encoder
-from imagen_jax.text import probe
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import EOS, PAD, VOCABULARY, Tokenizer
 from imagen_jax.text.weights import save_folder
+from imagen_jax.worlds import captions, probe
 
 SENTINELS = 8  # <extra_id_0> … <extra_id_7>, the last ids, counted downwards
 TARGET_LEN = 20  # the longest description has 17 tokens

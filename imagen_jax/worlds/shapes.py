@@ -4,7 +4,7 @@ One to five friendly shapes on a plain background, and a caption a person could
 have typed. There is no file to download: `scene` invents example i of a split
 from (seed, split, i) alone, and `render` draws it at any resolution. Some
 combinations never occur in the training split, so that what a model makes of
-them shows whether it composes; they are listed in `shapes_heldout.json`.
+them shows whether it composes; they are listed in `heldout.json`.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import itertools
 import json
 import random
 
-from imagen_jax.data import captions
-from imagen_jax.data.captions import (
+from imagen_jax.errors import UsageError
+from imagen_jax.worlds import captions
+from imagen_jax.worlds.captions import (
   OPPOSITE,
   Group,
   Meaning,
@@ -23,9 +24,8 @@ from imagen_jax.data.captions import (
   pick,
   vocabulary,
 )
-from imagen_jax.data.shapes_layout import LARGE, LEAST, diameter, place
-from imagen_jax.data.shapes_render import contrast, render
-from imagen_jax.errors import UsageError
+from imagen_jax.worlds.layout import LARGE, LEAST, diameter, place
+from imagen_jax.worlds.render import contrast, render
 
 __all__ = [
   'CATEGORIES',
@@ -83,7 +83,7 @@ def heldout():
   Kinds: 'colour_shape', 'fill_shape' and 'relation_pair', whose (word, a, b)
   come both ways round: a star above a heart is a heart below a star.
   """
-  path = importlib.resources.files('imagen_jax.data') / 'shapes_heldout.json'
+  path = importlib.resources.files('imagen_jax.worlds') / 'heldout.json'
   lists = json.loads(path.read_text(encoding='utf-8'))
   kinds = {k: frozenset(map(tuple, v)) for k, v in lists.items()}
   kinds['relation_pair'] |= {

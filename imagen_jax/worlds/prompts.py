@@ -7,8 +7,8 @@ prompt can be judged like any other.
 
 import re
 
-from imagen_jax.data import captions
-from imagen_jax.data.captions import Group, Meaning
+from imagen_jax.worlds import captions
+from imagen_jax.worlds.captions import Group, Meaning
 
 
 def _said(group):

@@ -15,8 +15,9 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.data import captions
-from imagen_jax.data.captions import (
+from imagen_jax.errors import DataError
+from imagen_jax.worlds import captions
+from imagen_jax.worlds.captions import (
   NUMBERS,
   OPPOSITE,
   RELATIONS,
@@ -25,9 +26,8 @@ from imagen_jax.data.captions import (
   Meaning,
   pick,
 )
-from imagen_jax.data.shapes_layout import place
-from imagen_jax.data.shapes_render import BACKGROUND
-from imagen_jax.errors import DataError
+from imagen_jax.worlds.layout import place
+from imagen_jax.worlds.render import BACKGROUND
 
 FONTS = ('NotoColorEmoji.ttf', 'Noto-COLRv1.ttf', 'NotoColorEmoji-Regular.ttf')
 PLACES = (
