@@ -66,7 +66,7 @@ setuptools.setup(
       'imagen-export = imagen_jax.cli.export:main',
       'imagen-plan = imagen_jax.cli.plan:main',
       'imagen-prepare = imagen_jax.cli.prepare:main',
-      'imagen-check-t5-xxl = imagen_jax.cli.check_t5_xxl:main',
+      'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',
     ]
   },

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import check_t5_xxl, sample
-from imagen_jax.deepfloyd import cleaning, images, pipeline, stage, text
+from imagen_jax.cli import sample
+from imagen_jax.deepfloyd import (
+  check_t5_xxl,
+  cleaning,
+  images,
+  pipeline,
+  stage,
+  text,
+)
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as pictures
 from imagen_jax.text import weights as text_weights

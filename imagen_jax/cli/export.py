@@ -56,10 +56,10 @@ def export_if(workdir, out, *, weights, step):
   from ml_collections import ConfigDict
 
   from imagen_jax import sharding
+  from imagen_jax.deepfloyd.experiment import IFRun
   from imagen_jax.errors import UsageError
   from imagen_jax.io import model_folder
   from imagen_jax.io.checkpoint import Checkpoints
-  from imagen_jax.training.if_run import IFRun
 
   if out.exists():
     raise UsageError(f'{out} exists; give another --out, or remove it.')

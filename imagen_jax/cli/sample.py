@@ -6,7 +6,8 @@ import re
 import sys
 
 import imagen_jax
-from imagen_jax.cli import deepfloyd, errors, runtime
+from imagen_jax.cli import errors, runtime
+from imagen_jax.deepfloyd import command_line as deepfloyd
 from imagen_jax.errors import DataError, UsageError
 
 PER_STAGE = {

@@ -184,7 +184,7 @@ def train(
 def make_run(config, count_flops=None):
   """The `Run` of a config."""
   if config.get('kind') == 'if_finetune':
-    from imagen_jax.training.if_run import IFRun
+    from imagen_jax.deepfloyd.experiment import IFRun
 
     return IFRun(config, count_flops)
   return StageRun(config, count_flops)
