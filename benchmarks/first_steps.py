@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
+from imagen_jax.cascade import conditioning
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.diffusion import process
 from imagen_jax.training.run import split_index
@@ -45,10 +45,10 @@ def make_errors(run):
     text = embed(run.text.module, frozen, batch)
     extra = ()
     if stage.low_resolution is not None:
-      low = stages.box_downsample(x, stage.low_resolution)
+      low = conditioning.box_downsample(x, stage.low_resolution)
       level = jnp.full((PICTURES,), LEVEL)
       eps = jax.random.normal(jax.random.key(2), low.shape)
-      extra = stages.low_res_input(stage, eps, low, level), level
+      extra = conditioning.low_res_input(stage, eps, low, level), level
     found = []
     for t in TIMES:
       logsnr = jnp.full((PICTURES,), stage.logsnr_fn(jnp.float32(t)))

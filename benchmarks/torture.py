@@ -95,7 +95,7 @@ def states(workdir):
   import jax
   import ml_collections
 
-  from imagen_jax import stage
+  from imagen_jax.cascade import stage
   from imagen_jax.io import model_folder
   from imagen_jax.io.checkpoint import Checkpoints
   from imagen_jax.training.state import init_state, make_optimizer

@@ -12,7 +12,7 @@ __all__ = ['load', 'Cascade', 'ImagenError']
 def __getattr__(name):
   # jax is imported when it is needed: `import imagen_jax` and --help are fast.
   if name in ('load', 'Cascade'):
-    from imagen_jax import cascade
+    from imagen_jax.cascade import cascade
 
     return getattr(cascade, name)
   if name == 'ImagenError':

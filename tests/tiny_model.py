@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imagen_jax import stage
+from imagen_jax.cascade import stage
 from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
 from tests import tiny_text

@@ -144,7 +144,7 @@ def _mesh(args, count):
 def _print_parameters(work):
   import jax
 
-  from imagen_jax import stage as stages
+  from imagen_jax.cascade import stage as stages
 
   params = work.state.params
   groups = {}

@@ -71,11 +71,11 @@ def prepare(args):
   from imagen_jax.data import arrayrecord
   from imagen_jax.data.checked import summary
   from imagen_jax.data.progress import Progress
-  from imagen_jax.data.sources import make_source
+  from imagen_jax.data.sources import find_source, make_source
 
-  if args.source in ('shapes', 'emoji') and args.num is None:
+  if find_source(args.source).endless and args.num is None:
     raise UsageError(
-      f'the {args.source} world has no end: say how many with --num.'
+      f'source {args.source} is endless: say how many with --num.'
     )
   source = make_source(
     kind=args.source,
@@ -97,7 +97,7 @@ def prepare(args):
       'split': args.split,
       'resize': args.resize,
       'seed': args.seed,
-      'fingerprint': getattr(source, 'fingerprint', None),
+      'fingerprint': source.fingerprint,
     },
     size=args.size,
     text=text,

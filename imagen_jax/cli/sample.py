@@ -150,8 +150,8 @@ def per_stage(name, text):
 def _low_res(cascade, path):
   if path is None:
     return None
+  from imagen_jax.cascade.stage import multiple
   from imagen_jax.io import images as pictures
-  from imagen_jax.stage import multiple
 
   first = cascade.stages[0]
   if first.low_resolution is None:

@@ -56,6 +56,8 @@ class ArrayRecordSource(Checked):
       several differ in size or text.
   """
 
+  path_is = 'what imagen-prepare wrote'
+
   def __init__(self, path, size, *, max_bad=MAX_BAD):
     self.path = path
     folders = [pathlib.Path(path)]
@@ -63,6 +65,7 @@ class ArrayRecordSource(Checked):
       folders = [*map(pathlib.Path, sorted(glob.glob(str(path))))] or folders
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
+    self.text_header = self.header['text']
     files = []
     for folder, header in zip(folders, self._headers):
       self._check(folder, header, size)
@@ -195,7 +198,7 @@ def write(
     elif progress is not None:
       progress.add(len(indices))
     parts.append(part)
-  dropped = [*getattr(source, 'skipped', ())]
+  dropped = [*source.skipped]
   dropped += [entry for part in parts for entry in part.pop('dropped')]
   lines = [json.dumps({'name': n, 'reason': r}) + '\n' for n, r in dropped]
   _write_whole(out / DROPPED, ''.join(lines))
@@ -252,11 +255,10 @@ def _write_part(file, source, indices, embed, progress):
   temporary = file.with_suffix('.tmp')
   temporary.unlink(missing_ok=True)
   dropped, count = [], 0
-  read = getattr(source, 'example', source.__getitem__)
 
   def attempt(i):
     try:
-      return read(i)
+      return source.example(i)
     except (BadSample, OSError) as error:
       return error
 

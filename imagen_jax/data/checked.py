@@ -14,6 +14,7 @@ import os
 import threading
 
 from imagen_jax.data.progress import Progress
+from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
 from imagen_jax.io.decode import BadSample, decode
 
@@ -25,7 +26,7 @@ TURN = 256  # samples looked at between two looks at the clock
 SUBSTITUTES = 100  # neighbours tried before giving up
 
 
-class Checked:
+class Checked(Source):
   """Random access to what passed the check: {'image', 'caption'} each.
 
   A sample that fails later, because its disk does or its file was changed, is

@@ -43,6 +43,8 @@ class FolderSource(Checked):
       metadata.jsonl.
   """
 
+  path_is = 'a folder of images with .txt captions beside them'
+
   def __init__(self, path, size, *, resize='area', max_bad=MAX_BAD):
     self.path = pathlib.Path(path)
     found, bad = _find(self.path)

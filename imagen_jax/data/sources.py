@@ -1,101 +1,94 @@
-"""From a config's `data` section to a source of captioned pictures.
+"""From a config's `data` section to a source of captioned images."""
 
-A source has `__len__` and `__getitem__(i) -> {'image': uint8 [size, size, 3],
-'caption': str}`; any object that does can be trained on. Each kind is one
-file, imported only when it is asked for.
-"""
-
+import inspect
 import json
 import re
 
+from imagen_jax import kinds
+from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
+from imagen_jax.io.decode import RESIZE
 
-KINDS = ('shapes', 'emoji', 'folder', 'webdataset', 'tfds', 'arrayrecord')
-RESIZE = ('area', 'bicubic', 'lanczos')
-WHAT = {
-  'folder': 'a folder of pictures with .txt captions beside them',
-  'webdataset': "tars, such as 'shards/*.tar'",
-  'tfds': 'the name or folder of a prepared TFDS build',
-  'arrayrecord': 'what imagen-prepare wrote',
+# Each kind is one file, imported when it is asked for.
+KINDS = {
+  'folder': 'imagen_jax.data.folder:FolderSource',
+  'webdataset': 'imagen_jax.data.webdataset:WebDatasetSource',
+  'tfds': 'imagen_jax.data.tfds:TfdsSource',
+  'arrayrecord': 'imagen_jax.data.arrayrecord:ArrayRecordSource',
+  'shapes': 'imagen_jax.worlds.shapes:ShapesSource',
+  'emoji': 'imagen_jax.worlds.emoji:EmojiSource',
+}
+# What a source that does not know of an option does anyway.
+IGNORABLE = {
+  'path': (None, ''),
+  'seed': (0,),
+  'resize': ('area',),
+  'max_bad': (0.01,),
 }
 
 
-def make_source(
-  *,
-  kind,
-  size,
-  path=None,
-  split='train',
-  seed=0,
-  resize='area',
-  max_bad=0.01,
-  mixture=None,
-):
-  """The pictures of a split at one size.
+def find_source(kind: str) -> type[Source]:
+  """The class of a kind of source.
 
   Args:
-    kind: 'shapes' and 'emoji' (drawn on the fly), 'folder', 'webdataset'
-      (tars), 'tfds' or 'arrayrecord' (what imagen-prepare wrote).
-    size: side of the pictures, in pixels.
-    path: where they are, a pattern for several tars or prepared sets; unused by
-      'shapes', and of 'emoji' the font, which is looked for if it is not given.
-    split: 'train' or 'eval'; folders, tars and prepared sets have one split
-      and give it for both.
-    seed: of the shapes or emoji.
-    resize: how pictures are made smaller: 'area', 'bicubic' or 'lanczos'.
-    max_bad: share of bad samples above which to stop.
-    mixture: shares of the categories in 'shapes', see `ShapesSource`.
+    kind: one of `KINDS`, or 'my_module:MySource'.
 
   Raises:
-    UsageError: unknown kind, resize or mixture, or no path.
-    DataError: there are no usable pictures, or too many bad ones.
+    UsageError: there is no such class.
   """
-  if kind not in KINDS:
-    raise UsageError(f'data.kind is {kind!r}; it can be {" or ".join(KINDS)}.')
-  if kind == 'shapes':
-    from imagen_jax.worlds.shapes import ShapesSource
+  return kinds.find(kind, KINDS, key='data.kind', base=Source)
 
-    return ShapesSource(seed, split, size, mixture=mixture)
-  if kind == 'emoji':
-    from imagen_jax.worlds.emoji import EmojiSource
 
-    return EmojiSource(path, size, seed=seed, split=split)
-  if not path:
+def make_source(
+  *, kind: str, size: int, split: str = 'train', **options
+) -> Source:
+  """The images of a split at one size.
+
+  Args:
+    kind: one of `KINDS`, or 'my_module:MySource', a `Source` of the user's.
+    size: side of the images, in pixels.
+    split: 'train' or 'eval'; a source without an eval split gives the same
+      images for both.
+    **options: keys of a config's `data` section: `path`, `seed`, `resize`,
+      `max_bad`, and those of the class's own. Each goes to the constructor
+      that names it.
+
+  Raises:
+    UsageError: unknown kind or resize, no path, or an option without effect.
+    DataError: there are no usable images, or too many bad ones.
+  """
+  cls = find_source(kind)
+  path = options.get('path')
+  if cls.path_is is not None:
+    if not path:
+      raise UsageError(
+        f'data.path is not set: add --config.data.path=…, {cls.path_is}.'
+      )
+    if re.match(r'\w+://', str(path)):
+      raise UsageError(
+        f'data.path {path} is not on a file system: mount it first (gcsfuse '
+        'BUCKET /mnt/data for gs://) or download it, and give the local path.'
+      )
+  if options.get('resize', 'area') not in RESIZE:
     raise UsageError(
-      f'data.path is not set: add --config.data.path=…, {WHAT[kind]}.'
+      f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.'
     )
-  scheme = re.match(r'(\w+)://', str(path))
-  if scheme:
-    raise UsageError(
-      f'data.path {path} is not on a file system: mount it first (gcsfuse '
-      'BUCKET /mnt/data for gs://) or download it, and give the local path.'
-    )
-  if resize not in RESIZE:
-    raise UsageError(
-      f'data.resize is {resize!r}; it can be {" or ".join(RESIZE)}.'
-    )
-  options = {'resize': resize, 'max_bad': max_bad}
-  if kind == 'folder':
-    from imagen_jax.data.folder import FolderSource
-
-    return FolderSource(path, size, **options)
-  if kind == 'webdataset':
-    from imagen_jax.data.webdataset import WebDatasetSource
-
-    return WebDatasetSource(path, size, **options)
-  if kind == 'tfds':
-    from imagen_jax.data.tfds import TfdsSource
-
-    return TfdsSource(path, size, split=split, **options)
-  from imagen_jax.data.arrayrecord import ArrayRecordSource
-
-  return ArrayRecordSource(path, size, max_bad=max_bad)
+  known = inspect.signature(cls.__init__).parameters
+  takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+  given = {'size': size, 'split': split, **options}
+  for name, value in options.items():
+    if name not in known and not takes_all:
+      if value is not None and value not in IGNORABLE.get(name, ()):
+        raise UsageError(
+          f'data.{name}={value!r} has no effect with data.kind={kind}; leave '
+          'it out.'
+        )
+  return cls(**{k: v for k, v in given.items() if takes_all or k in known})
 
 
-def list_skipped(source, file):
+def list_skipped(source: Source, file) -> None:
   """Writes what a source left out as JSON lines, if it left out anything."""
-  skipped = getattr(source, 'skipped', ())
-  if skipped:
+  if source.skipped:
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({'name': n, 'reason': r}) for n, r in skipped]
+    lines = [json.dumps({'name': n, 'reason': r}) for n, r in source.skipped]
     file.write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -40,6 +40,9 @@ class TfdsSource(Checked):
       pictures or captions, or too many are bad.
   """
 
+  path_is = 'the name or folder of a prepared TFDS build'
+  has_eval_split = True
+
   def __init__(
     self, path, size, *, split='train', resize='area', max_bad=MAX_BAD
   ):

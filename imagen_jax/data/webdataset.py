@@ -51,6 +51,8 @@ class WebDatasetSource(Checked):
     DataError: no tar, one that is none, no usable picture, too many bad ones.
   """
 
+  path_is = "tars, such as 'shards/*.tar'"
+
   def __init__(self, path, size, *, resize='area', max_bad=MAX_BAD):
     self.shards = find_shards(path)
     bad, small, rows = {}, [], []

@@ -85,7 +85,7 @@ def draw(args, prompts, *, per_stage, write, progress):
   import jax
 
   import imagen_jax
-  from imagen_jax import stage as stages
+  from imagen_jax.cascade import conditioning
   from imagen_jax.deepfloyd import cleaning, images, pipeline
   from imagen_jax.io.images import open_picture
 
@@ -154,7 +154,7 @@ def draw(args, prompts, *, per_stage, write, progress):
     for prompt in prompts
     for i in range(args.num_images)
   ]
-  last = stages.to_uint8(list(drawn.values())[-1])
+  last = conditioning.to_uint8(list(drawn.values())[-1])
   if third is not None:
     drawn = third.sample(
       prompts,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
+from imagen_jax.cascade.conditioning import box_downsample
 from imagen_jax.deepfloyd import (
   cleaning,
   lora,
@@ -27,7 +28,6 @@ from imagen_jax.deepfloyd.images import enlarge
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
-from imagen_jax.stage import box_downsample
 from imagen_jax.training.preview import make_preview
 from imagen_jax.training.run import Run, picture_shape
 from imagen_jax.training.state import init_state

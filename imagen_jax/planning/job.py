@@ -13,8 +13,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-from imagen_jax import cascade, sharding
-from imagen_jax import stage as stages
+from imagen_jax import sharding
+from imagen_jax.cascade import cascade
+from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.text import weights

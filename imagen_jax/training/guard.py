@@ -24,9 +24,8 @@ def check_finite(state, step, limit, seen, source, workdir):
   bad = int(state.skipped_in_row)
   if bad < limit:
     return
-  name = getattr(source, 'name', str)
   rows = [
-    {'step': number, 'samples': [name(int(i)) for i in index]}
+    {'step': number, 'samples': [source.name(int(i)) for i in index]}
     for number, index in seen
   ]
   process = jax.process_index()

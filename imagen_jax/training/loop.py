@@ -80,7 +80,7 @@ def train(
     workdir,
     config,
     run.text,
-    fingerprint=getattr(run.source, 'fingerprint', None),
+    fingerprint=run.source.fingerprint,
     init_from=warm_record,
     insist=insist,
     write=first_process,
@@ -159,7 +159,7 @@ def train(
         more['heldout_loss_ema'] = heldout_loss(state.ema_params)
         metrics.go_on()
       if more or last or step % every.log_every == 0:
-        bad = len(getattr(run.source, 'bad', ()))
+        bad = len(run.source.bad)
         metrics.log(step, every.batch_size, recent, bad_samples=bad, **more)
         recent = []
         check_finite(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
+from imagen_jax.cascade import conditioning
 from imagen_jax.io import images as pictures
 
 NUM_PREVIEWS = 8
@@ -40,8 +40,8 @@ def make_preview(run, draw, low_resolution=None):
   rows = [truth[:shown]]
   if low_resolution is not None:
     x = jnp.asarray(truth, jnp.float32) / 127.5 - 1
-    given['low'] = np.asarray(stages.box_downsample(x, low_resolution))
-    small = stages.to_uint8(given['low'][:shown])
+    given['low'] = np.asarray(conditioning.box_downsample(x, low_resolution))
+    small = conditioning.to_uint8(given['low'][:shown])
     factor = truth.shape[1] // low_resolution
     rows.append(small.repeat(factor, axis=1).repeat(factor, axis=2))
 
@@ -50,7 +50,7 @@ def make_preview(run, draw, low_resolution=None):
     drawn = sharding.fetch(draw(ema_params, arrays, run.frozen))
     if jax.process_index() != 0:
       return None
-    images = np.concatenate([*rows, stages.to_uint8(drawn[:shown])])
+    images = np.concatenate([*rows, conditioning.to_uint8(drawn[:shown])])
     return pictures.grid(pictures.enlarge(images, 64), shown)
 
   return preview

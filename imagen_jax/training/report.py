@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from imagen_jax import stage as stages
+from imagen_jax.cascade import stage as stages
 
 MIB = 2**20
 # Parameters by the first word of their module's name.

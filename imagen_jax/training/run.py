@@ -54,10 +54,7 @@ class Run(abc.ABC):
 
   def holds_out(self):
     """Whether the eval split is not the one that is trained on."""
-    data = self.config.data
-    return data.kind in ('shapes', 'emoji', 'tfds') or bool(
-      data.get('eval_path')
-    )
+    return self.source.has_eval_split or bool(self.config.data.get('eval_path'))
 
   def stream(self, source, **options):
     """This process's batches, see `data.pipeline.batches`."""
@@ -125,7 +122,7 @@ class Run(abc.ABC):
   def example(self, example):
     """One example of the source as the step takes it, without `index`."""
 
-  def open(self, workdir):  # noqa: B027 - most runs have nothing to do
+  def open(self, workdir):
     """Loads what a dry run does not need."""
 
   @abc.abstractmethod
@@ -148,7 +145,7 @@ class Run(abc.ABC):
   def captions(self, captions):
     """A list of sentences as arrays for `preview.make_preview`'s `draw`."""
 
-  def finish(self, state, workdir):  # noqa: B027 - the same
+  def finish(self, state, workdir):
     """What is left to do after the last step; every process calls it."""
 
 

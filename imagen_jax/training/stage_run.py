@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
+from imagen_jax.cascade import objective, sampling
+from imagen_jax.cascade import stage as stages
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError
 from imagen_jax.io import model_folder
@@ -52,7 +53,7 @@ class StageRun(Run):
       text_len=self.max_len,
       dtype=resolve_dtype(config.dtype),
     )
-    self.prepared = getattr(self.source, 'header', {}).get('text') is not None
+    self.prepared = self.source.text_header is not None
     if self.prepared:
       self.source.check_text(
         encoder=self.text.digest,
@@ -119,7 +120,7 @@ class StageRun(Run):
     settings = self.stage.sampling
 
     def draw(params, given, frozen):
-      return stages.sample(
+      return sampling.sample(
         self.stage,
         params,
         jax.random.wrap_key_data(given['keys']),
@@ -140,7 +141,7 @@ class StageRun(Run):
 
   def loss(self, params, key, batch, frozen):
     text = embed(self.text.module, frozen, batch)
-    values, _ = stages.loss(
+    values, _ = objective.loss(
       self.stage, params, key, batch['image'], text, batch['mask']
     )
     return values

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
+from imagen_jax.cascade import objective
 from imagen_jax.text.encoder import encode_tokens
 from imagen_jax.training.state import TrainState, ema_decay
 
@@ -70,7 +70,7 @@ def train_step(
   text = embed(text_module, text_params, batch)
 
   def loss_fn(params, key, image, text, mask):
-    values, details = stages.loss(stage, params, key, image, text, mask)
+    values, details = objective.loss(stage, params, key, image, text, mask)
     return values, details['t']
 
   return take_step(

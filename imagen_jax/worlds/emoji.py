@@ -15,6 +15,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import (
@@ -284,7 +285,7 @@ def glyph(font, text):
   return None if box is None else image.crop(box)
 
 
-class EmojiSource:
+class EmojiSource(Source):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
   Args:
@@ -297,6 +298,8 @@ class EmojiSource:
   Raises:
     DataError: there is no font, or it has none of the things.
   """
+
+  has_eval_split = endless = True
 
   def __init__(self, path, size, *, seed=0, split='train', num=1_000_000):
     self.path = find_font(path)

@@ -14,6 +14,7 @@ import itertools
 import json
 import random
 
+from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import (
@@ -297,7 +298,7 @@ def _check_mixture(mixture):
     raise UsageError(f'The shares of data.mixture add up to {total:g}, not 1.')
 
 
-class ShapesSource:
+class ShapesSource(Source):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
   Picklable and stateless: element i is `scene(seed, split, i)` rendered at
@@ -315,8 +316,16 @@ class ShapesSource:
     UsageError: `mixture` names no category of training, or does not add up.
   """
 
+  has_eval_split = endless = True
+
   def __init__(
-    self, seed, split, size, num=1_000_000, category=None, mixture=None
+    self,
+    seed=0,
+    split='train',
+    size=64,
+    num=1_000_000,
+    category=None,
+    mixture=None,
   ):
     self.seed, self.split, self.size = seed, split, size
     self.num, self.category = num, category

@@ -13,7 +13,7 @@ from imagen_jax.errors import DataError, UsageError
 from imagen_jax.worlds import captions, emoji, probe
 from imagen_jax.worlds import pretraining as pretrain
 
-JUDGE = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'emoji_judge.py'
+JUDGE = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'emoji_judge.py'
 COLOURS = {
   'dog': (1.0, 0.0, 0.0),
   'cat': (0.0, 0.6, 0.0),
@@ -160,7 +160,7 @@ def test_without_a_font_the_package_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['emoji_base', 'emoji_sr256'])
 def test_the_configs_make_networks(name):
-  from imagen_jax import stage as stages
+  from imagen_jax.cascade import stage as stages
   from imagen_jax.cli.configs import load_config
 
   config = load_config(name)

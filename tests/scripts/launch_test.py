@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / 'scripts' / 'launch.py'
+PATH = pathlib.Path(__file__).parents[2] / 'scripts' / 'launch.py'
 
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imagen_jax import stage as stages
+from imagen_jax.cascade import stage as stages
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import SIZES, T5Encoder

@@ -1,8 +1,9 @@
 """The T5 encoder against transformers' torch one, live and from a record.
 
 `golden/t5.npz` holds two tiny random T5s under their torch names, a batch with
-padding, and what transformers made of it. `python -m tests.t5_test` writes it
-anew (torch and transformers are needed for that, and for `pytest -m parity`).
+padding, and what transformers made of it. `python -m tests.nets.t5_test`
+writes it anew (torch and transformers are needed for that, and for
+`pytest -m parity`).
 """
 
 import json
@@ -19,7 +20,7 @@ from imagen_jax.text import weights
 from imagen_jax.text.encoder import encode_tokens, load_text_encoder
 from tests import tiny_text
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 't5.npz'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 't5.npz'
 GOLDEN_CONFIG = {
   'vocab_size': 70,
   'd_model': 8,

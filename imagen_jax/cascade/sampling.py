@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from imagen_jax.cascade.conditioning import low_res_input, null_where
 from imagen_jax.diffusion import guidance, process, samplers
 from imagen_jax.errors import UsageError
-from imagen_jax.stage.conditioning import low_res_input, null_where
 
 
 def network(stage, params, text, mask, extra=()):

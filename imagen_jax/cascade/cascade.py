@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
+from imagen_jax.cascade import conditioning, sampling
+from imagen_jax.cascade import stage as stages
 from imagen_jax.diffusion.samplers import picture_key
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
@@ -170,7 +171,7 @@ class Cascade:
           value = value[i]
         changes[name] = None if value == 'none' else value
       setting = dataclasses.replace(stage.sampling, **changes)
-      stages.check_sampling(stage, setting)
+      sampling.check_sampling(stage, setting)
       result.append(setting)
     return result
 
@@ -247,7 +248,7 @@ class Cascade:
         batch_size or min(4, len(rows)),
         callback,
       )
-      results[stage.name] = stages.to_uint8(low)
+      results[stage.name] = conditioning.to_uint8(low)
     return results
 
   def _first_input(self, low_res, count):
@@ -371,7 +372,7 @@ def compiled(stage, settings, placed=None):
 
   def draw(params, keys, *given):
     keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
-    return stages.sample(stage, params, keys, *given, settings=settings)
+    return sampling.sample(stage, params, keys, *given, settings=settings)
 
   return jax.jit(draw, out_shardings=placed)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import sharding
-from imagen_jax import stage as stages
+from imagen_jax.cascade import stage as stages
 from imagen_jax.cli import runtime
 from imagen_jax.cli import train as cli
 from imagen_jax.cli.configs import load_config

@@ -16,7 +16,7 @@ from imagen_jax.data.sources import list_skipped, make_source
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import DataError, UsageError
 
-PICTURES = pathlib.Path(__file__).parents[2] / 'shared' / 'data' / 'pictures'
+PICTURES = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'pictures'
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imagen_jax.diffusion.loss import diffusion_loss
-from imagen_jax.stage.conditioning import (
+from imagen_jax.cascade.conditioning import (
   box_downsample,
   low_res_input,
   null_where,
 )
+from imagen_jax.diffusion.loss import diffusion_loss
 
 
 def loss(stage, params, key, image, text, mask):

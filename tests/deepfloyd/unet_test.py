@@ -25,7 +25,7 @@ from imagen_jax.io import hub_folder
 from imagen_jax.nets import layers
 from tests import tiny_if
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'deepfloyd_unet.npz'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'deepfloyd_unet.npz'
 TOLERANCE = 2e-5
 
 

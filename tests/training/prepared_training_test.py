@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import stage as stages
+from imagen_jax.cascade import conditioning, objective, sampling
+from imagen_jax.cascade import stage as stages
 from imagen_jax.cli import prepare
 from imagen_jax.errors import DataError
 from imagen_jax.text.encoder import load_text_encoder
@@ -126,7 +127,8 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
 
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
-  low = stages.box_downsample(jnp.asarray(image, jnp.float32) / 127.5 - 1, 8)
+  x = jnp.asarray(image, jnp.float32) / 127.5 - 1
+  low = conditioning.box_downsample(x, 8)
   # Sampling draws noise picture by picture, so both pictures get the same.
   one = rng.normal(size=low.shape[1:])
   eps = jnp.asarray(np.stack([one, one]), jnp.float32)
@@ -148,11 +150,11 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   text = jnp.zeros((2, tiny_model.MAX_LEN, encoder.dim))
   mask = jnp.ones(text.shape[:2], bool)
   replace = functools.partial(dataclasses.replace, made)
-  stages.loss(
+  objective.loss(
     replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
   )
   settings = stages.Sampling(sampler='ddim', steps=1, guidance=1.0)
-  stages.sample(
+  sampling.sample(
     replace(net=Spy('sampling')),
     {},
     jax.random.split(jax.random.key(1), 2),

@@ -11,10 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax import stage as stages
+from imagen_jax.cascade import conditioning, objective, sampling
 from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
-from imagen_jax.stage import objective
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
 from imagen_jax.training.guard import check_finite
@@ -239,11 +238,11 @@ def test_crops_of_both_pictures_show_the_same_place(model):
   place = np.arange(16.0)
   x = np.stack(np.broadcast_arrays(place[:, None], place, 0.0), -1)[None]
   x = np.repeat(x, 6, 0)
-  low = stages.box_downsample(x, 8)
+  low = conditioning.box_downsample(x, 8)
   key = jax.random.key(0)
   x_cut, low_cut = objective.crop(made, key, jnp.asarray(x), jnp.asarray(low))
   assert x_cut.shape == (6, 8, 8, 3) and low_cut.shape == (6, 4, 4, 3)
-  np.testing.assert_allclose(stages.box_downsample(x_cut, 4), low_cut)
+  np.testing.assert_allclose(conditioning.box_downsample(x_cut, 4), low_cut)
   assert len(np.unique(x_cut[:, 0, 0, 0])) > 1
 
 
@@ -252,9 +251,9 @@ def test_low_resolution_noise_is_added_before_enlarging(model):
   made = tiny_model.build(tiny_model.config('sr1'), encoder)
   low = jnp.zeros((1, 8, 8, 3))
   eps = jax.random.normal(jax.random.key(0), low.shape)
-  out = stages.low_res_input(made, eps, low, jnp.asarray([1.0]))
-  np.testing.assert_allclose(out, stages.enlarge(eps, 2), atol=1e-6)
-  clean = stages.low_res_input(made, eps, low + 0.5, jnp.asarray([0.0]))
+  out = conditioning.low_res_input(made, eps, low, jnp.asarray([1.0]))
+  np.testing.assert_allclose(out, conditioning.enlarge(eps, 2), atol=1e-6)
+  clean = conditioning.low_res_input(made, eps, low + 0.5, jnp.asarray([0.0]))
   np.testing.assert_allclose(clean, 0.5, atol=1e-6)
 
 
@@ -269,7 +268,7 @@ def test_levels_reach_max_level_and_no_further(model):
       seen.append(level)
       return jnp.zeros_like(z)
 
-  stages.loss(
+  objective.loss(
     dataclasses.replace(made, net=Spy()),
     {},
     jax.random.key(0),
@@ -280,7 +279,7 @@ def test_levels_reach_max_level_and_no_further(model):
   assert 0.24 < seen[0].max() < 0.25 and seen[0].min() < 0.01
   settings = dataclasses.replace(made.sampling, aug_level=0.3)
   with pytest.raises(UsageError, match=r'lies in \[0, 0.25\]'):
-    stages.check_sampling(made, settings)
+    sampling.check_sampling(made, settings)
   config.stage.max_level = 1.5
   with pytest.raises(UsageError, match='max_level is 1.5'):
     tiny_model.build(config, encoder)
@@ -315,7 +314,7 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
 
   def losses(floor):
     config.stage.contrast_floor = floor
-    return stages.loss(
+    return objective.loss(
       dataclasses.replace(tiny_model.build(config, encoder), net=Flat()),
       {},
       jax.random.key(0),
@@ -346,11 +345,11 @@ def test_a_contrast_floor_that_cannot_be(model, stage, floor, words):
 def test_training_and_sampling_have_one_null_condition(model):
   text = jax.random.normal(jax.random.key(0), (2, 5, 4))
   mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
-  null_text, null_mask = stages.null_where(
+  null_text, null_mask = conditioning.null_where(
     jnp.asarray([True, True]), text, mask
   )
   assert not null_text.any() and not null_mask.any()
-  kept = stages.null_where(jnp.asarray([False, True]), text, mask)
+  kept = conditioning.null_where(jnp.asarray([False, True]), text, mask)
   np.testing.assert_array_equal(kept[0][0], text[0])
   np.testing.assert_array_equal(kept[1][0], mask[0])
 

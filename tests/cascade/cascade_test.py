@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import imagen_jax
-from imagen_jax import cascade as cascades
-from imagen_jax import sharding, stage
+from imagen_jax import sharding
+from imagen_jax.cascade import cascade as cascades
+from imagen_jax.cascade import conditioning
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as pictures
 
@@ -187,7 +188,7 @@ def test_repainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
   assert (out['base'][0] != np.asarray(image))[~kept].mean() > 0.9
   assert out['sr1'].shape == (1, 16, 32, 3)
   large = pictures.to_mask(mask, 32, 16)[..., 0] == 0
-  resized = stage.to_uint8(pictures.to_float(image, 32, 16))
+  resized = conditioning.to_uint8(pictures.to_float(image, 32, 16))
   np.testing.assert_array_equal(out['sr1'][0][large], resized[large])
 
 

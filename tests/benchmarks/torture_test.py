@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'torture.py'
+PATH = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'torture.py'
 
 
 def torture(*argv):

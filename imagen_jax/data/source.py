@@ -1,0 +1,57 @@
+"""What every data set is to the rest: captioned images by number."""
+
+import abc
+import typing
+
+
+class Source(abc.ABC):
+  """Random access to captioned images; derive from it to bring your own.
+
+  A class needs `__len__` and `__getitem__`; the other members have defaults.
+  Both are called from several threads. `sources.make_source` constructs it
+  with the keyword arguments that its `__init__` names, out of `size` (side of
+  the images in pixels), `split` ('train' or 'eval') and the keys of a config's
+  `data` section.
+
+  Attributes:
+    path_is: what `data.path` names, for the message where it is not set; None
+      where the source needs no path.
+    has_eval_split: whether split 'eval' holds images that 'train' does not.
+    endless: whether it has no natural size, so that a user must choose one.
+    fingerprint: a string that tells one data set from another; None where the
+      config says it all.
+    skipped: ((name, reason), …) of what is in the data and left out.
+    bad: {name: reason} of what is left out because it is damaged.
+    text_header: what is stored with the images of their captions' embeddings
+      (`dim`, `max_len`, digests); None where nothing is.
+  """
+
+  path_is: typing.ClassVar[str | None] = None
+  has_eval_split: typing.ClassVar[bool] = False
+  endless: typing.ClassVar[bool] = False
+  fingerprint: str | None = None
+  skipped: typing.Sequence[tuple[str, str]] = ()
+  bad: typing.Mapping[str, str] = {}
+  text_header: typing.Mapping | None = None
+
+  @abc.abstractmethod
+  def __len__(self) -> int:
+    """How many examples there are."""
+
+  @abc.abstractmethod
+  def __getitem__(self, i: int) -> dict:
+    """{'image': uint8 [size, size, 3], 'caption': str} of one example."""
+
+  def example(self, i: int) -> dict:
+    """As `self[i]`, but a damaged example raises `BadSample`."""
+    return self[i]
+
+  def name(self, i: int) -> str:
+    """What a person calls example `i`."""
+    return f'example {i}'
+
+  def note(self, name: str, reason: str) -> None:
+    """Counts an example that turned out bad; may raise `DataError`."""
+
+  def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
+    """Refuses stored embeddings that are not of this text encoder."""

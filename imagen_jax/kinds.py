@@ -1,0 +1,43 @@
+"""From a config's `kind` to the class that it names."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+
+from imagen_jax.errors import UsageError
+
+
+def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
+  """The class of a kind, imported when it is asked for.
+
+  Args:
+    kind: a name in the table, or 'my_module:MyClass' of the user's own.
+    table: {name: 'package.module:Class'}.
+    key: the config key that holds `kind`, for the message.
+    base: what the class derives from.
+
+  Raises:
+    UsageError: no such name, module or class, or a class of another base.
+  """
+  if kind not in table and ':' not in str(kind):
+    near = difflib.get_close_matches(str(kind), table, n=1)
+    raise UsageError(
+      f'{key} is {kind!r}; it can be {", ".join(table)}, or a class of yours '
+      f'as my_module:MyClass' + (f'; did you mean {near[0]}?' if near else '.')
+    )
+  module_name, _, name = table.get(kind, kind).partition(':')
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    # A module that it imports in turn may be what is missing.
+    raise UsageError(
+      f'{key} is {kind!r}, and {error.name} cannot be imported; install it, '
+      'or run the command where Python finds it (PYTHONPATH).'
+    ) from error
+  cls = getattr(module, name, None)
+  if not (isinstance(cls, type) and issubclass(cls, base)):
+    raise UsageError(
+      f'{key} is {kind!r}, and {module_name} has no class {name!r} that '
+      f'derives from {base.__module__}.{base.__qualname__}.'
+    )
+  return cls
