@@ -355,3 +355,6 @@ class EmojiSource(Source):
       image.paste(thing, corner, thing)
     image = image.resize((self.size, self.size), Image.Resampling.BOX)
     return {'image': np.asarray(image), 'caption': drawn.caption}
+
+  def name(self, i):
+    return f'scene {i}'

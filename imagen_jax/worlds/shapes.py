@@ -349,3 +349,6 @@ class ShapesSource(Source):
       mixture=self.mixture,
     )
     return {'image': render(s, self.size), 'caption': s.caption}
+
+  def name(self, i):
+    return f'scene {i}'

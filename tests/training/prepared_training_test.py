@@ -82,7 +82,7 @@ def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(
     seen = jnp.where(mask[..., None], text**2, 0).mean((1, 2))
     return params['w'] * seen, {'t': jnp.zeros(len(seen))}
 
-  monkeypatch.setattr(step.stages, 'loss', loss)  # a network takes minutes
+  monkeypatch.setattr(step.objective, 'loss', loss)  # a network takes minutes
   encoder = load_text_encoder(model / 'text')
   tx = optimizer(1e-2)
   state = init_state({'w': jnp.ones(())}, tx)

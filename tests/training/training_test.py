@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from imagen_jax.cascade import conditioning, objective, sampling
+from imagen_jax.data.sources import make_source
 from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
@@ -159,12 +160,15 @@ def test_many_bad_steps_in_a_row_end_the_run_and_name_their_pictures(
 ):
   _, state, *_ = step
   state = state.replace(skipped_in_row=jnp.asarray(2))
+  source = make_source(kind='shapes', size=16)
   seen = [(6, np.asarray([3, 1])), (7, np.asarray([8, 2]))]
-  check_finite(state, 7, 3, seen, None, tmp_path)
-  with pytest.raises(NumericError, match='last 2 steps up to step 7.* 8, 2'):
-    check_finite(state, 7, 2, seen, None, tmp_path)
+  check_finite(state, 7, 3, seen, source, tmp_path)
+  with pytest.raises(
+    NumericError, match='last 2 steps up to step 7.* scene 8, scene 2'
+  ):
+    check_finite(state, 7, 2, seen, source, tmp_path)
   lines = (tmp_path / 'bad_batches_0.jsonl').read_text().splitlines()
-  assert json.loads(lines[0]) == {'step': 6, 'samples': ['3', '1']}
+  assert json.loads(lines[0]) == {'step': 6, 'samples': ['scene 3', 'scene 1']}
 
 
 def test_ema_warms_up():
