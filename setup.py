@@ -13,7 +13,7 @@ setuptools.setup(
   name='imagen_jax',
   version='0.1.0',
   description='Imagen (Saharia et al. 2022) in JAX and Flax: text in, '
-  'pictures out, through a cascade of diffusion models.',
+  'images out, through a cascade of diffusion models.',
   long_description=(HERE / 'README.md').read_text(encoding='utf-8')
   if (HERE / 'README.md').exists()
   else '',

@@ -1,10 +1,10 @@
 """Can five things still be told apart at the base model's resolution?
 
-The base stage of the shapes demo draws the picture that the super-resolution
-stages enlarge, so what cannot be read at its resolution is lost. Here a small
+The base stage of the shapes demo renders the image that the super-resolution
+stages upsample, so what cannot be read at its resolution is lost. Here a small
 convolutional network looks at the neighbourhood of one of five mixed things in
-a picture of 16 or 32 pixels with a little pixel noise, at a place known to
-±0.04 of the picture, and says its shape and its exact place. The same network
+an image of 16 or 32 pixels with a little pixel noise, at a place known to
+±0.04 of the image, and says its shape and its exact place. The same network
 and budget serve each resolution: what differs is what the pixels still tell.
 
   python benchmarks/base_resolution.py [--sizes 16,32] [--steps 800]
@@ -25,7 +25,7 @@ import optax
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.shapes import render, scene
 
-WINDOW, GRID, JITTER = 0.4, 20, 0.04  # of the picture; samples; of the picture
+WINDOW, GRID, JITTER = 0.4, 20, 0.04  # of the image; samples; of the image
 
 
 def five_things(seed, i):
@@ -42,37 +42,37 @@ def five_things(seed, i):
 
 
 def examples(seed, num, size, noise):
-  """Pictures float32 [num, size, size, 3], shapes and places of their things.
+  """Images float32 [num, size, size, 3], shapes and places of their things.
 
   Returns:
-    pictures, shapes int32 [num, 5], places float32 [num, 5, 2] as (x, y).
+    images, shapes int32 [num, 5], places float32 [num, 5, 2] as (x, y).
   """
   rng = np.random.default_rng(seed)
   scenes = [five_things(seed, i) for i in range(num)]
-  # Drawn at 128 and box-averaged, exactly as the cascade's low resolutions.
+  # Rendered at 128 and box-averaged, exactly as the cascade's low resolutions.
   k = 128 // size
-  pictures = np.stack(
+  images = np.stack(
     [
       render(s, 128).reshape(size, k, size, k, 3).mean((1, 3)) / 255
       for s in scenes
     ]
   )
-  pictures += noise * rng.standard_normal(pictures.shape)
+  images += noise * rng.standard_normal(images.shape)
   shapes = [[captions.SHAPES.index(t.shape) for t in s.things] for s in scenes]
   places = [[(t.x, t.y) for t in s.things] for s in scenes]
   return (
-    pictures.astype(np.float32),
+    images.astype(np.float32),
     np.array(shapes, np.int32),
     np.array(places, np.float32),
   )
 
 
-def windows(pictures, centres):
+def windows(images, centres):
   """Bilinear samples [B, GRID, GRID, 3] of windows around centres [B, 2]."""
-  size = pictures.shape[1]
+  size = images.shape[1]
   steps = (jnp.arange(GRID) + 0.5) / GRID - 0.5
 
-  def one(picture, centre):
+  def one(image, centre):
     x = (centre[0] + WINDOW * steps) * size - 0.5
     y = (centre[1] + WINDOW * steps) * size - 0.5
     at = jnp.meshgrid(y, x, indexing='ij')
@@ -80,9 +80,9 @@ def windows(pictures, centres):
       lambda c: jax.scipy.ndimage.map_coordinates(c, at, 1, mode='nearest'),
       in_axes=-1,
       out_axes=-1,
-    )(picture)
+    )(image)
 
-  return jax.vmap(one)(pictures, centres)
+  return jax.vmap(one)(images, centres)
 
 
 class Reader(nn.Module):
@@ -105,24 +105,24 @@ def measure(size, *, steps, num_train, num_test, noise, batch=128):
   params = reader.init(jax.random.key(0), jnp.zeros((1, GRID, GRID, 3)))
   optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), b2=0.99)
 
-  def read(params, pictures, places, jitter):
-    x = windows(pictures, places + jitter)
+  def read(params, images, places, jitter):
+    x = windows(images, places + jitter)
     logits, offset = reader.apply(params, (x - 0.5) * 2)
     return logits, offset * JITTER
 
-  def loss(params, pictures, shapes, places, jitter):
-    logits, offset = read(params, pictures, places, jitter)
+  def loss(params, images, shapes, places, jitter):
+    logits, offset = read(params, images, places, jitter)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, shapes)
     return nll.mean() + jnp.square((offset + jitter) / JITTER).mean()
 
   @jax.jit
-  def step(params, state, key, pictures, shapes, places):
+  def step(params, state, key, images, shapes, places):
     key, noise_key = jax.random.split(key)
     jitter = jax.random.uniform(
       key, places.shape, minval=-JITTER, maxval=JITTER
     )
-    fresh = noise * jax.random.normal(noise_key, pictures.shape)
-    grads = jax.grad(loss)(params, pictures + fresh, shapes, places, jitter)
+    fresh = noise * jax.random.normal(noise_key, images.shape)
+    grads = jax.grad(loss)(params, images + fresh, shapes, places, jitter)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -171,7 +171,7 @@ def main():
     )
     print(
       f'{size:3d} px: shape {one:.3f}, all five {five:.3f}, '
-      f'place ±{place:.4f} of the picture (rms), '
+      f'place ±{place:.4f} of the image (rms), '
       f'n = {5 * args.num_test} things, noise {args.noise}',
       flush=True,
     )

@@ -1,15 +1,15 @@
-r"""What an emoji cascade draws, read back: is all there, and nothing else?
+r"""What an emoji cascade renders, read back: is all there, and nothing else?
 
   python benchmarks/emoji_judge.py --write prompts.txt
-  python sample.py --model runs/emoji --prompts prompts.txt --out pictures
-  python benchmarks/emoji_judge.py pictures
+  python sample.py --model runs/emoji --prompts prompts.txt --out images
+  python benchmarks/emoji_judge.py images
 
 The first command writes captions of the eval split, `--num` of each category;
-'heldout' has pairs that are never trained. The last one reads the pictures.
+'heldout' has pairs that are never trained. The last one reads the images.
 A thing is a region apart from the background, named after the glyph that is
 nearest to it, 32 pixels wide; what was said of number, names, places and
-background must hold. Beside every share, with Wilson's 95 % interval, stand
-those of the true pictures of the same captions, and of the drawn pictures
+background must hold. Beside every fraction, with Wilson's 95 % interval, stand
+those of the true images of the same captions, and of the rendered images
 judged by the next caption, which shows what chance is worth.
 """
 
@@ -32,7 +32,7 @@ CATEGORIES = ('single', 'count', 'pair', 'relation', 'heldout')
 SEED = 1  # of the world: other scenes than those of training
 SIDE = 32
 JOIN = 0.025  # parts of a thing are at most twice this far apart
-SPECK = 0.002  # smaller regions are ignored, as a share of the picture
+SPECK = 0.002  # smaller regions are ignored, as a fraction of the image
 
 
 def category(meaning):
@@ -58,7 +58,7 @@ def chosen(num, names):
 
 
 def square(image, ground):
-  """A picture of one thing on a square of the background, [SIDE, SIDE, 3]."""
+  """An image of one thing on a square of the background, [SIDE, SIDE, 3]."""
   side = max(image.size)
   full = Image.new('RGB', (side, side), ground)
   full.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -66,7 +66,7 @@ def square(image, ground):
 
 
 class Reader:
-  """Reads pictures of the glyphs of a font."""
+  """Reads images of the glyphs of a font."""
 
   def __init__(self, glyphs):
     self.names = sorted(glyphs)
@@ -74,19 +74,19 @@ class Reader:
     for name, ground in BACKGROUND.items():
       rows = []
       for glyph in map(glyphs.get, self.names):
-        drawn = Image.new('RGB', glyph.size, ground)
-        drawn.paste(glyph, (0, 0), glyph)
-        # As cut out of a picture: what cannot be told from the background
+        rendered = Image.new('RGB', glyph.size, ground)
+        rendered.paste(glyph, (0, 0), glyph)
+        # As cut out of an image: what cannot be told from the background
         # does not count.
-        box = self.mask(np.asarray(drawn), np.array(ground))
+        box = self.mask(np.asarray(rendered), np.array(ground))
         ys, xs = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
-        part = drawn.crop((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))
+        part = rendered.crop((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))
         rows.append(square(part, ground))
       self.templates[name] = np.stack(rows)
 
   @staticmethod
   def mask(pixels, ground):
-    """Where a picture is not the background, bool [H, W]."""
+    """Where an image is not the background, bool [H, W]."""
     return np.abs(pixels.astype(int) - ground).max(-1) > 28
 
   def read(self, image):
@@ -128,20 +128,20 @@ class Reader:
     return Reading(background, tuple(things))
 
   def right(self, image, meaning):
-    """Whether a picture shows a meaning."""
+    """Whether an image shows a meaning."""
     reading = self.read(image)
     return len(reading.things) <= 6 and compare(reading, meaning).correct
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('pictures', nargs='?', type=pathlib.Path)
+  parser.add_argument('images', nargs='?', type=pathlib.Path)
   parser.add_argument('--write', type=pathlib.Path, help='file for the prompts')
   parser.add_argument('--num', type=int, default=80)
   parser.add_argument('--font', help='where it is not found')
   args = parser.parse_args()
-  if not (args.write or args.pictures):
-    parser.error('give a folder of pictures, or --write a file of prompts.')
+  if not (args.write or args.images):
+    parser.error('give a folder of images, or --write a file of prompts.')
   source = emoji.EmojiSource(args.font, 256, seed=SEED, split='eval')
   found = chosen(args.num, source.names)
   if args.write:
@@ -149,24 +149,24 @@ def main():
     args.write.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return
   reader = Reader(source.glyphs)
-  drawn = {}
-  for file in sorted(args.pictures.glob('[0-9]*.png')):
-    drawn[read_metadata(file)['prompt']] = np.asarray(
+  rendered = {}
+  for file in sorted(args.images.glob('[0-9]*.png')):
+    rendered[read_metadata(file)['prompt']] = np.asarray(
       Image.open(file).convert('RGB')
     )
-  print('| category | drawn right | true pictures | another caption | n |')
+  print('| category | rendered right | true images | another caption | n |')
   print('|---|---|---|---|---|')
   for name, some in found.items():
-    some = [(i, s) for i, s in some if s.caption in drawn]
+    some = [(i, s) for i, s in some if s.caption in rendered]
     if not some:
       continue
-    pictures = [drawn[s.caption] for _, s in some]
+    images = [rendered[s.caption] for _, s in some]
     meanings = [s.meaning for _, s in some]
     others = meanings[1:] + meanings[:1]
     cells = (
-      scores.cell(map(reader.right, pictures, meanings)),
+      scores.cell(map(reader.right, images, meanings)),
       scores.cell(reader.right(source[i]['image'], s.meaning) for i, s in some),
-      scores.cell(map(reader.right, pictures, others)),
+      scores.cell(map(reader.right, images, others)),
     )
     print(f'| {name} |', ' | '.join(cells), f'| {len(some)} |')
 

@@ -5,9 +5,9 @@ r"""What the first few hundred steps of a config teach: to compare two of them.
       --config.stage.max_level=1
 
 Prints the training loss and, which can be compared between losses, the error of
-the predicted picture at several noise levels: the mean square of x − x̃ over 64
-held-out pictures, with the EMA parameters; for a super-resolution stage from
-low-resolution pictures at augmentation level 0.1. EMA decay 0.99, since so few
+the predicted image at several noise levels: the mean square of x − x̃ over 64
+held-out images, with the EMA parameters; for a super-resolution stage from
+low-resolution images at augmentation level 0.1. EMA decay 0.99, since so few
 steps are averaged.
 """
 
@@ -30,13 +30,13 @@ from imagen_jax.training.step import embed
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 LEVEL = 0.1
-PICTURES = 64
+IMAGES = 64
 
 
 def make_errors(run):
   """EMA parameters -> errors at `TIMES`, by a jitted function."""
-  source, stage = run.pictures('eval'), run.stage
-  rows = [run.example(source[i]) for i in range(PICTURES)]
+  source, stage = run.images('eval'), run.stage
+  rows = [run.example(source[i]) for i in range(IMAGES)]
   batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
   @jax.jit
@@ -46,12 +46,12 @@ def make_errors(run):
     extra = ()
     if stage.low_resolution is not None:
       low = conditioning.box_downsample(x, stage.low_resolution)
-      level = jnp.full((PICTURES,), LEVEL)
+      level = jnp.full((IMAGES,), LEVEL)
       eps = jax.random.normal(jax.random.key(2), low.shape)
       extra = conditioning.low_res_input(stage, eps, low, level), level
     found = []
     for t in TIMES:
-      logsnr = jnp.full((PICTURES,), stage.logsnr_fn(jnp.float32(t)))
+      logsnr = jnp.full((IMAGES,), stage.logsnr_fn(jnp.float32(t)))
       eps = jax.random.normal(jax.random.key(1), x.shape)
       z = process.diffuse(x, eps, logsnr)
       output = stage.net.apply(

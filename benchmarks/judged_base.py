@@ -1,14 +1,15 @@
-r"""What base models with different text encoders draw, judged at 64 pixels.
+r"""What base models with different text encoders generate, judged at 64 pixels.
 
   python benchmarks/judged_base.py --num 32 runs/a runs/b
 
-Every workdir's base model draws the prompts of the shapes suite with its own
-text encoder; the demo's first super-resolution stage, with the demo's encoder,
-then enlarges the pictures, so that the bases alone differ. Prints the share
-that the judge finds right, with Wilson's 95 % interval, and each workdir's last
-held-out loss; then, over all categories, of the pictures whose sentence says
-something of an aspect, the share in which it is right. With a wrong number of
-things their places count as wrong, and forms and colours nearly always.
+Every workdir's base model generates the prompts of the shapes suite with its
+own text encoder; the demo's first super-resolution stage, with the demo's
+encoder, then upsamples the images, so that the bases alone differ. Prints the
+fraction that the judge finds right, with Wilson's 95 % interval, and each
+workdir's last held-out loss; then, over all categories, of the images whose
+sentence says something of an aspect, the fraction in which it is right. With a
+wrong number of things their places count as wrong, and forms and colours nearly
+always.
 """
 
 import argparse
@@ -36,13 +37,13 @@ def heldout_loss(workdir):
   return f'{found[-1]:.4f}' if found else '–'
 
 
-def verdicts(base, enlarge, items):
-  """The judge's verdict on each item's picture."""
+def verdicts(base, upsample, items):
+  """The judge's verdict on each item's image."""
   for start in range(0, len(items), BATCH):
     part = items[start : start + BATCH]
     prompts = [item.prompt for item in part]
     small = base.sample(prompts, batch_size=BATCH)['base']
-    large = enlarge.sample(prompts, low_res=small, batch_size=BATCH)['sr1']
+    large = upsample.sample(prompts, low_res=small, batch_size=BATCH)['sr1']
     for item, image in zip(part, large):
       meaning = shapes_suite.scene(item.category, item.number).meaning
       yield judge(image, meaning)
@@ -54,7 +55,7 @@ def main():
   parser.add_argument('--num', type=int, default=32)
   args = parser.parse_args()
   sharding.set_cpu_devices()
-  enlarge = imagen_jax.load(stages=['sr1'])
+  upsample = imagen_jax.load(stages=['sr1'])
   print('| base | held-out loss |', ' | '.join(CATEGORIES), '|')
   print('|---|---|' + '---|' * len(CATEGORIES))
   aspects = {}
@@ -63,7 +64,7 @@ def main():
     cells, found = [], collections.defaultdict(list)
     for category in CATEGORIES:
       items = shapes_suite.items([category], args.num)
-      seen = list(verdicts(base, enlarge, items))
+      seen = list(verdicts(base, upsample, items))
       cells.append(scores.cell(verdict.correct for verdict in seen))
       for verdict in seen:
         for aspect, holds in verdict.aspects.items():

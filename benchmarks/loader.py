@@ -1,4 +1,4 @@
-r"""Pictures per second of the data loader alone, beside what training takes.
+r"""Images per second of the data loader alone, beside what training takes.
 
   python benchmarks/loader.py --workdir runs/shapes/base --size 16
   python benchmarks/loader.py --workdir runs/mine/base --size 64 \
@@ -23,7 +23,7 @@ from imagen_jax.text.tokenizer import load_tokenizer
 
 
 def loader_rate(source, tokenizer, *, batch_size, max_len, seconds):
-  """Pictures per second over `seconds`, after one batch of warming up."""
+  """Images per second over `seconds`, after one batch of warming up."""
 
   def transform(example):
     ids, mask, _ = tokenizer([example['caption']], max_len)
@@ -32,11 +32,11 @@ def loader_rate(source, tokenizer, *, batch_size, max_len, seconds):
   data = batches(source, seed=0, batch_size=batch_size, transform=transform)
   for _ in range(10):  # what was read ahead before the clock started
     next(data)
-  start, pictures = time.perf_counter(), 0
+  start, images = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:
     next(data)
-    pictures += batch_size
-  return pictures / (time.perf_counter() - start)
+    images += batch_size
+  return images / (time.perf_counter() - start)
 
 
 def training_rate(workdir):
@@ -66,12 +66,10 @@ def main():
     max_len=args.max_len,
     seconds=args.seconds,
   )
-  print(f'loader: {rate:.0f} pictures/s of {args.kind} at {args.size} pixels')
+  print(f'loader: {rate:.0f} images/s of {args.kind} at {args.size} pixels')
   takes = training_rate(args.workdir) if args.workdir else None
   if takes:
-    print(
-      f'training: {takes:.0f} pictures/s; the loader has {rate / takes:.1f}×'
-    )
+    print(f'training: {takes:.0f} images/s; the loader has {rate / takes:.1f}×')
 
 
 if __name__ == '__main__':

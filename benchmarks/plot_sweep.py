@@ -4,9 +4,9 @@ r"""A sweep of evaluate.py as a Markdown table and a stand-alone SVG.
       --sweep base.sampler=ddpm,ddim,dpmpp --sweep base.steps=4,8,16,32,64
   python benchmarks/plot_sweep.py runs/s --out docs/results/steps.svg
 
-Categories are pooled: the share of all prompts that were drawn right, with its
-Wilson 95 % interval. The last sweep is the horizontal axis, the others are the
-lines.
+Categories are pooled: the fraction of all prompts that were generated right,
+with its Wilson 95 % interval. The last sweep is the horizontal axis, the others
+are the lines.
 """
 
 import argparse
@@ -52,13 +52,15 @@ def table(found, axis):
     yield f'| {x} | ' + ' | '.join(cells) + ' |'
 
 
-def picture(found, axis, title):
+def image(found, axis, title):
   """The SVG, with a legend under the chart."""
   lines = [
     (name, [(_number(x), r / n, scores.wilson(r, n)) for x, (r, n) in line])
     for name, line in ((k, v.items()) for k, v in found.items())
   ]
-  chart = charts.curves(lines, title=title, across=axis, up='right', share=True)
+  chart = charts.curves(
+    lines, title=title, across=axis, up='right', percent=True
+  )
   inside = chart[chart.index('>') + 1 : chart.rindex('<')]
   keys = ''.join(
     f'<circle cx="{54 + 82 * i}" cy="218" r="4" fill="{charts.COLOURS[i]}"/>'
@@ -84,7 +86,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('report', help='folder with scores.json')
   parser.add_argument('--categories', help='of these alone, such as pair,fill')
-  parser.add_argument('--title', default='drawn right')
+  parser.add_argument('--title', default='generated right')
   parser.add_argument('--out', help='the SVG')
   args = parser.parse_args()
   found, axis = read(
@@ -96,7 +98,7 @@ def main():
   if args.out:
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(picture(found, axis, args.title), encoding='utf-8')
+    out.write_text(image(found, axis, args.title), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -3,11 +3,11 @@ r"""What a training step gains on a CPU from how it is laid out.
   python benchmarks/step_speed.py --config shapes_base
   python benchmarks/step_speed.py --config shapes_sr1 --steps 8
 
-Times one step of a config three ways, all with the same operations:
+Times one step of a config three ways, all with the same FLOPs:
 
   as trained  the batch split over one virtual device a core, loops unrolled,
               our group normalisation, which is what train.py does
-  one device  the same on one device, whose operations XLA splits over the cores
+  one device  the same on one device, whose FLOPs XLA splits over the cores
   plain       one device, Flax's group normalisation, and the residual blocks of
               the Efficient U-Net in loops, as a GPU or TPU runs them; the base
               model has no loops
@@ -95,13 +95,13 @@ def main():
     for way in ways:
       way.step(split_index(batch)[0])
   print(f'{config.stage.name}, {len(jax.devices())} devices, steps of', end=' ')
-  print(config.train.batch_size, 'pictures')
+  print(config.train.batch_size, 'images')
   best = statistics.median(ways[0].seconds[1:])
   for way in ways:
     seconds = statistics.median(way.seconds[1:])
     rate = config.train.batch_size / seconds
     print(
-      f'{way.name:10}  {seconds:.3f} s  {rate:5.1f} pictures/s  '
+      f'{way.name:10}  {seconds:.3f} s  {rate:5.1f} images/s  '
       f'×{seconds / best:.2f}'
     )
 

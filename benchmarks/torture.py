@@ -220,9 +220,9 @@ def damage(folder, args):
   files = sorted(p for p in (folder / 'steps/2').rglob('*') if p.is_file())
   print('kind      tried  noticed  step before restored')
   lost = 0
-  for kind, share in (('flip', 0.8), ('truncate', 0.1), ('delete', 0.1)):
+  for kind, fraction in (('flip', 0.8), ('truncate', 0.1), ('delete', 0.1)):
     tried = noticed = restored = 0
-    for _ in range(max(1, int(args.damages * share))):
+    for _ in range(max(1, int(args.damages * fraction))):
       path = rng.choice(files)
       whole = path.read_bytes()
       if kind == 'flip' and whole:

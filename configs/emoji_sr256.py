@@ -3,7 +3,7 @@ r"""Emoji scenes, 64→256: F.2 at a quarter of its width.
   python train.py --config emoji_sr256 --workdir runs/emoji/sr256
 
 Trained for 2,562 steps only: docs/emoji.md. Crops of 128 pixels, as the paper's
-last stage trains on crops; without self-attention it draws whole pictures all
+last stage trains on crops; without self-attention it generates whole images all
 the same.
 """
 

@@ -1,9 +1,9 @@
-r"""A 64×64 base model of your own pictures, each with a caption beside it.
+r"""A 64×64 base model of your own images, each with a caption beside it.
 
   python train.py --config folder64 --workdir runs/mine/base \
       --config.data.path=DIR
 
-DIR holds pictures with `.txt` captions of the same name, or a
+DIR holds images with `.txt` captions of the same name, or a
 `metadata.jsonl`. Tars are read with `--config.data.kind=webdataset
 --config.data.path='shards/*.tar'`, what imagen-prepare wrote with
 `--config.data.kind=arrayrecord`. The text encoder is the demo's, which is

@@ -1,4 +1,4 @@
-r"""Fine-tuning of a DeepFloyd IF stage on a folder of pictures with captions.
+r"""Fine-tuning of a DeepFloyd IF stage on a folder of images with captions.
 
   python train.py --config if_finetune --workdir runs/if/mine \
       --config.model=IF/IF-I-XL-v1.0 --config.data.path=DIR
@@ -9,7 +9,7 @@ or from `text.path`, once: embeddings of all captions are kept in the workdir.
   method     'lora' trains low-rank adapters of the attentions, with the
              weights in the computation's type; 'full' trains everything, in
              float32: four numbers a parameter with Adam and the EMA.
-  variance   'keep' goes on training the three channels that say the step's
+  variance   'keep' continues training the three channels that say the step's
              variance, with λ L_vlb (`bound_weight`); 'drop' cuts them off and
              samples with the smaller variance, as diffusers' scripts do.
 

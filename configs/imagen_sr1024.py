@@ -8,15 +8,15 @@ here is `python plan.py --config imagen_sr1024`, and docs/tpu.md.
 
 Printed (F.3): F.2's blocks without self-attention, the attention to the text
 kept ("critical"); the linear schedule of 1,000 steps from 1e-4 to 0.02; trained
-on 64→256 crops of 256→1024 pictures (2.5). All else as `imagen_sr256`.
+on 64→256 crops of 256→1024 images (2.5). All else as `imagen_sr256`.
 
 The paper gives this model 400 M parameters. The printed blocks are 64→256's,
 whose residual blocks alone hold 545.5 M; leaving out the self-attention takes
 away 8.4 M. 583,555,971 parameters follow from the listing and 400 M do not: 4
 instead of 8 blocks of 1,024 channels would give 373.8 M.
 
-  way down 233.6 M  (1024-channel blocks 167.9 M, their attention 8.4 M)
-  way up   341.4 M  (1024-channel blocks 251.8 M, their attention 8.4 M)
+  encoder 233.6 M  (1024-channel blocks 167.9 M, their attention 8.4 M)
+  decoder   341.4 M  (1024-channel blocks 251.8 M, their attention 8.4 M)
   time, level, pooled text 4.3 M, text projection 4.2 M
 """
 

@@ -5,7 +5,7 @@ r"""The demo's base model: 16×16 scenes of shapes from text alone (F.1 shrunk).
 Why 16 pixels: `python benchmarks/base_resolution.py` trains a small reader on
 renders with noise of 0.04. In scenes of five different shapes, 4 to 5 pixels
 wide each, it tells 98.9 % of the shapes at 16 pixels and 100.0 % at 32, and
-places them to 0.5 % and 0.2 % of the picture. Nearly all of a scene is there
+places them to 0.5 % and 0.2 % of the image. Nearly all of a scene is there
 at 16, for a quarter of the work; the super-resolution stages read the caption
 too.
 
@@ -13,7 +13,7 @@ What differs from the paper's base model: v-prediction (eps-prediction needs
 far more steps to settle colours), Muon (see `shapes_sr1`), and the size. The
 rate is constant, so that a run can be made longer at any time.
 
-The bundled weights took 806,400 pictures and 386 minutes on 2 cores that were
+The bundled weights took 806,400 images and 386 minutes on 2 cores that were
 busy with tests as well: on the world's own mixture 6,000 steps of 32 with Adam
 at 1e-3 (loss 0.076) and from their EMA 3,200 with Muon and a cosine to 0 (held
 out 0.0505, another world than the numbers below); then twice 8,000 on this

@@ -2,8 +2,8 @@ r"""The demo's first super-resolution model: 16→64 pixels (F.2 shrunk).
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1
 
-The low-resolution picture is the box mean of the large one, noised at a random
-level (2.4), up to 0.4 instead of 1: the base model's pictures are better than
+The low-resolution image is the box mean of the large one, noised at a random
+level (2.4), up to 0.4 instead of 1: the base model's images are better than
 what the higher levels show, and a third of the loss comes from them.
 x-prediction: the Efficient U-Net as F.2 prints it keeps no features at the full
 resolution, so that a small one cannot give back the noise of single pixels,
@@ -31,12 +31,12 @@ Text attention at 16×16 as well as at 8×8, and weight decay. With attention at
 8×8 alone, one block a level and no weight decay, 18,500 steps of a network of
 728,099 parameters ended with that level muted: it could be left out, and text
 arrived as the pooled vector alone, which cannot say which of two things is
-dotted. Fed with true 16-pixel pictures, that network and sr2 got 39 of the 48
+dotted. Fed with true 16-pixel images, that network and sr2 got 39 of the 48
 patterned scenes right that this one gets all, with the first command below.
 
 `contrast_floor`: a blurred edge costs the square of its contrast, so that white
 and pink things on light backgrounds stayed clouds in either network. Fed with
-true pictures, it got 90 of 96 single things and 88 of 96 pairs right at 64
+true images, it got 90 of 96 single things and 88 of 96 pairs right at 64
 pixels before, and 95 and 92 with the bundled weights: the second command.
 
   python evaluate.py --suite shapes --from_truth --num 48 --categories fill
@@ -48,7 +48,7 @@ eighth: the pattern is what 16 pixels do not show.
 
 The bundled weights: 5,609 steps, stopped there, of a cosine over 12,000, with
 more than half of the scenes patterned and no `contrast_floor`; then from the
-EMA 6,000 steps of this file with a cosine to 0. 185,744 pictures in 92 minutes
+EMA 6,000 steps of this file with a cosine to 0. 185,744 images in 92 minutes
 on 2 cores. Held out, in this file's terms: 0.00051 after 500 steps of the
 second run, 0.00031 at its end.
 

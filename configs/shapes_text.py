@@ -41,12 +41,12 @@ def get_config():
         'learning_rate': 2e-3,
         'warmup': 200,
         'max_len': 40,
-        # A share of the examples is span corruption, the rest descriptions.
-        'span_share': 0.15,
+        # A fraction of the examples is span corruption, the rest descriptions.
+        'span_fraction': 0.15,
         'span_density': 0.3,
         'mean_span': 2,
         # Of the descriptions, how many captions get words nobody knows.
-        'stranger_share': 0.15,
+        'oov_fraction': 0.15,
         'log_every': 50,
       },
     }

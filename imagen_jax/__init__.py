@@ -1,8 +1,8 @@
-"""Imagen (Saharia et al. 2022) in JAX and Flax: text in, pictures out.
+"""Imagen (Saharia et al. 2022) in JAX and Flax: text in, images out.
 
 import imagen_jax
 cascade = imagen_jax.load()  # the bundled demo model
-pictures = cascade.sample(['a red circle above a blue square'])['sr2']
+images = cascade.sample(['a red circle above a blue square'])['sr2']
 """
 
 __version__ = '0.1.0'

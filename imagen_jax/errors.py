@@ -19,7 +19,7 @@ class UsageError(ImagenError):
 
 
 class DataError(ImagenError):
-  """A data set or picture cannot be used (exit code 3)."""
+  """A data set or image cannot be used (exit code 3)."""
 
   exit_code = 3
 

@@ -18,7 +18,7 @@ from imagen_jax.errors import UsageError
 
 AXES = ('data', 'fsdp')
 BATCH = PartitionSpec(AXES)
-FOR_PARAMS = 0.6  # share of a device's memory; activations need the rest
+FOR_PARAMS = 0.6  # fraction of a device's memory; activations need the rest
 
 
 def set_cpu_devices(n=None):
@@ -120,11 +120,11 @@ def device_grid(devices, data, fsdp):
 
 
 def sampling_mesh(num_bytes, fsdp=None, *, devices=None):
-  """The mesh that draws pictures with a network of `num_bytes` of parameters.
+  """The mesh that generates images with a network of `num_bytes` of parameters.
 
-  Every accelerator takes part, with its own pictures and, where they fit, all
+  Every accelerator takes part, with its own images and, where they fit, all
   the parameters; where not, they are split over as few devices as hold them.
-  On CPU it is one device, whose threads share a picture.
+  On CPU it is one device, whose threads share an image.
 
   Args:
     num_bytes: of the parameters.
@@ -287,10 +287,10 @@ def _gather_forward(param, spec):
 
 
 def _gather_backward(spec, _, gradient):
-  """The sum over the devices, of which each keeps its share.
+  """The sum over the devices, of which each keeps its fraction.
 
   The barrier makes it keep no more: without it XLA fuses the taking of the
-  share into the optimizer, and all gradients stay whole until then.
+  fraction into the optimizer, and all gradients stay whole until then.
   """
   gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
   gradient = jax.lax.with_sharding_constraint(gradient, spec)

@@ -23,7 +23,7 @@ SLICES = {
   'v5p': ('v5p', 'v2-alpha-tpuv5'),
   'v6e': ('v6e', 'v2-alpha-tpuv6e'),
 }
-# Exit codes after which the same command goes on from what was saved.
+# Exit codes after which the same command resumes from what was saved.
 SAVED = '130 143'
 
 TPU = """\
@@ -39,7 +39,7 @@ gcloud compute tpus tpu-vm scp --recurse . {name}:imagen_jax --zone={zone} \\
 gcloud compute tpus tpu-vm ssh {name} --zone={zone} --worker=all \\
     --command="cd imagen_jax && pip install -e '.[tpu]'"
 
-# 3. Train; after an interruption that saved, go on by itself.
+# 3. Train; after an interruption that saved, continue by itself.
 gcloud compute tpus tpu-vm ssh {name} --zone={zone} --worker=all \\
     --command={train}
 

@@ -121,18 +121,20 @@ def test_one_fsdp_device_replicates_everything():
 def test_a_state_takes_its_share_of_each_device():
   mesh = sharding.make_mesh(1, 8)
   tree = {'w': jnp.zeros((256, 512)), 'key': jax.random.key(0)}
-  placed = jax.device_put(tree, sharding.state_shardings(tree, mesh))
-  shares = {s.data.nbytes for s in placed['w'].addressable_shards}
-  assert shares == {tree['w'].nbytes // 8}
-  assert len(placed['key'].sharding.device_set) == 8
+  shardings = jax.device_put(tree, sharding.state_shardings(tree, mesh))
+  fractions = {s.data.nbytes for s in shardings['w'].addressable_shards}
+  assert fractions == {tree['w'].nbytes // 8}
+  assert len(shardings['key'].sharding.device_set) == 8
 
 
 def test_a_batch_is_split_over_both_axes():
   mesh = sharding.make_mesh(2, 4)
   batch = {'image': np.arange(16 * 3).reshape(16, 3), 'mask': np.ones(16)}
-  placed = sharding.put_batch(batch, mesh)
-  assert {s.data.shape for s in placed['image'].addressable_shards} == {(2, 3)}
-  np.testing.assert_array_equal(placed['image'], batch['image'])
+  shardings = sharding.put_batch(batch, mesh)
+  assert {s.data.shape for s in shardings['image'].addressable_shards} == {
+    (2, 3)
+  }
+  np.testing.assert_array_equal(shardings['image'], batch['image'])
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused_with_one_they_can():
@@ -195,7 +197,7 @@ def test_parameters_are_split_over_as_few_devices_as_hold_them():
 
 
 def test_parameters_travel_and_activations_stay():
-  """Each device gathers kernels, and never another device's pictures."""
+  """Each device gathers kernels, and never another device's images."""
   block = ResBlock(64)
   x, emb = jnp.zeros((16, 4, 4, 32)), jnp.zeros((16, 128))
   shapes = jax.eval_shape(block.init, jax.random.key(0), x, emb)
@@ -228,5 +230,5 @@ def test_parameters_travel_in_the_type_they_are_used_in():
   with jax.set_mesh(mesh):
     gather = jax.jit(lambda w: sharding.gather(w, jnp.bfloat16))
     text = gather.lower(w).compile().as_text()
-  # CPU has no bfloat16 collectives, but a device casts its own share.
+  # CPU has no bfloat16 collectives, but a device casts its own fraction.
   assert 'all-gather' in text and 'bf16[256,128]' in text

@@ -13,7 +13,7 @@ from imagen_jax.text.weights import save_folder
 
 WORDS = (
   'a an the red green blue circle square star above below left of and on '
-  'one two three small large picture'
+  'one two three small large image'
 ).split()
 
 

@@ -1,7 +1,7 @@
-"""The cascade: prompts in, pictures out (Sections 2 and 4.1, Figure A.4).
+"""The cascade: prompts in, images out (Sections 2 and 4.1, Figure A.4).
 
 A frozen text encoder, a base model, and super-resolution models, each of which
-enlarges what the one before it drew. Only one of them is on the device at a
+upsamples what the one before it drew. Only one of them is on the device at a
 time: the text encoder leaves before the base model comes.
 """
 
@@ -16,10 +16,10 @@ import numpy as np
 from imagen_jax import sharding
 from imagen_jax.cascade import conditioning, sampling
 from imagen_jax.cascade import stage as stages
-from imagen_jax.diffusion.samplers import picture_key
+from imagen_jax.diffusion.samplers import image_key
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
 
@@ -34,8 +34,8 @@ def load(path=None, *, dtype='auto', stages=None, fsdp=None, devices=None):
     stages: names of the stages to use, in order; None is all of them.
     fsdp: devices over which one copy of a network is split; None is the least
       that holds it.
-    devices: those to draw on, all of them by default; of several processes
-      each then draws the same pictures.
+    devices: those to generate on, all of them by default; of several processes
+      each then generates the same images.
 
   Returns:
     a `Cascade`.
@@ -73,7 +73,7 @@ class Cascade:
   Attributes:
     path: the folder.
     stages: `Stage`s, in order.
-    digest: one string for all the weights, recorded in every picture.
+    digest: one string for all the weights, recorded in every image.
   """
 
   def __init__(self, path, records, dtype, fsdp=None, devices=None):
@@ -189,31 +189,31 @@ class Cascade:
     callback=None,
     **choices,
   ):
-    """Draws pictures of prompts.
+    """Generates images of prompts.
 
-    Picture i of a prompt depends on (seed, prompt, i) and the settings, not on
-    what else is drawn: the compiled batch has a fixed size and the last one is
-    padded.
+    Image i of a prompt depends on (seed, prompt, i) and the settings, not on
+    what else is generated: the compiled batch has a fixed size and the last one
+    is padded.
 
     Args:
       prompts: a list of strings, or an `Embedding`. An empty string is
         unconditional: guidance does nothing there.
       seed: an int.
-      num_images: pictures of each prompt.
+      num_images: images of each prompt.
       indices: their numbers, instead of 0 … num_images − 1.
-      low_res: uint8 [N, h, w, 3], the pictures that the first selected stage
-        enlarges, when that is not the base; one per picture drawn.
+      low_res: uint8 [N, h, w, 3], the images that the first selected stage
+        upsamples, when that is not the base; one per image generated.
       image: a PIL image of any shape to start from, see `Sampling.strength`,
         or to repaint.
-      mask: a PIL image of the same shape, white where to paint; elsewhere
+      mask: a PIL image of the same shape, white where to inpaint; elsewhere
         every stage keeps `image`, resized, to the bit.
-      batch_size: pictures drawn at a time, all of them up to 4 by default.
-      callback: called as callback(stage_name, done, total) as pictures come.
+      batch_size: images generated at a time, all of them up to 4 by default.
+      callback: called as callback(stage_name, done, total) as images come.
       **choices: fields of `Sampling` (sampler, steps, guidance, aug_level, …),
         one value or one per stage.
 
     Returns:
-      {stage name: uint8 [N, H, W, 3]}, in the order of the stages; pictures of
+      {stage name: uint8 [N, H, W, 3]}, in the order of the stages; images of
       one prompt stand together.
 
     Raises:
@@ -230,9 +230,9 @@ class Cascade:
     rows = [(p, i) for p in range(len(embedding.prompts)) for i in indices]
     if not rows:
       raise UsageError(
-        'there is nothing to draw: give a prompt, and num_images ≥ 1.'
+        'there is nothing to generate: give a prompt, and num_images ≥ 1.'
       )
-    pictures.check_pair(image, mask)
+    image_io.check_pair(image, mask)
     low = self._first_input(low_res, len(rows))
     results = {}
     for stage, record, setting in zip(self.stages, self._records, settings):
@@ -256,13 +256,13 @@ class Cascade:
     if first.low_resolution is None:
       if low_res is not None:
         raise UsageError(
-          f'stage {first.name} draws from text alone and takes no '
-          'low-resolution picture; choose a later stage with --stages.'
+          f'stage {first.name} generates from text alone and takes no '
+          'low-resolution image; choose a later stage with --stages.'
         )
       return None
     if low_res is None:
       raise UsageError(
-        f'stage {first.name} enlarges pictures: give it one with --low_res, '
+        f'stage {first.name} upsamples images: give it one with --low_res, '
         'or start with the base stage.'
       )
     low = np.asarray(low_res, np.float32) / 127.5 - 1
@@ -290,9 +290,9 @@ class Cascade:
       record,
       put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
     )
-    placed = sharding.batch_sharding(mesh)
-    draw = compiled(stage, _static(setting), placed)
-    drawn = []
+    shardings = sharding.batch_sharding(mesh)
+    generate = compiled(stage, _static(setting), shardings)
+    generated = []
     for start in range(0, len(rows), batch):
       chosen = rows[start : start + batch]
       padded = chosen + [chosen[-1]] * (batch - len(chosen))
@@ -317,7 +317,7 @@ class Cascade:
         arrays[name] = np.broadcast_to(array, (batch, *array.shape))
       arrays = sharding.put_whole_batch(arrays, mesh)
       with jax.set_mesh(mesh):
-        out = draw(
+        out = generate(
           params,
           arrays['keys'],
           arrays['text'],
@@ -326,37 +326,37 @@ class Cascade:
           jnp.float32(setting.guidance),
           jnp.float32(setting.aug_level),
           arrays.get('image'),
-          arrays.get('paint'),
+          arrays.get('inpaint_mask'),
         )
-      drawn.append(sharding.fetch(out)[: len(chosen)])
+      generated.append(sharding.fetch(out)[: len(chosen)])
       if callback is not None:
         callback(stage.name, start + len(chosen), len(rows))
     jax.tree.map(lambda leaf: leaf.delete(), params)
-    return np.concatenate(drawn)
+    return np.concatenate(generated)
 
 
 def _start(stage, low, image, mask):
-  """{'image', 'paint'} of a stage: the user's picture and mask in its shape.
+  """{'image', 'inpaint_mask'} of a stage: the user's image and mask, resized.
 
   Raises:
-    UsageError: the network cannot draw that shape.
+    UsageError: the network cannot generate that shape.
   """
   if image is None:
     return {}
   if low is None:
-    width, height = pictures.shaped(*image.size, stage.resolution)
+    width, height = image_io.shaped(*image.size, stage.resolution)
   else:
     factor = stage.resolution // stage.low_resolution
     height, width = (side * factor for side in low.shape[1:3])
   multiple = stages.multiple(stage)
   if height % multiple or width % multiple:
     raise UsageError(
-      f'stage {stage.name} cannot draw {width}×{height} pixels: it takes '
-      f'multiples of {multiple}; crop the picture.'
+      f'stage {stage.name} cannot generate {width}×{height} pixels: it takes '
+      f'multiples of {multiple}; crop the image.'
     )
-  start = {'image': pictures.to_float(image, width, height)}
+  start = {'image': image_io.to_float(image, width, height)}
   if mask is not None:
-    start['paint'] = pictures.to_mask(mask, width, height)
+    start['inpaint_mask'] = image_io.to_mask(mask, width, height)
   return start
 
 
@@ -367,25 +367,25 @@ def _static(setting):
 
 
 @functools.lru_cache(maxsize=32)
-def compiled(stage, settings, placed=None):
-  """The jitted call that draws one batch of pictures with a stage."""
+def compiled(stage, settings, shardings=None):
+  """The jitted call that generates one batch of images with a stage."""
 
-  def draw(params, keys, *given):
+  def generate(params, keys, *given):
     keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
     return sampling.sample(stage, params, keys, *given, settings=settings)
 
-  return jax.jit(draw, out_shardings=placed)
+  return jax.jit(generate, out_shardings=shardings)
 
 
-def _stack_keys(stage, seed, pictures):
+def _stack_keys(stage, seed, images):
   """uint32 [B, 2]: key data of (seed, prompt, i), another for each stage."""
   return np.stack(
     [
       np.asarray(
         jax.random.key_data(
-          jax.random.fold_in(picture_key(seed, prompt, i), stage.resolution)
+          jax.random.fold_in(image_key(seed, prompt, i), stage.resolution)
         )
       )
-      for prompt, i in pictures
+      for prompt, i in images
     ]
   )

@@ -1,4 +1,4 @@
-"""What a stage is given: low-resolution pictures, captions or none.
+"""What a stage is given: low-resolution images, captions or none.
 
 The same functions serve training and sampling.
 """
@@ -11,7 +11,7 @@ from imagen_jax.diffusion import process
 
 
 def box_downsample(image, size):
-  """The one way this project makes a picture smaller: the mean of each box.
+  """The one way this project makes an image smaller: the mean of each box.
 
   Args:
     image: [B, H, W, C], H a multiple of `size`.
@@ -25,8 +25,8 @@ def box_downsample(image, size):
   return jnp.mean(image, axis=(2, 4))
 
 
-def enlarge(image, factor):
-  """Bilinear enlargement of the low-resolution input: [B, h, w, C]."""
+def upsample(image, factor):
+  """Bilinear upsampling of the low-resolution input: [B, h, w, C]."""
   batch, height, width, channels = image.shape
   return jax.image.resize(
     image, (batch, height * factor, width * factor, channels), 'linear'
@@ -40,7 +40,7 @@ def to_uint8(image):
 
 
 def low_res_input(stage, eps, low, level):
-  """The low-resolution condition (2.4): noise first, then enlarge.
+  """The low-resolution condition (2.4): noise first, then upsample.
 
   Args:
     stage: a super-resolution stage.
@@ -52,7 +52,7 @@ def low_res_input(stage, eps, low, level):
     [B, H, W, 3] at the stage's scale.
   """
   factor = stage.resolution // stage.low_resolution
-  return enlarge(process.augment(eps, low, level), factor)
+  return upsample(process.augment(eps, low, level), factor)
 
 
 def null_where(dropped, text, mask):

@@ -15,7 +15,7 @@ from imagen_jax.diffusion.loss import diffusion_loss
 
 
 def loss(stage, params, key, image, text, mask):
-  """The loss of each picture of a batch (Appendix A; Sections 2.2 to 2.4).
+  """The loss of each image of a batch (Appendix A; Sections 2.2 to 2.4).
 
   Args:
     stage: the stage.
@@ -72,22 +72,22 @@ def loss(stage, params, key, image, text, mask):
 
 
 def contrast_weight(low, floor, size):
-  """Weights that make faint things count in the loss of a large picture.
+  """Weights that make faint things count in the loss of a large image.
 
   A blurred edge costs the square of its contrast, so that white things on a
   light background stay clouds while black ones are still being polished. Each
   pixel is weighed with floor / (floor + c), c the variance of the small
-  picture's 3×3 pixels around it, mean over the channels. The network sees that
-  picture too, but for the augmentation's noise, so that what it should predict
+  image's 3×3 pixels around it, mean over the channels. The network sees that
+  image too, but for the augmentation's noise, so that what it should predict
   hardly changes. Not in the paper.
 
   Args:
-    low: [B, h, h, 3], the small picture in [−1, 1], without noise.
+    low: [B, h, h, 3], the small image in [−1, 1], without noise.
     floor: a variance, positive; the smaller, the more alike all edges count.
-    size: side of the large picture, a multiple of h.
+    size: side of the large image, a multiple of h.
 
   Returns:
-    [B, size, size, 1] in (0, 1]; 1 where the small picture is flat.
+    [B, size, size, 1] in (0, 1]; 1 where the small image is flat.
   """
   padded = jnp.pad(low, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
   mean = nn.avg_pool(padded, (3, 3))
@@ -104,7 +104,7 @@ def contrast_weight(low, floor, size):
 
 
 def crop(stage, key, x, low):
-  """The same random square of the picture and of its small version."""
+  """The same random square of the image and of its small version."""
   factor = stage.resolution // stage.low_resolution
   side = stage.crop // factor
   corners = jax.random.randint(key, (x.shape[0], 2), 0, low.shape[1] - side + 1)

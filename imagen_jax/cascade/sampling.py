@@ -1,4 +1,4 @@
-"""Pictures from a stage."""
+"""Images from a stage."""
 
 import jax
 import jax.numpy as jnp
@@ -41,28 +41,29 @@ def sample(
   weight,
   level,
   image=None,
-  paint=None,
+  inpaint_mask=None,
   *,
   settings,
 ):
-  """Draws pictures from a stage; one compiled loop over the steps.
+  """Generates images from a stage; one compiled loop over the steps.
 
   Args:
     stage: the stage.
     params: its parameters.
-    keys: [B] keys, one per picture.
+    keys: [B] keys, one per image.
     text: [B, L, D] embeddings.
     mask: [B, L] bool.
     low: [B, h, w, 3] in [−1, 1] for a super-resolution stage, else None.
     weight: guidance w, a scalar; ignored unless `settings.guidance` ≠ 1.
     level: augmentation level, a scalar.
-    image: [B, H, W, 3] in [−1, 1], a picture to start from at
+    image: [B, H, W, 3] in [−1, 1], an image to start from at
       `settings.strength`; its shape is the result's.
-    paint: [B, H, W, 1], with `image`: 1 where to paint, 0 where to keep it.
+    inpaint_mask: [B, H, W, 1], with `image`: 1 where to inpaint, 0 where to
+      keep it.
     settings: `Sampling`; all but its guidance and aug_level are compiled in.
 
   Returns:
-    [B, R, R, 3] float32 in [−1, 1]; H and W of `image` or of an enlarged
+    [B, R, R, 3] float32 in [−1, 1]; H and W of `image` or of an upsampled
     `low` that is no square.
   """
   batch = text.shape[0]
@@ -79,7 +80,7 @@ def sample(
         jax.random.fold_in(key, 1), low.shape[1:], jnp.float32
       )
     )(keys)
-    # Noised once, before the loop: every step sees the same low-res picture.
+    # Noised once, before the loop: every step sees the same low-res image.
     extra = (low_res_input(stage, eps, low, level), level)
   denoise = guidance.guided(
     network(stage, params, text, mask, extra),
@@ -108,7 +109,7 @@ def sample(
     z=z,
     start=start,
     known=image,
-    mask=paint,
+    mask=inpaint_mask,
     sampler=settings.sampler,
     gamma=settings.gamma,
     eta=settings.eta,
@@ -144,12 +145,12 @@ def check_sampling(stage, settings):
     raise UsageError(
       f'{where}: aug_level is {settings.aug_level:g}; it lies in '
       f'[0, {stage.max_level:g}], and 0.1 to 0.3 give the best-looking '
-      'pictures.'
+      'images.'
     )
   if not 0 < settings.strength <= 1:
     raise UsageError(
       f'{where}: strength is {settings.strength:g}; it lies above 0 and up to '
-      '1, which forgets the picture.'
+      '1, which forgets the image.'
     )
   if not 1 < settings.percentile <= 100:
     raise UsageError(

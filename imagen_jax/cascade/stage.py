@@ -21,8 +21,8 @@ class Stage:
 
   Attributes:
     name: its directory's name, such as 'base' or 'sr1'.
-    resolution: side of its pictures, in pixels.
-    low_resolution: side of the pictures it enlarges; None for the base.
+    resolution: side of its images, in pixels.
+    low_resolution: side of the images it upsamples; None for the base.
     net: the Linen module.
     logsnr_fn: t in [0, 1] -> log-SNR.
     text_dim: width of the text embeddings.
@@ -31,12 +31,13 @@ class Stage:
     weighting: see `diffusion.loss.diffusion_loss`; None is the MSE of the
       prediction itself.
     stratified: spread the training times evenly over the batch.
-    cond_drop: share of captions dropped in training (0.1); 0 forbids guidance.
-    max_level: training draws augmentation levels from U(0, max_level); the
+    cond_drop: fraction of captions dropped in training (0.1); 0 forbids
+      guidance.
+    max_level: training samples augmentation levels from U(0, max_level); the
       paper's is 1 (2.4).
     contrast_floor: weigh faint edges up in training, see
       `objective.contrast_weight`; None, as in the paper, weighs all alike.
-    crop: side of the training crops, None for whole pictures. The paper
+    crop: side of the training crops, None for whole images. The paper
       trains 256→1024 on 256-pixel crops.
     sampling: defaults of `sample` for this stage.
   """
@@ -69,10 +70,10 @@ class Sampling:
     guidance_interval: (lowest, highest) log-SNR at which to guide, or None.
     threshold: 'dynamic', 'static' or None.
     percentile: of dynamic thresholding, on a 0–100 scale.
-    aug_level: noise added to the low-resolution picture, in [0, 1].
+    aug_level: noise added to the low-resolution image, in [0, 1].
     gamma: of DDPM, between the two variances of eq. 6.
     eta: of DDIM, 0 is deterministic.
-    strength: when starting from a picture, how far back to noise, in (0, 1];
+    strength: when starting from an image, how far back to noise, in (0, 1];
       the steps taken shrink with it.
   """
 
@@ -215,7 +216,7 @@ def num_params(params):
 
 
 def multiple(stage):
-  """Heights and widths of a stage's pictures are multiples of this."""
+  """Heights and widths of a stage's images are multiples of this."""
   if isinstance(stage.net, UNet):
     return 2 ** (len(stage.net.channel_mults) - 1)
   return math.prod(stage.net.strides)

@@ -11,7 +11,7 @@ from imagen_jax.cli.sample import PER_STAGE as SAMPLING
 from imagen_jax.cli.sample import per_stage
 from imagen_jax.errors import UsageError
 
-# Nothing here starts from a picture, which `strength` is about.
+# Nothing here starts from an image, which `strength` is about.
 PER_STAGE = tuple(key for key in SAMPLING if key != 'strength')
 
 SUITES = ('shapes', 'prompts', 'clip', 'fid')
@@ -40,12 +40,12 @@ def _parser():
     'each category of a file, 30000 captions in fid',
   )
   add('--categories', help='of these alone, such as pair,count')
-  add('--seed', type=int, default=0, help='of the pictures')
+  add('--seed', type=int, default=0, help='of the images')
   add('--stages', help='names of stages, such as base,sr1; all of them')
   add(
     '--from_truth',
     action='store_true',
-    help='shapes: give the super-resolution stages true small pictures',
+    help='shapes: give the super-resolution stages true small images',
   )
   add(
     '--sweep',
@@ -57,7 +57,7 @@ def _parser():
   )
   add('--prompts', help='prompts, clip: .csv, .tsv, .jsonl or .txt file')
   add('--num_images', type=int, default=1, help='prompts, clip: per prompt')
-  add('--data', help='fid: a folder of real pictures with captions')
+  add('--data', help='fid: a folder of real images with captions')
   add('--source', default='folder', help='fid: what --data is, as in prepare')
   add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
   add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
@@ -67,8 +67,11 @@ def _parser():
   add('--aug_level', help='noise on the low-resolution input, 0 to 1')
   add('--threshold', help='dynamic, static or none')
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
-  add('--batch_size', type=int, help='pictures at a time; 4, or 32 on a GPU')
-  add('--shard', help='i/n: draw share i of n; the process number if left out')
+  add('--batch_size', type=int, help='images at a time; 4, or 32 on a GPU')
+  add(
+    '--shard',
+    help='i/n: generate fraction i of n; the process number if left out',
+  )
   runtime.add_process_flags(parser)
   return parser
 
@@ -91,9 +94,9 @@ def _evaluate(args):
     args.model,
     dtype=args.dtype,
     stages=_stages(args),
-    devices=jax.local_devices(),  # every process has pictures of its own
+    devices=jax.local_devices(),  # every process has images of its own
   )
-  share, batch = _share(args.shard), args.batch_size or _default_batch()
+  fraction, batch = _fraction(args.shard), args.batch_size or _default_batch()
   runs = _runs(cascade, args)
   from imagen_jax.evaluation import suites
 
@@ -103,7 +106,7 @@ def _evaluate(args):
   for name, choices in runs:
     folder = out / suite.label / (name or 'run')
     finished &= _run(
-      cascade, suite, items, folder, name, choices, args, share, batch
+      cascade, suite, items, folder, name, choices, args, fraction, batch
     )
   if not finished:
     return 0
@@ -119,11 +122,11 @@ def _check(args):
   if args.batch_size is not None and args.batch_size < 1:
     raise UsageError(f'--batch_size is {args.batch_size}; it is at least 1.')
   if args.num_images < 1:
-    raise UsageError(f'--num_images is {args.num_images}; draw at least 1.')
+    raise UsageError(f'--num_images is {args.num_images}; generate at least 1.')
   if args.from_truth and args.suite != 'shapes':
     raise UsageError(
       f'--from_truth needs --suite shapes: suite {args.suite} has no true '
-      'pictures.'
+      'images.'
     )
 
 
@@ -145,7 +148,7 @@ def _stages(args):
   return names
 
 
-def _share(text):
+def _fraction(text):
   """'1/4' as (1, 4); by default jax's process number and count."""
   if text is None:
     import jax
@@ -212,16 +215,16 @@ def _runs(cascade, args):
   return runs
 
 
-def _run(cascade, suite, items, folder, name, choices, args, share, batch):
-  """One run: draws, scores, and says whether all shares are finished."""
-  from imagen_jax.evaluation import drawing, scores
+def _run(cascade, suite, items, folder, name, choices, args, fraction, batch):
+  """One run: generates, scores, and says whether all fractions are finished."""
+  from imagen_jax.evaluation import generation, scores
 
   resolution = cascade.stages[-1].resolution
   stages = {
     stage.name: {key: values[i] for key, values in choices.items()}
     for i, stage in enumerate(cascade.stages)
   }
-  drawing.open_run(
+  generation.open_run(
     folder,
     {
       'suite': suite.label,
@@ -237,21 +240,21 @@ def _run(cascade, suite, items, folder, name, choices, args, share, batch):
     small = cascade.stages[0].low_resolution
     if small is None:
       raise UsageError(
-        f'--from_truth: stage {cascade.stages[0].name} draws from text alone; '
-        'leave it out of --stages.'
+        f'--from_truth: stage {cascade.stages[0].name} generates from '
+        'text alone; leave it out of --stages.'
       )
-    low_res = lambda item: suite.true_picture(item, small)
+    low_res = lambda item: suite.true_image(item, small)
   for note in suite.notes(resolution):
     print(f'note: {note}', file=sys.stderr)
   label = f'{suite.label}@{name}' if name else suite.label
   try:
-    drawing.draw(
+    generation.generate(
       cascade,
       folder,
       items,
       seed=args.seed,
       batch_size=batch,
-      share=share,
+      fraction=fraction,
       low_res=low_res,
       judge=suite.judge,
       progress=_progress(label),
@@ -263,11 +266,11 @@ def _run(cascade, suite, items, folder, name, choices, args, share, batch):
       file=sys.stderr,
     )
     raise
-  records = drawing.read_records(folder)
+  records = generation.read_records(folder)
   left = sum((x.category, x.number) not in records for x in items)
   if left:
     print(
-      f'{label}: {left} pictures are left for other processes; the last to '
+      f'{label}: {left} images are left for other processes; the last to '
       'finish writes the scores.'
     )
     return False
@@ -307,7 +310,7 @@ def _progress(label):
   def show(done, total):
     each = (time.monotonic() - start) / done
     print(
-      f'{label}: {done}/{total} drawn, {each:.2f} s a picture, '
+      f'{label}: {done}/{total} generated, {each:.2f} s an image, '
       f'{each * (total - done) / 60:.0f} min left',
       file=sys.stderr,
       flush=True,

@@ -71,7 +71,7 @@ def export_if(workdir, out, *, weights, step):
     keep_last=every.keep_last,
   ) as checkpoints:
     state, _, step = checkpoints.restore(
-      sharding.with_shardings(run.abstract, run.placed), step
+      sharding.with_shardings(run.abstract, run.shardings), step
     )
   run.load_frozen()
   run.export({'ema': state.ema_params, 'raw': state.params}[weights], out)

@@ -27,7 +27,7 @@ def _parser():
   add('--data', type=int, help='copies of the state; the best when omitted')
   add('--fsdp', type=int, help='chips that share one copy, likewise')
   add('--step', choices=('train', 'sample'), default='train', help='which step')
-  add('--batch_size', type=int, help="pictures of a step; the config's")
+  add('--batch_size', type=int, help="images of a step; the config's")
   add('--accumulate', type=int, help="parts of a batch; the config's")
   add(
     '--text',
@@ -150,9 +150,9 @@ def _print_parameters(work):
   groups = {}
   for name, part in params.items():
     group = {
-      'down': 'way down',
+      'down': 'encoder',
       'mid': 'middle',
-      'up': 'way up',
+      'up': 'decoder',
       'conditioning': 'time, level and pooled text',
       'text': 'text projection',
     }.get(name.split('_')[0], 'first and last convolution')
@@ -172,7 +172,7 @@ def _print_plan(work, chip, plan, step):
   count = plan.data * plan.fsdp
   print(
     f'\n{step} step on {count} {chip.name}, data {plan.data} × fsdp '
-    f'{plan.fsdp}, {plan.batch_size} pictures'
+    f'{plan.fsdp}, {plan.batch_size} images'
     + (f' in {plan.accumulate} parts' if plan.accumulate > 1 else '')
     + f', remat {work.stage.net.remat}'
   )
@@ -186,7 +186,7 @@ def _print_plan(work, chip, plan, step):
     f'{room / chips.GIB:.1f}: {word}'
   )
   print(
-    f'{plan.flops * count:.4g} operations a step, {plan.flops:.4g} a chip; '
+    f'{plan.flops * count:.4g} FLOPs a step, {plan.flops:.4g} a chip; '
     'least seconds for it: '
     + ', '.join(f'{k} {v:.3g}' for k, v in plan.seconds.items())
   )
@@ -196,7 +196,7 @@ def _print_plan(work, chip, plan, step):
 def _print_cost(work, plan, count, step):
   if step == 'sample':
     print(
-      f'at full speed {plan.batch_size / plan.roofline:.3g} pictures a second'
+      f'at full speed {plan.batch_size / plan.roofline:.3g} images a second'
     )
     return
   steps = work.config.train.num_steps
@@ -258,7 +258,7 @@ def _compile(args, work, chip, plan):
   print(f'  between   {done.temporaries / gib:.3f} GiB')
   print(f'  in all    {done.total / gib:.3f} GiB of {room / gib:.1f} a device')
   print(
-    f'  {done.flops:.4g} operations, {done.bytes_accessed:.4g} bytes '
+    f'  {done.flops:.4g} FLOPs, {done.bytes_accessed:.4g} bytes '
     '(the body of a loop counts once)'
   )
   for kind, (number, size) in sorted(done.collectives.items()):

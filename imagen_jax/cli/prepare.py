@@ -1,4 +1,4 @@
-"""imagen-prepare: any source of captioned pictures, resized once."""
+"""imagen-prepare: any source of captioned images, resized once."""
 
 import pathlib
 import sys
@@ -17,9 +17,9 @@ def main(argv=None):
 def _main(argv):
   parser = errors.Parser(
     prog='imagen-prepare',
-    description='Write captioned pictures as ArrayRecord, resized once, with '
-    "or without the text encoder's embeddings. The same command goes on where "
-    'it was cut off.',
+    description='Write captioned images as ArrayRecord, resized once, with or '
+    "without the text encoder's embeddings. The same command resumes where it "
+    'stopped.',
   )
   parser.add_argument(
     '--source',
@@ -29,7 +29,7 @@ def _main(argv):
   )
   parser.add_argument('--path', help="where it is, such as 'shards/*.tar'")
   parser.add_argument(
-    '--size', type=int, required=True, help='side of the pictures in pixels'
+    '--size', type=int, required=True, help='side of the images in pixels'
   )
   parser.add_argument('--out', required=True, help='folder to write')
   parser.add_argument(
@@ -37,14 +37,12 @@ def _main(argv):
   )
   parser.add_argument('--split', default='train', help='train or eval')
   parser.add_argument('--seed', type=int, default=0, help='of shapes and emoji')
-  parser.add_argument(
-    '--num', type=int, help='write the first NUM pictures only'
-  )
+  parser.add_argument('--num', type=int, help='write the first NUM images only')
   parser.add_argument(
     '--max_bad',
     type=float,
     default=0.01,
-    help='share of bad pictures or captions above which to stop',
+    help='fraction of bad images or captions above which to stop',
   )
   parser.add_argument(
     '--text',
@@ -58,7 +56,7 @@ def _main(argv):
     "encoder's own by default",
   )
   parser.add_argument(
-    '--part_size', type=int, default=2048, help='pictures in one file'
+    '--part_size', type=int, default=2048, help='images in one file'
   )
   args = parser.parse_args(argv)
   if args.size < 1 or args.part_size < 1 or (args.num or 1) < 1:
@@ -67,7 +65,7 @@ def _main(argv):
 
 
 def prepare(args):
-  """Writes the set and says what became of every picture."""
+  """Writes the set and says what became of every image."""
   from imagen_jax.data import arrayrecord
   from imagen_jax.data.checked import summary
   from imagen_jax.data.progress import Progress
@@ -109,7 +107,7 @@ def prepare(args):
   progress.close()
   size = sum(part['bytes'] for part in header['parts'])
   print(
-    f'{args.out}: {header["count"]} pictures of {args.size} pixels, '
+    f'{args.out}: {header["count"]} images of {args.size} pixels, '
     f'{size / 1e6:.1f} MB in {len(header["parts"])} files'
     + (f', with embeddings of {text["max_len"]} positions' if text else '')
   )

@@ -30,7 +30,7 @@ def start(*, split_cpu=False, processes=None):
 
   Args:
     split_cpu: one virtual device per core, which training wants; sampling a
-      few pictures is faster with all cores on one device.
+      few images is faster with all cores on one device.
     processes: parsed arguments with the flags of `add_process_flags`.
 
   Raises:

@@ -1,4 +1,4 @@
-"""imagen-sample: pictures from prompts, from the command line."""
+"""imagen-sample: images from prompts, from the command line."""
 
 import math
 import pathlib
@@ -28,31 +28,31 @@ def main(argv=None):
 def _parser():
   parser = errors.Parser(
     prog='sample.py',
-    description='Draw pictures of prompts. Lists such as --steps 32,16,8 have '
-    'one value per stage.',
+    description='Generate images from prompts. Lists such as --steps 32,16,8 '
+    'have one value per stage.',
     argument_default=None,
   )
   add = parser.add_argument
   source = parser.add_mutually_exclusive_group()
-  source.add_argument('--prompt', help='what to draw; empty: anything')
+  source.add_argument('--prompt', help='what to generate; empty: anything')
   source.add_argument('--prompts', help='a text file, one prompt a line')
-  source.add_argument('--from_image', help='draw a PNG of ours once more')
-  add('--num_images', type=int, default=1, help='pictures per prompt')
+  source.add_argument('--from_image', help='generate a PNG of ours once more')
+  add('--num_images', type=int, default=1, help='images per prompt')
   add('--seed', type=int, default=0)
   add('--out', default='out', help='directory; nothing in it is overwritten')
   add('--model', help='model folder; the demo that comes with the package')
   add('--stages', help='names of stages, such as base,sr1; all of them')
-  add('--low_res', help='a picture for the first of --stages to enlarge')
-  add('--init_image', help='a picture to start from')
-  add('--strength', help='share of the way back to noise, above 0, up to 1')
-  add('--mask', help='with --init_image: white where to paint anew')
+  add('--low_res', help='an image for the first of --stages to upsample')
+  add('--init_image', help='an image to start from')
+  add('--strength', help='fraction of the way back to noise, above 0, up to 1')
+  add('--mask', help='with --init_image: white where to inpaint')
   add('--sampler', help='ddpm, ddim or dpmpp')
   add('--steps', help='network evaluations')
   add('--guidance', help='w in w·cond + (1−w)·uncond; 1 is none')
   add('--aug_level', help='noise on the low-resolution input, 0 to 1')
   add('--threshold', help='dynamic, static or none')
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
-  add('--batch_size', type=int, help='pictures at a time; up to 4')
+  add('--batch_size', type=int, help='images at a time; up to 4')
   add('--fsdp', type=int, help='devices that share a network; as needed')
   deepfloyd.add_flags(parser)
   runtime.add_process_flags(parser)
@@ -65,12 +65,12 @@ def _main(argv):
     return _again(args)
   prompts = _prompts(args)
   if args.num_images < 1:
-    raise UsageError(f'--num_images is {args.num_images}; draw at least 1.')
+    raise UsageError(f'--num_images is {args.num_images}; generate at least 1.')
   _check_batch_size(args.batch_size)
 
   runtime.start(processes=args)
   if deepfloyd.is_folder(args.model):
-    return deepfloyd.draw(
+    return deepfloyd.generate(
       args, prompts, per_stage=per_stage, write=_write, progress=_progress
     )
   deepfloyd.check_unused(args)
@@ -86,21 +86,21 @@ def _main(argv):
   embedding = cascade.embed(prompts)
   _notes(cascade, embedding)
   batch = args.batch_size or min(4, len(prompts) * args.num_images)
-  pictures = cascade.sample(
+  images = cascade.sample(
     embedding,
     seed=args.seed,
     num_images=args.num_images,
     low_res=low_res,
-    **_pictures(args.init_image, args.mask),
+    **_images(args.init_image, args.mask),
     batch_size=batch,
     callback=_progress(),
     **choices,
   )
-  drawn = [(p, i) for p in prompts for i in range(args.num_images)]
+  generated = [(p, i) for p in prompts for i in range(args.num_images)]
   records = [
-    _record(cascade, args, choices, prompt, i, batch) for prompt, i in drawn
+    _record(cascade, args, choices, prompt, i, batch) for prompt, i in generated
   ]
-  paths = _write(pathlib.Path(args.out), list(pictures.values())[-1], records)
+  paths = _write(pathlib.Path(args.out), list(images.values())[-1], records)
   for path in paths:
     print(path)
   return 0
@@ -121,7 +121,7 @@ def _prompts(args):
     return prompts
   if args.prompt is None:
     raise UsageError(
-      'nothing to draw: add --prompt "a red circle above a blue square".'
+      'nothing to generate: add --prompt "a red circle above a blue square".'
     )
   return [args.prompt]
 
@@ -151,27 +151,27 @@ def _low_res(cascade, path):
   if path is None:
     return None
   from imagen_jax.cascade.stage import multiple
-  from imagen_jax.io import images as pictures
+  from imagen_jax.io import images as image_io
 
   first = cascade.stages[0]
   if first.low_resolution is None:
     raise UsageError(
-      f'--low_res needs a super-resolution stage first; {first.name} draws '
+      f'--low_res needs a super-resolution stage first; {first.name} generates '
       'from text alone: add --stages with a later one.'
     )
   unit = 1
   for stage in cascade.stages:
     factor, whole = stage.resolution // first.low_resolution, multiple(stage)
     unit = math.lcm(unit, whole // math.gcd(whole, factor))
-  return pictures.read_low_res(path, first.low_resolution, unit)[None]
+  return image_io.read_low_res(path, first.low_resolution, unit)[None]
 
 
-def _pictures(image, mask):
+def _images(image, mask):
   """{'image', 'mask'} as PIL images, of those that are given."""
-  from imagen_jax.io.images import open_picture
+  from imagen_jax.io.images import open_image
 
   given = (('image', image, 'RGB'), ('mask', mask, 'L'))
-  return {name: open_picture(p, mode) for name, p, mode in given if p}
+  return {name: open_image(p, mode) for name, p, mode in given if p}
 
 
 def _notes(cascade, embedding):
@@ -219,13 +219,13 @@ def _progress():
       end = '\n' if done == total else ''
       print(f'\r{stage}: {done}/{total}', end=end, file=sys.stderr, flush=True)
     elif done == total:
-      print(f'{stage}: {total} drawn', file=sys.stderr)
+      print(f'{stage}: {total} generated', file=sys.stderr)
 
   return show
 
 
 def _record(cascade, args, choices, prompt, i, batch):
-  """Everything that made a picture, for its PNG and for --from_image."""
+  """Everything that made an image, for its PNG and for --from_image."""
   import jax
 
   settings = {}
@@ -257,14 +257,14 @@ def _record(cascade, args, choices, prompt, i, batch):
 
 
 def _again(args):
-  """Draws the picture that a PNG's record describes."""
-  from imagen_jax.io import images as pictures
+  """Generates the image that a PNG's record describes."""
+  from imagen_jax.io import images as image_io
 
-  record = pictures.read_metadata(args.from_image)
+  record = image_io.read_metadata(args.from_image)
   if 'if_stages' in record:
     raise UsageError(
-      f'{args.from_image} was drawn with DeepFloyd IF, which --from_image does '
-      'not repeat; give the settings in its metadata as flags.'
+      f'{args.from_image} was generated with DeepFloyd IF, which --from_image '
+      'does not repeat; give the settings in its metadata as flags.'
     )
   runtime.start(processes=args)
   try:
@@ -274,7 +274,7 @@ def _again(args):
     )
     cascade = imagen_jax.load(model, dtype=record['dtype'], stages=names)
     choices = {
-      # Pictures of before --strength say nothing of it.
+      # Images of before --strength say nothing of it.
       key: [record['stages'][name].get(key) for name in names]
       for key in PER_STAGE
     }
@@ -292,14 +292,14 @@ def _again(args):
     ) from error
   if cascade.digest != digest:
     print(
-      f'note: {args.from_image} was drawn with other weights ({digest}, here '
-      f'{cascade.digest}); the picture will differ.',
+      f'note: {args.from_image} was generated with other weights ({digest}, '
+      f'here {cascade.digest}); the image will differ.',
       file=sys.stderr,
     )
   result = cascade.sample(
     [prompt],
     low_res=_low_res(cascade, low_path),
-    **_pictures(record.get('init_image'), record.get('mask')),
+    **_images(record.get('init_image'), record.get('mask')),
     callback=_progress(),
     **call,
     **choices,
@@ -314,11 +314,11 @@ def _again(args):
 def _write(out, images, records, grid=True):
   """Numbers on from what is there: 000_a-red-circle.png, grid_000.png.
 
-  Of several processes, which all hold the pictures, the first one writes.
+  Of several processes, which all hold the images, the first one writes.
   """
   import jax
 
-  from imagen_jax.io import images as pictures
+  from imagen_jax.io import images as image_io
 
   if jax.process_index() != 0:
     return []
@@ -335,7 +335,7 @@ def _write(out, images, records, grid=True):
   paths = []
   for n, (image, record) in enumerate(zip(images, records), first):
     path = out / f'{n:03d}_{_slug(record["prompt"])}.png'
-    pictures.save_png(path, image, record)
+    image_io.save_png(path, image, record)
     paths.append(path)
   if grid:
     number = 1 + max(
@@ -347,8 +347,8 @@ def _write(out, images, records, grid=True):
     columns = len(records) // per_prompt if per_prompt > 1 else None
     if columns == 1:
       columns = None
-    pictures.save_png(
-      path, pictures.grid(pictures.enlarge(images, 256), columns)
+    image_io.save_png(
+      path, image_io.grid(image_io.upsample(images, 256), columns)
     )
     paths.append(path)
   return paths

@@ -35,16 +35,16 @@ def _main(argv):
   parser.add_argument(
     '--dry_run',
     action='store_true',
-    help='print the mesh, parameters, memory and operations, and stop',
+    help='print the mesh, parameters, memory and FLOPs, and stop',
   )
   parser.add_argument(
     '--init_from',
     help='start a new run from the EMA of this workdir or exported stage',
   )
   parser.add_argument(
-    '--insist',
+    '--force',
     action='store_true',
-    help='go on although the config or the data set has changed',
+    help='continue although the config or the data set has changed',
   )
   runtime.add_process_flags(parser)
   args = parser.parse_args(argv)
@@ -55,7 +55,7 @@ def _main(argv):
   if config.get('kind') == 'text':
     from imagen_jax.worlds.pretraining import pretrain
 
-    for flag in ('dry_run', 'init_from', 'insist'):
+    for flag in ('dry_run', 'init_from', 'force'):
       if getattr(args, flag):
         raise UsageError(f'--{flag} is for stages, not for the text encoder.')
     pretrain(config, workdir)
@@ -72,7 +72,7 @@ def _main(argv):
       workdir,
       should_stop=should_stop,
       init_from=args.init_from,
-      insist=args.insist,
+      force=args.force,
       dry_run=args.dry_run,
       count_flops=program.flops,
       peak=chips.find_peak(jax.devices()[0].device_kind),
@@ -85,7 +85,7 @@ def _ended(step, config, should_stop):
   if step >= config.train.num_steps:
     return 0
   print(
-    f'stopped at step {step}, saved; the same command goes on from there',
+    f'stopped at step {step}, saved; the same command resumes from there',
     file=sys.stderr,
   )
   return 128 + should_stop.signal

@@ -1,4 +1,4 @@
-"""Prepared data: pictures resized once, captions, and T5 embeddings if asked.
+"""Prepared data: images resized once, captions, and T5 embeddings if asked.
 
   mine/dataset.json               what it is; written last, so it means whole
   mine/part-00000.array_record    records, each with a checksum of its own
@@ -41,7 +41,7 @@ class ArrayRecordSource(Checked):
   Args:
     path: its folder; a pattern such as 'data/part-*' takes several, prepared
       side by side, one after the other.
-    size: side of the pictures in pixels, at most the prepared one; less is
+    size: side of the images in pixels, at most the prepared one; less is
       the mean over each target pixel's area.
     max_bad: see `Checked`.
 
@@ -156,13 +156,13 @@ def write(
   part_size=2048,
   progress=None,
 ):
-  """Writes a source as prepared data, or goes on where that was cut off.
+  """Writes a source as prepared data, or continues where that was cut off.
 
   Args:
     source: of examples at `size`.
     out: folder, new, or with the beginning of the same set.
     settings: JSON-ready dict of what else tells this set from another.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     text: the header's entry on embeddings, None for none.
     embed: list of captions -> list of bfloat16 [tokens, dim].
     number: how many of the source's samples to write; all by default.
@@ -363,7 +363,7 @@ def _read_header(path):
     if (path / UNFINISHED).exists():
       raise DataError(
         f'{path} is not finished: repeat the imagen-prepare command that '
-        'began it, and it goes on.'
+        'began it, and it continues.'
       )
     raise DataError(
       f'{path} is no prepared data: it has no {DATASET}; prepare one with '

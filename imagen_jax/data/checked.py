@@ -1,8 +1,8 @@
 """Bad samples: found once, left out, listed, and never a reason to crash.
 
-A source looks at every sample when it is first opened: the picture decodes,
+A source looks at every sample when it is first opened: the image decodes,
 the caption is text. What it found is kept in the user's cache directory, so
-the next start reads no picture. What is bad is left out before anything is
+the next start reads no image. What is bad is left out before anything is
 shuffled, so the order of the rest is the same on every host and every start.
 """
 
@@ -18,7 +18,7 @@ from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
 from imagen_jax.io.decode import BadSample, decode
 
-MAX_BAD = 0.01  # share of bad samples that a source puts up with
+MAX_BAD = 0.01  # fraction of bad samples that a source puts up with
 MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
 # How captions are cleaned; stored embeddings are bound to it.
 CLEANING = 'whitespace-1'
@@ -37,11 +37,11 @@ class Checked(Source):
 
   Args:
     where: the source in words, for messages.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     resize: see `decode`.
-    max_bad: share of bad samples above which the source refuses to go on.
+    max_bad: fraction of bad samples above which the source refuses to continue.
     bad: {name: reason} of what was left out because it is bad.
-    small: names of good pictures that are too small for `size`.
+    small: names of good images that are too small for `size`.
 
   Attributes:
     bad: as given, and what failed since.
@@ -61,14 +61,14 @@ class Checked(Source):
     if not len(self):
       reason = summary(self.skipped) if self.skipped else 'there are none'
       raise DataError(
-        f'{where} has no picture to train on at {size} pixels: {reason}. '
+        f'{where} has no image to train on at {size} pixels: {reason}. '
         f'{needs}'.strip()
       )
     self._total = len(self) + len(self.bad) + len(small)
     self._check_share()
     if self.skipped:
       _tell(
-        f'{where}: {len(self)} pictures, {len(self.skipped)} left out: '
+        f'{where}: {len(self)} images, {len(self.skipped)} left out: '
         f'{summary(self.skipped)}'
       )
 
@@ -119,10 +119,10 @@ class Checked(Source):
 
   def _check_share(self):
     if len(self.bad) > self.max_bad * self._total:
-      share = len(self.bad) / self._total
+      fraction = len(self.bad) / self._total
       raise DataError(
         f'{self.where}: {len(self.bad)} of {self._total} samples are bad, '
-        f'{share:.2%} where data.max_bad allows {self.max_bad:.2%}: '
+        f'{fraction:.2%} where data.max_bad allows {self.max_bad:.2%}: '
         f'{summary(self.bad.items())}; mend or remove them, or allow more '
         'with a higher max_bad.'
       )

@@ -1,10 +1,10 @@
-"""A folder of pictures with their captions, as most people keep them.
+"""A folder of images with their captions, as most people keep them.
 
-Either every picture has a text file of the same name beside it,
+Either every image has a text file of the same name beside it,
 
   cats/one.jpg   cats/one.txt
 
-or the folder holds a `metadata.jsonl` with one object per picture:
+or the folder holds a `metadata.jsonl` with one object per image:
 
   {"file_name": "cats/one.jpg", "text": "a cat asleep on a laptop"}
 """
@@ -23,23 +23,23 @@ CAPTION_KEYS = ('text', 'caption')
 
 
 class FolderSource(Checked):
-  """Random access to a folder's pictures, {'image', 'caption'} each.
+  """Random access to a folder's images, {'image', 'caption'} each.
 
-  Pictures are read by `decode`'s rule. None is ever enlarged: a picture below
+  Images are read by `decode`'s rule. None is ever upsampled: an image below
   the size asked for would teach blur. It is left out, and so is all that is
-  bad: pictures that do not decode, captions that are missing or no text.
+  bad: images that do not decode, captions that are missing or no text.
 
   Args:
     path: the folder, searched in depth.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     resize, max_bad: see `Checked`.
 
   Attributes:
-    names: of the pictures, sorted, relative to the folder.
+    names: of the images, sorted, relative to the folder.
     captions: theirs.
 
   Raises:
-    DataError: no folder, no usable picture, too many bad ones, or a broken
+    DataError: no folder, no usable image, too many bad ones, or a broken
       metadata.jsonl.
   """
 
@@ -67,7 +67,7 @@ class FolderSource(Checked):
       max_bad,
       bad,
       small,
-      f'It needs pictures ({" ".join(SUFFIXES)}) with a .txt caption beside '
+      f'It needs images ({" ".join(SUFFIXES)}) with a .txt caption beside '
       'each, or a metadata.jsonl.',
     )
 
@@ -95,13 +95,13 @@ def _find(path):
   """({name: caption} sorted by name, {name: what is wrong})."""
   if not path.is_dir():
     raise DataError(
-      f'{path} is not a folder: set data.path to one that holds pictures.'
+      f'{path} is not a folder: set data.path to one that holds images.'
     )
   metadata = path / 'metadata.jsonl'
   if metadata.is_file():
     raw, bad = _read_metadata(metadata)
   else:
-    raw, bad = {name: None for name in _pictures(path)}, {}
+    raw, bad = {name: None for name in _images(path)}, {}
   found = {}
   for name in sorted(raw):
     try:
@@ -114,8 +114,8 @@ def _find(path):
   return found, bad
 
 
-def _pictures(path):
-  """Names, relative to `path`, of the files that look like pictures."""
+def _images(path):
+  """Names, relative to `path`, of the files that look like images."""
   for file in path.rglob('*'):
     # Names with a leading dot are other programs' business (._one.jpg).
     if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'):
@@ -140,7 +140,7 @@ def _read_metadata(file):
         '"text": mend or remove the line.'
       ) from error
     if name in found:
-      bad[f'line {number}'] = 'it lists a picture a second time'
+      bad[f'line {number}'] = 'it lists an image a second time'
     elif os.path.isabs(name) or '..' in pathlib.PurePosixPath(name).parts:
       bad[name] = 'its name leads out of the folder'
     else:

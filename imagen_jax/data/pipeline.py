@@ -4,8 +4,8 @@ Batch number k is a pure function of (source, seed, batch size, k): resuming is
 starting at k, on any number of hosts. That rests on the order of operations.
 Slicing by host comes after everything random, so hosts see disjoint parts of
 one global batch; slicing first would give every host the same random numbers
-for different pictures, and tear the epochs apart where the hosts do not
-divide the number of pictures.
+for different images, and tear the epochs apart where the hosts do not
+divide the number of images.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from imagen_jax.errors import DataError, UsageError
 
 PREFETCH = 16  # batches, of which a thread makes one
-# Captions that would be false of the mirrored picture.
+# Captions that would be false of the mirrored image.
 SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 
 
@@ -32,7 +32,7 @@ def batches(
   augment=None,
   transform=None,
 ):
-  """An endless iterator over this host's share of the batches.
+  """An endless iterator over this host's fraction of the batches.
 
   Every epoch is a new permutation of the source; batches run across the
   ends of epochs, so a source may be smaller than a batch.
@@ -65,7 +65,7 @@ def batches(
       f'make it a multiple of {num_hosts}.'
     )
   if len(source) == 0:
-    raise DataError('the data set has no pictures.')
+    raise DataError('the data set has no images.')
   data = grain.MapDataset.source(_Numbered(source)).seed(seed)
   data = data.shuffle().repeat(None)
   if augment is not None:
@@ -106,7 +106,7 @@ class _HostRows(grain.MapDataset):
 
   A slice [host::num_hosts] would be shorter, but deals the rows out in another
   order than one process sees them; the noise of a row would then go to another
-  picture.
+  image.
   """
 
   def __init__(self, parent, host, num_hosts, rows):
@@ -123,9 +123,9 @@ class _HostRows(grain.MapDataset):
 
 
 def flip(example, rng):
-  """Mirrors every second picture, for `batches(augment=flip)`.
+  """Mirrors every second image, for `batches(augment=flip)`.
 
-  A picture whose caption says left or right stays as it is: mirrored, the
+  An image whose caption says left or right stays as it is: mirrored, the
   caption would be false.
   """
   mirrored = rng.random() < 0.5 and not SIDED.search(example['caption'])

@@ -1,8 +1,8 @@
 """TensorFlow Datasets without TensorFlow, such as coco_captions.
 
-Only builds stored as ArrayRecord can be read without TensorFlow. Pictures are
+Only builds stored as ArrayRecord can be read without TensorFlow. Images are
 taken as they are stored, encoded, and decoded by the rule of every source. A
-picture with several captions is several examples.
+image with several captions is several examples.
 """
 
 import glob
@@ -31,13 +31,13 @@ class TfdsSource(Checked):
     path: the build's folder (the one with dataset_info.json), or its name,
       such as 'coco_captions', looked for in $TFDS_DATA_DIR or
       ~/tensorflow_datasets; of several versions the last.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     split: 'train', or 'eval' for the build's validation split.
     resize, max_bad: see `Checked`.
 
   Raises:
     DataError: there is no such build, it is stored as TFRecord, it has no
-      pictures or captions, or too many are bad.
+      images or captions, or too many are bad.
   """
 
   path_is = 'the name or folder of a prepared TFDS build'
@@ -83,7 +83,7 @@ class TfdsSource(Checked):
     return data, clean_caption(captions[which])
 
   def _record(self, number):
-    """(the encoded picture, [its captions]) of one record."""
+    """(the encoded image, [its captions]) of one record."""
     try:
       record = self._records[int(number)]
     except RuntimeError as error:  # ArrayRecord's checksum
@@ -180,7 +180,7 @@ def _version(folder):
 
 
 def _open(folder, split):
-  """(the records, key of the picture, key of the caption, the split)."""
+  """(the records, key of the image, key of the caption, the split)."""
   import tensorflow_datasets as tfds
 
   try:
@@ -198,7 +198,7 @@ def _open(folder, split):
   if not images or not captions:
     raise DataError(
       f'{folder} has no {"captions" if images else "image column"}: its '
-      f'columns are {", ".join(features)}; pictures are columns of type Image '
+      f'columns are {", ".join(features)}; images are columns of type Image '
       f'and captions are named {", ".join(CAPTION_KEYS)}.'
     )
   image = 'image' if 'image' in images else images[0]

@@ -2,8 +2,8 @@
 
 A tar is read through an index of offsets, so that any sample is one seek away
 and nothing is extracted, unpickled or piped through a shell. Building the
-index reads every picture once, which finds the bad ones; it is kept in the
-user's cache directory and holds a checksum of each picture, so that what has
+index reads every image once, which finds the bad ones; it is kept in the
+user's cache directory and holds a checksum of each image, so that what has
 changed since is noticed.
 """
 
@@ -24,7 +24,7 @@ from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
 from imagen_jax.errors import DataError
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 
-MAX_MEMBER = 64 * 2**20  # bytes of one picture; a caption is far smaller
+MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
 MAX_TEXT = 2**20
 CAPTION_KEYS = ('caption', 'text')
 TEXTS = ('.txt', '.json')  # where a caption is looked for, the first first
@@ -34,21 +34,21 @@ COLUMNS = 'image image_size text text_size is_json width height crc'.split()
 
 
 class WebDatasetSource(Checked):
-  """Random access to the pictures of tars, {'image', 'caption'} each.
+  """Random access to the images of tars, {'image', 'caption'} each.
 
   The caption is the sample's .txt, or else "caption" or "text" of its .json.
 
   Args:
     path: a tar, a folder of tars, or a pattern such as 'shards/*.tar' or
       'shards/{00000..00099}.tar'.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     resize, max_bad: see `Checked`.
 
   Attributes:
     shards: the tars, sorted by name.
 
   Raises:
-    DataError: no tar, one that is none, no usable picture, too many bad ones.
+    DataError: no tar, one that is none, no usable image, too many bad ones.
   """
 
   path_is = "tars, such as 'shards/*.tar'"
@@ -72,7 +72,7 @@ class WebDatasetSource(Checked):
       max_bad,
       bad,
       small,
-      'Its tars need pictures with a .txt or .json of the same name.',
+      'Its tars need images with a .txt or .json of the same name.',
     )
 
   def __len__(self):
@@ -80,7 +80,7 @@ class WebDatasetSource(Checked):
 
   @property
   def fingerprint(self):
-    """sha256 of where everything is, and of every picture's checksum."""
+    """sha256 of where everything is, and of every image's checksum."""
     return hashlib.sha256(self.rows.tobytes()).hexdigest()
 
   def name(self, i):
@@ -157,7 +157,7 @@ def _index(shard):
     image = [sample[s] for s in SUFFIXES if s in sample]
     text = [(sample[s], s == '.json') for s in TEXTS if s in sample]
     if not image:
-      raise BadSample('it has no picture')
+      raise BadSample('it has no image')
     if not text:
       raise BadSample('it has no caption')
     (offset, size), ((where, length), is_json) = image[0], text[0]

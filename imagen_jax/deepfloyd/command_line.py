@@ -13,7 +13,7 @@ def add_flags(parser):
   add = group.add_argument
   add('--negative_prompt', help='what guidance steers away from')
   add('--style_prompt', help='a second prompt, for the style')
-  add('--style_share', help='its share of the prediction, 0 to 1')
+  add('--style_fraction', help='its fraction of the prediction, 0 to 1')
   add('--aspect_ratio', help='such as 3:2; without --init_image')
   add(
     '--clean_caption',
@@ -22,13 +22,13 @@ def add_flags(parser):
   )
   add('--text_cache', help='directory that keeps embeddings of prompts')
   add(
-    '--enlarge_with',
+    '--upsample_with',
     help='model folder of a super-resolution stage of our own, as third stage',
   )
 
 
 def is_folder(path):
-  """Whether --model is an IF folder, without importing what draws with it."""
+  """Whether --model is an IF folder; imports nothing heavy."""
   if path is None:
     return False
   folder = pathlib.Path(path)
@@ -39,11 +39,11 @@ def is_folder(path):
 ONLY_HERE = (
   'negative_prompt',
   'style_prompt',
-  'style_share',
+  'style_fraction',
   'aspect_ratio',
   'clean_caption',
   'text_cache',
-  'enlarge_with',
+  'upsample_with',
 )
 
 
@@ -71,8 +71,8 @@ def steps_per_stage(text):
   return values[0] if len(values) == 1 else values
 
 
-def draw(args, prompts, *, per_stage, write, progress):
-  """Draws what `sample.py`'s arguments ask for.
+def generate(args, prompts, *, per_stage, write, progress):
+  """Generates what `sample.py`'s arguments ask for.
 
   Args:
     args: parsed arguments.
@@ -87,7 +87,7 @@ def draw(args, prompts, *, per_stage, write, progress):
   import imagen_jax
   from imagen_jax.cascade import conditioning
   from imagen_jax.deepfloyd import cleaning, images, pipeline
-  from imagen_jax.io.images import open_picture
+  from imagen_jax.io.images import open_image
 
   if args.threshold is not None:
     raise UsageError(
@@ -107,12 +107,12 @@ def draw(args, prompts, *, per_stage, write, progress):
     'guidance': per_stage('guidance', args.guidance),
     'aug_level': per_stage('aug_level', args.aug_level),
     'strength': per_stage('strength', args.strength),
-    'mixer': per_stage('style_share', args.style_share),
+    'mixer': per_stage('style_fraction', args.style_fraction),
   }
   clean = cleaning.cleaner(args.clean_caption)
   cleaned = [clean(prompt) for prompt in prompts]
   opened = {
-    name: open_picture(path, mode)
+    name: open_image(path, mode)
     for name, path, mode in (
       ('image', args.init_image, 'RGB'),
       ('mask', args.mask, 'L'),
@@ -122,7 +122,7 @@ def draw(args, prompts, *, per_stage, write, progress):
   }
   batch = args.batch_size or min(4, len(prompts) * args.num_images)
   style = args.style_prompt
-  drawn = model.sample(
+  generated = model.sample(
     cleaned,
     seed=args.seed,
     num_images=args.num_images,
@@ -146,7 +146,7 @@ def draw(args, prompts, *, per_stage, write, progress):
       part.name: {k: str(v) for k, v in choices.items() if v is not None}
       for part in model.stages
     },
-    'enlarge_with': args.enlarge_with,
+    'upsample_with': args.upsample_with,
     'version': imagen_jax.__version__,
   }
   records = [
@@ -154,9 +154,9 @@ def draw(args, prompts, *, per_stage, write, progress):
     for prompt in prompts
     for i in range(args.num_images)
   ]
-  last = conditioning.to_uint8(list(drawn.values())[-1])
+  last = conditioning.to_uint8(list(generated.values())[-1])
   if third is not None:
-    drawn = third.sample(
+    generated = third.sample(
       prompts,
       seed=args.seed,
       num_images=args.num_images,
@@ -164,30 +164,30 @@ def draw(args, prompts, *, per_stage, write, progress):
       batch_size=batch,
       callback=progress(),
     )
-    last = list(drawn.values())[-1]
+    last = list(generated.values())[-1]
   for path in write(pathlib.Path(args.out), last, records):
     print(path)
   return 0
 
 
 def _third_stage(args, model):
-  """What --enlarge_with names, checked before anything is drawn, or None."""
+  """What --upsample_with names, checked before sampling, or None."""
   import imagen_jax
 
-  if args.enlarge_with is None:
+  if args.upsample_with is None:
     return None
-  third = imagen_jax.load(args.enlarge_with, dtype=args.dtype, fsdp=args.fsdp)
+  third = imagen_jax.load(args.upsample_with, dtype=args.dtype, fsdp=args.fsdp)
   takes, last = third.stages[0].low_resolution, model.stages[-1]
   if takes is None:
     raise UsageError(
-      f'--enlarge_with names {args.enlarge_with}, whose stage '
-      f'{third.stages[0].name} draws from text alone; name the folder of a '
+      f'--upsample_with names {args.upsample_with}, whose stage '
+      f'{third.stages[0].name} generates from text alone; name the folder of a '
       'super-resolution stage.'
     )
   if takes != last.resolution:
     raise UsageError(
-      f'{last.name} draws {last.resolution} pixels a side and stage '
-      f'{third.stages[0].name} of {args.enlarge_with} enlarges {takes}; choose '
-      'others with --stages or --enlarge_with.'
+      f'{last.name} generates {last.resolution} pixels a side and stage '
+      f'{third.stages[0].name} of {args.upsample_with} upsamples {takes}; '
+      'choose others with --stages or --upsample_with.'
     )
   return third

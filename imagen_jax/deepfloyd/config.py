@@ -2,7 +2,7 @@
 
 Fields have diffusers' names and diffusers' defaults. A checkpoint's own file
 decides everything; what it asks for and is not built here is refused by name,
-for a network that ignores a key draws noise and says nothing.
+for a network that ignores a key samples noise and says nothing.
 """
 
 import dataclasses
@@ -61,12 +61,12 @@ class UNetConfig:
   """The hyper-parameters of one IF U-Net, in diffusers' spelling.
 
   Attributes:
-    sample_size: side of the pictures it was trained on.
+    sample_size: side of the images it was trained on.
     in_channels: 3, or 6 for a super-resolution stage.
     out_channels: 6: eps and the variance's interpolation; 3 after fine-tuning
       without the latter.
     block_out_channels: width of each level, the highest resolution first.
-    layers_per_block: residual blocks of each level on the way down.
+    layers_per_block: residual blocks of each level in the encoder.
     down_attention, up_attention: whether each block attends, in the order in
       which the blocks run (from `down_block_types`, `up_block_types`).
     attention_head_dim: size of a head, for each level.
@@ -76,7 +76,8 @@ class UNetConfig:
     encoder_hid_dim: width of the text encoder; None: no projection.
     addition_embed_type_num_heads: heads of the text's pooling.
     cross_attention_norm: 'group_norm' or None.
-    class_embed_type: 'timestep' where a noise level is told, else None.
+    class_embed_type: 'timestep' where a network is conditioned on a noise
+      level, else None.
     time_embedding_dim: width of the conditioning; None: 4 · the first width.
     time_embedding_act_fn: applied once to the whole conditioning, or None.
     act_fn: 'gelu' (the exact one) or 'silu'.

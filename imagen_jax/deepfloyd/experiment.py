@@ -24,12 +24,12 @@ from imagen_jax.deepfloyd.export import (
   export_stage,
   without_variance,
 )
-from imagen_jax.deepfloyd.images import enlarge
+from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
 from imagen_jax.training.preview import make_preview
-from imagen_jax.training.run import Run, picture_shape
+from imagen_jax.training.run import Run, image_shape
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import take_step
 
@@ -51,7 +51,7 @@ class IFRun(Run):
   Raises:
     UsageError: the config is wrong.
     ModelError: the model or its text encoder is unusable.
-    DataError: the pictures are.
+    DataError: the images are.
   """
 
   frozen_name = 'frozen weights'
@@ -82,12 +82,12 @@ class IFRun(Run):
         lambda leaf: shape(leaf.shape, self.dtype), shapes
       )
     batch = {
-      'image': picture_shape(self),
+      'image': image_shape(self),
       'text': shape((config.train.batch_size, *size), jnp.float32),
     }
     self.settle(shapes, count_flops, self._jit_step, batch)
 
-  def _jit_step(self, placed):
+  def _jit_step(self, shardings):
     return jax.jit(
       functools.partial(
         train_step,
@@ -98,7 +98,7 @@ class IFRun(Run):
         accumulate=self.accumulate,
       ),
       donate_argnums=0,
-      out_shardings=(placed, sharding.replicated(self.mesh)),
+      out_shardings=(shardings, sharding.replicated(self.mesh)),
     )
 
   def new_state(self, trained):
@@ -108,7 +108,7 @@ class IFRun(Run):
 
   def open(self, workdir):
     self.cache = workdir / 'text'
-    sources = [self.source, self.pictures('eval')]
+    sources = [self.source, self.images('eval')]
     captions = (
       self.clean(source[i]['caption'])
       for source in sources
@@ -160,7 +160,7 @@ class IFRun(Run):
         '--config.model.'
       )
     params = self.frozen['weights'] if self.adapt else self.load()
-    state = jax.jit(self.new_state, out_shardings=self.placed)(params)
+    state = jax.jit(self.new_state, out_shardings=self.shardings)(params)
     return state, f'starts from {self.stage.folder}'
 
   def assemble(self, trained, weights):
@@ -177,8 +177,8 @@ class IFRun(Run):
     dropped = jax.random.bernoulli(keys['drop'], DROP, x.shape[:1])
     captions = jnp.where(dropped[:, None, None], frozen['empty'], captions)
     low = level = None
-    if stage.enlarges:
-      low = enlarge(box_downsample(x, x.shape[1] // 4), *x.shape[1:3])
+    if stage.upsamples:
+      low = upsample(box_downsample(x, x.shape[1] // 4), *x.shape[1:3])
       level = jax.random.randint(
         keys['level'], x.shape[:1], 0, stage.noising.num_train_timesteps
       )
@@ -206,14 +206,14 @@ class IFRun(Run):
 
   def make_preview(self):
     shape = (self.resolution, self.resolution, 3)
-    draw = pipeline.previewer(self.stage, self.module, shape)
+    generate = pipeline.previewer(self.stage, self.module, shape)
 
-    def draw_trained(trained, given, frozen):
+    def generate_trained(trained, given, frozen):
       params = self.assemble(trained, frozen.get('weights'))
-      return draw(params, given, frozen['empty'])
+      return generate(params, given, frozen['empty'])
 
-    low = self.resolution // 4 if self.stage.enlarges else None
-    return make_preview(self, jax.jit(draw_trained), low)
+    low = self.resolution // 4 if self.stage.upsamples else None
+    return make_preview(self, jax.jit(generate_trained), low)
 
   def captions(self, captions):
     return {'text': np.stack([self._embedding(c) for c in captions])}

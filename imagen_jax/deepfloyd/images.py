@@ -1,11 +1,11 @@
-"""IF's way of enlarging, and shapes by their aspect ratio."""
+"""IF's way of upsampling, and shapes by their aspect ratio."""
 
 import jax.numpy as jnp
 
 from imagen_jax.errors import UsageError
 
 
-def enlarge(image, height, width):
+def upsample(image, height, width):
   """Bilinear, corners on corners: [B, h, w, C] -> [B, height, width, C].
 
   torch's align_corners=True, which IF's stage II was trained with;
@@ -15,10 +15,12 @@ def enlarge(image, height, width):
     old = image.shape[axis]
     position = jnp.linspace(0.0, old - 1.0, size)
     low = jnp.clip(position.astype(jnp.int32), 0, max(old - 2, 0))
-    share = (position - low).reshape([-1 if a == axis else 1 for a in range(4)])
+    fraction = (position - low).reshape(
+      [-1 if a == axis else 1 for a in range(4)]
+    )
     first = jnp.take(image, low, axis=axis)
     second = jnp.take(image, jnp.minimum(low + 1, old - 1), axis=axis)
-    image = first * (1 - share) + second * share
+    image = first * (1 - fraction) + second * fraction
   return image
 
 

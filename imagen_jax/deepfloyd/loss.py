@@ -33,7 +33,7 @@ def training_plan(made):
 
 
 def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
-  """The loss of each picture of a batch at a random step.
+  """The loss of each image of a batch at a random step.
 
   Args:
     key: of the steps and the noise.
@@ -62,8 +62,8 @@ def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
   if out.shape[-1] == channels or weight == 0:
     return mse, details
   guess = (z - row.sigma * jax.lax.stop_gradient(guess)) / row.alpha
-  share = (out[..., channels:] + 1) / 2
-  log_variance = row.log_low + share * (row.log_high - row.log_low)
+  fraction = (out[..., channels:] + 1) / 2
+  log_variance = row.log_low + fraction * (row.log_high - row.log_low)
   # The means of both share what they owe to z.
   off = row.x * (x - guess)
   divergence = 0.5 * (

@@ -1,8 +1,8 @@
-"""DeepFloyd IF from prompts to pictures: T5, stage I, stage II, one at a time.
+"""DeepFloyd IF from prompts to images: T5, stage I, stage II, one at a time.
 
-Text to image, image to image, inpainting, enlarging a picture of one's own,
+Text to image, image to image, inpainting, upsampling an image of one's own,
 and IF's style transfer are one function with more or fewer arguments: a
-picture to start from, a mask, a second prompt.
+image to start from, a mask, a second prompt.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from imagen_jax.deepfloyd import (
   text,
   weights,
 )
-from imagen_jax.diffusion.samplers import picture_key
+from imagen_jax.diffusion.samplers import image_key
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 
 
 def _stage_folders(path):
@@ -35,7 +35,7 @@ def _stage_folders(path):
 
 
 def load(path, *, dtype='auto', stages=None, fsdp=None):
-  """Opens IF: the configs now, the weights when drawing.
+  """Opens IF: the configs now, the weights when generating.
 
   Args:
     path: a stage's folder as downloaded (`model_index.json`, `unet/`,
@@ -56,7 +56,7 @@ def load(path, *, dtype='auto', stages=None, fsdp=None):
       f'{path} holds no DeepFloyd IF stage: no unet/config.json in it or one '
       'level below; give the folder that was downloaded.'
     )
-  found.sort(key=lambda s: (s.enlarges, s.resolution))
+  found.sort(key=lambda s: (s.upsamples, s.resolution))
   if stages is not None:
     names = [s.name for s in found]
     for name in stages:
@@ -66,7 +66,7 @@ def load(path, *, dtype='auto', stages=None, fsdp=None):
         )
     found = [s for s in found if s.name in stages]
   for lower, upper in zip(found, found[1:]):
-    if not upper.enlarges or upper.resolution <= lower.resolution:
+    if not upper.upsamples or upper.resolution <= lower.resolution:
       raise ModelError(
         f'{lower.name} and {upper.name} in {path} do the same thing; choose '
         'one of them with --stages.'
@@ -132,30 +132,30 @@ class IF:
     callback=None,
     **choices,
   ):
-    """Draws pictures of prompts.
+    """Generates images of prompts.
 
-    Picture i of a prompt depends on (seed, prompt, i) and the settings, not
-    on what else is drawn.
+    Image i of a prompt depends on (seed, prompt, i) and the settings, not
+    on what else is generated.
 
     Args:
       prompts: a string or a list of them.
       seed: in [0, 2³²).
-      num_images: pictures per prompt.
+      num_images: images per prompt.
       negative_prompt: what guidance steers away from, in place of nothing.
       style_prompt: its pooled text is used for the time embedding, and its
         prediction is mixed in by `mixer`: IF's dream and style transfer.
-      low_res: a PIL picture for a first stage that enlarges.
-      image: a PIL picture to start from (`strength`), or to repaint.
-      mask: a PIL picture of the same shape, white where to repaint; the rest
+      low_res: a PIL image for a first stage that upsamples.
+      image: a PIL image to start from (`strength`), or to repaint.
+      mask: a PIL image of the same shape, white where to repaint; the rest
         is kept to the bit.
       aspect: (width, height), without `image` or `low_res`.
       cache: a directory of embeddings, see `text.embed`.
-      batch_size: pictures at a time, 4 at most by default.
-      callback: called with (stage's name, pictures done, pictures in all).
+      batch_size: images at a time, 4 at most by default.
+      callback: called with (stage's name, images done, images in all).
       **choices: fields of `Settings`.
 
     Returns:
-      {stage's name: float32 [N, H, W, 3] in [−1, 1]}; pictures of one prompt
+      {stage's name: float32 [N, H, W, 3] in [−1, 1]}; images of one prompt
       stand together.
 
     Raises:
@@ -164,13 +164,13 @@ class IF:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     task = 'text' if image is None else 'image' if mask is None else 'mask'
     chosen = self.settings(task, **choices)
-    pictures.check_pair(image, mask)
+    image_io.check_pair(image, mask)
     if not 0 <= seed < 2**32:
       raise UsageError(f'seed is {seed}; it lies in 0 … 2³² − 1.')
     rows = [(p, i) for p in prompts for i in range(num_images)]
     if not rows:
       raise UsageError(
-        'there is nothing to draw: give a prompt, and num_images ≥ 1.'
+        'there is nothing to generate: give a prompt, and num_images ≥ 1.'
       )
     low = self._first_input(low_res, len(rows))
     wanted = [*prompts, negative_prompt]
@@ -180,15 +180,15 @@ class IF:
     for part, setting in zip(self.stages, chosen):
       shape = self._shape(part, low, image, aspect)
       rest = {
-        'image': image and pictures.to_float(image, shape[1], shape[0]),
-        'mask': mask and pictures.to_mask(mask, shape[1], shape[0]),
+        'image': image and image_io.to_float(image, shape[1], shape[0]),
+        'mask': mask and image_io.to_mask(mask, shape[1], shape[0]),
         'style': None if style_prompt is None else texts[style_prompt],
         'uncond': texts[negative_prompt],
       }
       low = self._run_stage(
         part,
         setting,
-        [(texts[p], picture_key(seed, p, i)) for p, i in rows],
+        [(texts[p], image_key(seed, p, i)) for p, i in rows],
         low,
         rest,
         shape,
@@ -200,35 +200,35 @@ class IF:
 
   def _first_input(self, low_res, count):
     first = self.stages[0]
-    if not first.enlarges:
+    if not first.upsamples:
       if low_res is not None:
         raise UsageError(
-          f'stage {first.name} draws from text alone and takes no '
-          'low-resolution picture; choose a later stage with --stages.'
+          f'stage {first.name} generates from text alone and takes no '
+          'low-resolution image; choose a later stage with --stages.'
         )
       return None
     if low_res is None:
       raise UsageError(
-        f'stage {first.name} enlarges pictures: give it one with --low_res, '
+        f'stage {first.name} upsamples images: give it one with --low_res, '
         'or add a first stage.'
       )
-    low = pictures.to_float(low_res, *low_res.size)
+    low = image_io.to_float(low_res, *low_res.size)
     return np.broadcast_to(low, (count, *low.shape))
 
   def _shape(self, part, low, image, aspect):
-    """(H, W, 3) of what a stage draws."""
+    """(H, W, 3) of what a stage generates."""
     if image is not None:
-      width, height = pictures.shaped(*image.size, part.resolution)
+      width, height = image_io.shaped(*image.size, part.resolution)
     elif low is not None:
       # As IF: four times what came in, in whole units of 32 pixels.
       height, width = (side * 4 // 32 * 32 for side in low.shape[1:3])
     else:
-      width, height = pictures.shaped(*aspect, part.resolution)
+      width, height = image_io.shaped(*aspect, part.resolution)
     multiple = part.config.multiple
     if height < multiple or height % multiple or width % multiple or not width:
       raise UsageError(
-        f'stage {part.name} cannot draw {width}×{height} pixels: it takes '
-        f'multiples of {multiple}; crop the picture or change the aspect '
+        f'stage {part.name} cannot generate {width}×{height} pixels: it takes '
+        f'multiples of {multiple}; crop the image or change the aspect '
         'ratio.'
       )
     return height, width, 3
@@ -254,7 +254,7 @@ class IF:
       scalars |= stage.noise_terms(part.noising, level)
     if rest['style'] is not None:
       scalars['mixer'] = np.float32(setting.mixer)
-    drawn = []
+    generated = []
     for start in range(0, len(rows), batch):
       chosen = rows[start : start + batch]
       padded = chosen + [chosen[-1]] * (batch - len(chosen))
@@ -278,7 +278,7 @@ class IF:
       arrays = sharding.put_whole_batch(arrays, mesh)
       keys = arrays.pop('keys')
       with jax.set_mesh(mesh):
-        out = stage.draw(
+        out = stage.generate(
           params,
           plan,
           stage.Given(**arrays, **scalars),
@@ -287,15 +287,15 @@ class IF:
           made=part.schedule,
           shape=shape,
         )
-      drawn.append(np.asarray(out)[: len(chosen)])
+      generated.append(np.asarray(out)[: len(chosen)])
       if callback is not None:
         callback(part.name, start + len(chosen), len(rows))
     jax.tree.map(lambda leaf: leaf.delete(), params)
-    return np.concatenate(drawn)
+    return np.concatenate(generated)
 
 
 def previewer(part, module, shape):
-  """A function that draws as a stage does when not told how.
+  """A function that generates as a stage does when not told how.
 
   Args:
     part: the `stage.Stage`.
@@ -315,16 +315,16 @@ def previewer(part, module, shape):
     made, settings.steps_of(part, setting, False), setting.sampler
   )
   scalars = {'weight': np.float32(setting.guidance)}
-  if part.enlarges:
+  if part.upsamples:
     scalars |= stage.noise_terms(part.noising, round(setting.aug_level * 1000))
 
-  def draw(params, arrays, empty):
+  def generate(params, arrays, empty):
     arrays = dict(arrays)
     keys = arrays.pop('keys')
     empty = jnp.broadcast_to(empty, arrays['text'].shape)
     given = stage.Given(**arrays, uncond=empty, **scalars)
-    return stage.draw(
+    return stage.generate(
       params, plan, given, keys, module=module, made=made, shape=shape
     )
 
-  return draw
+  return generate

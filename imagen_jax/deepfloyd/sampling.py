@@ -1,4 +1,4 @@
-"""From noise to a picture with an IF network: guidance, and one loop."""
+"""From noise to an image with an IF network: guidance, and one loop."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from imagen_jax.diffusion.guidance import magnitude_percentile
 
 
 def threshold(x, schedule):
-  """The predicted picture brought back into range, as the schedule says.
+  """The predicted image brought back into range, as the schedule says.
 
-  Dynamic thresholding with a cap: the quantile s of |x| over a picture's
+  Dynamic thresholding with a cap: the quantile s of |x| over an image's
   pixels and channels, at least 1 and at most `sample_max_value`, clips the
-  picture and divides it. [B, H, W, C] -> [B, H, W, C].
+  image and divides it. [B, H, W, C] -> [B, H, W, C].
   """
   if schedule.thresholding:
     ratio = 100 * schedule.dynamic_thresholding_ratio
@@ -50,7 +50,7 @@ def predictor(
     text: [B, L, D] embeddings.
     uncond: [B, L, D] embeddings of what to steer away from; None: no guidance.
     weight: w, a number or a traced scalar.
-    low_res: [B, H, W, 3], enlarged and noised, of a super-resolution stage.
+    low_res: [B, H, W, 3], upsampled and noised, of a super-resolution stage.
     noise_level: its noise, a step number.
     pooled_text: [B, L, D] for the pooled vector of c and p; None is each
       one's own.
@@ -101,12 +101,12 @@ def sample(predict, plan, z, noise, schedule, *, mask=None):
     predict: (z [B, H, W, C], t scalar) -> (eps, v or None), likewise shaped;
       v in [−1, 1] is where the variance lies between its two limits.
     plan: `schedule.Plan`.
-    z: [B, H, W, C] float32, the noisy picture that the first step expects.
+    z: [B, H, W, C] float32, the noisy image that the first step expects.
     noise: function of the step's index (traced) -> [B, H, W, C].
     schedule: `Schedule`; says how predictions are thresholded and which
       variance is used.
-    mask: [B, H, W, 1], 1 where to paint; elsewhere z stays as it is, not
-      even noised (IF's inpainting). None paints everywhere.
+    mask: [B, H, W, 1], 1 where to inpaint; elsewhere z stays as it is, not
+      even noised (IF's inpainting). None inpaints everywhere.
 
   Returns:
     [B, H, W, C] float32.
@@ -119,10 +119,10 @@ def sample(predict, plan, z, noise, schedule, *, mask=None):
     eps = eps.astype(z.dtype)
     x = threshold((z - row.sigma * eps) / row.alpha, schedule)
     if schedule.variance_type == 'learned_range' and v is not None:
-      share = (v.astype(z.dtype) + 1) / 2
+      fraction = (v.astype(z.dtype) + 1) / 2
     else:
-      share = float(schedule.variance_type == 'fixed_large')
-    log_variance = row.log_low + share * (row.log_high - row.log_low)
+      fraction = float(schedule.variance_type == 'fixed_large')
+    log_variance = row.log_low + fraction * (row.log_high - row.log_low)
     std = row.noise * jnp.exp(0.5 * log_variance)
     new = row.z * z + row.x * x + row.eps * eps + row.slope * (x - last)
     new = new + std * noise(i)
@@ -139,6 +139,6 @@ def sample(predict, plan, z, noise, schedule, *, mask=None):
 
 
 def add_noise(image, noise, plan, mask=None):
-  """A picture as noisy as a plan's first step expects it (q(z_t | x))."""
+  """An image as noisy as a plan's first step expects it (q(z_t | x))."""
   z = plan.alpha[0] * image + plan.sigma[0] * noise
   return z if mask is None else mask * z + (1 - mask) * image

@@ -45,7 +45,7 @@ class Schedule:
     beta_schedule: 'squaredcos_cap_v2' (IF's) or 'linear'.
     beta_start, beta_end: of 'linear'.
     variance_type: 'learned_range', 'fixed_small' or 'fixed_large'.
-    thresholding: dynamic thresholding of the predicted picture.
+    thresholding: dynamic thresholding of the predicted image.
     dynamic_thresholding_ratio: its quantile, 0 to 1.
     sample_max_value: its quantile is capped here: 1.5 in stage I, 1 in II.
     clip_sample: clipping to ±clip_sample_range, without thresholding.
@@ -107,7 +107,7 @@ def parse(raw, path='scheduler_config.json'):
 
 
 def alphas_cumprod(schedule):
-  """ᾱ_t = Π (1 − β): the signal's share of the variance, float64 [T]."""
+  """ᾱ_t = Π (1 − β): the signal's fraction of the variance, float64 [T]."""
   steps = schedule.num_train_timesteps
   if schedule.beta_schedule == 'linear':
     betas = np.linspace(schedule.beta_start, schedule.beta_end, steps)
@@ -195,7 +195,7 @@ class Plan(NamedTuple):
 
   Attributes:
     t: step number.
-    alpha, sigma: of the noisy picture before the step.
+    alpha, sigma: of the noisy image before the step.
     z, x, eps, slope: a, b, c, d of the sum at the top of this file.
     log_low, log_high: logarithms of the two variances of the fresh noise
       between which the network interpolates (Nichol and Dhariwal 2021).
@@ -226,7 +226,7 @@ def plan(
       second-order multistep DPM-Solver++, whose last step is of first order.
     end: ᾱ after the last step; 1 is no noise.
     use_clipped_model_output: DDIM derives eps anew from the thresholded
-      picture, as in IF's own loop; False keeps the network's, which is
+      image, as in IF's own loop; False keeps the network's, which is
       diffusers' default.
 
   Raises:
@@ -270,7 +270,7 @@ def plan(
 
 
 def later(steps, strength):
-  """The last `strength` of the steps, for starting from a picture.
+  """The last `strength` of the steps, for starting from an image.
 
   Raises:
     UsageError: strength is outside (0, 1], or leaves no step.

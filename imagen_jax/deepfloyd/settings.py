@@ -1,4 +1,4 @@
-"""How IF's stages draw: its defaults, and what a caller changes."""
+"""How IF's stages generate: its defaults, and what a caller changes."""
 
 import dataclasses
 
@@ -8,15 +8,15 @@ from imagen_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How one stage draws; every field can be chosen at call time.
+  """How one stage generates; every field can be chosen at call time.
 
   Attributes:
     sampler: 'ddpm', 'ddim' or 'dpmpp'.
     steps: a number, a respacing's name, or its string.
     guidance: w; up to 1 is none.
-    aug_level: noise on the enlarged picture, in [0, 1).
-    strength: share of the steps taken when starting from a picture.
-    mixer: share of the style prompt's prediction.
+    aug_level: noise on the upsampled image, in [0, 1).
+    strength: fraction of the steps taken when starting from an image.
+    mixer: fraction of the style prompt's prediction.
   """
 
   sampler: str = 'ddpm'
@@ -71,7 +71,9 @@ def choose(stages, task, choices):
         value = value[i]
       if value is not None:
         changes[name] = value
-    setting = dataclasses.replace(DEFAULTS[task][int(part.enlarges)], **changes)
+    setting = dataclasses.replace(
+      DEFAULTS[task][int(part.upsamples)], **changes
+    )
     check(part, setting)
     result.append(setting)
   return result
@@ -86,14 +88,14 @@ def check(part, setting):
     )
   if not 0 <= setting.mixer <= 1:
     raise UsageError(
-      f"stage {part.name}: the style's share is {setting.mixer:g}; it lies "
+      f"stage {part.name}: the style's fraction is {setting.mixer:g}; it lies "
       'in [0, 1].'
     )
   steps = steps_of(part, setting, True)
   schedule.plan(part.schedule, steps, setting.sampler)
 
 
-def steps_of(part, setting, from_picture):
-  """The step numbers that a stage runs, fewer when starting from a picture."""
+def steps_of(part, setting, from_image):
+  """The step numbers that a stage runs, fewer when starting from an image."""
   steps = schedule.timesteps(part.schedule, setting.steps, setting.sampler)
-  return schedule.later(steps, setting.strength) if from_picture else steps
+  return schedule.later(steps, setting.strength) if from_image else steps

@@ -1,4 +1,4 @@
-"""One IF stage: a folder with a U-Net and its schedules, and how it draws."""
+"""One IF stage: a folder with a U-Net and its schedules; how it is sampled."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd import sampling, schedule, weights
-from imagen_jax.deepfloyd.images import enlarge
+from imagen_jax.deepfloyd.images import upsample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Stage:
       `image_noising_scheduler/` in it.
     config: the U-Net's.
     schedule: of the diffusion.
-    noising: of the noise on the low-resolution picture, or None.
+    noising: of the noise on the low-resolution image, or None.
   """
 
   folder: pathlib.Path
@@ -36,13 +36,13 @@ class Stage:
     return self.folder.name
 
   @property
-  def enlarges(self):
+  def upsamples(self):
     return self.config.in_channels == 6
 
   @property
   def resolution(self):
-    """Side of its square pictures."""
-    return self.config.sample_size or (256 if self.enlarges else 64)
+    """Side of its square images."""
+    return self.config.sample_size or (256 if self.upsamples else 64)
 
   def load(self, *, dtype, weights_dtype=None, place=None):
     """(module, params); see `weights.load`."""
@@ -70,20 +70,20 @@ def read(folder):
 
 
 class Given(NamedTuple):
-  """What a picture is drawn from; B pictures, None for what plays no part.
+  """What an image is generated from; B images, None for what plays no part.
 
   Attributes:
     text: [B, L, D] embeddings of the prompts.
     uncond: [B, L, D], of the empty or negative prompt; None: no guidance.
     weight: of the guidance.
-    low: [B, h, w, 3] in [−1, 1], to be enlarged.
+    low: [B, h, w, 3] in [−1, 1], to be upsampled.
     low_alpha, low_sigma: signal and noise in it.
     noise_level: the step number that says the same.
     image: [B, H, W, 3] in [−1, 1] to start from.
-    mask: [B, H, W, 1], 1 where to paint, with `image`.
+    mask: [B, H, W, 1], 1 where to inpaint, with `image`.
     pooled: [B, L, D], a style for the pooled text.
     mixed: [B, L, D], a second prompt.
-    mixer: its share.
+    mixer: its fraction.
   """
 
   text: jax.Array
@@ -104,8 +104,8 @@ class Noise(NamedTuple):
   """Every random number of a run: [B, H, W, 3] each, standard normal.
 
   Attributes:
-    start: of the first step's picture.
-    low: on the enlarged low-resolution picture.
+    start: of the first step's image.
+    low: on the upsampled low-resolution image.
     step: function of a step's (traced) index.
   """
 
@@ -115,9 +115,9 @@ class Noise(NamedTuple):
 
 
 def noise_from_keys(keys, shape):
-  """The `Noise` of pictures [H, W, 3], one key each, whatever the batch."""
+  """The `Noise` of images [H, W, 3], one key each, whatever the batch."""
 
-  def draw(use, index=None):
+  def generate(use, index=None):
     def one(key):
       key = jax.random.fold_in(key, use)
       if index is not None:
@@ -126,11 +126,11 @@ def noise_from_keys(keys, shape):
 
     return jax.vmap(one)(keys)
 
-  return Noise(draw(0), draw(1), functools.partial(draw, 2))
+  return Noise(generate(0), generate(1), functools.partial(generate, 2))
 
 
 def run(module, params, plan, given, noise, made):
-  """Draws B pictures with one network; one scan over the steps.
+  """Generates B images with one network; one scan over the steps.
 
   Args:
     module: `IFUNet`.
@@ -145,7 +145,7 @@ def run(module, params, plan, given, noise, made):
   """
   low = level = None
   if given.low is not None:
-    low = enlarge(given.low, *noise.start.shape[1:3])
+    low = upsample(given.low, *noise.start.shape[1:3])
     low = given.low_alpha * low + given.low_sigma * noise.low
     level = given.noise_level
   predict = sampling.predictor(
@@ -167,7 +167,7 @@ def run(module, params, plan, given, noise, made):
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'made', 'shape'))
-def draw(params, plan, given, keys, *, module, made, shape):
+def generate(params, plan, given, keys, *, module, made, shape):
   """`run` with noise from keys, compiled once per shape and number of steps.
 
   Args:
@@ -184,12 +184,12 @@ def draw(params, plan, given, keys, *, module, made, shape):
   out = run(module, params, plan, given, noise, made)
   if jax.sharding.get_abstract_mesh().empty:
     return out
-  # Every process holds every picture.
+  # Every process holds every image.
   return jax.lax.with_sharding_constraint(out, jax.sharding.PartitionSpec())
 
 
 def noise_terms(noising, level):
-  """`Given`'s fields for noise on the enlarged picture.
+  """`Given`'s fields for noise on the upsampled image.
 
   Args:
     noising: `Schedule` of that noise.

@@ -239,7 +239,7 @@ class _Level(nn.Module):
       return h
     return AddedKVAttention(
       self.config,
-      # diffusers reads this one unreversed on the way up as well.
+      # diffusers reads this one unreversed in the decoder as well.
       self.config.attention_head_dim[self.level],
       self.only_text,
       self.dtype,
@@ -248,7 +248,7 @@ class _Level(nn.Module):
 
 
 class DownLevel(_Level):
-  """One block on the way down; every result is also a skip."""
+  """One block in the encoder; every result is also a skip."""
 
   @nn.compact
   def __call__(self, h, emb, text):
@@ -264,7 +264,7 @@ class DownLevel(_Level):
 
 
 class UpLevel(_Level):
-  """One block on the way up, which uses up the latest of the skips."""
+  """One block in the decoder, which uses up the latest of the skips."""
 
   @nn.compact
   def __call__(self, h, skips, emb, text):
@@ -319,12 +319,12 @@ class IFUNet(nn.Module):
     """Predicts eps and, in IF's own weights, where the variance lies.
 
     Args:
-      sample: [B, H, W, in_channels]: the noisy picture and, in a
-        super-resolution stage, the enlarged and noised low-resolution one.
+      sample: [B, H, W, in_channels]: the noisy image and, in a
+        super-resolution stage, the upsampled and noised low-resolution one.
         H and W are multiples of `config.multiple`.
       t: [B] step numbers, 0 to 999.
       text: [B, L, encoder_hid_dim]; every position is looked at, padding too.
-      noise_level: [B] step numbers of the low-resolution picture's noise.
+      noise_level: [B] step numbers of the low-resolution image's noise.
       pooled_text: [B, L, encoder_hid_dim], another text for the pooled vector
         (a style); None is `text`.
 

@@ -1,6 +1,6 @@
 """Classifier-free guidance and thresholding (Sections 2.2 and 2.3).
 
-Large guidance weights push the predicted picture out of [−1, 1], where the
+Large guidance weights push the predicted image out of [−1, 1], where the
 network never saw one; thresholding brings it back at every step. A sampler
 knows nothing of either: `guided` turns a network into denoise(z, logsnr) -> x.
 """
@@ -29,7 +29,7 @@ def guide(cond, uncond, weight):
 
 
 def static_threshold(x):
-  """Clips the predicted picture to [−1, 1] (Section 2.3)."""
+  """Clips the predicted image to [−1, 1] (Section 2.3)."""
   return jnp.clip(x, -1, 1)
 
 
@@ -48,7 +48,7 @@ def magnitude_percentile(x, percentile):
   """The percentile of |x| per sample, [B, ...] -> [B], without sorting.
 
   The same number as jnp.percentile(|x|, percentile) with its linear
-  interpolation. Sorting a 1024² picture takes about a second on a CPU. But
+  interpolation. Sorting a 1024² image takes about a second on a CPU. But
   non-negative floats are ordered like the integers with the same bits, so a
   bisection over the bits, counting the values below, finds an order statistic
   exactly in as many passes as there are bits.

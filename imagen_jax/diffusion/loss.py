@@ -9,7 +9,7 @@ depends on the log-SNR alone,
 so a weighting can be stated once, as a weight on the eps error:
 
   'eps'      1: the paper
-  'x'        1 / snr: the plain error of the picture
+  'x'        1 / snr: the plain error of the image
   'v'        1 / alpha² = 1 + 1 / snr: the plain error of v
   'min_snr'  min(1, γ / snr), γ = 5: the x error times min(snr, γ) (Hang et
              al. 2023)
@@ -62,14 +62,14 @@ def diffusion_loss(
 ):
   """The weighted squared error of a denoiser at a random time (eq. 1).
 
-  Noise and times are drawn for the whole batch from one key, so the result
+  Noise and times are sampled for the whole batch from one key, so the result
   does not depend on how the batch is laid out over devices.
 
   Args:
     key: a jax.random key.
-    x: [B, H, W, C], pictures in [−1, 1].
+    x: [B, H, W, C], images in [−1, 1].
     predict: (z [B, H, W, C], logsnr [B]) -> the network's output; parameters,
-      text and low-resolution pictures are in its closure.
+      text and low-resolution images are in its closure.
     logsnr_fn: the schedule, t [B] -> logsnr [B].
     prediction: what the network returns, 'eps', 'v' or 'x'.
     weighting: see the top of this file; None is the plain mean squared error

@@ -1,7 +1,7 @@
 """The forward process, its posterior, and three names for one prediction.
 
 A network that sees z = alpha x + sigma eps may be asked for the noise eps
-(Imagen), for the picture x, or for v = alpha eps − sigma x (progressive
+(Imagen), for the image x, or for v = alpha eps − sigma x (progressive
 distillation, Imagen Video). Given z and the log-SNR each determines the other
 two. x, eps, v and z are [B, ...]; logsnr is [B] or a scalar.
 
@@ -73,7 +73,7 @@ def target(prediction, x, eps, logsnr):
 
 
 def to_x(prediction, output, z, logsnr):
-  """The picture a network's output stands for, given what it saw."""
+  """The image a network's output stands for, given what it saw."""
   output = output.astype(jnp.promote_types(output.dtype, z.dtype))
   match prediction:
     case 'eps':
@@ -97,7 +97,7 @@ def posterior(z, x, *, logsnr_t, logsnr_s, gamma=0.0):
   itself N(0, I)). Both hold the factor in front, so it is taken out.
 
   Args:
-    z, x: [B, ...], the noisy picture and the (estimated) clean one.
+    z, x: [B, ...], the noisy image and the (estimated) clean one.
     logsnr_t, logsnr_s: λt ≤ λs, [B] or scalars.
     gamma: in [0, 1]. The paper does not give its values.
 
@@ -117,16 +117,16 @@ def posterior(z, x, *, logsnr_t, logsnr_s, gamma=0.0):
 
 
 def augment(eps, x_low, level):
-  """Noise-conditioning augmentation of a low-resolution picture (2.4, A.32).
+  """Noise-conditioning augmentation of a low-resolution image (2.4, A.32).
 
   Gaussian noise that resembles the forward process, added once, at the low
-  resolution, before upsampling; the super-resolution network is told `level`.
-  In training level ~ U(0, 1) per sample; at sampling it is fixed (the paper's
-  best-looking samples used 0.1 to 0.3, its best FID 0).
+  resolution, before upsampling; the super-resolution network is conditioned on
+  `level`. In training level ~ U(0, 1) per sample; at sampling it is fixed (the
+  paper's best-looking samples used 0.1 to 0.3, its best FID 0).
 
   The paper does not say which schedule turns a level into noise. This is the
   cosine one without its ends cut off, alpha = cos(π level / 2): level 0 is
-  the picture bit for bit, 0.1, 0.2 and 0.3 are sigma 0.16, 0.31 and 0.45.
+  the image bit for bit, 0.1, 0.2 and 0.3 are sigma 0.16, 0.31 and 0.45.
 
   Args:
     eps: [B, h, w, C], standard noise.

@@ -1,4 +1,4 @@
-"""From noise to a picture: ancestral DDPM, DDIM and DPM-Solver++ (App. A).
+"""From noise to an image: ancestral DDPM, DDIM and DPM-Solver++ (App. A).
 
 A sampler sees only denoise(z, logsnr) -> x. One step of each of them is a
 function with the same arguments,
@@ -30,14 +30,14 @@ def ddpm_step(z, x, noise, *, logsnr_t, logsnr_s, last=None, gamma=0.0):
 
 
 def ddim_step(z, x, noise, *, logsnr_t, logsnr_s, last=None, eta=0.0):
-  """DDIM: keep the picture, shrink the noise (eq. 5; Song et al. 2021).
+  """DDIM: keep the image, shrink the noise (eq. 5; Song et al. 2021).
 
   eta in [0, 1] replaces that much of the noise's standard deviation by fresh
   noise: 0 is deterministic, 1 is the ancestral sampler with gamma = 0.
   """
   del last
   alpha, sigma = alpha_sigma(logsnr_s)
-  fresh = -jnp.expm1(logsnr_t - logsnr_s) * eta**2  # share of the variance
+  fresh = -jnp.expm1(logsnr_t - logsnr_s) * eta**2  # fraction of the variance
   eps = eps_from_x(z, x, logsnr_t)
   return alpha * x + sigma * (
     jnp.sqrt(1 - fresh) * eps + jnp.sqrt(fresh) * noise
@@ -81,27 +81,27 @@ def sample(
   dtype=jnp.float32,
   return_trajectory=False,
 ):
-  """Pictures [B, *shape], from noise, in `steps` evaluations of `denoise`.
+  """Images [B, *shape], from noise, in `steps` evaluations of `denoise`.
 
   Step i goes from the i-th of `steps` + 1 points to the next; the last one
   returns the predicted x itself, without noise. All is one lax.scan, so the
   network is compiled once for any number of steps.
 
   Args:
-    keys: [B], one key per picture (`picture_key`). Row b's noise depends on
-      keys[b] and the step alone, not on the batch it is drawn in.
+    keys: [B], one key per image (`image_key`). Row b's noise depends on
+      keys[b] and the step alone, not on the batch it is sampled in.
     denoise: (z [B, *shape], logsnr [B]) -> x [B, *shape].
-    shape: of one picture, (H, W, C).
+    shape: of one image, (H, W, C).
     logsnr_fn: the schedule, t -> logsnr.
     steps: a Python int, at least 1.
     sampler: 'ddpm' (with `gamma`), 'ddim' (with `eta`) or 'dpmpp'.
     grid: points evenly spaced in 'time' (the paper) or in 'logsnr'.
-    z: [B, *shape], a noisy picture to start from; None is pure noise.
+    z: [B, *shape], a noisy image to start from; None is pure noise.
     start: the time that z is at, in (0, 1].
-    known: [B, *shape], a picture to keep where `mask` is 0. There every step
+    known: [B, *shape], an image to keep where `mask` is 0. There every step
       gets it with the noise that the step expects, and the result has it as
       it is.
-    mask: [B, H, W, 1], 1 where to paint; None paints everywhere.
+    mask: [B, H, W, 1], 1 where to inpaint; None inpaints everywhere.
     dtype: of z and all arithmetic, float32 or wider; z's own if it is given.
     return_trajectory: return (x, {'z': z before each step [steps, B, *shape],
       'x': its prediction, likewise, 'logsnr': [steps]}) instead of x.
@@ -122,14 +122,14 @@ def sample(
     case _:
       raise ValueError(f"sampler is 'ddpm', 'ddim' or 'dpmpp', not {sampler!r}")
 
-  def draw(index):
+  def normal(index):
     row = lambda key: jax.random.normal(
       jax.random.fold_in(key, index), shape, dtype
     )
     return jax.vmap(row)(keys)
 
   if z is None:
-    z = draw(0)
+    z = normal(0)
   dtype = z.dtype
   logsnr = _grid(logsnr_fn, start, steps, grid, dtype)
 
@@ -137,12 +137,12 @@ def sample(
     z, last = carry
     i, logsnr_t, logsnr_s = step_input
     x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
-    noise = draw(i + 1) if stochastic else jnp.zeros_like(z)
+    noise = normal(i + 1) if stochastic else jnp.zeros_like(z)
     z_next = step(z, x, noise, logsnr_t=logsnr_t, logsnr_s=logsnr_s, last=last)
     if mask is not None:
-      # Noise of its own number, so that a picture without a mask stays what
+      # Noise of its own number, so that an image without a mask stays what
       # it was.
-      kept = diffuse(known, draw(steps + 1 + i), logsnr_s)
+      kept = diffuse(known, normal(steps + 1 + i), logsnr_s)
       z_next = jnp.where(mask > 0, z_next, kept)
       x = jnp.where((mask > 0) | (i < steps - 1), x, known)
     return (z_next, (x, logsnr_t)), (z, x) if return_trajectory else None
@@ -168,16 +168,16 @@ def _grid(logsnr_fn, start, steps, grid, dtype):
   raise ValueError(f"grid is 'time' or 'logsnr', not {grid!r}")
 
 
-def picture_key(seed, prompt, i):
-  """The key of picture i of a prompt: the same in every batch and session.
+def image_key(seed, prompt, i):
+  """The key of image i of a prompt: the same in every batch and session.
 
-  Threefry by name, not jax's default, so that a seed means the same picture
+  Threefry by name, not jax's default, so that a seed means the same image
   on every device and in later versions.
 
   Args:
     seed: in [0, 2³²); jax would drop higher bits without a word.
     prompt: the caption, exactly as given; its first 4 bytes of SHA-256 count.
-    i: number of the picture among those of the prompt.
+    i: number of the image among those of the prompt.
 
   Raises:
     ValueError: the seed is out of range.

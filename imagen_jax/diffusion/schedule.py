@@ -6,8 +6,9 @@ The forward process is variance-preserving in continuous time (Appendix A):
   logsnr = log(alpha² / sigma²), falling from t = 0 (data) to t = 1 (noise).
 
 A schedule is a function logsnr(t) and nothing else. The networks, the losses
-and the samplers are told the log-SNR, never the time, so a schedule can be
-exchanged without touching them. Numbers follow the dtype of their arguments.
+and the samplers are conditioned on the log-SNR, never on the time, so a
+schedule can be exchanged without touching them. Numbers follow the dtype of
+their arguments.
 """
 
 import math
@@ -35,7 +36,7 @@ def cosine_logsnr(t, *, logsnr_min=-15.0, logsnr_max=15.0):
 
   The paper does not give the limits. ±15 (alpha or sigma of 5.5e-4) because
   * at t = 1 sampling starts from N(0, I) instead of the true N(alpha x,
-    sigma²): ½ Σ alpha² x² is at most 0.002 nats for a 64² picture of ±1s and
+    sigma²): ½ Σ alpha² x² is at most 0.002 nats for a 64² image of ±1s and
     0.5 for 1024²; at −10 it is 0.3 and 71.
   * x = (z − sigma eps) / alpha magnifies an error in eps by 1/alpha: 1808
     here, 22026 at −20, where fp32 rounding alone would cost x a third of a
@@ -71,9 +72,9 @@ def linear_logsnr(
 
 
 def shifted_logsnr(logsnr, *, resolution, base_resolution=64):
-  """The log-SNR that hides as much of a larger picture (simple diffusion).
+  """The log-SNR that hides as much of a larger image (simple diffusion).
 
-  Averaging over a (resolution / base_resolution)² block, what a picture's
+  Averaging over a (resolution / base_resolution)² block, what an image's
   content survives, divides the noise's variance by the block's size. Adding
   2 log(base_resolution / resolution), −2.77 from 64 to 256, takes it back:
 

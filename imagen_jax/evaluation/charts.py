@@ -11,17 +11,17 @@ def bars(rows):
 
   Args:
     rows: [(name, {'accuracy', 'n', 'ci95'}, mark or None, is_control)], the
-      mark being another share in [0, 1], shown as a tick.
+      mark being another fraction in [0, 1], shown as a tick.
   """
   width, height, left, right = 720, 30, 120, 150
   span = width - left - right
   parts = []
-  for share in (0, 0.25, 0.5, 0.75, 1):
-    x = left + span * share
+  for fraction in (0, 0.25, 0.5, 0.75, 1):
+    x = left + span * fraction
     parts.append(
       f'<line class="rule" x1="{x}" x2="{x}" y1="0" y2="{height * len(rows)}"/>'
       f'<text class="tick" x="{x}" y="{height * len(rows) + 16}" '
-      f'text-anchor="middle">{100 * share:.0f} %</text>'
+      f'text-anchor="middle">{100 * fraction:.0f} %</text>'
     )
   for i, (name, score, mark, control) in enumerate(rows):
     y, value = height * i + height / 2, score['accuracy']
@@ -49,14 +49,14 @@ def bars(rows):
   return _svg(width, height * len(rows) + 24, parts)
 
 
-def curves(lines, *, title, across, up, share=False):
+def curves(lines, *, title, across, up, percent=False):
   """Lines through points, as one chart.
 
   Args:
     lines: [(name, [(x, y, (low, high) or None)])]; an x that is text stands
       at its place in the list.
     title, across, up: of the chart and its axes.
-    share: the y axis is 0 to 100 %.
+    percent: the y axis is 0 to 100 %.
   """
   width, height, left, bottom, top = 298, 210, 48, 40, 26
   words = any(isinstance(x, str) for _, line in lines for x, *_ in line)
@@ -64,7 +64,7 @@ def curves(lines, *, title, across, up, share=False):
   place = {x: (names.index(x) if words else x) for x in names}
   xs = _ticks(min(place.values()), max(place.values()))
   values = [y for _, line in lines for _, y, _ in line]
-  ys = (0, 0.25, 0.5, 0.75, 1) if share else _ticks(min(values), max(values))
+  ys = (0, 0.25, 0.5, 0.75, 1) if percent else _ticks(min(values), max(values))
   if words:
     xs = tuple(range(len(names)))
   low_x = min(xs[0], min(place.values()))
@@ -81,7 +81,7 @@ def curves(lines, *, title, across, up, share=False):
   parts = [f'<text class="value" x="{left}" y="14">{html.escape(title)}</text>']
   for y in ys:
     _, v = at(low_x, y)
-    label = f'{100 * y:.0f} %' if share else f'{y:g}'
+    label = f'{100 * y:.0f} %' if percent else f'{y:g}'
     parts.append(
       f'<line class="rule" x1="{left}" x2="{width - 16}" y1="{v:.1f}" '
       f'y2="{v:.1f}"/><text class="tick" x="{left - 6}" y="{v + 4:.1f}" '
@@ -130,7 +130,7 @@ def legend(names):
 
 
 def matrix(counts, title):
-  """A confusion matrix: said down, seen across, shares of each row.
+  """A confusion matrix: said down, seen across, fractions of each row.
 
   Args:
     counts: {(said, seen): count}.

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -59,7 +59,7 @@ class _Named(nn.Module):
 
 
 class ClipImage(_Named):
-  """Pictures to the shared space.
+  """Images to the shared space.
 
   Attributes:
     sizes: width, mlp, layers, heads, act, eps, size and patch in pixels.

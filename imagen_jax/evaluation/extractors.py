@@ -1,4 +1,4 @@
-"""The networks through which pictures are compared, with a user's weights.
+"""The networks through which images are compared, with a user's weights.
 
 Inception's lie in one file, CLIP's in a Hugging Face folder. Weights are read
 from safetensors or npz, never unpickled, and every tensor must have the name
@@ -30,7 +30,7 @@ class Extractor:
   Attributes:
     image: uint8 [N, H, W, 3] -> float32 [N, D].
     digest: sha256 of the weights' file, 64 hex digits.
-    resize: the rule by which pictures come to the network's size.
+    resize: the rule by which images come to the network's size.
     text: list of N sentences -> float32 [N, D], or None.
   """
 
@@ -150,10 +150,10 @@ def load_clip(folder):
   looks = clip.ClipImage(see, projection)
   reads = clip.ClipText(read, projection)
   size, length = see['size'], read['length']
-  picture = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  example = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   words = jax.ShapeDtypeStruct((1, length), jnp.int32)
   others = ('logit_scale', 'position_ids')
-  seen = params_for(looks, picture, tensors, path, ignored=(*others, 'text_'))
+  seen = params_for(looks, example, tensors, path, ignored=(*others, 'text_'))
   said = params_for(
     reads, words, tensors, path, ignored=(*others, 'vision_', 'visual_')
   )
@@ -176,7 +176,7 @@ def load_clip(folder):
 
 
 def _clip_sizes(path):
-  """((picture sizes, text sizes), projection) of a config.json."""
+  """((image sizes, text sizes), projection) of a config.json."""
   try:
     config = json.loads(path.read_text(encoding='utf-8'))
     both = []

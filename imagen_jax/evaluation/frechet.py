@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures, seen through a network's features.
+"""Distances between two sets of images, seen through a network's features.
 
 Fréchet distance (Heusel et al. 2017; FID with Inception's features), KID
 (Bińkowski et al. 2018), CMMD (Jayasumana et al. 2024; CLIP's features),
@@ -13,7 +13,7 @@ def moments(features):
   """(mean [D], covariance [D, D]) of features [N, D], N ≥ 2, as float64."""
   features = np.asarray(features, np.float64)
   if len(features) < 2:
-    raise ValueError(f'{len(features)} pictures have no covariance')
+    raise ValueError(f'{len(features)} images have no covariance')
   return features.mean(0), np.cov(features, rowvar=False).reshape(
     2 * features.shape[1:]
   )
@@ -117,20 +117,22 @@ def _unit(features):
   return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def precision_recall(real, drawn, *, k=3, block=1024):
+def precision_recall(real, generated, *, k=3, block=1024):
   """(precision, recall): how much of each set lies in the other's reach.
 
   A set's reach is the union of balls around its members, each as large as the
-  distance to the member's k-th neighbour. Precision is the share of drawn
-  pictures in reach of the real ones, recall the reverse.
+  distance to the member's k-th neighbour. Precision is the fraction of
+  generated images in reach of the real ones, recall the reverse.
 
   Args:
-    real, drawn: features [N, D] and [M, D], each more than k.
+    real, generated: features [N, D] and [M, D], each more than k.
   """
-  real, drawn = (np.asarray(x, np.float64) for x in (real, drawn))
-  if min(len(real), len(drawn)) <= k:
-    raise ValueError(f'precision and recall need more than {k} pictures')
-  return _reached(drawn, real, k, block), _reached(real, drawn, k, block)
+  real, generated = (np.asarray(x, np.float64) for x in (real, generated))
+  if min(len(real), len(generated)) <= k:
+    raise ValueError(f'precision and recall need more than {k} images')
+  return _reached(generated, real, k, block), _reached(
+    real, generated, k, block
+  )
 
 
 def _squared(x, y):

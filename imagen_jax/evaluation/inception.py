@@ -152,7 +152,7 @@ def _max(x, stride, pad=0):
 
 
 def _mean(x):
-  """The mean of 3×3 pixels, of those that are inside the picture."""
+  """The mean of 3×3 pixels, of those that are inside the image."""
 
   def total(x):
     return jax.lax.reduce_window(

@@ -1,7 +1,7 @@
 """One page that shows an evaluation: `index.html`, alone and without script.
 
 Everything is made anew from `scores.json` and the runs' folders beside it;
-pictures are put into the page as small copies, so the file can be sent.
+images are put into the page as small copies, so the file can be sent.
 """
 
 import base64
@@ -13,10 +13,10 @@ import pathlib
 from PIL import Image
 
 from imagen_jax.errors import DataError
-from imagen_jax.evaluation import charts, drawing, scores
+from imagen_jax.evaluation import charts, generation, scores
 from imagen_jax.worlds import suite as shapes_suite
 
-SHOWN = 24  # pictures of a category on the page
+SHOWN = 24  # images of a category on the page
 THUMB = 144  # their side, in pixels
 
 STYLE = """
@@ -70,7 +70,7 @@ def write(out):
   """Writes `index.html` of a report folder; returns its path.
 
   Raises:
-    DataError: the folder has no scores, or a picture of a run is gone.
+    DataError: the folder has no scores, or an image of a run is gone.
   """
   out = pathlib.Path(out)
   found = scores.read_scores(out)
@@ -114,24 +114,24 @@ def _head(notes):
 
 TITLES = {
   'shapes': (
-    'Does the picture show what the sentence says?',
-    'The share of pictures that a classical judge finds wholly right, with '
+    'Does the image show what the sentence says?',
+    'The fraction of images that a classical judge finds wholly right, with '
     "Wilson's 95 % intervals. The green tick is the judge's own accuracy on "
-    'true pictures of the same scenes; “shuffled” is the control, the same '
-    'pictures judged by another sentence.',
+    'true images of the same scenes; “shuffled” is the control, the same '
+    'images judged by another sentence.',
   ),
   'shapes_from_truth': (
-    'Super-resolution on true small pictures',
-    'The super-resolution stages were given true pictures at the base '
+    'Super-resolution on true small images',
+    'The super-resolution stages were given true images at the base '
     'resolution, so what is wrong here is their own doing.',
   ),
-  'prompts': ('Pictures of prompts', 'By category, the first of each.'),
+  'prompts': ('Images of prompts', 'By category, the first of each.'),
   'clip': (
     'CLIP score',
-    '100 times the cosine of picture and sentence, with 95 % intervals.',
+    '100 times the cosine of image and sentence, with 95 % intervals.',
   ),
   'fid': (
-    'Distance from real pictures',
+    'Distance from real images',
     'Smaller Fréchet, KID and CMMD are better; precision, recall and CLIP '
     'score larger.',
   ),
@@ -146,7 +146,7 @@ def _title(suite):
 def _suite(out, suite, categories, own, note):
   """The section of one run."""
   folder = out / note['run']
-  records = drawing.read_records(folder)
+  records = generation.read_records(folder)
   yield _title(suite)
   if all('accuracy' in score for score in categories.values()):
     rows = [
@@ -187,7 +187,7 @@ def _suite(out, suite, categories, own, note):
 
 
 def _figure(folder, record, caption=True):
-  image = drawing.read_picture(folder, record)
+  image = generation.read_image(folder, record)
   tone, mark = '', ''
   if 'correct' in record:
     tone = 'yes' if record['correct'] else 'no'
@@ -200,22 +200,22 @@ def _figure(folder, record, caption=True):
 
 def _image(image, alt):
   side = image.shape[0]
-  picture = Image.fromarray(image)
+  image = Image.fromarray(image)
   kind = ' class="pixels"' if side < THUMB else ''
   if side > THUMB:
-    picture = picture.resize((THUMB, THUMB), Image.Resampling.BOX)
+    image = image.resize((THUMB, THUMB), Image.Resampling.BOX)
   file = io.BytesIO()
   if side < THUMB:
-    picture.save(file, 'PNG')
+    image.save(file, 'PNG')
   else:
-    picture.save(file, 'JPEG', quality=85)
+    image.save(file, 'JPEG', quality=85)
   data = base64.b64encode(file.getvalue()).decode()
   type_ = 'png' if side < THUMB else 'jpeg'
   return f'<img{kind} src="data:image/{type_};base64,{data}" alt="{alt}">'
 
 
 def _numbers(categories):
-  """A table of a suite whose scores are not shares."""
+  """A table of a suite whose scores are not fractions."""
   keys = list(dict.fromkeys(k for s in categories.values() for k in s))
   head = ''.join(f'<th>{html.escape(k)}</th>' for k in keys)
   rows = ''.join(
@@ -265,7 +265,7 @@ def _keys(suite):
 
 
 def _sweep(out, label, suites, found, notes):
-  """The section of all runs of a sweep: curves, then a grid of pictures."""
+  """The section of all runs of a sweep: curves, then a grid of images."""
   across = _pairs(suites[0])[-1][0]
   by_line = {}
   for suite in suites:
@@ -276,12 +276,12 @@ def _sweep(out, label, suites, found, notes):
   yield f'<h2>{html.escape(title)}</h2>'
   if len(by_line) > 1:
     yield f'<p>{charts.legend(by_line)}</p>'
-  drawn = []
+  generated = []
   categories = dict.fromkeys(c for s in suites for c in found[s])
   for category in categories:
     if category == 'judge':
       continue
-    for key, share in _metrics(found[suites[0]].get(category, {})):
+    for key, percent in _metrics(found[suites[0]].get(category, {})):
       lines = [
         (
           name,
@@ -290,8 +290,8 @@ def _sweep(out, label, suites, found, notes):
         for name, line in by_line.items()
       ]
       told = category if key in ('accuracy', 'mean') else key
-      drawn.append(
-        charts.curves(lines, title=told, across=across, up=key, share=share)
+      generated.append(
+        charts.curves(lines, title=told, across=across, up=key, percent=percent)
       )
     if {'frechet', 'clip_score'} <= found[suites[0]].get(category, {}).keys():
       lines = [
@@ -304,7 +304,7 @@ def _sweep(out, label, suites, found, notes):
         )
         for name, line in by_line.items()
       ]
-      drawn.insert(
+      generated.insert(
         0,
         charts.curves(
           lines,
@@ -313,7 +313,7 @@ def _sweep(out, label, suites, found, notes):
           up='Fréchet distance',
         ),
       )
-  cards = ''.join(f'<div class="card">{chart}</div>' for chart in drawn)
+  cards = ''.join(f'<div class="card">{chart}</div>' for chart in generated)
   yield f'<div class="row">{cards}</div>'
   yield _sweep_grid(out, suites, notes)
   yield _settings(notes[suites[0]])
@@ -327,10 +327,10 @@ def _value(text):
 
 
 def _metrics(score):
-  """[(key, is a share in [0, 1])] of what can be drawn as a curve."""
+  """[(key, is a fraction in [0, 1])] of what can be generated as a curve."""
   skipped = ('n', 'n_real', 'ci95', 'kid_sd')
-  shares = ('accuracy', 'precision', 'recall')
-  return [(k, k in shares) for k in score if k not in skipped]
+  fractions = ('accuracy', 'precision', 'recall')
+  return [(k, k in fractions) for k in score if k not in skipped]
 
 
 def _ends(score, key):
@@ -344,7 +344,7 @@ def _ends(score, key):
 def _sweep_grid(out, suites, notes, rows=4):
   """The same prompts down, the runs across."""
   runs = [(s, out / notes[s]['run']) for s in suites[:8]]
-  records = {s: drawing.read_records(folder) for s, folder in runs}
+  records = {s: generation.read_records(folder) for s, folder in runs}
   every = sorted(records[suites[0]])
   chosen = [k for k in every if k[1] == 0][:rows] or every[:rows]
   head = ''.join(

@@ -17,7 +17,7 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 def wilson(right, n):
-  """Wilson's 95 % interval of a share: (low, high), each in [0, 1].
+  """Wilson's 95 % interval of a fraction: (low, high), each in [0, 1].
 
   Unlike the usual ±1.96 standard errors it stays inside [0, 1] and does not
   shrink to a point at 0 or n right (Wilson 1927).
@@ -27,16 +27,16 @@ def wilson(right, n):
   """
   if n < 1 or not 0 <= right <= n:
     raise ValueError(f'{right} right of {n}')
-  share, zz = right / n, Z95 * Z95
-  centre = (share + zz / (2 * n)) / (1 + zz / n)
-  spread = share * (1 - share) / n + zz / (4 * n * n)
+  fraction, zz = right / n, Z95 * Z95
+  centre = (fraction + zz / (2 * n)) / (1 + zz / n)
+  spread = fraction * (1 - fraction) / n + zz / (4 * n * n)
   half = Z95 / (1 + zz / n) * spread**0.5
   # Exactly 0 and 1 at the ends, where rounding leaves 1e-17 beside them.
   low = 0.0 if right == 0 else centre - half
   return low, 1.0 if right == n else centre + half
 
 
-def share(verdicts):
+def fraction(verdicts):
   """{'accuracy', 'n', 'ci95'} of an iterable of booleans, at least one."""
   verdicts = list(verdicts)
   right, n = sum(map(bool, verdicts)), len(verdicts)
@@ -44,11 +44,11 @@ def share(verdicts):
 
 
 def cell(verdicts):
-  """The share as text, '85 % (77 to 91)'; '' where there are no verdicts."""
+  """The fraction as text, '85 % (77 to 91)'; '' where there are no verdicts."""
   verdicts = list(verdicts)
   if not verdicts:
     return ''
-  found = share(verdicts)
+  found = fraction(verdicts)
   right, low, high = (100 * p for p in (found['accuracy'], *found['ci95']))
   return f'{right:.0f} % ({low:.0f} to {high:.0f})'
 

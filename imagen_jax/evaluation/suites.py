@@ -1,4 +1,4 @@
-"""What is drawn and how it is scored: one small class per suite.
+"""What is generated and how it is scored: one small class per suite.
 
 A suite has `label`, `num`, and
 
@@ -19,11 +19,11 @@ import numpy as np
 
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation import frechet, prompts, scores
-from imagen_jax.evaluation.drawing import Item, read_picture
+from imagen_jax.evaluation.generation import Item, read_image
 from imagen_jax.worlds import suite as shapes_suite
 
-BLOCK = 256  # pictures in memory at a time
-NEIGHBOURS = 10_000  # pictures of either set for precision and recall
+BLOCK = 256  # images in memory at a time
+NEIGHBOURS = 10_000  # images of either set for precision and recall
 
 
 def make(args, resolution):
@@ -31,7 +31,7 @@ def make(args, resolution):
 
   Args:
     args: of cli/evaluate.py.
-    resolution: of the pictures to come.
+    resolution: of the images to come.
 
   Raises:
     UsageError, DataError, ModelError: what it needs is missing or broken.
@@ -69,7 +69,7 @@ def make(args, resolution):
 def _fid(args, resolution):
   if not args.data or not (args.inception or args.clip):
     raise UsageError(
-      '--suite fid needs --data DIR, real pictures with captions, and '
+      '--suite fid needs --data DIR, real images with captions, and '
       '--inception FILE or --clip DIR, the weights to compare them with.'
     )
   from imagen_jax.data.sources import make_source
@@ -123,7 +123,7 @@ class Shapes:
     return digest([item.prompt for item in some])
 
   judge = staticmethod(shapes_suite.record)
-  true_picture = staticmethod(shapes_suite.true_picture)
+  true_image = staticmethod(shapes_suite.true_image)
 
   def score(self, folder, records):
     result, own = shapes_suite.score(records, self.categories, self.num)
@@ -140,7 +140,7 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Pictures of a user's prompts; with CLIP's weights also their CLIP score.
+  """Images of a user's prompts; with CLIP's weights also their CLIP score.
 
   Attributes:
     label: 'prompts' or 'clip'.
@@ -164,7 +164,7 @@ class Prompts:
     for category, prompt in self.listed:
       for _ in range(self.num_images):
         number = numbers[category] = numbers.get(category, -1) + 1
-        # A prompt that is listed twice gets other pictures.
+        # A prompt that is listed twice gets other images.
         key = category, prompt
         index = seen[key] = seen.get(key, -1) + 1
         result.append(Item(category, number, prompt, index))
@@ -202,14 +202,14 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Fid:
-  """The paper's protocol (Section 4.1): captions of real pictures, drawn.
+  """The paper's protocol (Section 4.1): captions of real images, generated.
 
-  `num` captions are taken at random; the pictures drawn of them are compared
-  with all real pictures, which are cut square and averaged to the model's
+  `num` captions are taken at random; the images generated of them are compared
+  with all real images, which are cut square and averaged to the model's
   resolution.
 
   Attributes:
-    source: of the real pictures, see `data.sources`.
+    source: of the real images, see `data.sources`.
     num: captions.
     seed: of their choice.
     inception: `Extractor` for the Fréchet distance, KID, precision, recall.
@@ -245,30 +245,30 @@ class Fid:
   def score(self, folder, records):
     items, result = self.items(), {}
     if self.inception:
-      drawn = _features(self.inception, _drawn(folder, records, items))
+      generated = _features(self.inception, _generated(folder, records, items))
       real = self._real(folder, self.inception)
-      if min(len(drawn), len(real)) < 4:
+      if min(len(generated), len(real)) < 4:
         raise DataError(
-          f'{len(drawn)} drawn and {len(real)} real pictures are too few to '
-          'compare; raise --num.'
+          f'{len(generated)} generated and {len(real)} real images are too few '
+          'to compare; raise --num.'
         )
       result['frechet'] = frechet.frechet(
-        *frechet.moments(drawn), *frechet.moments(real)
+        *frechet.moments(generated), *frechet.moments(real)
       )
-      result['kid'], result['kid_sd'] = frechet.kid(drawn, real)
+      result['kid'], result['kid_sd'] = frechet.kid(generated, real)
       result['precision'], result['recall'] = frechet.precision_recall(
-        real[:NEIGHBOURS], drawn[:NEIGHBOURS]
+        real[:NEIGHBOURS], generated[:NEIGHBOURS]
       )
     if self.clip:
-      drawn = _features(self.clip, _drawn(folder, records, items))
-      result['cmmd'] = frechet.cmmd(drawn, self._real(folder, self.clip))
+      generated = _features(self.clip, _generated(folder, records, items))
+      result['cmmd'] = frechet.cmmd(generated, self._real(folder, self.clip))
       texts = self.clip.text([item.prompt for item in items])
-      result['clip_score'] = float(cosine_scores(drawn, texts).mean())
+      result['clip_score'] = float(cosine_scores(generated, texts).mean())
     result |= {'n': len(items), 'n_real': len(self.source)}
     return {'fid': {'all': result}}
 
   def _real(self, folder, extractor):
-    """Features of all real pictures, kept for the next run of a sweep."""
+    """Features of all real images, kept for the next run of a sweep."""
     captions = digest([self._captions(), len(self.source)])
     name = f'real-{extractor.digest[:16]}-{captions}.npy'
     path = pathlib.Path(folder).parent / name
@@ -294,7 +294,7 @@ class Fid:
     few = min(self.num, len(self.source))
     if few < 10_000:
       return [
-        f'{few} pictures bias the Fréchet distance upwards; compare it only '
+        f'{few} images bias the Fréchet distance upwards; compare it only '
         'with values of the same number. The paper uses 30000.'
       ]
     return []
@@ -308,14 +308,14 @@ def cosine_scores(images, texts):
 
 
 def clip_scores(extractor, folder, records, items):
-  """The CLIP score of each item's picture with its prompt, [N]."""
-  images = _features(extractor, _drawn(folder, records, items))
+  """The CLIP score of each item's image with its prompt, [N]."""
+  images = _features(extractor, _generated(folder, records, items))
   return cosine_scores(images, extractor.text([x.prompt for x in items]))
 
 
-def _drawn(folder, records, items):
+def _generated(folder, records, items):
   for item in items:
-    yield read_picture(folder, records[item.category, item.number])
+    yield read_image(folder, records[item.category, item.number])
 
 
 def _features(extractor, images):

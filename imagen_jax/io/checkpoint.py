@@ -167,7 +167,7 @@ class Checkpoints:
 
     Args:
       abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s; where a leaf
-        has a sharding, it is placed so, else on the first device.
+        has a sharding, it is put there, else on the first device.
       step: this step and no other.
 
     Returns:

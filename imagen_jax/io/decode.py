@@ -1,4 +1,4 @@
-"""One rule from a picture's bytes to training pixels, for every source.
+"""One rule from an image's bytes to training pixels, for every source.
 
 Upright (EXIF), on white where transparent, 16 bits as 8, palette and CMYK as
 RGB, of an animation the first frame; then the central square, made smaller
@@ -17,7 +17,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 MAX_PIXELS = 2**26  # 67 million: 201 MB as RGB
 _HUGE = f'it has more than {MAX_PIXELS / 1e6:.0f} million pixels'
-MIN_SIDE = 8  # below this, a picture is a line or a tracking pixel
+MIN_SIDE = 8  # below this, an image is a line or a tracking pixel
 RESIZE = {
   'area': Image.Resampling.BOX,
   'bicubic': Image.Resampling.BICUBIC,
@@ -28,15 +28,15 @@ warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
 class BadSample(Exception):
-  """A picture or caption cannot be used; the message completes 'because'."""
+  """An image or caption cannot be used; the message completes 'because'."""
 
 
 def decode(data, size, resize='area'):
-  """A picture as uint8 [size, size, 3]: upright, on white, square.
+  """An image as uint8 [size, size, 3]: upright, on white, square.
 
   Args:
     data: the file's bytes, its path, or an open file.
-    size: side in pixels, at most the picture's shorter one.
+    size: side in pixels, at most the image's shorter one.
     resize: 'area' (the mean over each target pixel's area), 'bicubic' or
       'lanczos'; all antialiased.
 
@@ -50,7 +50,7 @@ def decode(data, size, resize='area'):
 
 
 def inspect(data):
-  """(width, height) of a picture that decodes from beginning to end.
+  """(width, height) of an image that decodes from beginning to end.
 
   Raises:
     BadSample: as `decode`.
@@ -88,7 +88,7 @@ def _open(data):
   except Image.DecompressionBombError:
     raise BadSample(_HUGE) from None
   except Exception as error:  # each of Pillow's readers has its own
-    raise BadSample('it cannot be read as a picture') from error
+    raise BadSample('it cannot be read as an image') from error
   width, height = image.size
   problem = None
   if width * height > MAX_PIXELS:

@@ -1,4 +1,4 @@
-"""Pictures on disk: grids, PNG files that remember how they were made."""
+"""Images on disk: grids, PNG files that remember how they were made."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ METADATA_KEY = 'imagen_jax'
 
 
 def grid(images, columns=None, *, pad=2):
-  """Pictures side by side on white: uint8 [N, H, W, 3] -> [H', W', 3]."""
+  """Images side by side on white: uint8 [N, H, W, 3] -> [H', W', 3]."""
   count, height, width, channels = images.shape
   columns = columns or int(np.ceil(np.sqrt(count)))
   rows = -(-count // columns)
@@ -29,7 +29,7 @@ def grid(images, columns=None, *, pad=2):
   return canvas
 
 
-def enlarge(images, min_side):
+def upsample(images, min_side):
   """Repeats pixels until the side is at least `min_side`: [N, H, W, 3]."""
   factor = -(-min_side // images.shape[2])
   return images.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -51,16 +51,16 @@ def save_png(path, image, metadata=None):
 
 
 def read_metadata(path):
-  """The JSON object that `save_png` put into a picture.
+  """The JSON object that `save_png` put into an image.
 
   Raises:
-    DataError: when the file is no picture, or carries no such record.
+    DataError: when the file is no image, or carries no such record.
   """
   try:
     with Image.open(path) as image:
       record = dict(getattr(image, 'text', {})).get(METADATA_KEY)
   except OSError as error:
-    raise DataError(f'{path} cannot be read as a picture ({error}).') from error
+    raise DataError(f'{path} cannot be read as an image ({error}).') from error
   if record is None:
     raise DataError(
       f'{path} carries no record of how it was made; only PNG files written '
@@ -69,11 +69,11 @@ def read_metadata(path):
   return json.loads(record)
 
 
-def read_picture(path, size):
-  """A user's picture as uint8 [size, size, 3], squared and box-resized.
+def read_image(path, size):
+  """A user's image as uint8 [size, size, 3], squared and box-resized.
 
   Raises:
-    DataError: when the file is no picture or smaller than `size`.
+    DataError: when the file is no image or smaller than `size`.
   """
   from imagen_jax.io import decode
 
@@ -81,12 +81,12 @@ def read_picture(path, size):
     return decode.decode(path, size)
   except decode.BadSample as error:
     raise DataError(
-      f'{path} cannot be used as a picture of {size} pixels: {error}.'
+      f'{path} cannot be used as an image of {size} pixels: {error}.'
     ) from error
 
 
 def read_low_res(path, side, multiple):
-  """A user's picture for a stage to enlarge: uint8 [h, w, 3].
+  """A user's image for a stage to upsample: uint8 [h, w, 3].
 
   Its shape is kept, but for what is cut off to make both sides whole
   multiples.
@@ -97,31 +97,31 @@ def read_low_res(path, side, multiple):
     multiple: of both its sides.
 
   Raises:
-    DataError: it is no picture, or smaller than `side`.
+    DataError: it is no image, or smaller than `side`.
   """
-  image = open_picture(path)
+  image = open_image(path)
   width, height = shaped(*image.size, side, multiple)
   if width == height:
-    return read_picture(path, side)
+    return read_image(path, side)
   if min(image.size) < side:
     raise DataError(
-      f'{path} cannot be used as a picture of {side} pixels: it is '
+      f'{path} cannot be used as an image of {side} pixels: it is '
       f'{image.width}×{image.height} pixels, smaller than that.'
     )
   return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BOX))
 
 
-def open_picture(path, mode='RGB'):
-  """A picture file as a PIL image of any shape.
+def open_image(path, mode='RGB'):
+  """An image file as a PIL image of any shape.
 
   Raises:
-    DataError: it is no picture.
+    DataError: it is no image.
   """
   try:
     with Image.open(path) as image:
       return image.convert(mode)
   except OSError as error:
-    raise DataError(f'{path} cannot be read as a picture ({error}).') from error
+    raise DataError(f'{path} cannot be read as an image ({error}).') from error
 
 
 def shaped(width, height, side, multiple=8):
@@ -151,7 +151,7 @@ def to_mask(image, width, height):
 
 
 def check_pair(image, mask):
-  """Refuses a mask without a picture, or of another shape.
+  """Refuses a mask without an image, or of another shape.
 
   Args:
     image, mask: PIL images or None.
@@ -160,9 +160,9 @@ def check_pair(image, mask):
     UsageError: they do not belong together.
   """
   if mask is not None and image is None:
-    raise UsageError('a mask needs the picture it is for: add --init_image.')
+    raise UsageError('a mask needs the image it is for: add --init_image.')
   if mask is not None and mask.size != image.size:
     raise UsageError(
-      f'the mask has {mask.size} pixels and the picture {image.size}; they '
+      f'the mask has {mask.size} pixels and the image {image.size}; they '
       'must have the same shape.'
     )

@@ -172,7 +172,7 @@ def find_stages(path, names=None):
     names: use these alone; all by default.
 
   Returns:
-    list of `StageRecord`s, each enlarging what the one before it draws.
+    list of `StageRecord`s, each upsampling what the one before it generates.
 
   Raises:
     ModelError: the folder is missing or incomplete, or its stages do not

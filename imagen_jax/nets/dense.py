@@ -3,7 +3,7 @@
 Each gathers its own parameters just before it uses them, in the type it
 computes in. Left to choose, XLA's partitioner lets the split of a kernel spread
 to the activations, and then moves those: for the 64→256 model on 256 chips it
-gathered a whole batch of 2,048 pictures on every chip.
+gathered a whole batch of 2,048 images on every chip.
 """
 
 import functools

@@ -28,7 +28,7 @@ from imagen_jax.nets.norm import GroupNorm
 
 
 class _DownStep(nn.Module):
-  """One residual block of a run on the way down; its result is also a skip."""
+  """One residual block of a run in the encoder; its result is also a skip."""
 
   block: functools.partial
 
@@ -39,7 +39,7 @@ class _DownStep(nn.Module):
 
 
 class _UpStep(nn.Module):
-  """One residual block of a run on the way up, fed with one skip."""
+  """One residual block of a run in the decoder, fed with one skip."""
 
   block: functools.partial
 
@@ -100,7 +100,7 @@ class EfficientUNet(nn.Module):
     """Predicts eps, v or x; arguments and result as `UNet.__call__`.
 
     H and W are any multiple of the product of the strides: a model without
-    self-attention trains on crops and runs on whole pictures unchanged.
+    self-attention trains on crops and runs on whole images unchanged.
     """
     text = text.astype(self.dtype)
     if self.text_width is not None:

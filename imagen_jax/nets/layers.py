@@ -28,7 +28,8 @@ def noise_angle(logsnr):
   """A log-SNR as the angle atan(sigma/alpha)·2/π in [0, 1], fp32.
 
   This is the time of the untruncated cosine schedule at that noise, whatever
-  schedule is in use; the networks are told the noise, not the time (A).
+  schedule is in use; the networks are conditioned on the noise, not on the time
+  (A).
   """
   return jnp.arctan2(
     jnp.exp(-0.5 * jnp.clip(logsnr.astype(jnp.float32), -20, 20)), 1.0
@@ -116,7 +117,7 @@ class ResBlock(nn.Module):
     residual_scale: the sum's factor; 1/√2 in the Efficient U-Net (B.1), which
       keeps the variance however many blocks follow one another.
     conv_shortcut: a 1×1 convolution on the shortcut even where the width does
-      not change (drawn so in Figure A.27).
+      not change (so in Figure A.27).
     dropout: rate before the second convolution.
     norm_groups: groups of the GroupNorms.
     dtype: computation type.

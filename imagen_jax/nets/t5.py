@@ -41,10 +41,10 @@ def distance_buckets(length, *, num_buckets, max_distance):
   far = np.maximum(np.abs(distance), exact)
   # float32, as in the models' training: at the edge of a bucket its rounding
   # decides on which side a distance falls.
-  share = np.log((far / exact).astype(np.float32)) / np.float32(
+  fraction = np.log((far / exact).astype(np.float32)) / np.float32(
     math.log(max_distance / exact)
   )
-  far = exact + (share * np.float32(half - exact)).astype(np.int32)
+  far = exact + (fraction * np.float32(half - exact)).astype(np.int32)
   bucket = np.where(
     np.abs(distance) < exact, np.abs(distance), np.minimum(far, half - 1)
   )
@@ -126,7 +126,7 @@ class T5Encoder(nn.Module):
     mlp_dim: width of the feed-forward (`d_ff`).
     gated: gated GELU (v1.1, Flan) instead of ReLU (v1.0).
     num_buckets: of the distance bias.
-    max_distance: from which on distances share a bucket.
+    max_distance: from which on distances fraction a bucket.
     epsilon: of the norms.
     dtype: of the matrix products. The residual stream, the norms, the
       attention's logits and its softmax are float32 always.

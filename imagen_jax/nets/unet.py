@@ -20,12 +20,12 @@ class UNet(nn.Module):
   """The 64×64 text-to-image U-Net of F.1; the defaults are the paper's.
 
   Attributes:
-    resolution: side of the pictures it is made for, in pixels; it decides at
+    resolution: side of the images it is made for, in pixels; it decides at
       which levels `attention_resolutions` lie, other sizes run too.
     channels: width of the first level (`embed_dim`).
     channel_mults: width of each level over `channels`.
-    num_res_blocks: residual blocks a level on the way down; one more on the
-      way up, each taking one skip. A number, or one per level.
+    num_res_blocks: residual blocks a level in the encoder; one more on the
+      decoder, each taking one skip. A number, or one per level.
     attention_resolutions: where attention follows every residual block.
     head_dim: size of an attention head.
     emb_channels: width of the conditioning vector; None is 4 × channels.
@@ -61,11 +61,11 @@ class UNet(nn.Module):
     """Predicts eps, v or x, whichever it was trained for.
 
     Args:
-      z: [B, H, W, 3] noisy pictures; H and W divisible by 2^(levels − 1).
+      z: [B, H, W, 3] noisy images; H and W divisible by 2^(levels − 1).
       logsnr: [B] their log-SNR.
       text: [B, L, D] text embeddings.
       mask: [B, L] bool, True at real tokens.
-      low_res: [B, H, W, 3] upsampled low-resolution pictures, or None.
+      low_res: [B, H, W, 3] upsampled low-resolution images, or None.
       aug_level: [B] in [0, 1], their noise augmentation, with `low_res` only.
       train: whether dropout is on (needs the 'dropout' rng).
 

@@ -19,10 +19,10 @@ class Plan:
   Attributes:
     data: devices that hold copies of the state.
     fsdp: devices that share one copy.
-    batch_size: pictures of a step.
+    batch_size: images of a step.
     accumulate: parts of a batch.
     memory: {what: bytes}, all of it alive at the worst moment.
-    flops: operations of a step.
+    flops: FLOPs of a step.
     seconds: {'compute', 'memory', 'network': seconds of a step at the chip's
       full speed}.
   """
@@ -152,7 +152,7 @@ def _network_bytes(work, params, mesh, step):
 
   A ring of n moves (n − 1)/n of the array to gather it, and twice that for a
   sum that all keep. Parameters and gradients travel in bfloat16; compiled
-  steps sum a layer's gradient over all devices and keep their share of it.
+  steps sum a layer's gradient over all devices and keep their fraction of it.
   """
   fsdp, devices = mesh.shape['fsdp'], mesh.size
   split = (fsdp - 1) / fsdp
@@ -190,7 +190,7 @@ def cheapest_change(work, chip, num_chips, *, step='train'):
   """What to change so that a job fits: a phrase, or None if nothing does.
 
   From the cheapest on: another split, gradient accumulation, recomputation,
-  cached embeddings; of a sampling step, fewer pictures at a time.
+  cached embeddings; of a sampling step, fewer images at a time.
   """
   changed = functools.partial(dataclasses.replace, work)
 

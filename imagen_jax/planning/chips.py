@@ -78,7 +78,7 @@ KINDS = {
   'H100': 'h100',
   'H200': 'h200',
 }
-# Share of the memory that programs cannot have: the runtime's own, and on a
+# Fraction of the memory that programs cannot have: the runtime's own, and on a
 # TPU what the compiler sets aside.
 RESERVED = 0.04
 DIMENSIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
@@ -99,7 +99,7 @@ def find_chip(name):
 
 
 def find_peak(device_kind):
-  """Peak operations per second of one jax device, or None if unknown.
+  """Peak FLOPs per second of one jax device, or None if unknown.
 
   Args:
     device_kind: as jax calls it, such as 'TPU v5 lite' or 'NVIDIA H100 80GB

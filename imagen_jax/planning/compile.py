@@ -1,7 +1,7 @@
 """The step compiled for a pod by the real TPU compiler, without a TPU.
 
 libtpu compiles for any slice when it is told the shape; it brings the
-compiler's own account of memory, operations and communication.
+compiler's own account of memory, FLOPs and communication.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Compiled:
     arguments: bytes of parameters, state and batch.
     outputs: bytes of results that do not take the arguments' place.
     temporaries: bytes of everything in between.
-    flops: operations; the bodies of loops count once.
+    flops: FLOPs; the bodies of loops count once.
     bytes_accessed: to and from memory; the bodies of loops count once.
     collectives: {kind: (how many, bytes)}; the bodies of loops count once.
     lower_seconds: tracing and lowering.

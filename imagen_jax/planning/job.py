@@ -37,7 +37,7 @@ class Job:
     text_module: the `T5Encoder`; None when embeddings come from a cache.
     text_params: shapes of its parameters, {} when None.
     text_name: such as 'T5 xxl, bfloat16'.
-    batch_size: pictures of a step over all devices.
+    batch_size: images of a step over all devices.
     accumulate: parts of a training batch.
   """
 
@@ -62,7 +62,7 @@ class Job:
     )
 
   def trace(self, step, batch_size):
-    """The traced 'train' or 'sample' step of `batch_size` pictures."""
+    """The traced 'train' or 'sample' step of `batch_size` images."""
     key = step, batch_size
     if key not in self._traces:
       trace = {'train': train_jaxpr, 'sample': sample_jaxpr}[step]
@@ -181,7 +181,7 @@ def step_options(job):
 
 
 def train_jaxpr(job, batch_size):
-  """The traced training step of `batch_size` pictures (no devices)."""
+  """The traced training step of `batch_size` images (no devices)."""
   return jax.make_jaxpr(lambda *args: train_step(*args, **step_options(job)))(
     job.state, abstract_batch(job, batch_size), job.text_params
   )
@@ -190,12 +190,12 @@ def train_jaxpr(job, batch_size):
 def lower_train(job, mesh):
   """The training step lowered for a mesh of devices that need not exist."""
   state = job.state
-  placed = sharding.state_shardings(state, mesh)
+  shardings = sharding.state_shardings(state, mesh)
   batch = abstract_batch(job, job.batch_size)
   split = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
-    return jit_step(mesh, placed, **step_options(job)).lower(
-      sharding.with_shardings(state, placed),
+    return jit_step(mesh, shardings, **step_options(job)).lower(
+      sharding.with_shardings(state, shardings),
       sharding.with_shardings(batch, jax.tree.map(lambda _: split, batch)),
       sharding.with_shardings(
         job.text_params, sharding.state_shardings(job.text_params, mesh)
@@ -203,23 +203,23 @@ def lower_train(job, mesh):
     )
 
 
-def sample_arguments(job, batch_size, placed=None):
-  """(function, shapes) of one call that draws `batch_size` pictures.
+def sample_arguments(job, batch_size, shardings=None):
+  """(function, shapes) of one call that generates `batch_size` images.
 
   Args:
     job: the `Job`.
-    batch_size: pictures.
-    placed: where the pictures go.
+    batch_size: images.
+    shardings: where the images go.
   """
   stage = job.stage
-  draw = cascade.compiled(stage, stage.sampling, placed)
+  generate = cascade.compiled(stage, stage.sampling, shardings)
   shape = jax.ShapeDtypeStruct
   params = stages.param_shapes(stage)
   low = None
   if stage.low_resolution is not None:
     side = stage.low_resolution
     low = shape((batch_size, side, side, 3), jnp.float32)
-  return draw, (
+  return generate, (
     params,
     shape((batch_size, 2), jnp.uint32),
     shape((batch_size, stage.text_len, stage.text_dim), jnp.float32),
@@ -232,21 +232,21 @@ def sample_arguments(job, batch_size, placed=None):
 
 def sample_jaxpr(job, batch_size):
   """The traced sampling call."""
-  draw, shapes = sample_arguments(job, batch_size)
-  return jax.make_jaxpr(draw)(*shapes)
+  generate, shapes = sample_arguments(job, batch_size)
+  return jax.make_jaxpr(generate)(*shapes)
 
 
 def lower_sample(job, mesh):
   """The sampling call lowered for a mesh, as the cascade places things."""
-  draw, (params, *arrays, weight, level) = sample_arguments(
+  generate, (params, *arrays, weight, level) = sample_arguments(
     job, job.batch_size, sharding.batch_sharding(mesh)
   )
   split = sharding.batch_sharding(mesh)
-  placed = jax.tree.map(lambda _: split, arrays)
+  shardings = jax.tree.map(lambda _: split, arrays)
   with jax.set_mesh(mesh):
-    return draw.lower(
+    return generate.lower(
       sharding.with_shardings(params, sharding.state_shardings(params, mesh)),
-      *sharding.with_shardings(arrays, placed),
+      *sharding.with_shardings(arrays, shardings),
       weight,
       level,
     )

@@ -14,12 +14,12 @@ def check_finite(state, step, limit, seen, source, workdir):
     state: the `TrainState`.
     step: the last step.
     limit: how many in a row are too many.
-    seen: [(step, indices of its pictures in the source)], the latest ones.
-    source: of the pictures.
+    seen: [(step, indices of its images in the source)], the latest ones.
+    source: of the images.
     workdir: where `bad_batches_PROCESS.jsonl` is written.
 
   Raises:
-    NumericError: naming pictures of the last batch.
+    NumericError: naming images of the last batch.
   """
   bad = int(state.skipped_in_row)
   if bad < limit:

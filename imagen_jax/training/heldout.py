@@ -1,4 +1,4 @@
-"""The loss on pictures that are never trained on, with and without the EMA."""
+"""The loss on images that are never trained on, with and without the EMA."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def make_heldout_loss(run):
   Returns:
     parameters -> their mean loss over a few batches, a float.
   """
-  stream = run.stream(run.pictures('eval'))
+  stream = run.stream(run.images('eval'))
   batches = [
     split_index(batch)[0] for batch in itertools.islice(stream, NUM_BATCHES)
   ]

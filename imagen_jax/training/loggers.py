@@ -12,7 +12,7 @@ def make_loggers(names, workdir, config, *, start_step=0):
     names: '' or None, 'tensorboard', 'wandb', or both with a comma.
     workdir: files go to its `tensorboard/` and `wandb/`.
     config: a plain dict that is shown with the run.
-    start_step: the step that a resumed run goes on from.
+    start_step: the step that a resumed run resumes from.
 
   Returns:
     list of objects with `scalars(step, {name: number})`,

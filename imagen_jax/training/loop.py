@@ -9,7 +9,7 @@ import jax
 
 from imagen_jax import sharding
 from imagen_jax.data.sources import list_skipped
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import workdir as workdirs
@@ -31,7 +31,7 @@ def train(
   *,
   should_stop=lambda step: False,
   init_from=None,
-  insist=False,
+  force=False,
   dry_run=False,
   count_flops=None,
   peak=None,
@@ -42,15 +42,15 @@ def train(
     config: a stage's ConfigDict, such as `configs/shapes_base.py`'s, or one
       of IF's, `configs/if_finetune.py`.
     workdir: its directory: `config.json`, `checkpoints/`, `metrics.jsonl`,
-      `samples/`. When it holds a run of the same config, that run goes on.
+      `samples/`. When it holds a run of the same config, that run continues.
     should_stop: asked after every step, with its number; True saves and
       returns early. All processes must get the same answer.
     init_from: a training workdir or an exported stage whose EMA a new run
-      starts from; a run that goes on has no use for it.
-    insist: go on although the config or the data set has changed.
+      starts from; a run that continues has no use for it.
+    force: continue although the config or the data set has changed.
     dry_run: print what would run, write nothing, and return.
-    count_flops: function of the traced step that counts its operations.
-    peak: operations per second of one device, for the MFU; None: unknown.
+    count_flops: function of the traced step that counts its FLOPs.
+    peak: FLOPs per second of one device, for the MFU; None: unknown.
 
   Returns:
     the number of steps taken in all.
@@ -82,7 +82,7 @@ def train(
     run.text,
     fingerprint=run.source.fingerprint,
     init_from=warm_record,
-    insist=insist,
+    force=force,
     write=first_process,
   )
   if first_process:
@@ -98,15 +98,15 @@ def train(
   start = 0
   if checkpoints.latest_step() is not None:
     state, _, start = checkpoints.restore(
-      sharding.with_shardings(run.abstract, run.placed)
+      sharding.with_shardings(run.abstract, run.shardings)
     )
-    came_from = f'goes on after step {start}'
+    came_from = f'resumes after step {start}'
   else:
     state, came_from = run.first_state(warm)
   if first_process:
     print(f'{run.name}: {came_from}', flush=True)
 
-  # ---- Data, and what looks on -------------------------------------------
+  # ---- Data, and monitoring -------------------------------------------
   data = run.train_stream(start)
   preview = run.make_preview() if every.sample_every else None
   heldout_loss = None
@@ -157,7 +157,7 @@ def train(
         metrics.pause()
         more['heldout_loss'] = heldout_loss(state.params)
         more['heldout_loss_ema'] = heldout_loss(state.ema_params)
-        metrics.go_on()
+        metrics.resume()
       if more or last or step % every.log_every == 0:
         bad = len(run.source.bad)
         metrics.log(step, every.batch_size, recent, bad_samples=bad, **more)
@@ -169,9 +169,9 @@ def train(
         metrics.pause()
         grid = preview(state.ema_params)
         if grid is not None:
-          pictures.save_png(workdir / f'samples/step_{step:07d}.png', grid)
+          image_io.save_png(workdir / f'samples/step_{step:07d}.png', grid)
           metrics.image(step, grid)
-        metrics.go_on()
+        metrics.resume()
       if last or stopping or step % every.checkpoint_every == 0:
         checkpoints.save(step, state, {'data_step': step})
       if stopping:

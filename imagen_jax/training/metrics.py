@@ -17,12 +17,12 @@ class Metrics:
 
   Args:
     path: of `metrics.jsonl`.
-    start_step: the step that the run goes on from.
+    start_step: the step that the run resumes from.
     num_steps: the step at which it ends.
     write: whether this process writes.
     devices: how many share a step.
-    flops: operations of a step over all devices, or None.
-    peak: operations per second of a device, or None.
+    flops: FLOPs of a step over all devices, or None.
+    peak: FLOPs per second of a device, or None.
     loggers: from `loggers.make_loggers`.
   """
 
@@ -60,7 +60,7 @@ class Metrics:
 
     Args:
       step: the last of them.
-      images: pictures of a step.
+      images: images of a step.
       recent: what `train_step` returned for them, on the devices.
       **values: numbers to add.
     """
@@ -111,7 +111,7 @@ class Metrics:
     """Stops the clock: what follows is not training."""
     self._paused = time.perf_counter()
 
-  def go_on(self):
+  def resume(self):
     """Ends a pause."""
     self._time += time.perf_counter() - self._paused
 

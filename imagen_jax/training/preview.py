@@ -1,4 +1,4 @@
-"""The sample grid of a running training, drawn with the EMA parameters."""
+"""The sample grid of a running training, generated with the EMA parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -6,31 +6,31 @@ import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.cascade import conditioning
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 
 NUM_PREVIEWS = 8
 
 
-def make_preview(run, draw, low_resolution=None):
-  """A function that draws a few pictures of the captions held out.
+def make_preview(run, generate, low_resolution=None):
+  """A function that generates a few images of the captions held out.
 
-  The grid has a row of the data set's own pictures, for a super-resolution
+  The grid has a row of the data set's own images, for a super-resolution
   stage a row of what it was given, and a row of what the stage drew.
 
   Args:
     run: the `Run`; its `captions` makes what a caption is to the network.
-    draw: (parameters, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The arrays
-      are what `run.captions` gives, `keys` (key data, the same in every grid)
-      and `low` [B, r, r, 3] of a super-resolution stage.
+    generate: (parameters, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The
+      arrays are what `run.captions` gives, `keys` (key data, the same in every
+      grid) and `low` [B, r, r, 3] of a super-resolution stage.
     low_resolution: side of that.
 
   Returns:
     EMA parameters -> uint8 [H, W, 3], or None where this is not the first
     process. Every process must call it.
   """
-  source = run.pictures('eval')
+  source = run.images('eval')
   shown = min(NUM_PREVIEWS, len(source))
-  # Every device draws as many: the last pictures may be there twice.
+  # Every device generates as many: the last images may be there twice.
   count = -(-shown // run.mesh.size) * run.mesh.size
   examples = [source[i % shown] for i in range(count)]
   truth = np.stack([example['image'] for example in examples])
@@ -47,10 +47,10 @@ def make_preview(run, draw, low_resolution=None):
 
   def preview(ema_params):
     arrays = sharding.put_whole_batch(given, run.mesh)
-    drawn = sharding.fetch(draw(ema_params, arrays, run.frozen))
+    generated = sharding.fetch(generate(ema_params, arrays, run.frozen))
     if jax.process_index() != 0:
       return None
-    images = np.concatenate([*rows, conditioning.to_uint8(drawn[:shown])])
-    return pictures.grid(pictures.enlarge(images, 64), shown)
+    images = np.concatenate([*rows, conditioning.to_uint8(generated[:shown])])
+    return image_io.grid(image_io.upsample(images, 64), shown)
 
   return preview

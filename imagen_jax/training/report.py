@@ -10,9 +10,9 @@ from imagen_jax.cascade import stage as stages
 MIB = 2**20
 # Parameters by the first word of their module's name.
 GROUPS = {
-  'down': 'way down',
+  'down': 'encoder',
   'mid': 'middle',
-  'up': 'way up',
+  'up': 'decoder',
   'conditioning': 'time, level and pooled text',
   'text': 'text projection',
 }
@@ -28,36 +28,38 @@ def parameter_table(params):
   return dict(sorted(table.items(), key=lambda item: -item[1]))
 
 
-def device_bytes(tree, placed):
+def device_bytes(tree, shardings):
   """Bytes of a tree that one device holds, given the leaves' shardings."""
   return sum(
     math.prod(where.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-    for leaf, where in zip(jax.tree.leaves(tree), jax.tree.leaves(placed))
+    for leaf, where in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
   )
 
 
-def splits(state, placed, fsdp):
+def splits(state, shardings, fsdp):
   """What devices share and what each of them holds whole, as lines.
 
   Args:
     state: the `TrainState`, or its shapes.
-    placed: its shardings.
+    shardings: its shardings.
     fsdp: devices that share one copy.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  share, whole = [], {}
-  for (path, leaf), where in zip(leaves, jax.tree.leaves(placed)):
+  fraction, whole = [], {}
+  for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings)):
     size = leaf.size * jnp.dtype(leaf.dtype).itemsize
     held = device_bytes(leaf, where)
     if held < size:
-      share.append((held, size))
+      fraction.append((held, size))
     else:
       name = '/'.join(str(getattr(key, 'key', '')) for key in path[-2:])
       count, total = whole.get(name, (0, 0))
       whole[name] = count + 1, total + size
-  held, size = (sum(column) / MIB for column in list(zip(*share)) or [(), ()])
+  held, size = (
+    sum(column) / MIB for column in list(zip(*fraction)) or [(), ()]
+  )
   yield (
-    f'  of the state, a device shares {len(share)} arrays with {fsdp - 1} '
+    f'  of the state, a device shares {len(fraction)} arrays with {fsdp - 1} '
     f'others: {held:,.2f} of {size:,.2f} MiB'
   )
   count, rest = (sum(column) for column in zip(*whole.values()))
@@ -68,7 +70,7 @@ def splits(state, placed, fsdp):
 
 
 def startup(
-  name, mesh, state, placed, frozen, *, frozen_name, batch_size, flops=None
+  name, mesh, state, shardings, frozen, *, frozen_name, batch_size, flops=None
 ):
   """The report, as lines.
 
@@ -76,11 +78,11 @@ def startup(
     name: of the stage.
     mesh: the mesh.
     state: the `TrainState`, or its shapes.
-    placed: its shardings.
+    shardings: its shardings.
     frozen: (what is not trained, its shardings).
     frozen_name: what that is called.
     batch_size: of a step, over all devices.
-    flops: operations of a step over all devices, or None.
+    flops: FLOPs of a step over all devices, or None.
   """
   device = mesh.devices.flat[0]
   data, fsdp = mesh.shape['data'], mesh.shape['fsdp']
@@ -90,12 +92,12 @@ def startup(
   hosts = len({d.process_index for d in mesh.devices.flat})
   yield (
     f'  mesh: data {data} × fsdp {fsdp} = {mesh.size} {device.device_kind} '
-    f'device(s) of {hosts} process(es), {batch_size // mesh.size} pictures each'
+    f'device(s) of {hosts} process(es), {batch_size // mesh.size} images each'
   )
   parts = {
-    'parameters': (state.params, placed.params),
-    'EMA': (state.ema_params, placed.ema_params),
-    'optimizer': (state.opt_state, placed.opt_state),
+    'parameters': (state.params, shardings.params),
+    'EMA': (state.ema_params, shardings.ema_params),
+    'optimizer': (state.opt_state, shardings.opt_state),
     frozen_name: frozen,
   }
   sizes = {name: device_bytes(*part) / MIB for name, part in parts.items()}
@@ -104,4 +106,4 @@ def startup(
     + ', '.join(f'{name} {size:,.1f}' for name, size in sizes.items())
   )
   if flops:
-    yield f'  a step takes {flops:.3g} operations, {flops / mesh.size:.3g} each'
+    yield f'  a step takes {flops:.3g} FLOPs, {flops / mesh.size:.3g} each'

@@ -18,16 +18,16 @@ class Run(abc.ABC):
   Attributes:
     config: the ConfigDict.
     name: of the stage.
-    resolution: side of its pictures.
+    resolution: side of its images.
     mesh: from the config.
     tx: the optimizer.
-    source: the pictures to train on.
+    source: the images to train on.
     abstract: shapes of the `TrainState`.
-    placed: its shardings.
+    shardings: its shardings.
     step_fn: (state, batch, frozen) -> (state, metrics), compiled.
     frozen: what the step reads and does not train, on the devices.
     text: what has the `dim` and `digest` of the text encoder.
-    flops: operations of a step over all devices; None if not counted.
+    flops: FLOPs of a step over all devices; None if not counted.
   """
 
   def __init__(self, config, *, name, resolution):
@@ -39,12 +39,12 @@ class Run(abc.ABC):
       config.train.batch_size, self.mesh, self.accumulate
     )
     self.tx = make_optimizer(config.train)
-    self.source = self.pictures('train')
+    self.source = self.images('train')
     self.key = jax.random.key(config.seed)
     self.frozen, self.flops = {}, None
 
-  def pictures(self, split):
-    """The captioned pictures of 'train' or 'eval'."""
+  def images(self, split):
+    """The captioned images of 'train' or 'eval'."""
     data = self.config.data.to_dict()
     data.pop('flip', None)  # the pipeline's business
     eval_path = data.pop('eval_path', None)
@@ -83,11 +83,11 @@ class Run(abc.ABC):
       batch: shapes of one global batch.
     """
     self.abstract = jax.eval_shape(self.new_state, trained)
-    self.placed = sharding.state_shardings(self.abstract, self.mesh)
-    self.step_fn = step_fn(self.placed)
+    self.shardings = sharding.state_shardings(self.abstract, self.mesh)
+    self.step_fn = step_fn(self.shardings)
     if count_flops is not None:
       # With the shardings of the arrays to come, so that it is traced once.
-      state = sharding.with_shardings(self.abstract, self.placed)
+      state = sharding.with_shardings(self.abstract, self.shardings)
       rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
       batch = sharding.with_shardings(batch, rows)
       with jax.set_mesh(self.mesh):
@@ -101,7 +101,7 @@ class Run(abc.ABC):
       self.name,
       self.mesh,
       self.abstract,
-      self.placed,
+      self.shardings,
       (self.frozen, where),
       frozen_name=self.frozen_name,
       batch_size=self.config.train.batch_size,
@@ -109,7 +109,7 @@ class Run(abc.ABC):
     )
     fsdp = self.mesh.shape['fsdp']
     if arrays and fsdp > 1:
-      yield from report.splits(self.abstract, self.placed, fsdp)
+      yield from report.splits(self.abstract, self.shardings, fsdp)
 
   # ---- What a model fills in ---------------------------------------------
   frozen_name = 'frozen'
@@ -143,7 +143,7 @@ class Run(abc.ABC):
 
   @abc.abstractmethod
   def captions(self, captions):
-    """A list of sentences as arrays for `preview.make_preview`'s `draw`."""
+    """A list of sentences as arrays for `preview.make_preview`'s `generate`."""
 
   def finish(self, state, workdir):
     """What is left to do after the last step; every process calls it."""
@@ -154,8 +154,8 @@ def split_index(batch):
   return {k: v for k, v in batch.items() if k != 'index'}, batch['index']
 
 
-def picture_shape(run):
-  """The shape of a global batch's pictures."""
+def image_shape(run):
+  """The shape of a global batch's images."""
   side = run.resolution
   shape = (run.config.train.batch_size, side, side, 3)
   return jax.ShapeDtypeStruct(shape, jnp.uint8)

@@ -14,7 +14,7 @@ from imagen_jax.errors import ModelError
 from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training.preview import make_preview
-from imagen_jax.training.run import Run, picture_shape
+from imagen_jax.training.run import Run, image_shape
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import embed, jit_step
 
@@ -25,12 +25,12 @@ class StageRun(Run):
   Attributes:
     stage: the `Stage`.
     text: the text encoder.
-    prepared: whether the pictures come with embeddings of their captions.
+    prepared: whether the images come with embeddings of their captions.
 
   Raises:
     UsageError: the config is wrong.
     ModelError: the text encoder is unusable.
-    DataError: the pictures are.
+    DataError: the images are.
   """
 
   frozen_name = 'text encoder'
@@ -67,9 +67,9 @@ class StageRun(Run):
     self.settle(
       stages.param_shapes(self.stage),
       count_flops,
-      lambda placed: jit_step(
+      lambda shardings: jit_step(
         self.mesh,
-        placed,
+        shardings,
         stage=self.stage,
         text_module=self.text.module,
         tx=self.tx,
@@ -83,7 +83,7 @@ class StageRun(Run):
   def _batch_shapes(self):
     shape = jax.ShapeDtypeStruct
     rows, length = self.config.train.batch_size, self.max_len
-    batch = {'image': picture_shape(self), 'mask': shape((rows, length), bool)}
+    batch = {'image': image_shape(self), 'mask': shape((rows, length), bool)}
     if self.prepared:
       size = (rows, length, self.text.dim)
       return batch | {'text': shape(size, jnp.bfloat16)}
@@ -108,18 +108,18 @@ class StageRun(Run):
       on_cpu = jax.default_backend() == 'cpu'
       fresh = jax.jit(
         fresh,
-        out_shardings=self.placed,
+        out_shardings=self.shardings,
         compiler_options=quick if on_cpu else None,
       )
       return fresh(self.key), 'from scratch'
     params = matching_params(init_from, self.abstract.params)
-    state = jax.jit(self.new_state, out_shardings=self.placed)(params)
+    state = jax.jit(self.new_state, out_shardings=self.shardings)(params)
     return state, f'starts from the weights of {init_from.path}'
 
   def make_preview(self):
     settings = self.stage.sampling
 
-    def draw(params, given, frozen):
+    def sample(params, given, frozen):
       return sampling.sample(
         self.stage,
         params,
@@ -132,8 +132,8 @@ class StageRun(Run):
         settings=settings,
       )
 
-    draw = jax.jit(draw, out_shardings=sharding.batch_sharding(self.mesh))
-    return make_preview(self, draw, self.stage.low_resolution)
+    sample = jax.jit(sample, out_shardings=sharding.batch_sharding(self.mesh))
+    return make_preview(self, sample, self.stage.low_resolution)
 
   def captions(self, captions):
     text, mask = self.text.encode(captions, max_len=self.max_len)

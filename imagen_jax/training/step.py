@@ -14,18 +14,18 @@ from imagen_jax.training.state import TrainState, ema_decay
 NUM_BANDS = 4  # of the time t, from clean (0) to noise (1)
 
 
-def jit_step(mesh, placed, **options):
+def jit_step(mesh, shardings, **options):
   """`train_step` compiled for a mesh; the state's buffers are used again.
 
   Args:
     mesh: from `sharding.make_mesh`.
-    placed: the state's shardings.
+    shardings: the state's shardings.
     **options: the keyword arguments of `train_step`.
   """
   return jax.jit(
     functools.partial(train_step, **options),
     donate_argnums=0,
-    out_shardings=(placed, sharding.replicated(mesh)),
+    out_shardings=(shardings, sharding.replicated(mesh)),
   )
 
 
@@ -54,17 +54,17 @@ def train_step(
     text_module: the text encoder's module.
     tx: the optimizer.
     seed: int; with the step's number it makes the step's key, so a resumed
-      run draws what the uninterrupted one would have drawn.
+      run samples what the uninterrupted one would have sampled.
     ema_limit: the EMA's decay after its warm-up.
     accumulate: parts of the batch whose gradients are taken one after the
       other and averaged, for less memory; a divisor of B over the devices.
-      Noise is drawn part by part, so other values draw other noise.
+      Noise is sampled part by part, so other values sample other noise.
     unroll: whether the loop over the parts is unrolled; None: on CPU only,
       where the gradient of a convolution in a loop is slow.
 
   Returns:
     (state, metrics): metrics are the scalars loss, grad_norm, param_norm and
-    skipped, and two [4] vectors: band_loss, the summed loss of the pictures
+    skipped, and two [4] vectors: band_loss, the summed loss of the images
     in each quarter of the time t, and band_count, how many those were.
   """
   text = embed(text_module, text_params, batch)

@@ -1,7 +1,7 @@
 """A run that hangs ends, with a sentence and an exit code.
 
 When a host of a job dies, jax ends the others after its heartbeats stop. A
-host or device that hangs while its heartbeats go on would keep the job, and
+host or device that hangs while its heartbeats continue would keep the job, and
 its bill, for ever; only the time since the last step tells.
 """
 
@@ -50,7 +50,7 @@ class Watchdog:
         self._end(
           f'nothing has happened for {self._limit:g} s after step '
           f'{self._last[0]}: a device or another process hangs; look at the '
-          'other processes, then run the same command again, which goes on '
+          'other processes, then run the same command again, which continues '
           'from the last checkpoint (train.hang_seconds sets the limit).'
         )
         return

@@ -44,7 +44,7 @@ def claim(
   *,
   fingerprint=None,
   init_from=None,
-  insist=False,
+  force=False,
   write=True,
 ):
   """Writes the config into a new workdir, or checks it against an old one's.
@@ -55,7 +55,7 @@ def claim(
     encoder: the text encoder; its width and digest are recorded.
     fingerprint: of the data set; None where the config says it all.
     init_from: what the run starts from, a plain dict; kept with a new run.
-    insist: go on with another config or data set; it is written down.
+    force: continue with another config or data set; it is written down.
     write: whether this process writes.
 
   Raises:
@@ -78,14 +78,14 @@ def claim(
     old = read_json(path)
     record['init_from'] = old.get('init_from')
     changed = differences(old, record)
-    if changed and not insist:
+    if changed and not force:
       raise UsageError(
         f'{path} belongs to another run: {"; ".join(changed)}; use another '
-        '--workdir, or repeat the command that started this one (--insist '
-        'goes on all the same).'
+        '--workdir, or repeat the command that started this one (--force '
+        'continues all the same).'
       )
     for change in changed:
-      logging.getLogger(__name__).warning('--insist: %s', change)
+      logging.getLogger(__name__).warning('--force: %s', change)
   if write:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, record)

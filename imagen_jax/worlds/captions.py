@@ -78,10 +78,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-  """What must be true of a picture for its caption to be true.
+  """What must be true of an image for its caption to be true.
 
   `relations` holds (a, word, b): group a is `word` group b, by their places in
-  `groups`. The picture shows these groups and nothing else.
+  `groups`. The image shows these groups and nothing else.
   """
 
   groups: tuple[Group, ...]
@@ -193,13 +193,13 @@ def vocabulary():
 
 
 def describe():
-  """One sentence on what can be drawn, for the note on unknown words."""
+  """One sentence on what can be rendered, for the note on unknown words."""
 
   def listed(items):
     return ', '.join(items[:-1]) + ' or ' + items[-1]
 
   return (
-    f'It draws one to five {listed([plural(s) for s in SHAPES])}, in '
+    f'It renders one to five {listed([plural(s) for s in SHAPES])}, in '
     f'{listed(COLOURS)}, {listed(SIZES)}, {listed(FILLS)}, '
     f'{listed(RELATIONS)} one another, on a {listed(BACKGROUNDS)} background.'
   )

@@ -1,6 +1,6 @@
-"""Scenes of emoji: small pictures of real things, composed and captioned.
+"""Scenes of emoji: small images of real things, composed and captioned.
 
-The pictures are glyphs of a colour font that is found on the system (Noto Color
+The images are glyphs of a colour font that is found on the system (Noto Color
 Emoji); it is not part of this package. Scenes are invented as in the shapes
 world: example i of a split is a pure function of (seed, split, i), "two dogs to
 the left of a red car" is one, and some pairs of things are never trained.
@@ -106,7 +106,7 @@ PLURALS = {
   'fish': 'fish',
   'strawberry': 'strawberries',
 }
-HELD_OUT = 0.1  # share of the pairs that are never trained
+HELD_OUT = 0.1  # fraction of the pairs that are never trained
 
 
 def plural(name):
@@ -135,9 +135,9 @@ def said(rng, name, count):
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What is drawn and what is said.
+  """What is rendered and what is said.
 
-  `things` are (name, x, y, diameter), in fractions of the picture. In `meaning`
+  `things` are (name, x, y, diameter), in fractions of the image. In `meaning`
   a group's shape is the thing's name.
   """
 
@@ -275,10 +275,10 @@ def load_font(path):
 
 
 def glyph(font, text):
-  """A character as an RGBA picture without a border; None: it has none."""
+  """A character as an RGBA image without a border; None: it has none."""
   side = 2 * int(font.size)
   image = Image.new('RGBA', (side, side), (0, 0, 0, 0))
-  ImageDraw.Draw(image).text(
+  ImageDraw.Render(image).text(
     (side // 4, side // 4), text, font=font, embedded_color=True
   )
   box = image.getbbox()
@@ -290,7 +290,7 @@ class EmojiSource(Source):
 
   Args:
     path: of the font; None looks for it.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     seed: of the world.
     split: 'train' or 'eval'.
     num: how many scenes the source holds.
@@ -306,18 +306,18 @@ class EmojiSource(Source):
     self.size, self.seed, self.split, self.num = size, seed, split, num
     if len(self.names) < 2:
       raise DataError(
-        f'{self.path} draws {len(self.names)} of the {len(THINGS)} things; '
+        f'{self.path} renders {len(self.names)} of the {len(THINGS)} things; '
         'give a colour emoji font.'
       )
 
   @functools.cached_property
   def fingerprint(self):
-    """Of the font: another one draws another data set."""
+    """Of the font: another one renders another data set."""
     return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
   @functools.cached_property
   def glyphs(self):
-    """{name: RGBA picture} of the things that the font can draw."""
+    """{name: RGBA image} of the things that the font can render."""
     font = load_font(self.path)
     missing = glyph(font, '\U0010fffe')
     found = {name: glyph(font, text) for name, text in THINGS.items()}
@@ -341,12 +341,12 @@ class EmojiSource(Source):
     i = int(i)
     if not 0 <= i < self.num:
       raise IndexError(f'scene {i} of {self.num}')
-    drawn = scene(self.seed, self.split, i, self.names)
-    # Drawn large and averaged down, so that edges and places are exact.
+    rendered = scene(self.seed, self.split, i, self.names)
+    # Rendered large and averaged down, so that edges and places are exact.
     scale = max(1, 256 // self.size)
     side = scale * self.size
-    image = Image.new('RGB', (side, side), BACKGROUND[drawn.background])
-    for name, x, y, diameter in drawn.things:
+    image = Image.new('RGB', (side, side), BACKGROUND[rendered.background])
+    for name, x, y, diameter in rendered.things:
       thing = self.glyphs[name]
       factor = diameter * side / max(thing.size)
       width, height = (max(1, round(factor * n)) for n in thing.size)
@@ -354,7 +354,7 @@ class EmojiSource(Source):
       corner = round(x * side - width / 2), round(y * side - height / 2)
       image.paste(thing, corner, thing)
     image = image.resize((self.size, self.size), Image.Resampling.BOX)
-    return {'image': np.asarray(image), 'caption': drawn.caption}
+    return {'image': np.asarray(image), 'caption': rendered.caption}
 
   def name(self, i):
     return f'scene {i}'

@@ -1,7 +1,7 @@
-"""Does a picture show what its caption says? (the shapes world)
+"""Does an image show what its caption says? (the shapes world)
 
-`read` finds what is in the picture, by classical vision; `judge` compares that
-with the caption's meaning. A picture is right only if everything said is there
+`read` finds what is in the image, by classical vision; `judge` compares that
+with the caption's meaning. An image is right only if everything said is there
 and nothing else is. How often the judge itself errs is measured by
 `judge_accuracy` and printed beside every score.
 """
@@ -70,7 +70,7 @@ def _aspects(meaning, slots, things, first):
 
 
 def judge(image, meaning: Meaning) -> Verdict:
-  """Judges a picture against a caption's meaning.
+  """Judges an image against a caption's meaning.
 
   Args:
     image: uint8 [H, W, 3]; a fill is judged from 256 pixels up, and below
@@ -83,7 +83,7 @@ def judge(image, meaning: Meaning) -> Verdict:
 
 
 def compare(reading, meaning: Meaning) -> Verdict:
-  """Judges what was read from a picture against a caption's meaning.
+  """Judges what was read from an image against a caption's meaning.
 
   Returns:
     A `Verdict`. Of all ways to match the things found to the things said, the

@@ -1,8 +1,9 @@
-"""How often the judge itself is right, on pictures known to be right.
+"""How often the judge itself is right, on images known to be right.
 
   python -m imagen_jax.worlds.judge_accuracy [--num 500] [--sizes 64,256]
 
-prints, for every size and category, the share of renders that the judge finds
+prints, for every size and category, the fraction of renders that the judge
+finds
 right: clean; after a mild blur and noise (`degrade`); with the captions
 shuffled, and with one word of the meaning changed (`spoil`), where it should
 be nearly none.
@@ -20,7 +21,7 @@ from imagen_jax.worlds.judge import judge
 from imagen_jax.worlds.reading import FILL_SIZE
 from imagen_jax.worlds.shapes import CATEGORIES, render, scene
 
-BLUR, NOISE = 1 / 128, 0.04  # of the picture's side; of the range of a pixel
+BLUR, NOISE = 1 / 128, 0.04  # of the image's side; of the range of a pixel
 
 
 def degrade(image, rng, *, blur=BLUR, noise=NOISE):
@@ -44,7 +45,7 @@ def spoil(meaning, rng, *, fills=True):
   """The meaning with one word made false: the hardest wrong caption.
 
   Args:
-    meaning: true of some picture.
+    meaning: true of some image.
     rng: a `random.Random`.
     fills: whether a fill may be the word.
   """
@@ -80,12 +81,12 @@ def spoil(meaning, rng, *, fills=True):
 
 
 def accuracy(seed, num, size, *, how='clean'):
-  """{category: share judged right} over `num` renders of each category.
+  """{category: fraction judged right} over `num` renders of each category.
 
   Args:
     seed: of the scenes and of the noise.
     num: scenes per category.
-    size: of the pictures, in pixels.
+    size: of the images, in pixels.
     how: 'clean'; 'degraded', with blur and noise; 'shuffled', judged by the
       caption of the next scene; 'spoiled', judged by a caption with one word
       changed.
@@ -127,7 +128,7 @@ def main():
   start = time.perf_counter()
   for s, image in zip(scenes, images):
     judge(image, s.meaning)
-  print(f'{(time.perf_counter() - start) / 20 * 1e3:.0f} ms a 256 px picture')
+  print(f'{(time.perf_counter() - start) / 20 * 1e3:.0f} ms a 256 px image')
 
 
 if __name__ == '__main__':

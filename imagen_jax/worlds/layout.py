@@ -1,11 +1,11 @@
 """Where the things of a shapes scene go, and how large they are.
 
-Things are as large as their scene permits, because the base model draws them
+Things are as large as their scene permits, because the base model renders them
 on few pixels; their boxes keep a gap, and a stated relation holds by a clear
-margin, so that a picture can be judged without doubtful cases.
+margin, so that an image can be judged without doubtful cases.
 """
 
-BORDER = 0.03  # kept free around the picture, as a fraction of its side
+BORDER = 0.03  # kept free around the image, as a fraction of its side
 GAP = 0.06  # kept free between the boxes of two things
 # Diameters a size word stands for; between the two, no word is used.
 SMALL, LARGE = (0.24, 0.3), (0.4, 0.62)
@@ -42,7 +42,7 @@ def _related(word, dx, dy):
 def place(rng, diameters, least, relations):
   """Centres of boxes that neither touch nor contradict the relations.
 
-  Draws places until they fit; after every 20 failures all things shrink a
+  Renders places until they fit; after every 20 failures all things shrink a
   little, but not below `least`, one diameter for each.
 
   Returns:

@@ -83,7 +83,7 @@ def fill_name(pixels, core):
   edge = (dx + 1j * dy)[core]
   edge = edge[np.abs(edge) > 0.3 * np.abs(edge).max()]
   power = np.abs(edge) ** 2
-  # Share of the power in edges along one direction, and along two crosswise.
+  # Fraction of the power in edges along one direction, and along two crosswise.
   one, crosswise = (
     np.abs((power * (edge / np.abs(edge)) ** n).sum()) / power.sum()
     for n in (2, 4)

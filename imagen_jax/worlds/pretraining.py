@@ -132,7 +132,7 @@ def _compose(rng, total, parts):
   return [b - a for a, b in zip([0, *cuts], [*cuts, total])]
 
 
-def _with_strangers(rng, caption):
+def _with_unknown_words(rng, caption):
   """The caption with one or two words put in that nobody has ever seen."""
   words = caption.split()
   for _ in range(1 + (rng.random() < 0.3)):
@@ -143,7 +143,7 @@ def _with_strangers(rng, caption):
 
 def example(rng, scene, nouns, tokenizer, first_sentinel, config):
   """(encoder ids, visible positions or None for all, decoder target ids)."""
-  if rng.random() < config.span_share:
+  if rng.random() < config.span_fraction:
     ids = tokenizer.pieces(scene.caption)
     left, missing = corrupt(
       rng,
@@ -154,8 +154,8 @@ def example(rng, scene, nouns, tokenizer, first_sentinel, config):
     )
     return [*left, EOS], None, [*missing, EOS]
   caption = scene.caption
-  if rng.random() < config.stranger_share:
-    caption = _with_strangers(rng, caption)
+  if rng.random() < config.oov_fraction:
+    caption = _with_unknown_words(rng, caption)
   found = nouns(tokenizer, caption, scene.meaning)
   if not found:  # a stranger has come between 'palm' and 'tree'
     caption = scene.caption

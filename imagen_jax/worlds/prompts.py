@@ -1,7 +1,7 @@
 """From a typed prompt of the shapes world to its meaning.
 
 `understand` reads back every sentence that `captions.write` can write, and
-the small variations a person makes, so that a picture drawn from a typed
+the small variations a person makes, so that an image rendered from a typed
 prompt can be judged like any other.
 """
 

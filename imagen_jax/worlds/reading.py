@@ -1,4 +1,4 @@
-"""Reads a picture of shapes back by classical vision: what is where.
+"""Reads an image of shapes back by classical vision: what is where.
 
 Written against the words of the captions alone: the judge's colours, shapes
 and patterns (`naming`, `silhouettes`) share neither numbers nor formulas with
@@ -14,18 +14,18 @@ from imagen_jax.worlds.naming import background_name, colour_name, fill_name
 from imagen_jax.worlds.regions import box_mean, extreme, label, smooth
 from imagen_jax.worlds.silhouettes import shape_name
 
-WORK = 128  # pictures larger than this are averaged down to find things
-FILL_SIZE = 256  # smallest picture in which a fill is told
-SPECK = 0.004  # regions below this fraction of the picture are ignored
-SMALL = 0.36  # things below this fraction of the picture's side are small
+WORK = 128  # images larger than this are averaged down to find things
+FILL_SIZE = 256  # smallest image in which a fill is told
+SPECK = 0.004  # regions below this fraction of the image are ignored
+SMALL = 0.36  # things below this fraction of the image's side are small
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A thing found; places and extents are fractions of the picture.
+  """A thing found; places and extents are fractions of the image.
 
   `shape` and `colour` are caption words, or 'unknown'; `fill` is None where
-  the picture is too small to tell; `match` is the overlap with the silhouette.
+  the image is too small to tell; `match` is the overlap with the silhouette.
   """
 
   shape: str
@@ -41,7 +41,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """Everything read from one picture."""
+  """Everything read from one image."""
 
   background: str
   things: tuple[Found, ...]
@@ -52,7 +52,7 @@ def _thing(pixels, full, ground, labels, k):
 
   Args:
     pixels: [h, w, 3] in [0, 1], at working resolution.
-    full: the same picture, a whole number of times larger, for fills.
+    full: the same image, a whole number of times larger, for fills.
     ground: [3], the background.
     labels, k: regions of `pixels`, and the one meant.
   """
@@ -98,7 +98,7 @@ def _thing(pixels, full, ground, labels, k):
 
 
 def read(image):
-  """Reads a picture: its background and the things on it.
+  """Reads an image: its background and the things on it.
 
   Args:
     image: uint8 [H, W, 3], 32 pixels or more a side (`judge_accuracy` measures

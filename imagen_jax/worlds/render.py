@@ -1,10 +1,10 @@
-"""Draws the scenes of the shapes world: geometry, palette, antialiasing.
+"""Renders the scenes of the shapes world: geometry, palette, antialiasing.
 
 A shape is a test on points (u, v) of the square [-1, 1]², u to the right and v
 downwards; it touches the square's left and right or top and bottom sides. A
 fill is a test on the distances from the thing's centre, in pattern periods.
-Each pixel is the mean of a grid of such tests, so a picture drawn at 64 is
-nearly the 4×4 box mean of the same picture drawn at 256.
+Each pixel is the mean of a grid of such tests, so an image rendered at 64 is
+nearly the 4×4 box mean of the same image rendered at 256.
 """
 
 import functools
@@ -31,7 +31,7 @@ BACKGROUND = {
   'green': (200, 233, 198),
   'yellow': (253, 242, 200),
 }
-PERIOD = 0.08  # of a fill's pattern, as a fraction of the picture
+PERIOD = 0.08  # of a fill's pattern, as a fraction of the image
 
 
 def second_tone(colour):
@@ -151,12 +151,12 @@ def _box_mean(inside, k):
 
 
 def render(scene, size):
-  """Draws a scene, antialiased, at any resolution.
+  """Renders a scene, antialiased, at any resolution.
 
   Args:
     scene: has `.background` and `.things`, each with shape, colour, fill, x, y
-      and diameter as fractions of the picture, y downwards.
-    size: the picture's side in pixels.
+      and diameter as fractions of the image, y downwards.
+    size: the image's side in pixels.
 
   Returns:
     uint8 [size, size, 3].

@@ -2,7 +2,7 @@
 
 One to five friendly shapes on a plain background, and a caption a person could
 have typed. There is no file to download: `scene` invents example i of a split
-from (seed, split, i) alone, and `render` draws it at any resolution. Some
+from (seed, split, i) alone, and `render` renders it at any resolution. Some
 combinations never occur in the training split, so that what a model makes of
 them shows whether it composes; they are listed in `heldout.json`.
 """
@@ -42,7 +42,7 @@ __all__ = [
 
 SPLITS = ('train', 'eval')
 CATEGORIES = ('single', 'pair', 'relation', 'count', 'fill', 'heldout')
-# Shares of the training mixture.
+# Fractions of the training mixture.
 MIXTURE = {
   'single': 0.2,
   'pair': 0.2,
@@ -56,7 +56,7 @@ CONTRAST = 75  # least RGB distance of a thing from its background
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """One drawn shape; places and diameter are fractions of the picture."""
+  """One rendered shape; places and diameter are fractions of the image."""
 
   shape: str
   colour: str
@@ -68,7 +68,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What is drawn (`things`, in the order of the caption) and what is said."""
+  """What is rendered (`things`, in the caption's order) and what is said."""
 
   caption: str
   things: tuple[Thing, ...]
@@ -241,8 +241,8 @@ def scene(seed, split, i, *, category=None, mixture=None):
       held-out combinations.
     i: any int >= 0.
     category: one of `CATEGORIES`, or None for the training mixture.
-    mixture: shares of the categories, {name: share}, that add up to 1; None:
-      `MIXTURE`. Without influence where `category` is given.
+    mixture: fractions of the categories, {name: fraction}, that add up to 1;
+      None: `MIXTURE`. Without influence where `category` is given.
 
   Returns:
     A `Scene`.
@@ -259,8 +259,8 @@ def scene(seed, split, i, *, category=None, mixture=None):
     raise ValueError("held-out scenes are never in split 'train'")
   rng = random.Random(f'{seed}/{split}/{category}/{i}')
   if category is None:
-    names, shares = zip(*(mixture or MIXTURE).items())
-    bounds = itertools.accumulate(shares[:-1])
+    names, fractions = zip(*(mixture or MIXTURE).items())
+    bounds = itertools.accumulate(fractions[:-1])
     r = rng.random()
     category = names[sum(r >= bound for bound in bounds)]
   background = pick(rng, captions.BACKGROUNDS)
@@ -286,16 +286,20 @@ def scene(seed, split, i, *, category=None, mixture=None):
 
 
 def _check_mixture(mixture):
-  for name, share in mixture.items():
+  for name, fraction in mixture.items():
     if name not in MIXTURE:
       raise UsageError(
         f'data.mixture names {name!r}; it can name {", ".join(MIXTURE)}.'
       )
-    if not share >= 0:
-      raise UsageError(f'data.mixture.{name} is {share}; it must be 0 or more.')
+    if not fraction >= 0:
+      raise UsageError(
+        f'data.mixture.{name} is {fraction}; it must be 0 or more.'
+      )
   total = sum(mixture.values())
   if abs(total - 1) > 1e-6:
-    raise UsageError(f'The shares of data.mixture add up to {total:g}, not 1.')
+    raise UsageError(
+      f'The fractions of data.mixture add up to {total:g}, not 1.'
+    )
 
 
 class ShapesSource(Source):
@@ -307,10 +311,10 @@ class ShapesSource(Source):
   Args:
     seed: of the world.
     split: 'train' or 'eval'.
-    size: side of the pictures in pixels.
+    size: side of the images in pixels.
     num: how many scenes the source holds; the world itself has no end.
     category: None for the training mixture.
-    mixture: shares of the categories in it; None: `MIXTURE`.
+    mixture: fractions of the categories in it; None: `MIXTURE`.
 
   Raises:
     UsageError: `mixture` names no category of training, or does not add up.

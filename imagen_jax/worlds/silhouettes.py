@@ -117,7 +117,7 @@ def shape_name(mask):
   cx, cy, side = _normalised(mask, x, y)
   steps = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * side
   sx, sy = np.meshgrid(cx + steps, cy + steps)
-  # The edges of a small picture are a pixel wide: sharpen them about their
+  # The edges of a small image are a pixel wide: sharpen them about their
   # middle, where the outline is.
   seen = np.clip(3 * _sample(mask, sx, sy).ravel() - 1, 0, 1)
   names, masks = _templates()

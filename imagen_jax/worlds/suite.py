@@ -1,4 +1,4 @@
-"""The shapes suite: does the picture show what the sentence says?
+"""The shapes suite: does the image show what the sentence says?
 
 DrawBench's idea (Section 3, Saharia et al. 2022) in a world where no rater is
 needed: prompts by category, and the classical judge in place of people. The
@@ -10,7 +10,7 @@ import collections
 import dataclasses
 
 from imagen_jax.evaluation import scores
-from imagen_jax.evaluation.drawing import Item
+from imagen_jax.evaluation.generation import Item
 from imagen_jax.worlds import shapes
 from imagen_jax.worlds.judge import compare, judge, read
 from imagen_jax.worlds.reading import FILL_SIZE, Found, Reading
@@ -26,9 +26,9 @@ def scene(category, number):
 
 
 def items(categories, num):
-  """The pictures of the suite, `num` of each category.
+  """The images of the suite, `num` of each category.
 
-  A sentence that comes again in its category gets another picture.
+  A sentence that comes again in its category gets another image.
   """
   result = []
   for category in categories:
@@ -40,21 +40,21 @@ def items(categories, num):
   return result
 
 
-def true_picture(item, size):
-  """The scene itself, as a perfect model would draw it: uint8 [s, s, 3]."""
+def true_image(item, size):
+  """The scene itself, as a perfect model would render it: uint8 [s, s, 3]."""
   return shapes.render(scene(item.category, item.number), size)
 
 
 def record(item, image):
-  """What to keep of one picture: the judge's verdict and what it read.
+  """What to keep of one image: the judge's verdict and what it read.
 
-  `judge` in it says whether the judge finds the true picture of the same
+  `judge` in it says whether the judge finds the true image of the same
   scene right, at the same size.
   """
   meaning = scene(item.category, item.number).meaning
   reading = read(image)
   verdict = compare(reading, meaning)
-  truth = judge(true_picture(item, image.shape[0]), meaning)
+  truth = judge(true_image(item, image.shape[0]), meaning)
   return {
     'correct': verdict.correct,
     'aspects': verdict.aspects,
@@ -67,25 +67,25 @@ def score(records, categories, num):
   """Scores of a finished run.
 
   Args:
-    records: {(category, number): record}, see `drawing.read_records`.
+    records: {(category, number): record}, see `generation.read_records`.
     categories: those to score.
-    num: pictures of each.
+    num: images of each.
 
   Returns:
-    ({category: share}, {category: share of true pictures judged right}). The
-    first has two more: `shuffled`, the same pictures judged by the sentence
-    of the next one in their category, and `judge`, of all true pictures.
+    ({category: fraction}, {category: fraction of true images judged right}).
+    The first has two more: `shuffled`, the same images judged by the sentence
+    of the next one in their category, and `judge`, of all true images.
   """
   result, own, control = {}, {}, []
   for category in categories:
     found = [records[category, number] for number in range(num)]
-    result[category] = scores.share(r['correct'] for r in found)
-    own[category] = scores.share(r['judge'] for r in found)
+    result[category] = scores.fraction(r['correct'] for r in found)
+    own[category] = scores.fraction(r['judge'] for r in found)
     for number, r in enumerate(found):
       other = scene(category, (number + 1) % num).meaning
       control.append(compare(_reading(r), other).correct)
-  result[CONTROL] = scores.share(control)
-  result['judge'] = scores.share(
+  result[CONTROL] = scores.fraction(control)
+  result['judge'] = scores.fraction(
     records[c, i]['judge'] for c in categories for i in range(num)
   )
   return result, own
@@ -100,7 +100,7 @@ def confusions(records):
   """{what: {(said, seen): count}} for colour, shape, fill and number.
 
   Colours, shapes and fills are those of prompts for one thing of which the
-  picture shows one thing; numbers those of all prompts.
+  image shows one thing; numbers those of all prompts.
   """
   tables = {k: collections.Counter() for k in ('colour', 'shape', 'fill')}
   tables['number'] = collections.Counter()
@@ -121,7 +121,7 @@ def notes(resolution):
   """What a reader must know of scores at a resolution, or None."""
   if resolution < FILL_SIZE:
     return (
-      f'fills are not judged below {FILL_SIZE} pixels, and these pictures '
+      f'fills are not judged below {FILL_SIZE} pixels, and these images '
       f'have {resolution}: the category fill then scores the rest alone.'
     )
   return None

@@ -1,4 +1,4 @@
-"""The whole way from prompts to pictures, on a tiny random cascade."""
+"""The whole way from prompts to images, on a tiny random cascade."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from imagen_jax import sharding
 from imagen_jax.cascade import cascade as cascades
 from imagen_jax.cascade import conditioning
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 
 RED, BLUE = 'a red circle', 'a blue square above a star'
 
@@ -24,50 +24,50 @@ def cascade(model):
   return imagen_jax.load(model)
 
 
-def draw(cascade, prompts, **kw):
+def generate(cascade, prompts, **kw):
   kw.setdefault('batch_size', 2)
   return cascade.sample(prompts, **kw)
 
 
-def test_every_stage_gives_its_pictures(cascade):
-  out = draw(cascade, [RED, BLUE], num_images=2)
+def test_every_stage_gives_its_images(cascade):
+  out = generate(cascade, [RED, BLUE], num_images=2)
   assert list(out) == ['base', 'sr1']
   assert out['base'].shape == (4, 8, 8, 3)
   assert out['sr1'].shape == (4, 16, 16, 3)
   assert out['sr1'].dtype == np.uint8
 
 
-def test_a_picture_does_not_depend_on_its_company(cascade):
-  alone = draw(cascade, [BLUE])['sr1'][0]
-  among = draw(cascade, [RED, 'a star', BLUE])['sr1'][2]
+def test_an_image_does_not_depend_on_its_company(cascade):
+  alone = generate(cascade, [BLUE])['sr1'][0]
+  among = generate(cascade, [RED, 'a star', BLUE])['sr1'][2]
   np.testing.assert_array_equal(alone, among)
-  third = draw(cascade, [BLUE], indices=[2])['sr1'][0]
+  third = generate(cascade, [BLUE], indices=[2])['sr1'][0]
   np.testing.assert_array_equal(
-    third, draw(cascade, [BLUE], num_images=3)['sr1'][2]
+    third, generate(cascade, [BLUE], num_images=3)['sr1'][2]
   )
 
 
 def test_batch_size_changes_at_most_two_grey_levels(cascade):
-  a = draw(cascade, [BLUE], batch_size=1)['sr1'].astype(int)
-  b = draw(cascade, [BLUE], batch_size=3)['sr1'].astype(int)
+  a = generate(cascade, [BLUE], batch_size=1)['sr1'].astype(int)
+  b = generate(cascade, [BLUE], batch_size=3)['sr1'].astype(int)
   assert np.abs(a - b).max() <= 2
 
 
 def test_seed_prompt_and_index_all_matter(cascade):
-  one = draw(cascade, [RED])['base'][0]
+  one = generate(cascade, [RED])['base'][0]
   for other in (
-    draw(cascade, [RED], seed=1)['base'][0],
-    draw(cascade, [BLUE])['base'][0],
-    draw(cascade, [RED], indices=[1])['base'][0],
+    generate(cascade, [RED], seed=1)['base'][0],
+    generate(cascade, [BLUE])['base'][0],
+    generate(cascade, [RED], indices=[1])['base'][0],
   ):
     assert np.abs(one.astype(int) - other).max() > 8
 
 
 def test_guidance_and_augmentation_matter_and_need_no_new_compilation(cascade):
-  first = draw(cascade, [RED])
+  first = generate(cascade, [RED])
   compiled = cascades.compiled.cache_info().misses
-  assert (first['base'] != draw(cascade, [RED], guidance=4.0)['base']).any()
-  low = draw(cascade, [RED], aug_level=[0, 0.9])
+  assert (first['base'] != generate(cascade, [RED], guidance=4.0)['base']).any()
+  low = generate(cascade, [RED], aug_level=[0, 0.9])
   np.testing.assert_array_equal(first['base'], low['base'])
   assert (first['sr1'] != low['sr1']).any()
   # sr1 is unguided by default, so guidance=4.0 compiled that one branch.
@@ -76,34 +76,34 @@ def test_guidance_and_augmentation_matter_and_need_no_new_compilation(cascade):
 
 def test_an_empty_prompt_is_unconditional(cascade):
   """Guidance cancels there: both branches see the null condition."""
-  a = draw(cascade, [''], guidance=3.0)['base'].astype(int)
-  b = draw(cascade, [''], guidance=7.0)['base'].astype(int)
+  a = generate(cascade, [''], guidance=3.0)['base'].astype(int)
+  b = generate(cascade, [''], guidance=7.0)['base'].astype(int)
   assert np.abs(a - b).max() <= 1
-  assert (draw(cascade, ['red'])['base'] != a).any()
+  assert (generate(cascade, ['red'])['base'] != a).any()
 
 
-def test_later_stages_enlarge_a_given_picture(model):
+def test_later_stages_upsample_a_given_image(model):
   later = imagen_jax.load(model, stages=['sr1'])
   low = np.full((1, 8, 8, 3), 200, np.uint8)
-  a = draw(later, [RED], low_res=low)['sr1']
-  b = draw(later, [RED], low_res=low // 4)['sr1']
+  a = generate(later, [RED], low_res=low)['sr1']
+  b = generate(later, [RED], low_res=low // 4)['sr1']
   assert a.shape == (1, 16, 16, 3) and (a != b).any()
   with pytest.raises(UsageError, match='low_res'):
-    draw(later, [RED])
+    generate(later, [RED])
 
 
 def test_chain_equals_its_stages_run_one_by_one(model, cascade):
-  whole = draw(cascade, [RED], aug_level=0.0)
+  whole = generate(cascade, [RED], aug_level=0.0)
   later = imagen_jax.load(model, stages=['sr1'])
-  again = draw(later, [RED], low_res=whole['base'], aug_level=0.0)['sr1']
-  # The chain hands on floats, a user's picture has 8 bits.
+  again = generate(later, [RED], low_res=whole['base'], aug_level=0.0)['sr1']
+  # The chain hands on floats, a user's image has 8 bits.
   assert np.abs(again.astype(int) - whole['sr1']).mean() < 2
 
 
 def test_embedding_can_be_made_once(cascade):
   embedding = cascade.embed([RED])
   np.testing.assert_array_equal(
-    draw(cascade, embedding)['base'], draw(cascade, [RED])['base']
+    generate(cascade, embedding)['base'], generate(cascade, [RED])['base']
   )
 
 
@@ -117,12 +117,12 @@ def test_embedding_can_be_made_once(cascade):
     ({'percentile': 0.0}, 'percentile'),
     ({'threshold': 'hard'}, "'hard'"),
     ({'seed': -1}, 'seed'),
-    ({'num_images': 0}, 'nothing to draw'),
+    ({'num_images': 0}, 'nothing to generate'),
   ],
 )
 def test_bad_choices_are_refused_in_a_sentence(cascade, choices, words):
   with pytest.raises(UsageError, match=words):
-    draw(cascade, [RED], **choices)
+    generate(cascade, [RED], **choices)
 
 
 def test_guidance_needs_a_model_trained_with_caption_dropout(model, tmp_path):
@@ -131,7 +131,7 @@ def test_guidance_needs_a_model_trained_with_caption_dropout(model, tmp_path):
   record['config']['stage']['cond_drop'] = 0.0
   (copy / 'base' / 'stage.json').write_text(json.dumps(record))
   with pytest.raises(UsageError, match='caption dropout'):
-    draw(imagen_jax.load(copy), [RED], guidance=3.0)
+    generate(imagen_jax.load(copy), [RED], guidance=3.0)
 
 
 def test_another_text_encoder_is_refused(model, tmp_path):
@@ -141,17 +141,17 @@ def test_another_text_encoder_is_refused(model, tmp_path):
   shutil.rmtree(copy / 'text')
   tiny_text.random_folder(copy / 'text', seed=5)
   with pytest.raises(ModelError, match='not the one'):
-    draw(imagen_jax.load(copy), [RED])
+    generate(imagen_jax.load(copy), [RED])
 
 
 def test_progress_is_told(cascade):
   told = []
-  draw(cascade, [RED], num_images=3, callback=lambda *a: told.append(a))
+  generate(cascade, [RED], num_images=3, callback=lambda *a: told.append(a))
   assert told == [('base', 2, 3), ('base', 3, 3), ('sr1', 2, 3), ('sr1', 3, 3)]
 
 
 @pytest.mark.slow
-def test_a_network_split_over_devices_draws_the_same(model, monkeypatch):
+def test_a_network_split_over_devices_generates_the_same(model, monkeypatch):
   split = functools.partial(sharding.leaf_sharding, min_size=1)
   monkeypatch.setattr(sharding, 'leaf_sharding', split)
   put, sizes = jax.device_put, []
@@ -162,10 +162,10 @@ def test_a_network_split_over_devices_draws_the_same(model, monkeypatch):
     return array
 
   monkeypatch.setattr(jax, 'device_put', device_put)
-  whole = draw(imagen_jax.load(model), [BLUE, RED])
+  whole = generate(imagen_jax.load(model), [BLUE, RED])
   assert all(here == size for here, size in sizes)
   sizes.clear()
-  spread = draw(imagen_jax.load(model, fsdp=4), [BLUE, RED])
+  spread = generate(imagen_jax.load(model, fsdp=4), [BLUE, RED])
   here, size = np.sum(sizes, axis=0)
   assert here < 0.3 * size
   for name in ('base', 'sr1'):
@@ -173,7 +173,7 @@ def test_a_network_split_over_devices_draws_the_same(model, monkeypatch):
     assert difference.max() <= 2
 
 
-def given_picture():
+def given_image():
   pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
   mask = np.zeros((8, 16), np.uint8)
   mask[2:6, 3:11] = 255
@@ -181,29 +181,31 @@ def given_picture():
 
 
 def test_repainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
-  image, mask = given_picture()
-  out = draw(cascade, [RED], image=image, mask=mask)
+  image, mask = given_image()
+  out = generate(cascade, [RED], image=image, mask=mask)
   kept = np.asarray(mask) == 0
   np.testing.assert_array_equal(out['base'][0][kept], np.asarray(image)[kept])
   assert (out['base'][0] != np.asarray(image))[~kept].mean() > 0.9
   assert out['sr1'].shape == (1, 16, 32, 3)
-  large = pictures.to_mask(mask, 32, 16)[..., 0] == 0
-  resized = conditioning.to_uint8(pictures.to_float(image, 32, 16))
+  large = image_io.to_mask(mask, 32, 16)[..., 0] == 0
+  resized = conditioning.to_uint8(image_io.to_float(image, 32, 16))
   np.testing.assert_array_equal(out['sr1'][0][large], resized[large])
 
 
-def test_a_start_from_a_picture_stays_near_it(cascade):
-  image, _ = given_picture()
+def test_a_start_from_an_image_stays_near_it(cascade):
+  image, _ = given_image()
   far, near = (
-    draw(cascade, [RED], image=image, strength=s, steps=8)['base'].astype(int)
+    generate(cascade, [RED], image=image, strength=s, steps=8)['base'].astype(
+      int
+    )
     for s in (1.0, 0.2)
   )
   distance = lambda x: np.abs(x - np.asarray(image)).mean()
   assert distance(near) < distance(far)
 
 
-def test_pictures_that_cannot_be_started_from_are_refused(cascade):
-  image, mask = given_picture()
+def test_images_that_cannot_be_started_from_are_refused(cascade):
+  image, mask = given_image()
   for says, asked in (
     ('--init_image', {'mask': mask}),
     ('same shape', {'image': image, 'mask': mask.resize((4, 4))}),
@@ -211,4 +213,4 @@ def test_pictures_that_cannot_be_started_from_are_refused(cascade):
     ('strength is 1.5', {'image': image, 'strength': 1.5}),
   ):
     with pytest.raises(UsageError, match=says):
-      draw(cascade, [RED], **asked)
+      generate(cascade, [RED], **asked)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli import export, sample, train
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 from tests import tiny_model
 
 PROMPT = 'a red circle above a blue square'
@@ -23,7 +23,7 @@ def run(main, *argv):
 
 
 @pytest.fixture(scope='module')
-def drawn(model, tmp_path_factory):
+def generated(model, tmp_path_factory):
   out = tmp_path_factory.mktemp('out')
   assert (
     run(sample.main, '--prompt', PROMPT, '--model', model, '--out', out) == 0
@@ -31,14 +31,14 @@ def drawn(model, tmp_path_factory):
   return out
 
 
-def test_sample_writes_a_picture_and_a_grid(drawn):
-  names = sorted(path.name for path in drawn.iterdir())
+def test_sample_writes_a_image_and_a_grid(generated):
+  names = sorted(path.name for path in generated.iterdir())
   assert names == [f'000_{PROMPT.replace(" ", "-")}.png', 'grid_000.png']
-  assert Image.open(drawn / 'grid_000.png').width >= 256
+  assert Image.open(generated / 'grid_000.png').width >= 256
 
 
-def test_a_picture_records_how_it_was_made(drawn, model):
-  record = pictures.read_metadata(next(drawn.glob('000*')))
+def test_an_image_records_how_it_was_made(generated, model):
+  record = image_io.read_metadata(next(generated.glob('000*')))
   assert record['prompt'] == PROMPT and record['seed'] == 0
   assert record['stages']['base']['steps'] == 3
   assert record['stages']['sr1']['aug_level'] == 0.1
@@ -46,7 +46,7 @@ def test_a_picture_records_how_it_was_made(drawn, model):
   assert set(keys) <= record.keys()
 
 
-def test_a_picture_can_be_drawn_once_more_from_itself(model, tmp_path):
+def test_an_image_can_be_generated_once_more_from_itself(model, tmp_path):
   args = ['--model', model, '--out', tmp_path, '--num_images', 3, '--seed', 9]
   run(sample.main, '--prompt', PROMPT, *args, '--steps', '4,1')
   third = next(tmp_path.glob('002*'))
@@ -55,8 +55,8 @@ def test_a_picture_can_be_drawn_once_more_from_itself(model, tmp_path):
   np.testing.assert_array_equal(Image.open(third), Image.open(again))
 
 
-def test_nothing_is_overwritten(drawn, model, tmp_path):
-  out = shutil.copytree(drawn, tmp_path / 'out')
+def test_nothing_is_overwritten(generated, model, tmp_path):
+  out = shutil.copytree(generated, tmp_path / 'out')
   before = {p.name: p.read_bytes() for p in out.iterdir()}
   run(sample.main, '--prompt', PROMPT, '--model', model, '--out', out)
   after = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -77,17 +77,19 @@ def test_prompts_from_a_file_and_stages_by_name(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'size, drawn', [((40, 30), (20, 16)), ((9, 9), (16, 16))]
+  'size, generated', [((40, 30), (20, 16)), ((9, 9), (16, 16))]
 )
-def test_a_later_stage_enlarges_ones_own_picture(model, tmp_path, size, drawn):
+def test_a_later_stage_upsamples_ones_own_image(
+  model, tmp_path, size, generated
+):
   Image.new('RGB', size, 'orange').save(tmp_path / 'mine.png')
   args = ['--model', model, '--out', tmp_path / 'out', '--stages', 'sr1']
   args += ['--prompt', PROMPT, '--low_res', tmp_path / 'mine.png']
   assert run(sample.main, *args) == 0
-  assert Image.open(next(tmp_path.glob('out/000*'))).size == drawn
+  assert Image.open(next(tmp_path.glob('out/000*'))).size == generated
 
 
-def test_a_masked_part_of_ones_own_picture_is_drawn_anew(model, tmp_path):
+def test_a_masked_part_of_ones_own_image_is_generated_anew(model, tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
   mask = np.zeros((8, 8), np.uint8)
   mask[2:6, 3:8] = 255
@@ -105,7 +107,7 @@ def test_a_masked_part_of_ones_own_picture_is_drawn_anew(model, tmp_path):
   assert (near != pixels).mean() > 0.5
 
 
-def test_ones_own_picture_is_not_too_small(model, tmp_path, capsys):
+def test_ones_own_image_is_not_too_small(model, tmp_path, capsys):
   Image.new('RGB', (40, 6), 'orange').save(tmp_path / 'mine.png')
   args = ['--model', model, '--out', tmp_path / 'out', '--stages', 'sr1']
   args += ['--prompt', PROMPT, '--low_res', tmp_path / 'mine.png']
@@ -121,7 +123,7 @@ def test_notes_on_long_empty_and_unknown_prompts(model, tmp_path, capsys):
   run(sample.main, '--prompt', '', *args)
   notes = capsys.readouterr().err
   assert re.search(r'its last \d+ tokens were cut, 12 remain', notes)
-  assert 'never learned zebra. It draws' in notes
+  assert 'never learned zebra. It generates' in notes
   assert 'unconditional' in notes
   assert notes.count('zebra') == 1
 
@@ -198,7 +200,7 @@ def test_a_users_mistake_is_one_sentence(
   assert not out.exists() or not list(out.iterdir())
 
 
-def test_sampling_needs_a_picture_of_ours_to_repeat(model, tmp_path, capsys):
+def test_sampling_needs_a_image_of_ours_to_repeat(model, tmp_path, capsys):
   Image.new('RGB', (8, 8)).save(tmp_path / 'x.png')
   assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
   assert 'no record' in capsys.readouterr().err
@@ -253,7 +255,7 @@ def test_a_mistake_in_training_is_one_sentence(
   assert sorted(p.name for p in (workdir / 'base').rglob('*')) == before
 
 
-def test_export_makes_a_model_folder_that_draws(workdir, model, tmp_path):
+def test_export_makes_a_model_folder_that_generates(workdir, model, tmp_path):
   out = tmp_path / 'mine' / 'base'
   assert run(export.main, '--workdir', workdir / 'base', '--out', out) == 0
   record = json.loads((out / 'stage.json').read_text())

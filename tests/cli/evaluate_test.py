@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import evaluate
-from imagen_jax.evaluation import drawing, scores
+from imagen_jax.evaluation import generation, scores
 from imagen_jax.worlds import shapes
 from imagen_jax.worlds import suite as shapes_suite
 
@@ -38,7 +38,7 @@ def test_wilsons_interval():
   np.testing.assert_allclose(scores.wilson(15, 20), (0.5313, 0.8881), atol=1e-4)
   np.testing.assert_allclose(scores.wilson(0, 10), (0, 0.2775), atol=1e-4)
   assert scores.wilson(10, 10)[1] == 1
-  # The ends are the shares p with |k/n - p| = 1.96 sqrt(p (1 - p) / n).
+  # The ends are the fractions p with |k/n - p| = 1.96 sqrt(p (1 - p) / n).
   for p in scores.wilson(7, 30):
     assert abs(7 / 30 - p) == pytest.approx(
       scores.Z95 * (p * (1 - p) / 30) ** 0.5
@@ -62,17 +62,17 @@ def test_scores_have_the_format_of_the_contract(report):
   assert notes['stages']['base']['steps'] == 1
 
 
-def test_the_same_command_again_draws_nothing(report, model, capsys):
+def test_the_same_command_again_generates_nothing(report, model, capsys):
   before = {p: p.stat().st_mtime_ns for p in report.rglob('*.png')}
   run('--model', model, '--num', 3, '--out', report, *FAST)
-  assert 'drawn' not in capsys.readouterr().err
+  assert 'generated' not in capsys.readouterr().err
   assert before == {p: p.stat().st_mtime_ns for p in report.rglob('*.png')}
 
 
 def test_a_larger_num_continues(report, model, tmp_path, capsys):
   out = shutil.copytree(report, tmp_path / 'report')
   run('--model', model, '--num', 4, '--out', out, *FAST)
-  assert '6/6 drawn' in capsys.readouterr().err
+  assert '6/6 generated' in capsys.readouterr().err
 
 
 def test_other_settings_do_not_mix(report, model, capsys):
@@ -82,31 +82,31 @@ def test_other_settings_do_not_mix(report, model, capsys):
   assert 'another --out' in error
 
 
-def test_a_picture_does_not_depend_on_shares_or_interruptions(
+def test_an_image_does_not_depend_on_shares_or_interruptions(
   report, model, tmp_path
 ):
   args = ['--model', model, '--num', 3, '--out', tmp_path, *FAST]
   args += ['--categories', 'pair,count']
   run(*args, '--shard', '1/2')
   assert not (tmp_path / 'scores.json').exists()
-  # One finished picture is lost with its half-written line.
+  # One finished image is lost with its half-written line.
   lines = tmp_path / 'shapes/run/records-1-of-2.jsonl'
   data = lines.read_bytes()
   lines.write_bytes(data[:-20])
   run(*args, '--shard', '1/2')
-  assert len(drawing.read_records(tmp_path / 'shapes/run')) == 3
+  assert len(generation.read_records(tmp_path / 'shapes/run')) == 3
   run(*args, '--shard', '0/2')
   found = json.loads((tmp_path / 'scores.json').read_text())
   assert found['shapes']['pair']['n'] == 3
   for path in tmp_path.rglob('*.png'):
     same = report / path.relative_to(tmp_path)
     np.testing.assert_array_equal(
-      drawing.read_picture(path.parent, {'file': path.name}),
-      drawing.read_picture(same.parent, {'file': same.name}),
+      generation.read_image(path.parent, {'file': path.name}),
+      generation.read_image(same.parent, {'file': same.name}),
     )
 
 
-def test_from_truth_feeds_true_small_pictures(model, tmp_path, monkeypatch):
+def test_from_truth_feeds_true_small_images(model, tmp_path, monkeypatch):
   given = []
   sample = evaluate.imagen_jax.Cascade.sample
 
@@ -163,14 +163,14 @@ def test_mistakes_are_one_sentence(argv, says, model, tmp_path, capsys):
   assert says in error and error.count('\n') == 1
 
 
-def test_equal_sentences_get_different_pictures():
+def test_equal_sentences_get_different_images():
   found = shapes_suite.items(['single'], 300)
   assert len({(item.prompt, item.index) for item in found}) == 300
 
 
-def test_the_judge_is_scored_on_the_true_pictures():
+def test_the_judge_is_scored_on_the_true_images():
   def perfect(item):
-    image = shapes_suite.true_picture(item, 256)
+    image = shapes_suite.true_image(item, 256)
     return shapes_suite.record(item, image)
 
   found = {
@@ -185,9 +185,9 @@ def test_the_judge_is_scored_on_the_true_pictures():
   assert sum(n for (a, b), n in tables['fill'].items() if a == b) >= 5
 
 
-def test_pictures_of_another_sentence_are_wrong():
+def test_images_of_another_sentence_are_wrong():
   a, b = shapes_suite.items(['pair'], 2)
-  image = shapes_suite.true_picture(b, 256)
+  image = shapes_suite.true_image(b, 256)
   kept = shapes_suite.record(a, image)
   assert not kept['correct'] and kept['judge']
 
@@ -198,12 +198,12 @@ def test_an_interrupted_run_continues(model, tmp_path):
   command += ['--model', str(model), '--out', str(tmp_path), '--steps', '1']
   command += ['--stages', 'base', '--guidance', '1']
   process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-  assert 'drawn' in [line for line, _ in zip(process.stderr, range(2))][-1]
+  assert 'generated' in [line for line, _ in zip(process.stderr, range(2))][-1]
   process.send_signal(signal.SIGTERM)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 143 and 'same command' in error
-  kept = len(drawing.read_records(tmp_path / 'shapes/run'))
+  kept = len(generation.read_records(tmp_path / 'shapes/run'))
   assert 0 < kept < 240
   again = subprocess.run(command, capture_output=True, text=True)
   assert again.returncode == 0
-  assert f'/{240 - kept} drawn' in again.stderr
+  assert f'/{240 - kept} generated' in again.stderr

@@ -25,9 +25,9 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-  """A folder of ten pictures of 16 pixels."""
-  folder = tmp_path / 'pictures'
+def images(tmp_path):
+  """A folder of ten images of 16 pixels."""
+  folder = tmp_path / 'images'
   folder.mkdir()
   for i in range(10):
     rng = np.random.default_rng(i)
@@ -61,12 +61,12 @@ def write(folder, out, text=False, size=16, **options):
   )
 
 
-def test_what_was_prepared_is_what_the_source_gave(pictures, tmp_path):
-  header, dropped = write(pictures, tmp_path / 'out')
+def test_what_was_prepared_is_what_the_source_gave(images, tmp_path):
+  header, dropped = write(images, tmp_path / 'out')
   assert (header['count'], dropped) == (10, [])
   assert [part['count'] for part in header['parts']] == [4, 4, 2]
   prepared = make_source(kind='arrayrecord', path=tmp_path / 'out', size=16)
-  source = FolderSource(pictures, 16)
+  source = FolderSource(images, 16)
   assert len(prepared) == len(source)
   for mine, theirs in zip(prepared, source):
     assert mine.keys() == {'image', 'caption'}
@@ -74,9 +74,9 @@ def test_what_was_prepared_is_what_the_source_gave(pictures, tmp_path):
     np.testing.assert_array_equal(mine['image'], theirs['image'])
 
 
-def test_sets_prepared_side_by_side_are_one(pictures, tmp_path):
-  write(pictures, tmp_path / 'set-0', number=4)
-  write(pictures, tmp_path / 'set-1', size=16)
+def test_sets_prepared_side_by_side_are_one(images, tmp_path):
+  write(images, tmp_path / 'set-0', number=4)
+  write(images, tmp_path / 'set-1', size=16)
   pattern = str(tmp_path / 'set-*')
   both = make_source(kind='arrayrecord', path=pattern, size=16)
   alone = ArrayRecordSource(tmp_path / 'set-1', 16)
@@ -84,7 +84,7 @@ def test_sets_prepared_side_by_side_are_one(pictures, tmp_path):
     '01230123456789'
   )
   assert both.fingerprint != alone.fingerprint
-  write(pictures, tmp_path / 'set-2', size=8)
+  write(images, tmp_path / 'set-2', size=8)
   with pytest.raises(DataError, match='set-2 was prepared with another size'):
     ArrayRecordSource(pattern, 8)
   with pytest.raises(DataError, match='set-2 was prepared at 8 pixels'):
@@ -93,8 +93,8 @@ def test_sets_prepared_side_by_side_are_one(pictures, tmp_path):
     ArrayRecordSource(tmp_path / 'no-*', 16)
 
 
-def test_a_smaller_size_is_the_box_mean(pictures, tmp_path):
-  write(pictures, tmp_path / 'out')
+def test_a_smaller_size_is_the_box_mean(images, tmp_path):
+  write(images, tmp_path / 'out')
   small = ArrayRecordSource(tmp_path / 'out', 4)[0]['image']
   large = ArrayRecordSource(tmp_path / 'out', 16)[0]['image']
   means = large.reshape(4, 4, 4, 4, 3).mean((1, 3))
@@ -103,8 +103,8 @@ def test_a_smaller_size_is_the_box_mean(pictures, tmp_path):
     ArrayRecordSource(tmp_path / 'out', 32)
 
 
-def test_embeddings_are_stored_ragged_and_come_back_padded(pictures, tmp_path):
-  write(pictures, tmp_path / 'out', text=True)
+def test_embeddings_are_stored_ragged_and_come_back_padded(images, tmp_path):
+  write(images, tmp_path / 'out', text=True)
   example = ArrayRecordSource(tmp_path / 'out', 16)[7]
   expected = np.zeros((5, 3), ml_dtypes.bfloat16)
   expected[:3] = embed(['caption 7 ü'])[0]
@@ -114,8 +114,8 @@ def test_embeddings_are_stored_ragged_and_come_back_padded(pictures, tmp_path):
 
 
 @pytest.mark.parametrize('key', ['encoder', 'tokenizer', 'max_len'])
-def test_embeddings_of_another_encoder_are_refused(pictures, tmp_path, key):
-  write(pictures, tmp_path / 'out', text=True)
+def test_embeddings_of_another_encoder_are_refused(images, tmp_path, key):
+  write(images, tmp_path / 'out', text=True)
   source = ArrayRecordSource(tmp_path / 'out', 16)
   mine = {k: TEXT[k] for k in ('encoder', 'tokenizer', 'max_len')}
   source.check_text(**mine)
@@ -124,9 +124,9 @@ def test_embeddings_of_another_encoder_are_refused(pictures, tmp_path, key):
 
 
 def test_embeddings_of_captions_cleaned_otherwise_are_refused(
-  pictures, tmp_path, monkeypatch
+  images, tmp_path, monkeypatch
 ):
-  write(pictures, tmp_path / 'out', text=True)
+  write(images, tmp_path / 'out', text=True)
   monkeypatch.setattr(arrayrecord, 'CLEANING', 'whitespace-2')
   mine = {k: TEXT[k] for k in ('encoder', 'tokenizer', 'max_len')}
   with pytest.raises(DataError, match='another cleaning'):
@@ -135,9 +135,9 @@ def test_embeddings_of_captions_cleaned_otherwise_are_refused(
 
 @pytest.mark.parametrize('after', [0, 3, 4, 9])
 def test_a_cut_writing_looks_unfinished_and_goes_on(
-  pictures, tmp_path, monkeypatch, after
+  images, tmp_path, monkeypatch, after
 ):
-  write(pictures, tmp_path / 'whole', text=True)
+  write(images, tmp_path / 'whole', text=True)
   read, reads = FolderSource.read, []
 
   def dying(self, i):
@@ -150,13 +150,13 @@ def test_a_cut_writing_looks_unfinished_and_goes_on(
   with monkeypatch.context() as m:
     m.setattr(FolderSource, 'read', dying)
     with pytest.raises(KeyboardInterrupt):
-      write(pictures, out, text=True)
+      write(images, out, text=True)
   with pytest.raises(DataError, match='is not finished: repeat'):
     ArrayRecordSource(out, 16)
   with monkeypatch.context() as m:
     m.setattr(FolderSource, 'read', lambda s, i: reads.append(i) or read(s, i))
     reads.clear()
-    write(pictures, out, text=True)
+    write(images, out, text=True)
   assert len(reads) == 10 - after // 4 * 4  # whole parts are not made again
   assert not (out / 'unfinished.json').exists()
   names = sorted(file.name for file in out.iterdir())
@@ -165,33 +165,33 @@ def test_a_cut_writing_looks_unfinished_and_goes_on(
     assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
 
-def test_a_damaged_part_is_made_again(pictures, tmp_path):
+def test_a_damaged_part_is_made_again(images, tmp_path):
   out = tmp_path / 'out'
-  write(pictures, out)
+  write(images, out)
   part = out / 'part-00001.array_record'
   whole = part.read_bytes()
   part.write_bytes(whole[:-100] + b'x' * 100)
-  write(pictures, out)
+  write(images, out)
   assert part.read_bytes() == whole
 
 
-def test_other_settings_or_other_files_are_not_overwritten(pictures, tmp_path):
+def test_other_settings_or_other_files_are_not_overwritten(images, tmp_path):
   out = tmp_path / 'out'
-  write(pictures, out)
+  write(images, out)
   with pytest.raises(UsageError, match='another prepared set, of size 16'):
-    write(pictures, out, size=8)
+    write(images, out, size=8)
   with pytest.raises(UsageError, match='of text'):
-    write(pictures, out, text=True)
-  with pytest.raises(UsageError, match='pictures is not empty'):
-    write(pictures, pictures)
-  (pictures / '0.txt').write_text('another caption')
+    write(images, out, text=True)
+  with pytest.raises(UsageError, match='images is not empty'):
+    write(images, images)
+  (images / '0.txt').write_text('another caption')
   with pytest.raises(UsageError, match='of fingerprint'):
-    write(pictures, out)
+    write(images, out)
 
 
-def test_damage_is_noticed_by_part_and_by_record(pictures, tmp_path):
+def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
   out = tmp_path / 'out'
-  write(pictures, out)
+  write(images, out)
   part = out / 'part-00000.array_record'
   whole = part.read_bytes()
   part.write_bytes(whole[:-1])
@@ -204,7 +204,7 @@ def test_damage_is_noticed_by_part_and_by_record(pictures, tmp_path):
     data[(start if start > 0 else 400 + 900 * place) + 200] ^= 8
     part.write_bytes(data)
     source = ArrayRecordSource(out, 16, max_bad=1)
-    expected = FolderSource(pictures, 16)
+    expected = FolderSource(images, 16)
     found = [source[i]['caption'] for i in range(4)]
     assert source.replaced == 1
     lost = int(next(iter(source.bad)).split()[1])
@@ -212,19 +212,19 @@ def test_damage_is_noticed_by_part_and_by_record(pictures, tmp_path):
       assert found[i] == expected[i + (i == lost)]['caption']
 
 
-def test_a_record_is_no_code(pictures, tmp_path):
-  write(pictures, tmp_path / 'out')
+def test_a_record_is_no_code(images, tmp_path):
+  write(images, tmp_path / 'out')
   record = ArrayRecordSource(tmp_path / 'out', 16)._records[0]
   with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError)):
     pickle.loads(record)
   assert json.loads(record[4 : 4 + record[0]])['caption'] == 'caption 0 ü'
 
 
-def test_other_folders_and_newer_formats_are_refused(pictures, tmp_path):
+def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
   with pytest.raises(DataError, match='no dataset.json; prepare one'):
-    ArrayRecordSource(pictures, 16)
+    ArrayRecordSource(images, 16)
   out = tmp_path / 'out'
-  write(pictures, out)
+  write(images, out)
   text = (out / 'dataset.json').read_text()
   (out / 'dataset.json').write_text(
     text.replace('"format_version": 1', '"format_version": 9', 1)
@@ -233,9 +233,9 @@ def test_other_folders_and_newer_formats_are_refused(pictures, tmp_path):
     ArrayRecordSource(out, 16)
 
 
-def test_what_fails_while_writing_is_left_out_and_listed(pictures, tmp_path):
-  source = FolderSource(pictures, 16, max_bad=0.5)
-  (pictures / '3.png').write_bytes(b'')
+def test_what_fails_while_writing_is_left_out_and_listed(images, tmp_path):
+  source = FolderSource(images, 16, max_bad=0.5)
+  (images / '3.png').write_bytes(b'')
   header, dropped = arrayrecord.write(
     source, tmp_path / 'out', settings={}, size=16
   )
@@ -245,21 +245,21 @@ def test_what_fails_while_writing_is_left_out_and_listed(pictures, tmp_path):
   assert line == {'name': '3.png', 'reason': 'it is empty'}
 
 
-def test_too_much_that_fails_ends_the_writing_unfinished(pictures, tmp_path):
-  source = FolderSource(pictures, 16)
-  (pictures / '3.png').write_bytes(b'')
+def test_too_much_that_fails_ends_the_writing_unfinished(images, tmp_path):
+  source = FolderSource(images, 16)
+  (images / '3.png').write_bytes(b'')
   with pytest.raises(DataError, match='1 of 10 samples are bad'):
     arrayrecord.write(source, tmp_path / 'out', settings={}, size=16)
   assert not (tmp_path / 'out' / 'dataset.json').exists()
 
 
-def test_a_full_disk_is_a_sentence(pictures, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_sentence(images, tmp_path, monkeypatch):
   verify = arrayrecord._verify
   monkeypatch.setattr(
     arrayrecord, '_verify', lambda file, count: verify(file, count + 1)
   )
   with pytest.raises(DataError, match='holds 4 of 5 records.*free space'):
-    write(pictures, tmp_path / 'out')
+    write(images, tmp_path / 'out')
   with pytest.raises(DataError, match='is not finished'):
     ArrayRecordSource(tmp_path / 'out', 16)
 
@@ -267,19 +267,19 @@ def test_a_full_disk_is_a_sentence(pictures, tmp_path, monkeypatch):
 # The command.
 
 
-def test_imagen_prepare_writes_reports_and_repeats(pictures, tmp_path, capsys):
-  Image.new('RGB', (16, 16)).save(pictures / 'mute.png')
-  Image.new('RGB', (9, 9)).save(pictures / 'small.png')
-  (pictures / 'small.txt').write_text('small')
+def test_imagen_prepare_writes_reports_and_repeats(images, tmp_path, capsys):
+  Image.new('RGB', (16, 16)).save(images / 'mute.png')
+  Image.new('RGB', (9, 9)).save(images / 'small.png')
+  (images / 'small.txt').write_text('small')
   out = tmp_path / 'out'
-  command = f'--source folder --path {pictures} --size 16 --out {out}'.split()
+  command = f'--source folder --path {images} --size 16 --out {out}'.split()
   assert prepare.main(command) == 3
   assert 'samples are bad, 8.33%' in capsys.readouterr().err
   assert not out.exists()
   for _ in range(2):
     assert prepare.main([*command, '--max_bad', '0.1']) == 0
     printed = capsys.readouterr().out
-    assert '10 pictures of 16 pixels' in printed
+    assert '10 images of 16 pixels' in printed
     assert '2 were left out' in printed
     assert 'it has no caption (mute.png)' in printed
   assert len((out / 'dropped.jsonl').read_text().splitlines()) == 2
@@ -287,11 +287,11 @@ def test_imagen_prepare_writes_reports_and_repeats(pictures, tmp_path, capsys):
   assert prepare.main([*command[:4], *again, '--max_bad', '1']) == 2
 
 
-def test_imagen_prepare_stores_what_the_encoder_says(model, pictures, tmp_path):
+def test_imagen_prepare_stores_what_the_encoder_says(model, images, tmp_path):
   from imagen_jax.text.encoder import load_text_encoder
 
   out, folder = tmp_path / 'out', model / 'text'
-  command = f'--source folder --path {pictures} --size 16 --out {out}'.split()
+  command = f'--source folder --path {images} --size 16 --out {out}'.split()
   command += ['--text', str(folder), '--max_len', '12']
   assert prepare.main(command) == 0
   source = ArrayRecordSource(out, 16)

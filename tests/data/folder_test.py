@@ -1,4 +1,4 @@
-"""Folders of captioned pictures, with the traps that real ones hold."""
+"""Folders of captioned images, with the traps that real ones hold."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from PIL import Image
 from imagen_jax.data import checked, folder
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.errors import DataError
-from imagen_jax.io.decode import decode as read_picture
+from imagen_jax.io.decode import decode as read_image
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,8 @@ def pixels(height=16, width=16, seed=0):
   return rng.integers(0, 256, (height, width, 3), np.uint8)
 
 
-def add(path, name, image=None, caption='a picture', **options):
-  """Saves a picture (an array or a Pillow image) and its caption."""
+def add(path, name, image=None, caption='an image', **options):
+  """Saves an image (an array or a Pillow image) and its caption."""
   if not isinstance(image, Image.Image):
     image = Image.fromarray(pixels() if image is None else image)
   file = path / name
@@ -42,10 +42,10 @@ def add(path, name, image=None, caption='a picture', **options):
   return file
 
 
-# Finding pictures and captions.
+# Finding images and captions.
 
 
-def test_text_files_beside_the_pictures_are_their_captions(tmp_path):
+def test_text_files_beside_the_images_are_their_captions(tmp_path):
   one, two = pixels(seed=1), pixels(seed=2)
   add(tmp_path, 'b.png', one, 'a  red\n circle\n')
   add(tmp_path, 'a/deep.name.PNG', two, 'ein blauer Würfel')
@@ -88,7 +88,7 @@ def test_a_broken_metadata_line_is_named(tmp_path, line):
     FolderSource(tmp_path, 16)
 
 
-def test_unusable_pictures_are_left_out_and_named_once(tmp_path, caplog):
+def test_unusable_images_are_left_out_and_named_once(tmp_path, caplog):
   add(tmp_path, 'good.png')
   add(tmp_path, 'small.png', pixels(64, 15))
   add(tmp_path, 'mute.png', caption=None)
@@ -112,8 +112,8 @@ def test_unusable_pictures_are_left_out_and_named_once(tmp_path, caplog):
     'small.png': 'it is smaller than 16 pixels',
     'mute.png': 'it has no caption',
     'empty.png': 'its caption is empty',
-    'html.jpg': 'it cannot be read as a picture',
-    'nothing.png': 'it cannot be read as a picture',
+    'html.jpg': 'it cannot be read as an image',
+    'nothing.png': 'it cannot be read as an image',
     'line.png': 'it is less than 8 pixels wide or high',
     'long.png': 'its caption is longer than 10000 characters',
     'cut.jpg': 'it cannot be decoded',
@@ -149,7 +149,7 @@ def test_names_that_leave_the_folder_and_repeated_ones_are_left_out(tmp_path):
   source = FolderSource(tmp_path / 'set', 16, max_bad=1)
   assert source.names == ('here.png',)
   assert sorted(reason for _, reason in source.skipped) == [
-    'it lists a picture a second time',
+    'it lists an image a second time',
     'its name leads out of the folder',
     'its name leads out of the folder',
   ]
@@ -230,7 +230,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_sentence(tmp_path):
   assert len(FolderSource(tmp_path, 16, max_bad=0.1)) == 9
 
 
-def test_small_pictures_are_not_bad(tmp_path):
+def test_small_images_are_not_bad(tmp_path):
   add(tmp_path, 'small.png', pixels(15, 15))
   add(tmp_path, 'good.png')
   source = FolderSource(tmp_path, 16, max_bad=0)
@@ -254,7 +254,7 @@ def test_what_fails_later_is_replaced_by_its_neighbour_and_counted(
     source[2]
 
 
-def test_a_folder_without_usable_pictures_says_what_it_needs(tmp_path):
+def test_a_folder_without_usable_images_says_what_it_needs(tmp_path):
   with pytest.raises(DataError, match='there are none.* caption beside each'):
     FolderSource(tmp_path, 16)
   add(tmp_path, 'small.png', pixels(8, 8))
@@ -264,7 +264,7 @@ def test_a_folder_without_usable_pictures_says_what_it_needs(tmp_path):
     FolderSource(tmp_path / 'nowhere', 16)
 
 
-def test_long_lists_of_left_out_pictures_are_cut_short():
+def test_long_lists_of_left_out_images_are_cut_short():
   text = checked.summary([(f'{i}.png', 'it is odd') for i in range(9)])
   assert text == '9 because it is odd (0.png, 1.png, 2.png, …)'
 
@@ -277,27 +277,25 @@ def test_whole_ratios_are_box_means(tmp_path):
   file = add(tmp_path, 'a.png', image)
   means = image.reshape(16, 3, 16, 3, 3).mean(axis=(1, 3))
   # Rounded to 8 bits after the rows and after the columns.
-  assert np.abs(read_picture(file, 16) - means).max() <= 1
+  assert np.abs(read_image(file, 16) - means).max() <= 1
 
 
 def test_the_centre_is_kept(tmp_path):
   image = np.zeros((16, 40, 3), np.uint8)
   image[:, 12:28] = pixels()
   file = add(tmp_path, 'wide.png', image)
-  np.testing.assert_array_equal(read_picture(file, 16), pixels())
+  np.testing.assert_array_equal(read_image(file, 16), pixels())
   file = add(tmp_path, 'tall.png', image.transpose(1, 0, 2))
   np.testing.assert_array_equal(
-    read_picture(file, 16), pixels().transpose(1, 0, 2)
+    read_image(file, 16), pixels().transpose(1, 0, 2)
   )
 
 
 def test_exif_orientation_is_obeyed(tmp_path):
   exif = Image.Exif()
-  exif[0x0112] = 6  # the sensor's rows are the picture's columns
+  exif[0x0112] = 6  # the sensor's rows are the image's columns
   file = add(tmp_path, 'phone.png', pixels(), exif=exif)
-  np.testing.assert_array_equal(
-    read_picture(file, 16), np.rot90(pixels(), k=-1)
-  )
+  np.testing.assert_array_equal(read_image(file, 16), np.rot90(pixels(), k=-1))
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'tRNS'])
@@ -313,13 +311,13 @@ def test_transparency_lies_on_white(tmp_path, mode):
   else:
     clear = (0, 0) if mode == 'LA' else (*RED, 0)
     file = add(tmp_path, 'a.png', Image.new(mode, (16, 16), clear))
-  assert (read_picture(file, 16) == 255).all()
+  assert (read_image(file, 16) == 255).all()
 
 
 def test_half_transparency_is_half_white(tmp_path):
   file = add(tmp_path, 'a.png', Image.new('RGBA', (16, 16), (*GREEN, 128)))
   np.testing.assert_allclose(
-    read_picture(file, 16)[0, 0], [127, 255, 127], atol=1
+    read_image(file, 16)[0, 0], [127, 255, 127], atol=1
   )
 
 
@@ -328,7 +326,7 @@ def test_sixteen_bits_of_grey_become_eight(tmp_path):
   expected = np.rint(grey / 257)
   for name in ('a.png', 'a.tif'):
     file = add(tmp_path, name, Image.fromarray(grey))
-    found = read_picture(file, 16)
+    found = read_image(file, 16)
     np.testing.assert_array_equal(found, expected[..., None].repeat(3, -1))
 
 
@@ -344,7 +342,7 @@ def test_sixteen_bits_of_colour_become_eight():
   header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
   data = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
   data += chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
-  found = read_picture(data, 8)
+  found = read_image(data, 8)
   np.testing.assert_array_equal(found[0, :2], [[255, 0, 100], [0, 255, 7]])
 
 
@@ -354,7 +352,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
     file = add(
       tmp_path, name, frames[0], save_all=True, append_images=frames[1:]
     )
-    found = read_picture(file, 16)
+    found = read_image(file, 16)
     assert np.abs(found.astype(int) - RED).max() < 8
 
 
@@ -364,7 +362,7 @@ def test_no_way_to_resize_aliases(tmp_path, resize):
   stripes = np.zeros((192, 192, 3), np.uint8)
   stripes[:, ::2] = 255
   file = add(tmp_path, 'a.png', stripes)
-  found = read_picture(file, 16, resize).astype(int)
+  found = read_image(file, 16, resize).astype(int)
   assert np.abs(found[:, 1:-1] - 127.5).max() < 6
 
 
@@ -373,6 +371,6 @@ def test_no_way_to_resize_aliases(tmp_path, resize):
 )
 def test_other_modes_become_rgb(tmp_path, mode, suffix):
   image = Image.new('RGB', (16, 16), (255, 255, 255)).convert(mode)
-  found = read_picture(add(tmp_path, f'a.{suffix}', image), 16)
+  found = read_image(add(tmp_path, f'a.{suffix}', image), 16)
   assert found.shape == (16, 16, 3)
   assert (found >= 253).all()

@@ -19,7 +19,7 @@ NUM = 10
 
 
 class Numbers:
-  """Ten one-pixel pictures, telling their number in colour and caption."""
+  """Ten one-pixel images, telling their number in colour and caption."""
 
   def __init__(self, num=NUM):
     self.num = num
@@ -32,11 +32,11 @@ class Numbers:
 
 
 def jitter(example, rng):
-  return example | {'draw': rng.integers(1 << 30)}
+  return example | {'generate': rng.integers(1 << 30)}
 
 
 def take(num_batches, source=None, *, num_hosts=1, batch_size=4, **options):
-  """(numbers, draws), [num_batches, batch_size], of the global batches."""
+  """(numbers, generates), [num_batches, batch_size], of the global batches."""
   options = dict(seed=3, batch_size=batch_size, augment=jitter) | options
   hosts = [
     batches(source or Numbers(), host=host, num_hosts=num_hosts, **options)
@@ -48,14 +48,14 @@ def take(num_batches, source=None, *, num_hosts=1, batch_size=4, **options):
     np.stack(
       [np.concatenate([part[name] for part in parts]) for parts in steps]
     ).reshape(num_batches, batch_size, -1)[..., 0]
-    for name in ('image', 'draw')
+    for name in ('image', 'generate')
   )
 
 
 @pytest.mark.parametrize('num', [3, 10, 16])
 @pytest.mark.parametrize('num_hosts', [2, 4, 8])
 def test_global_batches_are_the_same_on_any_number_of_hosts(num_hosts, num):
-  """Pictures and random draws, over several epochs that 8 need not divide."""
+  """Images and random generates, over several epochs that 8 need not divide."""
   together = take(10, Numbers(num), batch_size=8)
   apart = take(10, Numbers(num), batch_size=8, num_hosts=num_hosts)
   np.testing.assert_array_equal(together[0], apart[0])
@@ -71,7 +71,7 @@ def test_starting_at_a_step_is_continuing(start, num_hosts):
   np.testing.assert_array_equal(whole[1][start:], part[1])
 
 
-def test_every_epoch_has_every_picture_once_in_a_new_order():
+def test_every_epoch_has_every_image_once_in_a_new_order():
   numbers = take(5 * 3)[0].reshape(-1, NUM)
   for epoch in numbers:
     assert sorted(epoch) == list(range(NUM))
@@ -79,9 +79,9 @@ def test_every_epoch_has_every_picture_once_in_a_new_order():
     assert (one != other).any()
 
 
-def test_random_draws_differ_by_example_and_epoch():
-  draws = take(15)[1]
-  assert len(np.unique(draws)) == draws.size
+def test_random_generates_differ_by_example_and_epoch():
+  generates = take(15)[1]
+  assert len(np.unique(generates)) == generates.size
 
 
 def test_another_seed_is_another_order():
@@ -98,7 +98,7 @@ def test_the_transform_sees_single_examples_last_and_captions_are_strings():
   seen = []
 
   def transform(example):
-    seen.append(example['draw'])
+    seen.append(example['generate'])
     return example | {'length': np.int32(len(example['caption']))}
 
   batch = next(
@@ -129,13 +129,13 @@ def test_hosts_must_divide_the_batch():
 
 
 def test_an_empty_source_is_refused():
-  with pytest.raises(DataError, match='no pictures'):
+  with pytest.raises(DataError, match='no images'):
     batches(Numbers(0), seed=0, batch_size=4)
 
 
 @pytest.fixture(scope='module')
 def sets(tmp_path_factory):
-  """{kind: path} of the same seven pictures, telling their number in red."""
+  """{kind: path} of the same seven images, telling their number in red."""
   root = tmp_path_factory.mktemp('sets')
   folder, prepared = root / 'folder', root / 'arrayrecord'
   folder.mkdir()
@@ -168,7 +168,7 @@ def test_every_source_gives_one_order_on_any_number_of_hosts(
 
 
 class Sided:
-  """Pictures dark on their left, half of them saying so."""
+  """Images dark on their left, half of them saying so."""
 
   def __len__(self):
     return 64
@@ -212,7 +212,7 @@ def test_what_is_mirrored_depends_on_seed_and_place_alone():
   assert mirrored() == mirrored() == mirrored(num_hosts=4)
 
 
-def test_a_picture_is_mirrored_in_some_epochs_only():
+def test_an_image_is_mirrored_in_some_epochs_only():
   iterator = batches(Sided(), seed=1, batch_size=64, augment=flip)
   epochs = [next(iterator)['image'][:, 0, 0, 0].sum() for _ in range(3)]
   assert len(set(epochs)) > 1

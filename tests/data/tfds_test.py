@@ -27,7 +27,7 @@ def png(value, side=16):
 
 
 def build(data_dir, captions='captions', broken=False):
-  """A build shaped like coco_captions: two captions to a picture."""
+  """A build shaped like coco_captions: two captions to an image."""
   import tensorflow_datasets as tfds
 
   class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -70,7 +70,7 @@ def small(tmp_path_factory):
   return build(tmp_path_factory.mktemp('tfds'))
 
 
-def test_every_caption_of_a_picture_is_an_example(small):
+def test_every_caption_of_a_image_is_an_example(small):
   source = make_source(kind='tfds', path=str(small), size=16)
   captions = sorted(e['caption'] for e in source)
   assert captions == [f'{i} {j} ü' for i in range(4) for j in range(2)]
@@ -112,12 +112,12 @@ def test_a_build_without_captions_is_told_by_its_columns(tmp_path):
     TfdsSource(folder, 16)
 
 
-def test_bad_and_small_pictures_are_left_out(tmp_path):
+def test_bad_and_small_images_are_left_out(tmp_path):
   pytest.importorskip('tensorflow_datasets')
   source = TfdsSource(build(tmp_path, broken=True), 17, max_bad=0.5)
   assert sorted(e['caption'][0] for e in source) == ['1', '1', '3', '3']
   assert [reason for _, reason in source.skipped] == [
-    'it cannot be read as a picture',
+    'it cannot be read as an image',
     'it is smaller than 17 pixels',
     'it is smaller than 17 pixels',
   ]

@@ -16,7 +16,7 @@ from imagen_jax.data.sources import list_skipped, make_source
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import DataError, UsageError
 
-PICTURES = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'pictures'
+IMAGES = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'images'
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def write(path, members, **kinds):
   return path
 
 
-def sample(key, seed=0, caption=b'a picture'):
+def sample(key, seed=0, caption=b'an image'):
   return [(f'{key}.png', encoded(pixels(seed))), (f'{key}.txt', caption)]
 
 
@@ -118,7 +118,7 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
     ('half.json', b'{"caption": "\\ud800"}'),
     ('number.png', image),
     ('number.json', b'{"caption": 3}'),
-    ('text.txt', b'no picture'),
+    ('text.txt', b'no image'),
     ('00007.png', image),
     ('../up.png', image),
     ('../up.txt', b'a'),
@@ -139,7 +139,7 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
   reasons = {k.removeprefix('a.tar/'): v for k, v in source.skipped}
   assert reasons == {
     'empty': 'it is empty',
-    'html': 'it cannot be read as a picture',
+    'html': 'it cannot be read as an image',
     'cut': 'it cannot be decoded',
     'line': 'it is less than 8 pixels wide or high',
     'mute': 'it has no caption',
@@ -150,7 +150,7 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
     'broken': 'its .json is broken',
     'half': 'its caption is not UTF-8',
     'number': 'its caption is no text',
-    'text': 'it has no picture',
+    'text': 'it has no image',
     '00007 (repeated)': 'its key is there already',
     '../up': 'its name leads out of the tar',
     'root': 'its name leads out of the tar',
@@ -165,7 +165,7 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
     WebDatasetSource(tmp_path, 16)
 
 
-def test_odd_but_whole_pictures_are_read(tmp_path):
+def test_odd_but_whole_images_are_read(tmp_path):
   rgb = Image.fromarray(pixels())
   grey16 = Image.fromarray(np.full((16, 16), 25700, np.uint16))
   kinds = {
@@ -277,9 +277,9 @@ def test_the_fingerprint_tells_sets_apart(tmp_path):
   assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-@pytest.mark.skipif(not PICTURES.exists(), reason='no pictures beside us')
-def test_real_pictures_are_read():
-  source = make_source(kind='webdataset', path=str(PICTURES), size=64)
+@pytest.mark.skipif(not IMAGES.exists(), reason='no images beside us')
+def test_real_images_are_read():
+  source = make_source(kind='webdataset', path=str(IMAGES), size=64)
   assert len(source) == 1378
   assert source.skipped == ()
   assert source[0]['image'].shape == (64, 64, 3)

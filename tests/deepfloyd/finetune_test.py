@@ -21,19 +21,19 @@ IF = schedule.Schedule(
 PLAN = loss.training_plan(IF)
 
 
-def pictures(batch=512):
+def images(batch=512):
   rng = np.random.default_rng(0)
   x = rng.integers(0, 256, (batch, 4, 4, 3)) / 127.5 - 1
   return jnp.asarray(x, jnp.float32)
 
 
-def knowing(x, *, miss=0.0, share=0.0):
+def knowing(x, *, miss=0.0, fraction=0.0):
   """A network that knows x: the noise, `miss` off, and a given variance."""
 
   def predict(z, t):
     row = jax.tree.map(lambda c: jnp.asarray(c)[t][:, None, None, None], PLAN)
     eps = (z - row.alpha * x) / row.sigma + miss
-    return jnp.concatenate([eps, jnp.full_like(eps, 2 * share - 1)], axis=-1)
+    return jnp.concatenate([eps, jnp.full_like(eps, 2 * fraction - 1)], axis=-1)
 
   return predict
 
@@ -47,8 +47,8 @@ def test_the_plan_goes_from_each_step_to_the_one_before():
   assert PLAN.log_low[0] == PLAN.log_low[1]
 
 
-def test_knowing_the_picture_and_the_lower_variance_costs_nothing():
-  x = pictures()
+def test_knowing_the_image_and_the_lower_variance_costs_nothing():
+  x = images()
   values, details = loss.hybrid_loss(jax.random.key(0), knowing(x), x, PLAN)
   later = np.asarray(details['t'] > 0)
   # 1 / alpha magnifies the rounding of eps near the end of the process.
@@ -61,14 +61,14 @@ def test_knowing_the_picture_and_the_lower_variance_costs_nothing():
 
 
 def test_bound_is_the_divergence_of_two_gaussians():
-  x, share, miss = pictures(64), 0.7, 0.2
+  x, fraction, miss = images(64), 0.7, 0.2
   _, details = loss.hybrid_loss(
-    jax.random.key(1), knowing(x, miss=miss, share=share), x, PLAN
+    jax.random.key(1), knowing(x, miss=miss, fraction=fraction), x, PLAN
   )
   t = np.rint(np.asarray(details['t']) * 1000).astype(int)
   row = schedule.Plan(*(np.float64(c)[t] for c in PLAN))
   low, high = np.exp(row.log_low), np.exp(row.log_high)
-  variance = low ** (1 - share) * high**share
+  variance = low ** (1 - fraction) * high**fraction
   off = row.x * row.sigma / row.alpha * miss
   exact = 0.5 * (np.log(variance / low) + (low + off**2) / variance - 1)
   later = t > 0
@@ -79,10 +79,10 @@ def test_bound_is_the_divergence_of_two_gaussians():
 
 
 def test_bound_teaches_the_variance_and_not_the_noise():
-  x = pictures(8)
+  x = images(8)
 
-  def bound(miss, share):
-    predict = knowing(x, miss=miss, share=share)
+  def bound(miss, fraction):
+    predict = knowing(x, miss=miss, fraction=fraction)
     _, details = loss.hybrid_loss(jax.random.key(2), predict, x, PLAN)
     return jnp.mean(details['bound'])
 
@@ -91,7 +91,7 @@ def test_bound_teaches_the_variance_and_not_the_noise():
 
 
 def test_without_a_variance_only_the_noise_counts():
-  x = pictures(8)
+  x = images(8)
   whole = knowing(x, miss=0.3)
   values, details = loss.hybrid_loss(
     jax.random.key(3), lambda z, t: whole(z, t)[..., :3], x, PLAN

@@ -105,14 +105,14 @@ def test_diffusers_loads_what_is_exported_and_the_reverse(tmp_path):
 
 
 @pytest.mark.parametrize('old, new', [((4, 6), (16, 24)), ((5, 1), (10, 4))])
-def test_enlarging(old, new):
+def test_upsampling(old, new):
   rng = np.random.default_rng(0)
   image = rng.normal(size=(2, *old, 3)).astype(np.float32)
   expected = torch.nn.functional.interpolate(
     nchw(image), new, mode='bilinear', align_corners=True
   )
   np.testing.assert_allclose(
-    images.enlarge(jnp.asarray(image), *new), nhwc(expected), atol=2e-6
+    images.upsample(jnp.asarray(image), *new), nhwc(expected), atol=2e-6
   )
 
 
@@ -131,9 +131,9 @@ def test_every_step_of_ddpm(lent):
   oracle = diffusers.DDPMScheduler(**SCHEDULER)
   steps = schedule.respaced('smart27')
   oracle.set_timesteps(timesteps=steps.tolist())
-  draw = lambda c: rng.normal(size=(2, 8, 8, c)).astype(np.float32)
+  generate = lambda c: rng.normal(size=(2, 8, 8, c)).astype(np.float32)
   for i in range(1, len(steps)):  # 999 apart: see above
-    z, out, fresh = draw(3), draw(6), draw(3)
+    z, out, fresh = generate(3), generate(6), generate(3)
     out[..., 3:] = np.tanh(out[..., 3:])
     diffusers.schedulers.scheduling_ddpm.randn_tensor = (
       lambda *a, _n=fresh, **k: nchw(_n)
@@ -230,18 +230,18 @@ class Noises:
 
   def __init__(self, shape, order):
     self._rng = np.random.default_rng(9)
-    self.shape, self.order, self.drawn = shape, order, []
+    self.shape, self.order, self.generated = shape, order, []
 
   def __call__(self, shape, *args, **kwargs):
     value = self._rng.normal(size=self.shape).astype(np.float32)
-    self.drawn.append(value)
+    self.generated.append(value)
     assert tuple(nchw(value).shape) == tuple(shape)
     return nchw(value)
 
   def noise(self):
-    named = dict(zip(self.order, self.drawn))
-    steps = self.drawn[len(self.order) :]
-    steps.append(np.zeros_like(steps[0]))  # the last one draws none
+    named = dict(zip(self.order, self.generated))
+    steps = self.generated[len(self.order) :]
+    steps.append(np.zeros_like(steps[0]))  # the last one generates none
     steps = jnp.asarray(np.stack(steps))
     start = jnp.asarray(named['start'])
     low = jnp.asarray(named.get('low', named['start']))

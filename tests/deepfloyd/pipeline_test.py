@@ -1,4 +1,4 @@
-"""DeepFloyd IF from the folder to the picture, and through sample.py."""
+"""DeepFloyd IF from the folder to the image, and through sample.py."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from imagen_jax.deepfloyd import (
   text,
 )
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 from imagen_jax.text import weights as text_weights
 from tests import tiny_if, tiny_model
 
@@ -42,46 +42,46 @@ def first(folder):
 
 
 @pytest.fixture(scope='module')
-def drawn(model):
-  """What one call with two prompts draws, two pictures each."""
+def generated(model):
+  """What one call with two prompts generates, two images each."""
   return model.sample(['a red circle', 'a star'], num_images=2, seed=5, **STEPS)
 
 
-def picture(width=16, height=8):
+def photo(width=16, height=8):
   rng = np.random.default_rng(0)
   return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_stages_follow_one_another(model, drawn):
+def test_stages_follow_one_another(model, generated):
   assert [s.name for s in model.stages] == [FIRST, SECOND]
-  assert {k: v.shape for k, v in drawn.items()} == {
+  assert {k: v.shape for k, v in generated.items()} == {
     FIRST: (4, 8, 8, 3),
     SECOND: (4, 32, 32, 3),
   }
-  for value in drawn.values():
+  for value in generated.values():
     assert np.isfinite(value).all() and np.abs(value).max() <= 1
 
 
-def test_a_picture_does_not_depend_on_its_company(model, drawn):
+def test_an_image_does_not_depend_on_its_company(model, generated):
   alone = model.sample('a star', num_images=2, seed=5, batch_size=4, **STEPS)
   for name, value in alone.items():
-    np.testing.assert_allclose(value, drawn[name][2:], atol=1e-4)
-  assert np.abs(drawn[FIRST][0] - drawn[FIRST][1]).max() > 0.1
-  assert np.abs(drawn[FIRST][0] - drawn[FIRST][2]).max() > 0.1
+    np.testing.assert_allclose(value, generated[name][2:], atol=1e-4)
+  assert np.abs(generated[FIRST][0] - generated[FIRST][1]).max() > 0.1
+  assert np.abs(generated[FIRST][0] - generated[FIRST][2]).max() > 0.1
 
 
 def test_one_program_for_all_samplers_levels_and_weights(first):
   one = dict(num_images=1, batch_size=4, seed=1)
   first.sample('a star', **STEPS, **one)
-  before = stage.draw._cache_size()
+  before = stage.generate._cache_size()
   for sampler in ('ddim', 'dpmpp'):
     first.sample('a star', sampler=sampler, steps=4, guidance=5.0, **one)
   first.sample('a star', steps=4, guidance=7.0, aug_level=0.1, **one)
-  assert stage.draw._cache_size() == before
+  assert stage.generate._cache_size() == before
 
 
 @pytest.mark.slow
-def test_a_network_split_over_devices_draws_the_same(folder, first):
+def test_a_network_split_over_devices_generates_the_same(folder, first):
   spread = pipeline.load(folder, dtype='float32', stages=[FIRST], fsdp=4)
   asked = dict(seed=5, steps=3, guidance=3.0)
   one = first.sample(['a red circle', 'a star'], **asked)[FIRST]
@@ -91,44 +91,44 @@ def test_a_network_split_over_devices_draws_the_same(folder, first):
 
 @pytest.mark.slow
 def test_repainting_keeps_the_rest_to_the_bit(model):
-  given = picture()
+  given = photo()
   mask = np.zeros((8, 16), np.uint8)
   mask[2:6, 4:12] = 255
   out = model.sample('a star', image=given, mask=Image.fromarray(mask), steps=4)
   kept = mask == 0
   np.testing.assert_array_equal(
-    out[FIRST][0][kept], pictures.to_float(given, *given.size)[kept]
+    out[FIRST][0][kept], image_io.to_float(given, *given.size)[kept]
   )
   assert (
-    np.abs(out[FIRST][0] - pictures.to_float(given, *given.size))[~kept].min()
+    np.abs(out[FIRST][0] - image_io.to_float(given, *given.size))[~kept].min()
     > 1e-5
   )
   assert out[SECOND].shape == (1, 32, 64, 3)
-  large = pictures.to_mask(Image.fromarray(mask), 64, 32)[..., 0] == 0
+  large = image_io.to_mask(Image.fromarray(mask), 64, 32)[..., 0] == 0
   np.testing.assert_array_equal(
-    out[SECOND][0][large], pictures.to_float(given, 64, 32)[large]
+    out[SECOND][0][large], image_io.to_float(given, 64, 32)[large]
   )
 
 
-def test_a_start_from_a_picture_stays_near_it(first):
-  given = picture(8, 8)
+def test_a_start_from_an_image_stays_near_it(first):
+  given = photo(8, 8)
   far = first.sample('a star', image=given, steps=8, strength=1.0)[FIRST]
   near = first.sample('a star', image=given, steps=8, strength=0.25)[FIRST]
-  distance = lambda x: np.abs(x - pictures.to_float(given, *given.size)).mean()
+  distance = lambda x: np.abs(x - image_io.to_float(given, *given.size)).mean()
   assert distance(near) < distance(far)
 
 
 @pytest.mark.slow
-def test_a_second_stage_enlarges_ones_own_picture(folder):
+def test_a_second_stage_upsamples_ones_own_image(folder):
   model = pipeline.load(folder, dtype='float32', stages=[SECOND])
-  out = model.sample('a star', low_res=picture(), steps=2, aug_level=0.1)
+  out = model.sample('a star', low_res=photo(), steps=2, aug_level=0.1)
   assert out[SECOND].shape == (1, 32, 64, 3)
   with pytest.raises(UsageError, match='--low_res'):
     model.sample('a star')
 
 
 @pytest.mark.slow
-def test_a_style_changes_the_picture(first):
+def test_a_style_changes_the_image(first):
   plain = first.sample('a star', steps=2)[FIRST]
   style = first.sample('a star', style_prompt='blue', steps=2)[FIRST]
   pooled = first.sample('a star', style_prompt='blue', steps=2, mixer=0.0)
@@ -179,14 +179,14 @@ def test_reference_vector_is_compared(folder, tmp_path, capsys):
     ({'sampler': 'euler'}, 'euler'),
     ({'aug_level': 1.0}, 'aug_level is 1'),
     ({'strength': 0.0}, 'strength is 0'),
-    ({'mixer': 2.0}, 'share is 2'),
-    ({'mask': picture().convert('L')}, 'a mask needs the picture'),
+    ({'mixer': 2.0}, 'fraction is 2'),
+    ({'mask': photo().convert('L')}, 'a mask needs the image'),
     (
-      {'image': picture(), 'mask': picture(8, 4).convert('L')},
+      {'image': photo(), 'mask': photo(8, 4).convert('L')},
       'must have the same shape',
     ),
-    ({'low_res': picture()}, 'takes no low-resolution'),
-    ({'num_images': 0}, 'nothing to draw'),
+    ({'low_res': photo()}, 'takes no low-resolution'),
+    ({'num_images': 0}, 'nothing to generate'),
     ({'seed': -1}, 'seed is -1'),
   ],
 )
@@ -210,23 +210,23 @@ def test_folders_that_cannot_work_are_refused(folder, tmp_path):
     one.embed(['a star'])
 
 
-def test_enlarging_keeps_corners_and_straight_lines():
+def test_upsampling_keeps_corners_and_straight_lines():
   ramp = np.linspace(-1, 1, 4)[None, :, None, None] + np.zeros((1, 4, 3, 2))
-  out = np.asarray(images.enlarge(jnp.asarray(ramp), 16, 5))
+  out = np.asarray(images.upsample(jnp.asarray(ramp), 16, 5))
   expected = np.linspace(-1, 1, 16)[None, :, None, None]
   np.testing.assert_allclose(out, expected + np.zeros((1, 16, 5, 2)), atol=1e-6)
 
 
 def test_aspect_ratios():
-  assert pictures.shaped(*images.parse_aspect('3:2'), 64) == (96, 64)
-  assert pictures.shaped(*images.parse_aspect('9:16'), 64) == (64, 112)
+  assert image_io.shaped(*images.parse_aspect('3:2'), 64) == (96, 64)
+  assert image_io.shaped(*images.parse_aspect('9:16'), 64) == (64, 112)
   for text_ in ('3x2', '3', '0:1'):
     with pytest.raises(UsageError, match='aspect'):
       images.parse_aspect(text_)
 
 
-def test_sample_py_draws_with_an_if_folder(folder, tmp_path, capsys):
-  picture().save(tmp_path / 'in.png')
+def test_sample_py_generates_with_an_if_folder(folder, tmp_path, capsys):
+  photo().save(tmp_path / 'in.png')
   argv = ['--model', str(folder), '--prompt', 'A star', '--seed', '3']
   argv += ['--steps', 'super27,2', '--dtype', 'float32']
   argv += ['--stages', f'{FIRST},{SECOND}', '--out', str(tmp_path / 'out')]
@@ -240,22 +240,22 @@ def test_sample_py_draws_with_an_if_folder(folder, tmp_path, capsys):
   assert record['prompt'] == 'A star' and record['seed'] == 3
   assert len(list((tmp_path / 'cache').glob('*.npy'))) == 2
   assert sample.main(['--from_image', files[0]]) == 2
-  assert 'drawn with DeepFloyd IF' in capsys.readouterr().err
+  assert 'generated with DeepFloyd IF' in capsys.readouterr().err
 
 
-def test_a_stage_of_our_own_enlarges_what_if_drew(folder, tmp_path, capsys):
+def test_a_stage_of_our_own_upsamples_what_if_drew(folder, tmp_path, capsys):
   ours = tiny_model.write(tmp_path / 'ours')
   argv = ['--model', str(folder), '--prompt', 'a star', '--steps', 'super27']
   argv += ['--dtype', 'float32', '--guidance', '1', '--out', str(tmp_path)]
   first = ['--stages', FIRST]
-  assert sample.main([*argv, *first, '--enlarge_with', f'{ours}/sr1']) == 0
+  assert sample.main([*argv, *first, '--upsample_with', f'{ours}/sr1']) == 0
   with Image.open(capsys.readouterr().out.split()[0]) as image:
     assert image.size == (16, 16)  # 8 by IF, twice as many by sr1
   for folder_of_ours, stages_, says in (
-    (ours, first, 'whose stage base draws from text alone'),
-    (f'{ours}/sr1', [], f'{SECOND} draws 32 pixels a side and stage sr1'),
+    (ours, first, 'whose stage base generates from text alone'),
+    (f'{ours}/sr1', [], f'{SECOND} generates 32 pixels a side and stage sr1'),
   ):
-    more = [*stages_, '--enlarge_with', str(folder_of_ours)]
+    more = [*stages_, '--upsample_with', str(folder_of_ours)]
     assert sample.main([*argv, *more]) == 2
     assert says in capsys.readouterr().err
 

@@ -94,8 +94,8 @@ def test_learned_variance_lies_between_the_two(t, log_variance):
   plan = schedule.plan(IF, np.arange(1000)[::-1])
   row = 999 - t
   low, high = plan.log_low[row], plan.log_high[row]
-  share = (0.5 + 1) / 2  # of a network that says 0.5
-  assert low + share * (high - low) == pytest.approx(log_variance, abs=2e-6)
+  fraction = (0.5 + 1) / 2  # of a network that says 0.5
+  assert low + fraction * (high - low) == pytest.approx(log_variance, abs=2e-6)
 
 
 @pytest.mark.parametrize('t, std', [(487, 0.0549625), (999, 0.9994987)])
@@ -181,7 +181,7 @@ def test_ddpm_is_the_posterior_with_a_learned_exponent():
   )
 
 
-def test_dpmpp_ends_with_the_predicted_picture():
+def test_dpmpp_ends_with_the_predicted_image():
   for sampler in schedule.SAMPLERS:
     plan = schedule.plan(IF, schedule.timesteps(IF, 5, sampler), sampler)
     assert (plan.z[-1], plan.x[-1], plan.slope[-1]) == (0, 1, 0)

@@ -219,8 +219,8 @@ def pooling(text, params, heads):
   out = []
   for part in np.split(np.arange(text.shape[1]), heads):
     logits = k[:, part] @ q[part] / math.sqrt(len(part))
-    share = np.exp(logits - logits.max())
-    out.append(share / share.sum() @ v[:, part])
+    fraction = np.exp(logits - logits.max())
+    out.append(fraction / fraction.sum() @ v[:, part])
   return np.concatenate(out)
 
 
@@ -460,12 +460,12 @@ PUBLISHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes(name):
-  channels, per_block, enlarges, tensors, millions = PUBLISHED[name]
-  plain = 3 if enlarges else 1
+  channels, per_block, upsamples, tensors, millions = PUBLISHED[name]
+  plain = 3 if upsamples else 1
   down = [tiny_if.PLAIN] * plain
   down += [tiny_if.ATTENDS] * (len(channels) - plain)
   raw = tiny_if.COMMON | {
-    'in_channels': 6 if enlarges else 3,
+    'in_channels': 6 if upsamples else 3,
     'layers_per_block': per_block,
     'block_out_channels': channels,
     'down_block_types': down,
@@ -474,8 +474,8 @@ def test_published_sizes(name):
     'addition_embed_type_num_heads': 64,
     'cross_attention_dim': channels[-1],
     'encoder_hid_dim': 4096,
-    'class_embed_type': 'timestep' if enlarges else None,
-    'time_embedding_dim': channels[-1] if enlarges else None,
+    'class_embed_type': 'timestep' if upsamples else None,
+    'time_embedding_dim': channels[-1] if upsamples else None,
   }
   leaves = jax.tree.leaves(weights.abstract_params(config.parse(raw)))
   assert len(leaves) == tensors

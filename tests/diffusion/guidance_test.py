@@ -121,7 +121,7 @@ def test_outside_the_interval_the_second_branch_is_never_run():
 @pytest.mark.parametrize(
   'threshold', [guidance.static_threshold, guidance.dynamic_threshold]
 )
-def test_thresholding_leaves_pictures_in_range_alone(threshold):
+def test_thresholding_leaves_images_in_range_alone(threshold):
   x = jnp.clip(normal(0), -1, 1)
   np.testing.assert_array_equal(threshold(x), x)
   np.testing.assert_array_equal(jax.jit(threshold)(x), x)
@@ -202,7 +202,7 @@ def test_bisected_percentile_in_float64_and_at_full_size():
 # The two together.
 
 
-def test_threshold_is_applied_to_the_guided_picture():
+def test_threshold_is_applied_to_the_guided_image():
   z, logsnr = normal(0, scale=2.0), jnp.full((4,), -4.0)
   options = dict(weight=5.0, prediction='v')
   raw = guidance.guided(network, threshold=None, **options)(z, logsnr)

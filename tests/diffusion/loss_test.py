@@ -19,7 +19,7 @@ def float64():
     yield
 
 
-def pictures(batch=8, dtype=jnp.float64):
+def images(batch=8, dtype=jnp.float64):
   return jax.random.uniform(
     jax.random.key(7), (batch, 4, 4, 3), dtype, minval=-1, maxval=1
   )
@@ -42,7 +42,7 @@ def mild(t):
 
 
 def test_default_is_the_papers_mean_squared_error_of_eps(float64):
-  x, seen = pictures(), {}
+  x, seen = images(), {}
 
   def predict(z, logsnr):
     seen.update(z=z, logsnr=logsnr)
@@ -58,7 +58,7 @@ def test_default_is_the_papers_mean_squared_error_of_eps(float64):
   assert value.shape == (8,)
 
 
-def test_noise_is_standard_and_independent_of_time_and_picture():
+def test_noise_is_standard_and_independent_of_time_and_image():
   batch, seen = 256, []
 
   def predict(z, logsnr):
@@ -80,7 +80,7 @@ def test_noise_is_standard_and_independent_of_time_and_picture():
 
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_unweighted_loss_is_the_predictions_own_error(prediction):
-  x = pictures(dtype=jnp.float32)
+  x = images(dtype=jnp.float32)
   value, aux = loss.diffusion_loss(
     jax.random.key(1),
     x,
@@ -95,7 +95,7 @@ def test_unweighted_loss_is_the_predictions_own_error(prediction):
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_a_weighting_is_the_same_loss_under_any_prediction(float64, weighting):
   """The v loss with 'eps' weighting is the eps loss of the same network."""
-  x = pictures()
+  x = images()
   values = [
     loss.diffusion_loss(
       jax.random.key(2),
@@ -115,7 +115,7 @@ def test_a_weighting_is_the_same_loss_under_any_prediction(float64, weighting):
 def test_a_weighting_named_as_a_prediction_is_its_plain_error(
   float64, weighting
 ):
-  x = pictures()
+  x = images()
   arguments = jax.random.key(3), x
   crossed, _ = loss.diffusion_loss(
     *arguments, denoiser('eps'), logsnr_fn=mild, weighting=weighting
@@ -130,7 +130,7 @@ def test_weights_on_the_eps_error_are_the_published_ones(float64):
   def weight(weighting, **options):
     return loss.diffusion_loss(
       jax.random.key(4),
-      pictures(),
+      images(),
       denoiser('eps'),
       logsnr_fn=mild,
       weighting=weighting,
@@ -214,7 +214,7 @@ def test_batch_sharded_over_devices_gives_the_same_loss():
     (len(devices),), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  x = pictures(len(devices) * 2, jnp.float32)
+  x = images(len(devices) * 2, jnp.float32)
   run = jax.jit(
     lambda key, x: loss.diffusion_loss(
       key, x, denoiser('eps'), logsnr_fn=COSINE
@@ -228,7 +228,7 @@ def test_batch_sharded_over_devices_gives_the_same_loss():
 def test_bfloat16_network_has_a_float32_loss():
   value, aux = loss.diffusion_loss(
     jax.random.key(9),
-    pictures(dtype=jnp.bfloat16),
+    images(dtype=jnp.bfloat16),
     lambda z, logsnr: z.astype(jnp.bfloat16),
     logsnr_fn=COSINE,
     weighting='min_snr',
@@ -252,7 +252,7 @@ def test_unknown_weighting_is_named():
 
 
 def test_pixel_weights_are_factors_of_the_squared_errors(float64):
-  x = pictures()
+  x = images()
   weight = jnp.ones((8, 4, 4, 1)).at[:, 1:].set(0)  # the first row counts
 
   def loss_of(x, **more):

@@ -17,7 +17,7 @@ def float64():
     yield
 
 
-def pictures(num=5, seed=0):
+def images(num=5, seed=0):
   key_x, key_eps = jax.random.split(jax.random.key(seed))
   shape = (num, 4, 4, 3)
   x = jax.random.uniform(key_x, shape, jnp.float64, -1, 1)
@@ -25,7 +25,7 @@ def pictures(num=5, seed=0):
 
 
 def test_diffuse_mixes_each_sample_at_its_own_logsnr():
-  x, eps = pictures()
+  x, eps = images()
   z = process.diffuse(x, eps, jnp.asarray(LOGSNR))
   for row, logsnr in enumerate(LOGSNR):
     alpha, sigma = alpha_sigma(jnp.float64(logsnr))
@@ -34,7 +34,7 @@ def test_diffuse_mixes_each_sample_at_its_own_logsnr():
 
 @pytest.mark.parametrize('prediction', ['eps', 'v', 'x'])
 def test_every_prediction_of_the_truth_is_the_truth(prediction):
-  x, eps = pictures()
+  x, eps = images()
   logsnr = jnp.asarray(LOGSNR)
   z = process.diffuse(x, eps, logsnr)
   output = process.target(prediction, x, eps, logsnr)
@@ -44,7 +44,7 @@ def test_every_prediction_of_the_truth_is_the_truth(prediction):
 
 
 def test_conversions_agree_around_the_triangle():
-  x, eps = pictures()
+  x, eps = images()
   logsnr = jnp.asarray(LOGSNR)
   z = process.diffuse(x, eps, logsnr)
   v = process.v_from_x_eps(x, eps, logsnr)
@@ -57,7 +57,7 @@ def test_conversions_agree_around_the_triangle():
 
 def test_v_is_the_velocity_along_the_circle():
   """With alpha = cos φ, sigma = sin φ: v = dz/dφ (Salimans and Ho 2022)."""
-  x, eps = pictures(1)
+  x, eps = images(1)
   z = lambda phi: process.diffuse(x, eps, -2 * jnp.log(jnp.tan(phi)))
   phi = jnp.float64(0.7)
   _, velocity = jax.jvp(z, (phi,), (jnp.ones_like(phi),))
@@ -76,7 +76,7 @@ def test_network_output_in_bfloat16_is_converted_in_float32():
 
 @pytest.mark.parametrize('wrong', ['epsilon', None])
 def test_unknown_prediction_is_named(wrong):
-  x, eps = pictures(1)
+  x, eps = images(1)
   with pytest.raises(ValueError, match='prediction'):
     process.target(wrong, x, eps, 0.0)
   with pytest.raises(ValueError, match='prediction'):
@@ -97,7 +97,7 @@ PAIRS = [(-15.0, -9.0), (-2.0, -1.9), (-1.0, 4.0), (9.0, 15.0)]
 
 
 @pytest.mark.parametrize('pair', PAIRS)
-def test_posterior_of_a_known_picture_leads_to_the_forward_marginal(pair):
+def test_posterior_of_a_known_image_leads_to_the_forward_marginal(pair):
   """z_t ~ q(z_t|x), then z_s ~ q(z_s|z_t, x): z_s is from q(z_s|x)."""
   on_z, on_x, variance = affine(*pair, gamma=0.0)
   (alpha_t, sigma_t), (alpha_s, sigma_s) = (
@@ -132,7 +132,7 @@ def test_gamma_is_a_geometric_mean_of_the_two_variances():
 
 def test_chained_posteriors_compose():
   """Two steps t -> s -> r about a known x end where one step t -> r does."""
-  x, z = pictures(1)
+  x, z = images(1)
   far, half, near = -3.0, -0.5, 2.0
   mid, var_mid = process.posterior(z, x, logsnr_t=far, logsnr_s=half)
   end, var_end = process.posterior(mid, x, logsnr_t=half, logsnr_s=near)
@@ -144,15 +144,15 @@ def test_chained_posteriors_compose():
   )
 
 
-def test_augmentation_at_level_zero_is_the_picture_bit_for_bit():
-  x, eps = (a.astype(jnp.float32) for a in pictures())
+def test_augmentation_at_level_zero_is_the_image_bit_for_bit():
+  x, eps = (a.astype(jnp.float32) for a in images())
   level = jnp.zeros((len(LOGSNR),), jnp.float32)
   assert (process.augment(eps, x, level) == x).all()
   assert (jax.jit(process.augment)(eps, x, level) == x).all()
 
 
 def test_augmentation_follows_the_cosine_schedule_per_sample():
-  x, eps = pictures(4)
+  x, eps = images(4)
   level = jnp.asarray([0.1, 0.2, 0.3, 1.0])
   noise = process.augment(eps, jnp.zeros_like(x), level) / eps
   np.testing.assert_allclose(

@@ -5,7 +5,7 @@ For pixels x ~ N(mu, s²) the perfect denoiser is linear,
   E[x | z] = mu + s² alpha / (alpha² s² + sigma²) (z − alpha mu),
 
 and the probability-flow ODE keeps (z − alpha mu) / sqrt(alpha² s² + sigma²)
-constant, so the picture that a given noise turns into is known exactly.
+constant, so the image that a given noise turns into is known exactly.
 """
 
 import functools
@@ -75,8 +75,8 @@ def flow_errors(sampler, grid, all_steps):
     z = jax.random.normal(jax.random.key(1), (64, 1, 1, 1), jnp.float64)
     exact = gaussian_flow(z, cosine_logsnr(jnp.float64(1)))
     return [
-      float(jnp.sqrt(jnp.mean((picture - exact) ** 2)))
-      for picture in (
+      float(jnp.sqrt(jnp.mean((image - exact) ** 2)))
+      for image in (
         run(
           keys(64),
           z,
@@ -108,7 +108,7 @@ def test_error_falls_on_the_time_uniform_grid(sampler):
 
 
 def moments(steps, gamma):
-  """Mean and standard deviation of DDPM's pictures, without sampling any.
+  """Mean and standard deviation of DDPM's images, without sampling any.
 
   Each step is affine in (z, noise), so three probes give its coefficients.
   """
@@ -143,13 +143,13 @@ def test_ddpm_moments_converge_to_the_datas(gamma):
   assert (errors[:-1] / errors[1:] > 1.8).all(), errors
 
 
-def test_ddpm_pictures_have_the_datas_mean_and_deviation():
-  pictures = run(keys(4096), steps=128, options=(('gamma', 0.3),))
-  num = pictures.size
-  assert float(pictures.mean()) == pytest.approx(MU, abs=5 * S / num**0.5)
-  assert float(pictures.std()) == pytest.approx(S, abs=0.02 + 5 / num**0.5)
-  # All 12 numbers of a picture, and all pictures, are independent.
-  flat = np.asarray(pictures).reshape(4096, -1)
+def test_ddpm_images_have_the_datas_mean_and_deviation():
+  images = run(keys(4096), steps=128, options=(('gamma', 0.3),))
+  num = images.size
+  assert float(images.mean()) == pytest.approx(MU, abs=5 * S / num**0.5)
+  assert float(images.std()) == pytest.approx(S, abs=0.02 + 5 / num**0.5)
+  # All 12 numbers of an image, and all images, are independent.
+  flat = np.asarray(images).reshape(4096, -1)
   correlation = np.corrcoef(flat.T) - np.eye(12)
   assert np.abs(correlation).max() < 5 / 64
 
@@ -158,8 +158,8 @@ def test_ddpm_pictures_have_the_datas_mean_and_deviation():
 
 
 def step_inputs():
-  draws = jax.random.normal(jax.random.key(2), (3, 4, *SHAPE), jnp.float64)
-  return tuple(draws)
+  samples = jax.random.normal(jax.random.key(2), (3, 4, *SHAPE), jnp.float64)
+  return tuple(samples)
 
 
 @pytest.mark.parametrize('pair', [(-15.0, -5.0), (-1.0, -0.5), (2.0, 9.0)])
@@ -246,10 +246,10 @@ def test_the_network_sees_every_point_but_the_last(grid):
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_the_last_step_returns_the_prediction_itself(sampler):
-  pictures, path = trajectory(gaussian_denoise, steps=4, sampler=sampler)
-  np.testing.assert_array_equal(pictures, path['x'][-1])
+  images, path = trajectory(gaussian_denoise, steps=4, sampler=sampler)
+  np.testing.assert_array_equal(images, path['x'][-1])
   expected = gaussian_denoise(path['z'][-1], path['logsnr'][-1])
-  np.testing.assert_allclose(pictures, expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
@@ -259,7 +259,7 @@ def test_one_step_is_one_denoising(sampler):
   np.testing.assert_allclose(found, gaussian_denoise(z, -15.0), rtol=1e-3)
 
 
-def test_ddim_derives_eps_anew_from_a_thresholded_picture():
+def test_ddim_derives_eps_anew_from_a_thresholded_image():
   denoise = lambda z, logsnr: static_threshold(gaussian_denoise(z, logsnr))
   _, path = trajectory(denoise, steps=4, sampler='ddim')
   assert np.abs(path['x']).max() == 1, 'nothing was clipped'
@@ -293,7 +293,7 @@ def test_noise_is_fresh_at_every_step_and_standard():
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(sampler):
+def test_an_image_does_not_depend_on_its_batch(sampler):
   options = (('sampler', sampler),)
   batch = run(keys(4), steps=3, options=options)
   swapped = run(keys(4)[::-1], steps=3, options=options)
@@ -304,7 +304,7 @@ def test_a_picture_does_not_depend_on_its_batch(sampler):
 
 
 def test_eta_and_gamma_reach_the_steps():
-  pictures = [
+  images = [
     run(keys(1), steps=4, options=tuple(options.items()))
     for options in (
       dict(sampler='ddim'),
@@ -313,18 +313,18 @@ def test_eta_and_gamma_reach_the_steps():
       dict(sampler='ddpm', gamma=1.0),
     )
   ]
-  np.testing.assert_allclose(pictures[1], pictures[2], rtol=1e-3, atol=1e-4)
-  assert (pictures[0] != pictures[1]).any()
-  assert (pictures[2] != pictures[3]).any()
+  np.testing.assert_allclose(images[1], images[2], rtol=1e-3, atol=1e-4)
+  assert (images[0] != images[1]).any()
+  assert (images[2] != images[3]).any()
 
 
-def test_sampling_can_start_from_a_noisy_picture():
-  """From z at t = 0.4 of a known picture, close to it again."""
+def test_sampling_can_start_from_a_noisy_image():
+  """From z at t = 0.4 of a known image, close to it again."""
   start = 0.4
   logsnr = cosine_logsnr(jnp.float32(start))
-  picture = jnp.full((2, *SHAPE), 0.8)
+  image = jnp.full((2, *SHAPE), 0.8)
   z = process.diffuse(
-    picture, jax.random.normal(jax.random.key(4), z_shape(2)), logsnr
+    image, jax.random.normal(jax.random.key(4), z_shape(2)), logsnr
   )
   found, path = jax.jit(
     lambda z: samplers.sample(
@@ -350,8 +350,8 @@ def z_shape(num):
 
 def test_a_bfloat16_denoiser_is_stepped_in_float32():
   low = lambda z, logsnr: gaussian_denoise(z, logsnr).astype(jnp.bfloat16)
-  pictures, path = trajectory(low, steps=3)
-  assert pictures.dtype == path['z'].dtype == jnp.float32
+  images, path = trajectory(low, steps=3)
+  assert images.dtype == path['z'].dtype == jnp.float32
 
 
 def test_float64_stays_float64():
@@ -396,35 +396,35 @@ def test_wrong_arguments_are_named(wrong):
 # Keys.
 
 
-def test_picture_keys_differ_by_seed_prompt_and_number():
+def test_image_keys_differ_by_seed_prompt_and_number():
   arguments = [(0, 'a', 0), (1, 'a', 0), (0, 'b', 0), (0, 'a', 1), (0, 'é', 0)]
   data = {
-    tuple(np.asarray(jax.random.key_data(samplers.picture_key(*a))))
+    tuple(np.asarray(jax.random.key_data(samplers.image_key(*a))))
     for a in arguments
   }
   assert len(data) == len(arguments)
 
 
-def test_picture_keys_are_threefry_whatever_the_default():
-  """A golden key: were it to change, every seed would mean new pictures."""
+def test_image_keys_are_threefry_whatever_the_default():
+  """A golden key: were it to change, every seed would mean new images."""
   with jax.default_prng_impl('rbg'):
-    key = samplers.picture_key(7, 'a red circle', 3)
+    key = samplers.image_key(7, 'a red circle', 3)
   assert jax.random.key_impl(key) == 'threefry2x32'
   assert jax.random.key_data(key).tolist() == [3303254978, 343842836]
 
 
 @pytest.mark.parametrize('seed', [0, 2**31, 2**32 - 1])
 def test_every_32_bit_seed_is_a_seed(seed):
-  key = samplers.picture_key(seed, 'a', 0)
+  key = samplers.image_key(seed, 'a', 0)
   with jax.enable_x64(True):
-    wide = samplers.picture_key(seed, 'a', 0)
+    wide = samplers.image_key(seed, 'a', 0)
   assert (jax.random.key_data(key) == jax.random.key_data(wide)).all()
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32])
 def test_seeds_that_jax_would_cut_are_refused(seed):
   with pytest.raises(ValueError, match='seed'):
-    samplers.picture_key(seed, 'a', 0)
+    samplers.image_key(seed, 'a', 0)
 
 
 def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():

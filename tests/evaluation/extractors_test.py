@@ -65,7 +65,7 @@ def test_clip_from_a_folder(tmp_path):
   found = extractors.load_clip(tmp_path)
   images, texts = found.image(IMAGES), found.text(PROMPTS)
   assert images.shape == texts.shape == (3, tiny_clip.PROJECTION)
-  # A picture's and a sentence's features do not depend on their company.
+  # An image's and a sentence's features do not depend on their company.
   np.testing.assert_array_equal(found.image(IMAGES[1:2]), images[1:2])
   np.testing.assert_array_equal(found.text(PROMPTS[2:]), texts[2:])
   long = found.text(['abcdefghij' * 9])  # cut, and still read at its end

@@ -1,4 +1,4 @@
-"""Distances of picture sets against closed forms and naive loops."""
+"""Distances of image sets against closed forms and naive loops."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_singular_covariances_are_no_problem(rng):
   b = np.zeros((5, 5))
   b[1, 1] = 9
   assert frechet.frechet(np.zeros(5), a, np.zeros(5), b) == pytest.approx(13)
-  few = rng.normal(size=(20, 400))  # fewer pictures than features
+  few = rng.normal(size=(20, 400))  # fewer images than features
   m = frechet.moments(few)
   assert frechet.frechet(*m, *m) == pytest.approx(0, abs=1e-9)
 
@@ -101,7 +101,7 @@ def test_cmmd_is_that_of_naive_loops_over_unit_vectors(rng):
 
 def test_precision_and_recall_are_those_of_naive_loops(rng):
   real = rng.normal(size=(30, 3))
-  drawn = 0.3 * rng.normal(size=(20, 3))
+  generated = 0.3 * rng.normal(size=(20, 3))
 
   def naive(points, centres, k):
     inside = 0
@@ -113,9 +113,9 @@ def test_precision_and_recall_are_those_of_naive_loops(rng):
           break
     return inside / len(points)
 
-  found = frechet.precision_recall(real, drawn, k=2, block=7)
-  assert found == (naive(drawn, real, 2), naive(real, drawn, 2))
-  # Drawn pictures that all lie in the middle are precise and miss the rest.
+  found = frechet.precision_recall(real, generated, k=2, block=7)
+  assert found == (naive(generated, real, 2), naive(real, generated, 2))
+  # Generated images that all lie in the middle are precise and miss the rest.
   assert found[0] > 0.9 > 0.6 > found[1]
 
 

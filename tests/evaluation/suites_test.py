@@ -12,8 +12,8 @@ from imagen_jax.cli import evaluate
 from imagen_jax.errors import DataError
 from imagen_jax.evaluation import (
   charts,
-  drawing,
   extractors,
+  generation,
   report,
   scores,
   suites,
@@ -60,11 +60,11 @@ class Painter:
 
 
 def finish(out, suite, paint, name=''):
-  """Draws and scores a run without a model."""
+  """Generates and scores a run without a model."""
   folder = out / suite.label / (name or 'run')
   items = suite.items()
-  drawing.open_run(folder, {'prompts': suite.digest()})
-  drawing.draw(
+  generation.open_run(folder, {'prompts': suite.digest()})
+  generation.generate(
     Painter(items, paint),
     folder,
     items,
@@ -72,7 +72,7 @@ def finish(out, suite, paint, name=''):
     batch_size=4,
     judge=suite.judge,
   )
-  found = suite.score(folder, drawing.read_records(folder))
+  found = suite.score(folder, generation.read_records(folder))
   note = {
     'run': str(folder.relative_to(out)),
     'model': '<my model>',
@@ -111,7 +111,7 @@ def test_broken_prompt_files_are_one_sentence(name, text, says, tmp_path):
     read_prompts(tmp_path / name)
 
 
-def test_prompts_listed_twice_and_several_pictures():
+def test_prompts_listed_twice_and_several_images():
   listed = (('a', 'x'), ('b', 'y'), ('a', 'x'))
   items = suites.Prompts('prompts', listed, 2).items()
   assert [(i.category, i.number, i.prompt, i.index) for i in items] == [
@@ -152,8 +152,8 @@ def test_clip_and_prompts_from_the_command_line(model, tmp_path, capsys):
 
 
 @dataclasses.dataclass
-class Pictures:
-  """Real pictures of one colour each, with their captions."""
+class Images:
+  """Real images of one colour each, with their captions."""
 
   size: int = 8
 
@@ -175,7 +175,7 @@ EYES = extractors.Extractor(colours, 'a' * 64, 'none')
 def test_the_fid_protocol(tmp_path):
   words = lambda prompts: np.ones((len(prompts), 3), np.float32)
   clip = dataclasses.replace(EYES, digest='b' * 64, text=words)
-  suite = suites.Fid(Pictures(), 10, 0, inception=EYES, clip=clip)
+  suite = suites.Fid(Images(), 10, 0, inception=EYES, clip=clip)
   captions = [item.prompt for item in suite.items()]
   assert len(captions) == 10 and set(captions) <= {
     f'grey {i}' for i in range(6)
@@ -188,7 +188,7 @@ def test_the_fid_protocol(tmp_path):
   assert near['n'] == 10 and near['n_real'] == 12
   assert near['frechet'] < 0.02 and near['precision'] == 1
   assert near['clip_score'] > 70
-  # Pictures of another colour are far away, and the page shows the curve.
+  # Images of another colour are far away, and the page shows the curve.
   red = lambda item: grey(item) // 2 + np.array([127, 0, 0], np.uint8)
   far = finish(tmp_path, suite, red, 'guidance=2')['fid']['all']
   assert far['frechet'] > 10 * near['frechet'] + 0.05
@@ -200,7 +200,7 @@ def test_the_fid_protocol(tmp_path):
 
 def test_the_page_stands_alone(tmp_path):
   suite = suites.Shapes(('single', 'fill'), 2)
-  paint = lambda item: shapes_suite.true_picture(item, 256)
+  paint = lambda item: shapes_suite.true_image(item, 256)
   finish(tmp_path, suite, paint)
   finish(tmp_path, suite, lambda item: paint(suite.items()[0]), 'steps=4')
   page = report.write(tmp_path).read_text()
@@ -220,13 +220,13 @@ def test_a_report_without_scores_is_one_sentence(tmp_path):
     report.write(tmp_path)
 
 
-def test_a_lost_picture_is_one_sentence(tmp_path):
-  record = {'file': 'pictures/a/0.png'}
+def test_a_lost_image_is_one_sentence(tmp_path):
+  record = {'file': 'images/a/0.png'}
   with pytest.raises(DataError, match='run again'):
-    drawing.read_picture(tmp_path, record)
-  (tmp_path / 'pictures/a').mkdir(parents=True)
+    generation.read_image(tmp_path, record)
+  (tmp_path / 'images/a').mkdir(parents=True)
   Image.new('RGB', (4, 4)).save(tmp_path / record['file'])
-  assert drawing.read_picture(tmp_path, record).shape == (4, 4, 3)
+  assert generation.read_image(tmp_path, record).shape == (4, 4, 3)
 
 
 def test_ticks_enclose_and_are_round():
@@ -238,5 +238,7 @@ def test_ticks_enclose_and_are_round():
 
 def test_curves_over_words_and_numbers():
   line = [('a', [('ddpm', 0.5, (0.4, 0.6)), ('ddim', 0.7, None)])]
-  drawn = charts.curves(line, title='t', across='sampler', up='y', share=True)
-  assert 'ddpm' in drawn and drawn.count('<circle') == 2
+  generated = charts.curves(
+    line, title='t', across='sampler', up='y', percent=True
+  )
+  assert 'ddpm' in generated and generated.count('<circle') == 2

@@ -114,7 +114,7 @@ def test_augmentation_level_matters():
   assert np.abs(a - apply('cross')(*rest, 1 - level)).max() > 1e-3
 
 
-def test_without_self_attention_crops_and_whole_pictures_run_alike():
+def test_without_self_attention_crops_and_whole_images_run_alike():
   whole = apply('cross')(*inputs(CROSS, 32))
   assert whole.shape == (2, 32, 32, 3)
   assert apply('cross')(*inputs(CROSS, 8)).shape == (2, 8, 8, 3)
@@ -168,7 +168,7 @@ def test_residual_sums_are_divided_by_sqrt_2():
     shapes = jax.eval_shape(net.init, jax.random.key(0), *args)['params']
     p = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     p['conv_in']['kernel'][1, 1, :3, :3] = np.eye(3)
-    # On the way up the shortcut passes the block's input, not the skip.
+    # On the decoder the shortcut passes the block's input, not the skip.
     p['up_0']['res']['shortcut']['kernel'][:, 0, 0, :4, :] = np.eye(4)
     p['norm_out']['scale'][:] = 1
     _, state = net.apply(

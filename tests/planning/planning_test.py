@@ -104,11 +104,11 @@ def test_parameters_are_split_by_the_rule_that_training_uses():
   work = tiny_job('sr1', batch_size=8)
   state = work.state
   mesh = sharding.make_mesh(2, 4)
-  placed = sharding.state_shardings(state, mesh)
+  shardings = sharding.state_shardings(state, mesh)
   real = sum(
     jnp.dtype(x.dtype).itemsize
     * int(jnp.prod(jnp.asarray(s.shard_shape(x.shape))))
-    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(placed))
+    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(shardings))
   )
   mine = analytic.tree_bytes(state, analytic.abstract_mesh(2, 4))
   assert mine == pytest.approx(real)
@@ -168,7 +168,7 @@ def test_the_plan_prints_memory_time_and_the_splits(tmp_path, capsys):
 def test_a_sampling_step_is_planned_too(tmp_path, capsys):
   args = ['--config', str(write_config(tmp_path)), '--step', 'sample']
   assert cli.main([*args, '--topology', 'v5e:2x2', '--text', 'cached']) == 0
-  assert 'pictures a second' in capsys.readouterr().out
+  assert 'images a second' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ print(status('VmHWM') - before - held)
   not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux'
 )
 def test_loading_shards_takes_no_more_host_memory_than_one_of_them(tmp_path):
-  """On CPU the devices' memory is the host's, so their share is taken off."""
+  """On CPU the devices' memory is the host's, so it is subtracted."""
   size = dict(num_layers=16, num_heads=16, head_dim=64, width=1024)
   for name, layers in (('small', 1), ('large', 16)):
     size['num_layers'] = layers
@@ -464,7 +464,7 @@ def test_span_corruption_loses_nothing():
 def test_nouns_are_found_in_whatever_order_they_are_written(tmp_path):
   tokenizer, scenes = word_tokenizer(tmp_path)
   caption = (
-    'A drawing of a violet disc with two striped gray crescents above it.'
+    'A generating of a violet disc with two striped gray crescents above it.'
   )
   meaning = captions.Meaning(
     (

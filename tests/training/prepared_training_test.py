@@ -129,7 +129,7 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   image = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
   x = jnp.asarray(image, jnp.float32) / 127.5 - 1
   low = conditioning.box_downsample(x, 8)
-  # Sampling draws noise picture by picture, so both pictures get the same.
+  # Sampling samples noise image by image, so both images get the same.
   one = rng.normal(size=low.shape[1:])
   eps = jnp.asarray(np.stack([one, one]), jnp.float32)
   normal = jax.random.normal

@@ -155,7 +155,7 @@ def test_a_step_with_nan_changes_nothing_but_the_counters(step):
   assert (int(healed.skipped), int(healed.skipped_in_row)) == (1, 0)
 
 
-def test_many_bad_steps_in_a_row_end_the_run_and_name_their_pictures(
+def test_many_bad_steps_in_a_row_end_the_run_and_name_their_images(
   step, tmp_path
 ):
   _, state, *_ = step
@@ -234,7 +234,7 @@ def test_an_unknown_optimizer_is_one_sentence():
     optimizer(1e-3, b3=0.9)
 
 
-def test_crops_of_both_pictures_show_the_same_place(model):
+def test_crops_of_both_images_show_the_same_place(model):
   encoder = load_text_encoder(model / 'text')
   config = tiny_model.config('sr1')
   config.stage.crop = 8
@@ -250,13 +250,13 @@ def test_crops_of_both_pictures_show_the_same_place(model):
   assert len(np.unique(x_cut[:, 0, 0, 0])) > 1
 
 
-def test_low_resolution_noise_is_added_before_enlarging(model):
+def test_low_resolution_noise_is_added_before_upsampling(model):
   encoder = load_text_encoder(model / 'text')
   made = tiny_model.build(tiny_model.config('sr1'), encoder)
   low = jnp.zeros((1, 8, 8, 3))
   eps = jax.random.normal(jax.random.key(0), low.shape)
   out = conditioning.low_res_input(made, eps, low, jnp.asarray([1.0]))
-  np.testing.assert_allclose(out, conditioning.enlarge(eps, 2), atol=1e-6)
+  np.testing.assert_allclose(out, conditioning.upsample(eps, 2), atol=1e-6)
   clean = conditioning.low_res_input(made, eps, low + 0.5, jnp.asarray([0.0]))
   np.testing.assert_allclose(clean, 0.5, atol=1e-6)
 
@@ -289,7 +289,7 @@ def test_levels_reach_max_level_and_no_further(model):
     tiny_model.build(config, encoder)
 
 
-def test_pixels_are_weighed_by_the_contrast_of_the_small_picture():
+def test_pixels_are_weighed_by_the_contrast_of_the_small_image():
   low = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3))
   low[1, :, :4] = 0.3  # flat, and so is its neighbourhood up to column 2
   weight = np.asarray(objective.contrast_weight(jnp.asarray(low), 0.05, 12))

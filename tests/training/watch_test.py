@@ -81,8 +81,8 @@ def test_metrics_have_noise_bands_norms_speed_and_the_heldout_loss(watched):
   each = row['images_per_sec'] / 8
   assert row['images_per_sec_per_device'] == pytest.approx(each, rel=0.01)
   # peak was 1e12: the MFU in percent is a hundredth of the TFLOPs · 1e4
-  share = 100 * row['tflops_per_device']
-  assert row['mfu_percent'] == pytest.approx(share, abs=0.01)
+  fraction = 100 * row['tflops_per_device']
+  assert row['mfu_percent'] == pytest.approx(fraction, abs=0.01)
 
 
 def test_the_loss_is_the_mean_over_its_bands(tmp_path):
@@ -112,20 +112,20 @@ def test_pauses_are_not_training_time(tmp_path, monkeypatch):
   monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
   metrics = Metrics(tmp_path / 'metrics.jsonl', start_step=0, num_steps=9)
   metrics.pause()  # at 10
-  metrics.go_on()  # at 60
+  metrics.resume()  # at 60
   metrics.log(1, 22, [])  # at 61: 11 seconds of training
   assert rows(tmp_path)[1]['images_per_sec'] == 2.0
 
 
 def test_the_report_says_what_every_device_will_hold(watched):
   text = '\n'.join(watched[2])
-  for words in ('way down', 'mesh: data 8 × fsdp 1 = 8 cpu', 'operations'):
+  for words in ('encoder', 'mesh: data 8 × fsdp 1 = 8 cpu', 'FLOPs'):
     assert words in text
   mesh = sharding.make_mesh(2, 4)
   tree = {'w': jax.ShapeDtypeStruct((256, 256), np.float32)}
-  placed = sharding.state_shardings(tree, mesh)
-  real = jax.device_put(np.zeros((256, 256), np.float32), placed['w'])
-  mine = report.device_bytes(tree, placed)
+  shardings = sharding.state_shardings(tree, mesh)
+  real = jax.device_put(np.zeros((256, 256), np.float32), shardings['w'])
+  mine = report.device_bytes(tree, shardings)
   assert mine == real.addressable_shards[0].data.nbytes == 4 * 256 * 256 // 4
 
 
@@ -137,8 +137,8 @@ def test_devices_hold_their_share_and_the_small_arrays_which_are_listed():
     lambda: init_state(stages.init_params(stage, jax.random.key(0)), tx)
   )
   mesh = sharding.make_mesh(1, 8)
-  placed = sharding.state_shardings(state, mesh)
-  first, second, *listed = report.splits(state, placed, 8)
+  shardings = sharding.state_shardings(state, mesh)
+  first, second, *listed = report.splits(state, shardings, 8)
   held, size = map(
     float, re.search(r'([\d.]+) of ([\d.]+) MiB', first).groups()
   )
@@ -148,7 +148,7 @@ def test_devices_hold_their_share_and_the_small_arrays_which_are_listed():
     whole, abs=0.02
   )
   assert held + whole == pytest.approx(
-    report.device_bytes(state, placed) / 2**20, abs=0.02
+    report.device_bytes(state, shardings) / 2**20, abs=0.02
   )
   assert any('norm1/scale' in line for line in listed)
 
@@ -231,9 +231,9 @@ def claim(folder, config, **options):
 def test_insisting_goes_on_with_another_config(config, tmp_path):
   claim(tmp_path, config)
   config.stage.cond_drop = 0.2
-  with pytest.raises(UsageError, match='cond_drop was 0.1.*--insist'):
+  with pytest.raises(UsageError, match='cond_drop was 0.1.*--force'):
     claim(tmp_path, config)
-  claim(tmp_path, config, insist=True)
+  claim(tmp_path, config, force=True)
   record = json.loads((tmp_path / 'config.json').read_text())
   assert record['config']['stage']['cond_drop'] == 0.2
 

@@ -59,25 +59,25 @@ def test_things_the_font_lacks_are_left_out(font):
   assert source.names == tuple(sorted(COLOURS))
 
 
-def test_a_picture_shows_the_things_where_the_scene_says(font):
+def test_an_image_shows_the_things_where_the_scene_says(font):
   source = emoji.EmojiSource(font, 64, split='eval')
   for i in range(20):
-    picture = source[i]['image'].astype(float)
-    assert picture.shape == (64, 64, 3)
+    image = source[i]['image'].astype(float)
+    assert image.shape == (64, 64, 3)
     scene = emoji.scene(0, 'eval', i, source.names)
     assert scene.caption == source[i]['caption']
     for name, x, y, diameter in scene.things:
       colour = 255 * np.array(COLOURS[name])
       np.testing.assert_allclose(
-        picture[int(64 * y), int(64 * x)], colour, atol=3
+        image[int(64 * y), int(64 * x)], colour, atol=3
       )
       assert 0.1 < diameter <= 0.7
     np.testing.assert_allclose(
-      picture[0, 0], emoji.BACKGROUND[scene.background], atol=1
+      image[0, 0], emoji.BACKGROUND[scene.background], atol=1
     )
 
 
-def test_the_judge_reads_true_pictures_and_no_others(font):
+def test_the_judge_reads_true_images_and_no_others(font):
   spec = importlib.util.spec_from_file_location('emoji_judge', JUDGE)
   judge = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(judge)

@@ -25,7 +25,7 @@ judging = sys.modules[judge.__module__]
 
 
 def verdict(prompt, *things, background='white', size=256):
-  """Judges a drawn scene of (shape, colour, fill, x, y, diameter) things."""
+  """Judges a rendered scene of (shape, colour, fill, x, y, diameter) things."""
   things = tuple(shapes.Thing(*t) for t in things)
   scene = shapes.Scene('', things, background, 'single', None)
   return judge(shapes.render(scene, size), prompts.understand(prompt))
@@ -58,7 +58,7 @@ def test_wrong_captions_are_refused(size, num, how):
   assert np.mean(list(right.values())) <= 0.02, right
 
 
-def test_soft_pictures_keep_their_shapes_and_mostly_their_fills():
+def test_soft_images_keep_their_shapes_and_mostly_their_fills():
   rng, right = np.random.default_rng(0), []
   for i in range(30):
     scene = shapes.scene(0, 'eval', i, category='fill')
@@ -82,7 +82,7 @@ def test_the_judge_shares_no_geometry_or_palette_with_the_renderer():
           assert name.startswith('imagen_jax.worlds.captions')
 
 
-def test_a_right_picture_is_right_in_every_aspect():
+def test_a_right_image_is_right_in_every_aspect():
   result = verdict('a small red circle above a blue square', CIRCLE, SQUARE)
   assert result.correct
   assert {k: v for k, v in result.aspects.items() if v is not None} == {
@@ -109,7 +109,7 @@ def test_a_right_picture_is_right_in_every_aspect():
     ('two red circles above a blue square', 'count'),
   ],
 )
-def test_one_wrong_word_makes_a_picture_wrong_in_that_aspect(prompt, wrong):
+def test_one_wrong_word_makes_a_image_wrong_in_that_aspect(prompt, wrong):
   result = verdict(prompt, CIRCLE, SQUARE)
   assert not result.correct
   assert result.aspects[wrong] is False
@@ -130,7 +130,7 @@ def test_things_are_matched_to_words_whatever_their_order():
   assert not verdict('three pink moons and a yellow star', *things).correct
 
 
-def test_fills_are_told_only_where_the_picture_is_large_enough():
+def test_fills_are_told_only_where_the_image_is_large_enough():
   striped = ('square', 'green', 'striped', 0.5, 0.5, 0.6)
   for size, fill in ((128, None), (256, 'striped'), (512, 'striped')):
     scene = shapes.Scene('', (shapes.Thing(*striped),), 'white', '', None)
@@ -187,7 +187,7 @@ def test_specks_are_ignored_and_blobs_are_not():
 
 
 @pytest.mark.parametrize('size', [8, 50, 64, 300, 512])
-def test_no_picture_makes_the_judge_fail(size):
+def test_no_image_makes_the_judge_fail(size):
   rng = np.random.default_rng(size)
   ramp = np.indices((size, size)).sum(0) % 256
   for image in (

@@ -76,7 +76,7 @@ def test_held_out_scenes_show_exactly_one_held_out_combination():
     assert sum(map(len, hits.values())) == 1, scene.caption
     for kind, found in hits.items():
       seen[kind] |= found
-  # A relation is drawn from either end of it.
+  # A relation is rendered from either end of it.
   assert seen == held
 
 
@@ -157,12 +157,12 @@ def test_captions_use_every_word_of_the_vocabulary_and_no_other():
   assert said == shapes.vocabulary()
 
 
-def test_the_note_on_what_can_be_drawn_uses_known_words():
+def test_the_note_on_what_can_be_rendered_uses_known_words():
   for group in (captions.SHAPES, captions.COLOURS, captions.FILLS):
     assert all(word in shapes.describe() for word in group)
 
 
-def test_every_shape_colour_fill_and_background_can_be_drawn():
+def test_every_shape_colour_fill_and_background_can_be_rendered():
   assert set(INSIDE) == set(captions.SHAPES)
   assert set(PALETTE) == set(captions.COLOURS)
   assert set(SECOND) == set(captions.FILLS) - {'plain'}

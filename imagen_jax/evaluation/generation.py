@@ -1,14 +1,14 @@
-"""Drawing many pictures so that an interrupted run continues.
+"""Generating many images so that an interrupted run continues.
 
 A run's folder holds
 
-  run.json                 what the pictures depend on
-  pictures/<category>/…    one PNG each
-  records-i-of-n.jsonl     one line per finished picture, by process i of n
+  run.json                 what the images depend on
+  images/<category>/…    one PNG each
+  records-i-of-n.jsonl     one line per finished image, by process i of n
 
-A picture is finished when its line is written. Any number of processes, on
-any number of hosts that share the folder, may draw their shares of a run; a
-later start with another number of them takes up what all of them left.
+An image is finished when its line is written. Any number of processes, on
+any number of hosts that share the folder, may generate their fractions of a
+run; a later start with another number of them takes up what all of them left.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax.errors import DataError, UsageError
-from imagen_jax.io import images as pictures
+from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 
 # Batches between two times that the stages change places on the device.
@@ -31,13 +31,13 @@ BATCHES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One picture to draw.
+  """One image to generate.
 
   Attributes:
     category: of the prompt, one level of grouping.
-    number: of the picture within its category; with it the picture's identity.
-    prompt: what to draw.
-    index: which picture of this prompt, see `Cascade.sample`.
+    number: of the image within its category; with it the image's identity.
+    prompt: what to generate.
+    index: which image of this prompt, see `Cascade.sample`.
   """
 
   category: str
@@ -47,8 +47,8 @@ class Item:
 
   @property
   def file(self):
-    """Its picture, relative to the run's folder."""
-    return f'pictures/{slug(self.category)}/{self.number:05d}.png'
+    """Its image, relative to the run's folder."""
+    return f'images/{slug(self.category)}/{self.number:05d}.png'
 
 
 def slug(text):
@@ -61,7 +61,7 @@ def open_run(folder, identity):
 
   Args:
     folder: of the run.
-    identity: JSON object of everything that the pictures depend on.
+    identity: JSON object of everything that the images depend on.
 
   Raises:
     UsageError: the folder holds a run with another identity.
@@ -97,10 +97,10 @@ def _short(value):
 
 
 def read_records(folder):
-  """{(category, number): record} of all finished pictures of a run.
+  """{(category, number): record} of all finished images of a run.
 
-  A line that a killed process left unfinished is passed over; its picture is
-  drawn once more.
+  A line that a killed process left unfinished is passed over; its image is
+  generated once more.
   """
   records = {}
   for path in sorted(pathlib.Path(folder).glob('records-*.jsonl')):
@@ -113,28 +113,28 @@ def read_records(folder):
   return records
 
 
-def draw(
+def generate(
   cascade,
   folder,
   items,
   *,
   seed,
   batch_size,
-  share=(0, 1),
+  fraction=(0, 1),
   low_res=None,
   judge=None,
   progress=None,
   **choices,
 ):
-  """Draws this process's share of the pictures that are not finished yet.
+  """Generates this process's fraction of the images that are not finished yet.
 
   Args:
     cascade: the model.
     folder: of the run, opened by `open_run`.
     items: every `Item` of the run, the same in all processes.
-    seed: of the pictures.
-    batch_size: pictures at a time.
-    share: (i, n): this is process i of n.
+    seed: of the images.
+    batch_size: images at a time.
+    fraction: (i, n): this is process i of n.
     low_res: function of an item, its uint8 [h, w, 3] for the first stage; None
       where the first stage is the base.
     judge: function of (item, uint8 [H, W, 3]) to more fields of its record.
@@ -143,11 +143,13 @@ def draw(
   """
   folder = pathlib.Path(folder)
   done = read_records(folder)
-  todo = [x for x in items[share[0] :: share[1]] if _key(x) not in done]
-  # `sample` draws the same picture numbers of all its prompts.
+  todo = [x for x in items[fraction[0] :: fraction[1]] if _key(x) not in done]
+  # `sample` generates the same image numbers of all its prompts.
   todo.sort(key=lambda item: item.index)
-  drawn, size = 0, BATCHES * batch_size
-  with _Lines(folder / f'records-{share[0]}-of-{share[1]}.jsonl') as write:
+  generated, size = 0, BATCHES * batch_size
+  with _Lines(
+    folder / f'records-{fraction[0]}-of-{fraction[1]}.jsonl'
+  ) as write:
     for index, group in itertools.groupby(todo, lambda item: item.index):
       for chunk in _chunks(list(group), size):
         lows = None
@@ -167,9 +169,9 @@ def draw(
             record |= judge(item, image)
           _save(folder / item.file, image, item, seed)
           write(record)
-        drawn += len(chunk)
+        generated += len(chunk)
         if progress is not None:
-          progress(drawn, len(todo))
+          progress(generated, len(todo))
 
 
 def _chunks(items, size):
@@ -180,8 +182,8 @@ def _key(item):
   return item.category, item.number
 
 
-def read_picture(folder, record):
-  """A finished picture, uint8 [H, W, 3].
+def read_image(folder, record):
+  """A finished image, uint8 [H, W, 3].
 
   Raises:
     DataError: it is gone or damaged.
@@ -197,10 +199,10 @@ def read_picture(folder, record):
 
 
 def _save(path, image, item, seed):
-  # Whole or not at all: a record may only name a good picture.
+  # Whole or not at all: a record may only name a good image.
   temporary = path.with_name(f'.{os.getpid()}.{path.name}')
   metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}
-  pictures.save_png(temporary, image, metadata)
+  image_io.save_png(temporary, image, metadata)
   temporary.replace(path)
 
 
