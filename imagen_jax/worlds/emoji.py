@@ -278,7 +278,7 @@ def glyph(font, text):
   """A character as an RGBA image without a border; None: it has none."""
   side = 2 * int(font.size)
   image = Image.new('RGBA', (side, side), (0, 0, 0, 0))
-  ImageDraw.Render(image).text(
+  ImageDraw.Draw(image).text(
     (side // 4, side // 4), text, font=font, embedded_color=True
   )
   box = image.getbbox()

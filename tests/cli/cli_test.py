@@ -123,7 +123,7 @@ def test_notes_on_long_empty_and_unknown_prompts(model, tmp_path, capsys):
   run(sample.main, '--prompt', '', *args)
   notes = capsys.readouterr().err
   assert re.search(r'its last \d+ tokens were cut, 12 remain', notes)
-  assert 'never learned zebra. It generates' in notes
+  assert 'never learned zebra. It renders' in notes
   assert 'unconditional' in notes
   assert notes.count('zebra') == 1
 

@@ -464,7 +464,7 @@ def test_span_corruption_loses_nothing():
 def test_nouns_are_found_in_whatever_order_they_are_written(tmp_path):
   tokenizer, scenes = word_tokenizer(tmp_path)
   caption = (
-    'A generating of a violet disc with two striped gray crescents above it.'
+    'A drawing of a violet disc with two striped gray crescents above it.'
   )
   meaning = captions.Meaning(
     (
