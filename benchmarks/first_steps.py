@@ -24,9 +24,9 @@ from imagen_jax import sharding
 from imagen_jax.cascade import conditioning
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.diffusion import process
-from imagen_jax.training.run import split_index
-from imagen_jax.training.stage_run import StageRun
-from imagen_jax.training.step import embed
+from imagen_jax.training.experiment import make_experiment
+from imagen_jax.training.input import split_index, train_batches
+from imagen_jax.training.program import make_program
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 LEVEL = 0.1
@@ -35,14 +35,14 @@ IMAGES = 64
 
 def make_errors(run):
   """EMA parameters -> errors at `TIMES`, by a jitted function."""
-  source, stage = run.images('eval'), run.stage
+  source, stage = run.source('eval'), run.stage
   rows = [run.example(source[i]) for i in range(IMAGES)]
   batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
   @jax.jit
   def errors(params, frozen):
     x = batch['image'].astype(np.float32) / 127.5 - 1
-    text = embed(run.text.module, frozen, batch)
+    text = run.condition(batch, frozen)['text']
     extra = ()
     if stage.low_resolution is not None:
       low = conditioning.box_downsample(x, stage.low_resolution)
@@ -76,21 +76,23 @@ def main():
   config.train.ema_decay = 0.99
   if config.text.path == 'runs/shapes/text':
     config.text.path = 'demo'
-  run = StageRun(config)
+  run = make_experiment(config)
+  program = make_program(run, run.mesh)
   errors = make_errors(run)
-  state, _ = run.first_state(None)
+  first = run.start(program.shardings.params, None)
+  state, frozen = program.first_state(first.params), run.load_frozen()
   print('step  loss     s/step  1000 × error at t =', *TIMES)
   with jax.set_mesh(run.mesh):
     losses, seconds = [], []
-    stream = itertools.islice(run.train_stream(0), args.steps)
+    stream = itertools.islice(train_batches(run, 0), args.steps)
     for step, batch in enumerate(stream, 1):
       batch = sharding.put_batch(split_index(batch)[0], run.mesh)
       start = time.perf_counter()
-      state, metrics = run.step_fn(state, batch, run.frozen)
+      state, metrics = program.step(state, batch, frozen)
       losses.append(float(metrics['loss']))
       seconds.append(time.perf_counter() - start)
       if step % args.every == 0:
-        found = 1000 * np.asarray(errors(state.ema_params, run.frozen))
+        found = 1000 * np.asarray(errors(state.ema_params, frozen))
         print(
           f'{step:4}  {np.mean(losses[-args.every :]):.4f}  '
           f'{np.median(seconds[1:]):.3f}  ',

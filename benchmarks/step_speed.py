@@ -38,8 +38,9 @@ import jax
 from imagen_jax import sharding
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.nets import efficient_unet, layers, unet
-from imagen_jax.training.run import split_index
-from imagen_jax.training.stage_run import StageRun
+from imagen_jax.training.experiment import make_experiment
+from imagen_jax.training.input import split_index, train_batches
+from imagen_jax.training.program import make_program
 
 
 @contextlib.contextmanager
@@ -61,16 +62,20 @@ class Way:
     if plain and config.stage.net.kind == 'efficient_unet':
       with config.stage.net.unlocked():
         config.stage.net.unroll = False
-    self.run = StageRun(config)
-    self.state, _ = self.run.first_state(None)
+    self.experiment = make_experiment(config)
+    self.mesh = self.experiment.mesh
+    self.program = make_program(self.experiment, self.mesh)
+    first = self.experiment.start(self.program.shardings.params, None)
+    self.state = self.program.first_state(first.params)
+    self.frozen = self.experiment.load_frozen()
 
   def step(self, batch):
     """Takes one step and notes its time."""
-    batch = sharding.put_batch(batch, self.run.mesh)
+    batch = sharding.put_batch(batch, self.mesh)
     norm = flax_norm() if self.plain else contextlib.nullcontext()
-    with jax.set_mesh(self.run.mesh), norm:
+    with jax.set_mesh(self.mesh), norm:
       start = time.perf_counter()
-      self.state, metrics = self.run.step_fn(self.state, batch, self.run.frozen)
+      self.state, metrics = self.program.step(self.state, batch, self.frozen)
       jax.block_until_ready((self.state, metrics))
     self.seconds.append(time.perf_counter() - start)
 
@@ -90,7 +95,8 @@ def main():
     Way('one device', config, data=1),
     Way('plain', config, data=1, plain=True),
   ]
-  stream = itertools.islice(ways[0].run.train_stream(0), args.steps + 1)
+  batches = train_batches(ways[0].experiment, 0)
+  stream = itertools.islice(batches, args.steps + 1)
   for batch in stream:
     for way in ways:
       way.step(split_index(batch)[0])

@@ -14,7 +14,7 @@ import sys
 
 from imagen_jax.cli import errors
 from imagen_jax.errors import UsageError
-from imagen_jax.planning import chips
+from imagen_jax.training import chips
 
 # (type of slice, software of its machines) for `gcloud`.
 SLICES = {

@@ -23,17 +23,18 @@ BELOW = {
     'errors', 'diffusion', 'dtypes', 'io', 'nets', 'sharding', 'text'
   },
   'training': {
-    'errors', 'cascade', 'data', 'deepfloyd', 'dtypes', 'io', 'sharding',
-    'text',
+    'errors', 'cascade', 'data', 'dtypes', 'io', 'kinds', 'sharding', 'text',
   },
   'evaluation': {'errors', 'data', 'io', 'text', 'worlds'},
-  'worlds': {'data', 'errors', 'evaluation', 'nets', 'text'},
+  'worlds': {
+    'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training',
+  },
   'deepfloyd': {
     'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets',
     'sharding', 'text', 'training',
   },
   'planning': {
-    'errors', 'cascade', 'nets', 'sharding', 'text', 'training'
+    'errors', 'cascade', 'io', 'nets', 'sharding', 'text', 'training'
   },
 }  # fmt: skip
 DOORS = {
@@ -44,7 +45,7 @@ DOORS = {
     'evaluation/extractors.py',
   },
   'transformers': {'text/'},
-  'sentencepiece': {'text/', 'worlds/pretraining.py'},
+  'sentencepiece': {'text/', 'worlds/vocabulary.py', 'worlds/pretraining.py'},
   'tensorflow_datasets': {'data/tfds.py'},
   'array_record': {'data/arrayrecord.py'},
   'grain': {'data/'},

@@ -53,7 +53,7 @@ def _main(argv):
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
-  from imagen_jax.planning import chips
+  from imagen_jax.training import chips
 
   chip, count = _chips(args, chips)
   from imagen_jax.cli import runtime
@@ -142,24 +142,12 @@ def _mesh(args, count):
 
 
 def _print_parameters(work):
-  import jax
-
   from imagen_jax.cascade import stage as stages
+  from imagen_jax.training.report import parameter_table
 
   params = work.state.params
-  groups = {}
-  for name, part in params.items():
-    group = {
-      'down': 'encoder',
-      'mid': 'middle',
-      'up': 'decoder',
-      'conditioning': 'time, level and pooled text',
-      'text': 'text projection',
-    }.get(name.split('_')[0], 'first and last convolution')
-    size = sum(leaf.size for leaf in jax.tree.leaves(part))
-    groups[group] = groups.get(group, 0) + size
   print(f'{work.stage.name}: {stages.num_params(params):,} parameters')
-  for group, size in sorted(groups.items(), key=lambda item: -item[1]):
+  for group, size in parameter_table(params).items():
     print(f'  {group:28} {size / 1e6:10.2f} M')
   text = stages.num_params(work.text_params)
   print(f'  frozen, besides: {work.text_name}', end='')
@@ -167,7 +155,7 @@ def _print_parameters(work):
 
 
 def _print_plan(work, chip, plan, step):
-  from imagen_jax.planning import chips
+  from imagen_jax.training import chips
 
   count = plan.data * plan.fsdp
   print(
@@ -214,7 +202,7 @@ def _print_cost(work, plan, count, step):
 
 
 def _print_splits(plans, chosen, chip):
-  from imagen_jax.planning import chips
+  from imagen_jax.training import chips
 
   print('\n  data × fsdp     GiB     s/step')
   for plan in plans:
@@ -230,7 +218,8 @@ def _print_splits(plans, chosen, chip):
 def _compile(args, work, chip, plan):
   import jax
 
-  from imagen_jax.planning import chips, compile
+  from imagen_jax.planning import compile
+  from imagen_jax.training import chips
 
   devices = len(compile.topology_devices(args.topology))
   data = devices // plan.fsdp

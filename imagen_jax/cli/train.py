@@ -1,4 +1,4 @@
-"""imagen-train: trains one stage, or the demo's text encoder."""
+"""imagen-train: trains what a config describes."""
 
 import os
 import pathlib
@@ -7,7 +7,6 @@ import sys
 
 from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
-from imagen_jax.errors import UsageError
 
 
 def main(argv=None):
@@ -15,8 +14,7 @@ def main(argv=None):
   return errors.run(_main, argv)
 
 
-def _main(argv):
-  argv, overrides = split_overrides(argv)
+def _parser():
   parser = errors.Parser(
     prog='train.py',
     description='Train one stage of the cascade; the same command resumes.',
@@ -44,38 +42,28 @@ def _main(argv):
   parser.add_argument(
     '--force',
     action='store_true',
-    help='continue although the config or the data set has changed',
+    help='resume although the config or the data set has changed',
   )
   runtime.add_process_flags(parser)
-  args = parser.parse_args(argv)
+  return parser
+
+
+def _main(argv):
+  argv, overrides = split_overrides(argv)
+  args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
-  workdir = pathlib.Path(args.workdir)
-
   runtime.start(split_cpu=True, processes=args)
-  if config.get('kind') == 'text':
-    from imagen_jax.worlds.pretraining import pretrain
 
-    for flag in ('dry_run', 'init_from', 'force'):
-      if getattr(args, flag):
-        raise UsageError(f'--{flag} is for stages, not for the text encoder.')
-    pretrain(config, workdir)
-    return 0
-
-  import jax
-
-  from imagen_jax.planning import chips, program
   from imagen_jax.training.loop import train
 
   with _agreed() if _together() else _alone() as should_stop:
     step = train(
       config,
-      workdir,
+      pathlib.Path(args.workdir),
       should_stop=should_stop,
       init_from=args.init_from,
       force=args.force,
       dry_run=args.dry_run,
-      count_flops=program.flops,
-      peak=chips.find_peak(jax.devices()[0].device_kind),
     )
   return 0 if args.dry_run else _ended(step, config, should_stop)
 

@@ -1,11 +1,12 @@
 """A DeepFloyd IF stage, fine-tuned whole or by low-rank adapters."""
 
 import functools
-import types
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.cascade.conditioning import box_downsample
@@ -28,25 +29,29 @@ from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
-from imagen_jax.training.preview import make_preview
-from imagen_jax.training.run import Run, image_shape
-from imagen_jax.training.state import init_state
-from imagen_jax.training.step import take_step
+from imagen_jax.io import model_folder
+from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.training.experiment import (
+  Experiment,
+  Export,
+  Start,
+  make_experiment,
+)
+from imagen_jax.training.preview import make_image_preview
+from imagen_jax.training.program import make_program
 
 DROP = 0.1  # of the captions, for the guidance
 
 
-class IFRun(Run):
-  """A `Run` of a config such as `configs/if_finetune.py`.
+class IFExperiment(Experiment):
+  """A config such as `configs/if_finetune.py`.
 
-  Besides what every run leaves, its workdir holds `text/` (embeddings) and, at
-  the end, `export/` with a stage's folder that `sample.py` and diffusers load.
+  The workdir holds `text/` (embeddings) and, at the end, `export/` with a
+  stage's folder that `sample.py` and diffusers load.
 
   Attributes:
     stage: the stage's folder, read.
     module: its network, without the variance if that is dropped.
-    frozen: the empty prompt's embedding, and the weights if adapters are
-      trained.
 
   Raises:
     UsageError: the config is wrong.
@@ -56,81 +61,82 @@ class IFRun(Run):
 
   frozen_name = 'frozen weights'
 
-  def __init__(self, config, count_flops=None):
+  def __init__(
+    self,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh | None = None,
+    workdir: pathlib.Path | None = None,
+  ):
+    super().__init__(config, mesh, workdir)
     self.stage = stages.read(config.model)
+    self.name, self.resolution = self.stage.name, self.stage.resolution
     self.adapt = _choice(config, 'method', ('lora', 'full')) == 'lora'
     self.drop = _choice(config, 'variance', ('keep', 'drop')) == 'drop'
     self.clean = cleaning.cleaner(config.text.clean)
-    super().__init__(
-      config, name=self.stage.name, resolution=self.stage.resolution
-    )
     self.text_folder = text.find([config.text.path or config.model])
-    self.text = types.SimpleNamespace(
-      dim=self.stage.config.encoder_hid_dim, digest=None
-    )
     self.dtype = resolve_dtype(config.dtype)
     self.module = IFUNet(self.stage.config, self.dtype)
-    shapes = weight_files.abstract_params(self.stage.config)
+    self._shapes = weight_files.abstract_params(self.stage.config)
     if self.drop:
       self.module = without_variance(self.module)
-      shapes = jax.eval_shape(cut_variance, shapes)
-    shape = jax.ShapeDtypeStruct
-    size = (text.MAX_LEN, self.text.dim)
-    self.frozen = {'empty': shape(size, jnp.float32)}
+      self._shapes = jax.eval_shape(cut_variance, self._shapes)
+
+  @property
+  def _text_size(self):
+    return text.MAX_LEN, self.stage.config.encoder_hid_dim
+
+  def text_record(self):
+    length, dim = self._text_size
+    return {'dim': dim, 'max_len': length, 'digest': None}
+
+  def init(self, key):
+    """Adapters; for a full fine-tuning shapes only, see `start`."""
     if self.adapt:
-      self.frozen['weights'] = jax.tree.map(
-        lambda leaf: shape(leaf.shape, self.dtype), shapes
-      )
-    batch = {
-      'image': image_shape(self),
-      'text': shape((config.train.batch_size, *size), jnp.float32),
+      return lora.init(key, self._shapes, self.config.rank)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes)
+
+  def start(self, shardings, init_from):
+    if init_from is not None or self.adapt:
+      started = super().start(shardings, init_from)
+      return Start(started.params, f'starts from {self.stage.folder}')
+    params = jax.device_put(self._load_weights(), shardings)
+    return Start(params, f'starts from {self.stage.folder}')
+
+  def batch_spec(self, batch_size):
+    shape, side = jax.ShapeDtypeStruct, self.resolution
+    return {
+      'image': shape((batch_size, side, side, 3), jnp.uint8),
+      'text': shape((batch_size, *self._text_size), jnp.float32),
     }
-    self.settle(shapes, count_flops, self._jit_step, batch)
 
-  def _jit_step(self, shardings):
-    return jax.jit(
-      functools.partial(
-        train_step,
-        loss_fn=self._loss,
-        tx=self.tx,
-        seed=self.config.seed,
-        ema_limit=self.config.train.ema_decay,
-        accumulate=self.accumulate,
-      ),
-      donate_argnums=0,
-      out_shardings=(shardings, sharding.replicated(self.mesh)),
-    )
-
-  def new_state(self, trained):
+  def frozen_spec(self):
+    frozen = {'empty': jax.ShapeDtypeStruct(self._text_size, jnp.float32)}
     if self.adapt:
-      trained = lora.init(self.key, trained, self.config.rank)
-    return init_state(trained, self.tx)
+      frozen['weights'] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), self._shapes
+      )
+    return frozen
 
-  def open(self, workdir):
-    self.cache = workdir / 'text'
-    sources = [self.source, self.images('eval')]
+  def load_frozen(self):
+    """Embeds every caption that the workdir lacks; loads the weights."""
     captions = (
       self.clean(source[i]['caption'])
-      for source in sources
+      for source in map(self.source, ('train', 'eval'))
       for i in range(len(source))
     )
     text.store(
       dict.fromkeys(['', *captions]),
       self.text_folder,
       dtype=self.config.text.dtype,
-      cache=self.cache,
+      cache=self._cache,
     )
-    self.frozen['empty'] = jax.device_put(
-      self._embedding(''), sharding.replicated(self.mesh)
-    )
-    self.load_frozen()
+    empty = jax.device_put(self._embedding(''), sharding.replicated(self.mesh))
+    frozen = {'empty': empty}
+    if self.adapt:  # the weights that adapters are added to
+      frozen['weights'] = self._load_weights()
+    return frozen
 
-  def load_frozen(self):
-    """Reads the weights that adapters are added to."""
-    if self.adapt:
-      self.frozen['weights'] = self.load()
-
-  def load(self):
+  def _load_weights(self):
     """The weights that are fine-tuned, on the mesh."""
     _, params = self.stage.load(
       dtype=self.dtype,
@@ -139,12 +145,16 @@ class IFRun(Run):
     )
     return cut_variance(params) if self.drop else params
 
+  @property
+  def _cache(self):
+    return self.workdir / 'text'
+
   def _embedding(self, caption):
     return text.stored(
       self.clean(caption),
       self.text_folder,
       dtype=self.config.text.dtype,
-      cache=self.cache,
+      cache=self._cache,
     )
 
   def example(self, example):
@@ -153,27 +163,16 @@ class IFRun(Run):
       'text': self._embedding(example['caption']),
     }
 
-  def first_state(self, init_from):
-    if init_from is not None:
-      raise UsageError(
-        '--init_from is for stages of our own; a fine-tuning starts from '
-        '--config.model.'
-      )
-    params = self.frozen['weights'] if self.adapt else self.load()
-    state = jax.jit(self.new_state, out_shardings=self.shardings)(params)
-    return state, f'starts from {self.stage.folder}'
-
-  def assemble(self, trained, weights):
+  def merge(self, trained: dict, weights: dict | None) -> dict:
     """The network's parameters; `weights` are those adapters are added to."""
     if not self.adapt:
       return trained
     return lora.merge(weights, trained, self.config.scale)
 
-  def _loss(self, trained, key, image, captions, frozen):
-    """([B] losses, [B] times)."""
+  def loss(self, params, key, batch, frozen):
     keys = dict(zip(('drop', 'level', 'low', 'loss'), jax.random.split(key, 4)))
-    stage = self.stage
-    x = image.astype(jnp.float32) / 127.5 - 1
+    stage, captions = self.stage, batch['text']
+    x = batch['image'].astype(jnp.float32) / 127.5 - 1
     dropped = jax.random.bernoulli(keys['drop'], DROP, x.shape[:1])
     captions = jnp.where(dropped[:, None, None], frozen['empty'], captions)
     low = level = None
@@ -186,64 +185,66 @@ class IFRun(Run):
       abar = jnp.asarray(abar)[level][:, None, None, None]
       noise = jax.random.normal(keys['low'], low.shape)
       low = jnp.sqrt(abar) * low + jnp.sqrt(1 - abar) * noise
-    params = self.assemble(trained, frozen.get('weights'))
+    merged = self.merge(params, frozen.get('weights'))
 
     def predict(z, t):
       given = z if low is None else jnp.concatenate([z, low], axis=-1)
-      return self.module.apply({'params': params}, given, t, captions, level)
+      return self.module.apply({'params': merged}, given, t, captions, level)
 
-    values, details = loss.hybrid_loss(
+    return loss.hybrid_loss(
       keys['loss'],
       predict,
       x,
       loss.training_plan(stage.schedule),
       weight=0.0 if self.drop else self.config.bound_weight,
     )
-    return values, details['t']
 
-  def loss(self, params, key, batch, frozen):
-    return self._loss(params, key, batch['image'], batch['text'], frozen)[0]
-
-  def make_preview(self):
+  def make_preview(self, frozen):
     shape = (self.resolution, self.resolution, 3)
-    generate = pipeline.previewer(self.stage, self.module, shape)
+    sample = pipeline.previewer(self.stage, self.module, shape)
 
-    def generate_trained(trained, given, frozen):
-      params = self.assemble(trained, frozen.get('weights'))
-      return generate(params, given, frozen['empty'])
+    def sample_trained(trained, given, frozen):
+      params = self.merge(trained, frozen.get('weights'))
+      return sample(params, given, frozen['empty'])
+
+    def embed(captions):
+      return {'text': np.stack([self._embedding(c) for c in captions])}
 
     low = self.resolution // 4 if self.stage.upsamples else None
-    return make_preview(self, jax.jit(generate_trained), low)
+    return make_image_preview(
+      self, jax.jit(sample_trained), embed, frozen, low_resolution=low
+    )
 
-  def captions(self, captions):
-    return {'text': np.stack([self._embedding(c) for c in captions])}
+  def finish(self, state, frozen):
+    out = self.workdir / 'export' / self.name
+    self.write(state.ema_params, frozen.get('weights'), out)
 
-  def finish(self, state, workdir):
-    self.export(state.ema_params, workdir / 'export' / self.name)
-
-  def export(self, trained, folder):
+  def write(self, trained: dict, weights: dict | None, out: pathlib.Path):
     """Writes a stage's folder with the weights as trained."""
-    weights = self.frozen['weights'] if self.adapt else None
-    params = jax.jit(self.assemble)(trained, weights)
+    params = jax.jit(self.merge)(trained, weights)
     if jax.process_index() == 0:
-      export_stage(folder, params, self.stage, drop=self.drop)
+      export_stage(out, params, self.stage, drop=self.drop)
 
-
-def train_step(state, batch, frozen, *, loss_fn, **options):
-  """`training.step.train_step` of an `IFRun`.
-
-  Args:
-    state: `TrainState`, of the network's parameters or of the adapters.
-    batch: `image` uint8 [B, R, R, 3], `text` [B, L, D].
-    frozen: of the `IFRun`.
-    loss_fn: its loss.
-    **options: of `take_step`.
-  """
-
-  def loss_of(params, key, image, captions):
-    return loss_fn(params, key, image, captions, frozen)
-
-  return take_step(state, loss_of, (batch['image'], batch['text']), **options)
+  @classmethod
+  def export(cls, request: Export) -> str:
+    if request.out.exists():
+      raise UsageError(
+        f'{request.out} exists; choose another, or remove it.', key='out'
+      )
+    record = model_folder.read_json(request.workdir / 'config.json')
+    config = ConfigDict(record['config'])
+    run = make_experiment(config, request.workdir)
+    program = make_program(run, run.mesh)
+    directory = config.train.checkpoint_dir or request.workdir / 'checkpoints'
+    with Checkpoints(directory, keep_last=config.train.keep_last) as saved:
+      state, _, step = saved.restore(program.abstract_state(), request.step)
+    weights = run._load_weights() if run.adapt else None
+    trained = {'ema': state.ema_params, 'raw': state.params}[request.weights]
+    run.write(trained, weights, request.out)
+    return (
+      f'{request.out}: step {step}, {request.weights} weights, as diffusers '
+      'has them'
+    )
 
 
 def _choice(config, key, allowed):

@@ -292,10 +292,17 @@ def demo_path():
 
 
 def text_folder(configured):
-  """A config's `text.path` as a path; 'demo' is the bundled encoder."""
+  """The folder of weights that a config's `text.path` names.
+
+  Args:
+    configured: 'demo' for the bundled encoder, a folder in Hugging Face
+      layout, or the workdir of a finished pretraining, whose `export` it is.
+  """
   if configured == 'demo':
     return demo_path() / 'text'
-  return pathlib.Path(configured)
+  path = pathlib.Path(configured)
+  exported = path / 'export'
+  return exported if (exported / 'config.json').exists() else path
 
 
 def text_path(path, record):
@@ -312,7 +319,7 @@ def text_path(path, record):
   candidates += [text_folder(configured)] if configured else []
   for candidate in candidates:
     if candidate.is_dir():
-      return candidate
+      return text_folder(candidate)
   raise ModelError(
     f'the text encoder of stage {record.name} is not in '
     f'{" or ".join(dict.fromkeys(map(str, candidates)))}; put it in the '
@@ -370,13 +377,12 @@ def _is_stage(path):
   """Whether a directory looks like a stage, even half of one."""
   if path.name.startswith('.'):  # what a killed export left
     return False
-  parts = ('stage.json', 'weights.safetensors', 'checkpoints')
-  if any((path / part).exists() for part in parts):
-    return True
-  try:  # a workdir before its first checkpoint; others have a config.json too
+  try:  # a workdir, perhaps before its first checkpoint
     return 'stage' in json.loads((path / 'config.json').read_text())['config']
   except (OSError, ValueError, KeyError, TypeError):
-    return False
+    pass  # other folders have a config.json too
+  parts = ('stage.json', 'weights.safetensors', 'checkpoints')
+  return any((path / part).exists() for part in parts)
 
 
 def _span(record):

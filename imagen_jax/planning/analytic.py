@@ -9,7 +9,9 @@ import jax
 
 from imagen_jax import sharding
 from imagen_jax.errors import UsageError
-from imagen_jax.planning import chips, job, program
+from imagen_jax.planning.memory import num_bytes, peak_and_traffic
+from imagen_jax.training import chips
+from imagen_jax.training.flops import count_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def tree_bytes(tree, mesh=None):
   """Bytes of a tree on one device, split by the rule of `sharding`."""
   total = 0
   for leaf in jax.tree.leaves(tree):
-    size = program.num_bytes(leaf)
+    size = num_bytes(leaf)
     if mesh is not None:
       spec = sharding.leaf_sharding(leaf, mesh).spec
       size /= math.prod(mesh.shape[axis] for axis in spec if axis)
@@ -90,9 +92,11 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
       'optimizer': tree_bytes(state.opt_state, mesh),
       'text encoder': tree_bytes(work.text_params, mesh),
     }
-  batch = job.abstract_batch(work, work.batch_size // mesh.size)
+  batch = work.experiment.batch_spec(work.batch_size // mesh.size)
   memory['batch'] = tree_bytes(batch)
-  memory['activations'], moved = program.memory(traced, _size_of(params, step))
+  memory['activations'], moved = peak_and_traffic(
+    traced, _size_of(params, step)
+  )
   if step == 'train':
     # Compiled steps set all of them aside before the first is known. They are
     # written, read for their norm and read again.
@@ -103,7 +107,7 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
     memory['gathered layers'] = 2 * max(
       map(_largest_layer, (params, work.text_params))
     )
-  flops = program.flops(traced)
+  flops = count_flops(traced)
   moved += 2 * sum(
     memory.get(k, 0) for k in ('parameters', 'EMA', 'optimizer', 'text encoder')
   )
@@ -131,7 +135,7 @@ def _size_of(params, step):
   def size_of(aval):
     if getattr(aval, 'shape', None) in counted_apart:
       return 0
-    return program.num_bytes(aval)
+    return num_bytes(aval)
 
   return size_of
 
@@ -140,7 +144,7 @@ def _largest_layer(tree):
   """Bytes of the largest leaf; of a stack of scanned layers, of one layer."""
   largest = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    size = program.num_bytes(leaf)
+    size = num_bytes(leaf)
     if re.fullmatch(r'layers|(down|up)_\d+', path[0].key):
       size /= leaf.shape[0]
     largest = max(largest, size)
@@ -221,12 +225,11 @@ def cheapest_change(work, chip, num_chips, *, step='train'):
       return f'--accumulate {parts} --fsdp {plan.fsdp}'
     parts *= 2
   if work.stage.net.remat is None:
-    net = work.stage.net.clone(remat='nothing_saveable')
-    plan = fits(changed(stage=dataclasses.replace(work.stage, net=net)))
+    plan = fits(work.with_remat('nothing_saveable'))
     if plan:
       return f'--config.stage.net.remat=nothing_saveable --fsdp {plan.fsdp}'
-  if work.text_module is not None:
-    plan = fits(changed(text_module=None, text_params={}))
+  if not work.experiment.cached_text:
+    plan = fits(work.with_cached_text())
     if plan:
       return f'--text cached --fsdp {plan.fsdp}'
   return None

@@ -14,7 +14,8 @@ import jax
 
 from imagen_jax import sharding
 from imagen_jax.errors import UsageError
-from imagen_jax.planning import chips, job
+from imagen_jax.planning import job
+from imagen_jax.training import chips
 
 # The types of slices that libtpu asks for; what it compiles follows from the
 # topology's name alone.

@@ -1,8 +1,8 @@
 """A config as a program: the step it will run, and the shapes it runs on.
 
-Nothing here is the planner's own: the stage, the optimizer, the step and the
-rule of where arrays live are those that training and sampling use, fed with
-shapes instead of arrays.
+Nothing here is the planner's own: the experiment, its step and the rule of
+where arrays live are those of training and sampling, fed with shapes instead
+of arrays.
 """
 
 import dataclasses
@@ -12,15 +12,19 @@ import re
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.cascade import cascade
 from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
+from imagen_jax.io import model_folder
 from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.text import weights
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.training.program import make_program, train_step
+from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import init_state, make_optimizer
-from imagen_jax.training.step import jit_step, train_step
 
 TEXTS = ('auto', *SIZES, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -31,21 +35,13 @@ class Job:
   """A config, ready to be traced or compiled.
 
   Attributes:
-    config: the ConfigDict.
-    stage: its `Stage`.
-    tx: its optimizer.
-    text_module: the `T5Encoder`; None when embeddings come from a cache.
-    text_params: shapes of its parameters, {} when None.
+    experiment: the `StageExperiment`, its text encoder without weights.
     text_name: such as 'T5 xxl, bfloat16'.
     batch_size: images of a step over all devices.
     accumulate: parts of a training batch.
   """
 
-  config: object
-  stage: stages.Stage
-  tx: object
-  text_module: T5Encoder | None
-  text_params: dict
+  experiment: StageExperiment
   text_name: str
   batch_size: int
   accumulate: int
@@ -53,12 +49,25 @@ class Job:
     default_factory=dict, init=False, repr=False, compare=False
   )
 
+  @property
+  def config(self):
+    return self.experiment.config
+
+  @property
+  def stage(self):
+    return self.experiment.stage
+
+  @functools.cached_property
+  def text_params(self):
+    """Shapes of the text encoder's parameters, {} with cached embeddings."""
+    return self.experiment.frozen_spec()
+
   @functools.cached_property
   def state(self):
     """Shapes of the training state."""
+    tx = make_optimizer(self.config.train)
     return jax.eval_shape(
-      lambda key: init_state(stages.init_params(self.stage, key), self.tx),
-      jax.random.key(0),
+      lambda key: init_state(self.experiment.init(key), tx), jax.random.key(0)
     )
 
   def trace(self, step, batch_size):
@@ -69,8 +78,28 @@ class Job:
       self._traces[key] = trace(self, batch_size)
     return self._traces[key]
 
+  def with_remat(self, policy):
+    """The job with another policy of rematerialization."""
+    config = self.config.copy_and_resolve_references()
+    with config.unlocked():
+      config.stage.net.remat = policy
+    old = self.experiment
+    new = _experiment(config, old.text, old.cached_text)
+    return dataclasses.replace(self, experiment=new)
 
-def make_job(config, *, text='auto', batch_size=None, accumulate=None):
+  def with_cached_text(self):
+    """The job with embeddings made beforehand."""
+    new = _experiment(self.config, self.experiment.text, True)
+    return dataclasses.replace(self, experiment=new)
+
+
+def make_job(
+  config: ConfigDict,
+  *,
+  text: str = 'auto',
+  batch_size: int | None = None,
+  accumulate: int | None = None,
+) -> Job:
   """The `Job` of a stage's config; bfloat16 where the config says auto.
 
   Args:
@@ -85,56 +114,64 @@ def make_job(config, *, text='auto', batch_size=None, accumulate=None):
   """
   if config.get('kind') != 'stage':
     raise UsageError('only the config of a stage can be planned.')
-  length = config.text.max_len
   cached = text == 'cached'
   module, name = _encoder(config, 'auto' if cached else text)
-  params = {}
-  if not cached:
-    params = jax.eval_shape(
-      module.init,
-      jax.random.key(0),
-      jnp.zeros((1, length), jnp.int32),
-      jnp.ones((1, length), bool),
-    )['params']
-    params = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _as_loaded(path[-1].key, leaf, module), params
-    )
-  dtype = config.dtype if config.dtype in DTYPES else 'bfloat16'
-  stage = stages.from_config(
-    config.stage.to_dict(),
-    text_dim=module.width,
-    text_len=length,
-    dtype=DTYPES[dtype],
-  )
+  config = config.copy_and_resolve_references()
+  if config.dtype not in DTYPES:
+    with config.unlocked():
+      config.dtype = 'bfloat16'
   return Job(
-    config=config,
-    stage=_rolled(stage),
-    tx=make_optimizer(config.train),
-    text_module=None if cached else module,
-    text_params=params,
+    experiment=_experiment(config, _abstract_encoder(module, config), cached),
     text_name='cached embeddings' if cached else name,
     batch_size=batch_size or config.train.batch_size,
-    accumulate=accumulate or config.train.get('accumulate', 1),
+    accumulate=accumulate or config.train.accumulate,
   )
 
 
-def _rolled(stage):
+class _RolledExperiment(StageExperiment):
   """Loops as accelerators run them, whatever this process runs on."""
-  if not hasattr(stage.net, 'unroll'):
-    return stage
-  return dataclasses.replace(stage, net=stage.net.clone(unroll=False))
+
+  def __init__(self, *args, **options):
+    super().__init__(*args, **options)
+    net = self.stage.net
+    if hasattr(net, 'unroll'):
+      self.stage = dataclasses.replace(self.stage, net=net.clone(unroll=False))
+
+
+def _experiment(config, text, cached):
+  return _RolledExperiment(config, text=text, cached_text=cached)
+
+
+def _abstract_encoder(module, config):
+  """A `TextEncoder` with shapes for weights and no tokenizer."""
+  length = config.text.max_len
+  params = jax.eval_shape(
+    module.init,
+    jax.random.key(0),
+    jnp.zeros((1, length), jnp.int32),
+    jnp.ones((1, length), bool),
+  )['params']
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: _as_loaded(path[-1].key, leaf, module), params
+  )
+  return TextEncoder(
+    module=module,
+    params=params,
+    tokenizer=None,
+    dim=module.width,
+    max_len=length,
+    digest='',
+  )
 
 
 def _encoder(config, text):
   """(T5Encoder, name) by size, by folder, or by the folder's name."""
-  dtype = config.text.get('dtype', 'float32')
-  path = pathlib.Path(config.text.path)
-  if text == 'auto' and path.name == 'demo':
-    path = pathlib.Path(weights.__file__).parents[1] / 'assets/demo/text'
+  dtype = config.text.dtype
+  path = model_folder.text_folder(config.text.path)
   if text == 'auto' and (path / 'config.json').is_file():
     found = weights.read_config(path)
     module = weights.module_from_config(path, found, dtype=DTYPES[dtype])
-    return module, f'T5 of {path.name}, {dtype}'
+    return module, f'T5 of {pathlib.Path(config.text.path).name}, {dtype}'
   if text == 'auto':
     match = re.search(r'(small|base|large|xxl|xl)/?$', str(path))
     if match is None:
@@ -152,50 +189,28 @@ def _as_loaded(name, leaf, module):
   return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
-def abstract_batch(job, batch_size):
-  """Shapes of a training batch."""
-  side, length = job.stage.resolution, job.stage.text_len
-  batch = {
-    'image': jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
-    'mask': jax.ShapeDtypeStruct((batch_size, length), bool),
-  }
-  if job.text_module is None:
-    shape = (batch_size, length, job.stage.text_dim)
-    batch['text'] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-  else:
-    batch['ids'] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-  return batch
-
-
-def step_options(job):
-  """The keyword arguments of `train_step`."""
-  return dict(
-    stage=job.stage,
-    text_module=job.text_module,
-    tx=job.tx,
-    seed=job.config.seed,
-    ema_limit=job.config.train.ema_decay,
+def train_jaxpr(job, batch_size):
+  """The traced training step of `batch_size` images (no devices)."""
+  step = train_step(
+    job.experiment,
+    make_optimizer(job.config.train),
     accumulate=job.accumulate,
     unroll=False,
   )
-
-
-def train_jaxpr(job, batch_size):
-  """The traced training step of `batch_size` images (no devices)."""
-  return jax.make_jaxpr(lambda *args: train_step(*args, **step_options(job)))(
-    job.state, abstract_batch(job, batch_size), job.text_params
-  )
+  batch = job.experiment.batch_spec(batch_size)
+  return jax.make_jaxpr(step)(job.state, batch, job.text_params)
 
 
 def lower_train(job, mesh):
   """The training step lowered for a mesh of devices that need not exist."""
-  state = job.state
-  shardings = sharding.state_shardings(state, mesh)
-  batch = abstract_batch(job, job.batch_size)
+  program = make_program(
+    job.experiment, mesh, accumulate=job.accumulate, unroll=False
+  )
+  batch = job.experiment.batch_spec(job.batch_size)
   split = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
-    return jit_step(mesh, shardings, **step_options(job)).lower(
-      sharding.with_shardings(state, shardings),
+    return program.step.lower(
+      program.abstract_state(),
       sharding.with_shardings(batch, jax.tree.map(lambda _: split, batch)),
       sharding.with_shardings(
         job.text_params, sharding.state_shardings(job.text_params, mesh)

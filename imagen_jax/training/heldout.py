@@ -1,43 +1,50 @@
-"""The loss on images that are never trained on, with and without the EMA."""
+"""The loss on examples that are never trained on, with and without the EMA."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import sharding
-from imagen_jax.training.run import split_index
+from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.input import eval_batches, split_index
 
 NUM_BATCHES = 4
 
 
-def make_heldout_loss(run):
+def make_heldout_loss(
+  experiment: Experiment, frozen: Any
+) -> Callable[[Any], float]:
   """A function that computes the held-out loss, always with the same noise.
 
   Args:
-    run: the `Run`.
+    experiment: the `Experiment`.
+    frozen: of it, on the mesh.
 
   Returns:
-    parameters -> their mean loss over a few batches, a float.
+    parameters -> their mean loss over a few batches.
   """
-  stream = run.stream(run.images('eval'))
   batches = [
-    split_index(batch)[0] for batch in itertools.islice(stream, NUM_BATCHES)
+    split_index(batch)[0]
+    for batch in itertools.islice(eval_batches(experiment), NUM_BATCHES)
   ]
 
   @jax.jit
   def loss(params, batch, number, frozen):
     # Off a number that no step has: the keys are not those of training.
     key = jax.random.fold_in(
-      jax.random.key(run.config.seed), np.uint32(2**32 - 1)
+      jax.random.key(experiment.config.seed), np.uint32(2**32 - 1)
     )
     key = jax.random.fold_in(key, number)
-    return jnp.mean(run.loss(params, key, batch, frozen))
+    batch = experiment.condition(batch, frozen)
+    return jnp.mean(experiment.loss(params, key, batch, frozen)[0])
 
   def heldout(params):
     losses = [
-      loss(params, sharding.put_batch(batch, run.mesh), number, run.frozen)
+      loss(params, sharding.put_batch(batch, experiment.mesh), number, frozen)
       for number, batch in enumerate(batches)
     ]
     return float(sum(map(float, losses)) / len(losses))

@@ -1,56 +1,56 @@
-"""The training of one stage, top to bottom: build, restore, step, save."""
+"""The training loop, top to bottom: build, restore, step, save."""
 
 import collections
+import contextlib
 import itertools
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.data.sources import list_skipped
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.training import chips, report
 from imagen_jax.training import workdir as workdirs
+from imagen_jax.training.experiment import make_experiment
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss
+from imagen_jax.training.input import split_index, train_batches
 from imagen_jax.training.loggers import make_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
-from imagen_jax.training.run import split_index
-from imagen_jax.training.stage_run import StageRun
+from imagen_jax.training.program import Program, make_program
 from imagen_jax.training.watchdog import Watchdog
-
-HANG_SECONDS = 1800.0
 
 
 def train(
-  config,
-  workdir,
+  config: ConfigDict,
+  workdir: str | pathlib.Path,
   *,
-  should_stop=lambda step: False,
-  init_from=None,
-  force=False,
-  dry_run=False,
-  count_flops=None,
-  peak=None,
-):
+  should_stop: Callable[[int], bool] = lambda step: False,
+  init_from: str | pathlib.Path | None = None,
+  force: bool = False,
+  dry_run: bool = False,
+) -> int:
   """Trains until `config.train.num_steps`, or resumes and does.
 
   Args:
-    config: a stage's ConfigDict, such as `configs/shapes_base.py`'s, or one
-      of IF's, `configs/if_finetune.py`.
+    config: an experiment's, such as `configs/imagen_base64.py`'s.
     workdir: its directory: `config.json`, `checkpoints/`, `metrics.jsonl`,
-      `samples/`. When it holds a run of the same config, that run continues.
+      `samples/`. When it holds a run of the same config, that run resumes.
     should_stop: asked after every step, with its number; True saves and
       returns early. All processes must get the same answer.
     init_from: a training workdir or an exported stage whose EMA a new run
-      starts from; a run that continues has no use for it.
-    force: continue although the config or the data set has changed.
-    dry_run: print what would run, write nothing, and return.
-    count_flops: function of the traced step that counts its FLOPs.
-    peak: FLOPs per second of one device, for the MFU; None: unknown.
+      starts from; a resumed run has no use for it.
+    force: resume although the config or the data set has changed.
+    dry_run: print what would run, write nothing, and return 0.
 
   Returns:
     the number of steps taken in all.
@@ -61,130 +61,192 @@ def train(
     NumericError: too many steps in a row were NaN or Inf.
   """
   workdir = pathlib.Path(workdir)
-  first_process = jax.process_index() == 0
-  every = config.train
-
-  # ---- What is trained, on what ------------------------------------------
-  run = make_run(config, count_flops)
-  if first_process:
-    for line in run.describe(arrays=dry_run):
+  experiment = make_experiment(config, workdir)
+  program = make_program(experiment, experiment.mesh)
+  if jax.process_index() == 0:
+    for line in report.startup(program, arrays=dry_run):
       print(line, flush=True)
   if dry_run:
     return 0
-  warm, warm_record = None, None
-  if init_from is not None:
-    warm = model_folder.load_stage(init_from)
+  warm = None if init_from is None else model_folder.load_stage(init_from)
+  _claim(experiment, workdir, warm, force)
+  frozen = experiment.load_frozen()
+  train_cfg = config.train
+  checkpoints = Checkpoints(
+    train_cfg.checkpoint_dir or workdir / 'checkpoints',
+    keep_last=train_cfg.keep_last,
+    keep_every=train_cfg.keep_every,
+  )
+  with checkpoints:
+    state, start = _first_state(program, checkpoints, warm)
+    monitor = _Monitor(program, workdir, start, frozen)
+    with jax.set_mesh(experiment.mesh), monitor:
+      step, state = _steps(
+        program, state, start, frozen, checkpoints, monitor, should_stop
+      )
+      if step == train_cfg.num_steps:
+        experiment.finish(state, frozen)
+  return step
+
+
+def _claim(experiment, workdir, warm, force):
+  """Takes possession of the workdir; lists what the data set leaves out."""
+  source = experiment.source('train')
+  if warm is not None:
     digest = model_folder.weights_digest(warm)
-    warm_record = {'path': str(init_from), 'digest': digest}
+    warm = {'path': str(warm.path), 'digest': digest}
+  first_process = jax.process_index() == 0
   workdirs.claim(
     workdir,
-    config,
-    run.text,
-    fingerprint=run.source.fingerprint,
-    init_from=warm_record,
+    experiment.config,
+    experiment.text_record(),
+    fingerprint=source.fingerprint,
+    init_from=warm,
     force=force,
     write=first_process,
   )
   if first_process:
-    list_skipped(run.source, workdir / 'bad_samples.jsonl')
-  run.open(workdir)
+    list_skipped(source, workdir / 'bad_samples.jsonl')
 
-  # ---- State -------------------------------------------------------------
-  checkpoints = Checkpoints(
-    every.get('checkpoint_dir') or workdir / 'checkpoints',
-    keep_last=every.keep_last,
-    keep_every=every.get('keep_every'),
-  )
-  start = 0
+
+def _first_state(program, checkpoints, warm):
+  """(state, its step): the newest good checkpoint, or a new run's state."""
   if checkpoints.latest_step() is not None:
-    state, _, start = checkpoints.restore(
-      sharding.with_shardings(run.abstract, run.shardings)
-    )
-    came_from = f'resumes after step {start}'
+    state, _, step = checkpoints.restore(program.abstract_state())
+    origin = f'resumes after step {step}'
   else:
-    state, came_from = run.first_state(warm)
-  if first_process:
-    print(f'{run.name}: {came_from}', flush=True)
+    first = program.experiment.start(program.shardings.params, warm)
+    state, step, origin = program.first_state(first.params), 0, first.origin
+  if jax.process_index() == 0:
+    print(f'{program.experiment.name}: {origin}', flush=True)
+  return state, step
 
-  # ---- Data, and monitoring -------------------------------------------
-  data = run.train_stream(start)
-  preview = run.make_preview() if every.sample_every else None
-  heldout_loss = None
-  if every.get('eval_every') and run.holds_out():
-    heldout_loss = make_heldout_loss(run)
-  metrics = Metrics(
+
+def _steps(program, state, start, frozen, checkpoints, monitor, should_stop):
+  """(last step, state): the steps after `start`, as many as are asked for."""
+  experiment, train_cfg = program.experiment, program.experiment.config.train
+  data, step = train_batches(experiment, start), start
+  for step in itertools.count(start + 1):
+    if step > train_cfg.num_steps:
+      return train_cfg.num_steps, state
+    monitor.before(step)
+    waiting = time.perf_counter()
+    batch, index = split_index(next(data))
+    monitor.fed(step, index, time.perf_counter() - waiting)
+    batch = sharding.put_batch(batch, experiment.mesh)
+    with jax.profiler.StepTraceAnnotation('train', step_num=step):
+      state, values = program.step(state, batch, frozen)
+    monitor.after(step, state, values)
+    stopping = should_stop(step)
+    monitor.report(step, state)
+    last = step == train_cfg.num_steps
+    if last or stopping or step % train_cfg.checkpoint_every == 0:
+      checkpoints.save(step, state, {'data_step': step})
+    if stopping:
+      break
+  return step, state
+
+
+class _Monitor(contextlib.ExitStack):
+  """Everything that watches a run: metrics, samples, profile, watchdog.
+
+  Args:
+    program: of the run.
+    workdir: its directory.
+    start: the step that it resumes after.
+    frozen: of the experiment, on the mesh.
+  """
+
+  def __init__(
+    self, program: Program, workdir: pathlib.Path, start: int, frozen: Any
+  ):
+    super().__init__()
+    self._experiment, self._workdir = program.experiment, workdir
+    self._first, self._recent = start + 1, []
+    train_cfg = self._experiment.config.train
+    self._train_cfg = train_cfg
+    self._preview = self._heldout_loss = None
+    if train_cfg.sample_every:
+      self._preview = self._experiment.make_preview(frozen)
+    if train_cfg.eval_every and self._experiment.has_eval_split():
+      self._heldout_loss = make_heldout_loss(self._experiment, frozen)
+    self._seen = collections.deque(maxlen=train_cfg.max_bad_steps)
+    self._metrics = self.enter_context(_metrics(program, workdir, start))
+    self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
+    self._profiler = self.enter_context(
+      Profiler(train_cfg.profile_at, workdir / 'profile')
+    )
+
+  def before(self, step):
+    """Called before each step."""
+    self._profiler.before(step)
+
+  def fed(self, step, index, seconds):
+    """Notes a step's examples, and how long it waited for them."""
+    self._metrics.waited(seconds)
+    self._seen.append((step, index))
+
+  def after(self, step, state, values):
+    """Called after each step, with its result, still on the devices."""
+    self._recent.append(values)
+    self._profiler.after(step, state)
+    if step == self._first:
+      jax.block_until_ready(state)
+      self._metrics.start(step)  # compiling is not training
+      self._recent = [values]
+    self._alive.beat(step)
+
+  def report(self, step, state):
+    """Evaluates, logs and samples where the config says so.
+
+    Raises:
+      NumericError: too many steps in a row were NaN or Inf.
+    """
+    train_cfg = self._train_cfg
+    last = step == train_cfg.num_steps
+    more = {}
+    if self._heldout_loss and (last or step % train_cfg.eval_every == 0):
+      with self._metrics.paused():
+        more['heldout_loss'] = self._heldout_loss(state.params)
+        more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
+    if more or last or step % train_cfg.log_every == 0:
+      source = self._experiment.source('train')
+      more['bad_samples'] = len(source.bad)
+      self._metrics.log(step, train_cfg.batch_size, self._recent, **more)
+      self._recent = []
+      limit = train_cfg.max_bad_steps
+      check_finite(state, step, limit, self._seen, source, self._workdir)
+    if self._preview and (last or step % train_cfg.sample_every == 0):
+      with self._metrics.paused():
+        self._keep(step, self._preview(state.ema_params))
+
+  def _keep(self, step, sample):
+    """Writes a preview, an image or text; None off the first process."""
+    path = self._workdir / 'samples' / f'step_{step:07d}'
+    if isinstance(sample, np.ndarray):
+      image_io.save_png(path.with_suffix('.png'), sample)
+      self._metrics.image(step, sample)
+    elif sample is not None:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
+
+
+def _metrics(program, workdir, start):
+  """The `Metrics` of a run; process 0 writes."""
+  experiment, loggers = program.experiment, ()
+  train_cfg, mesh = experiment.config.train, program.mesh
+  first_process = jax.process_index() == 0
+  if first_process:
+    loggers = make_loggers(
+      train_cfg.log_to, workdir, experiment.config.to_dict(), start_step=start
+    )
+  return Metrics(
     workdir / 'metrics.jsonl',
     start_step=start,
-    num_steps=every.num_steps,
+    num_steps=train_cfg.num_steps,
     write=first_process,
-    devices=run.mesh.size,
-    flops=run.flops,
-    peak=peak,
-    loggers=make_loggers(
-      every.get('log_to'), workdir, config.to_dict(), start_step=start
-    )
-    if first_process
-    else (),
+    devices=mesh.size,
+    flops=program.flops,
+    peak=chips.find_peak(mesh.devices.flat[0].device_kind),
+    loggers=loggers,
   )
-  step, recent = start, []
-  seen = collections.deque(maxlen=every.max_bad_steps)
-  alive = Watchdog(every.get('hang_seconds', HANG_SECONDS))
-  profiler = Profiler(every.get('profile_at'), workdir / 'profile')
-  with checkpoints, metrics, alive, profiler, jax.set_mesh(run.mesh):
-    for step in itertools.count(start + 1):
-      if step > every.num_steps:
-        step = every.num_steps
-        break
-      profiler.before(step)
-      waiting = time.perf_counter()
-      batch, index = split_index(next(data))
-      metrics.waited(time.perf_counter() - waiting)
-      seen.append((step, index))
-      batch = sharding.put_batch(batch, run.mesh)
-      with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        state, values = run.step_fn(state, batch, run.frozen)
-      recent.append(values)
-      profiler.after(step, state)
-      if step == start + 1:
-        jax.block_until_ready(state)
-        metrics.start(step)  # compiling is not training
-        recent = recent[-1:]
-      stopping = should_stop(step)
-      alive.beat(step)
-      last = step == every.num_steps
-      more = {}
-      if heldout_loss and (last or step % every.eval_every == 0):
-        metrics.pause()
-        more['heldout_loss'] = heldout_loss(state.params)
-        more['heldout_loss_ema'] = heldout_loss(state.ema_params)
-        metrics.resume()
-      if more or last or step % every.log_every == 0:
-        bad = len(run.source.bad)
-        metrics.log(step, every.batch_size, recent, bad_samples=bad, **more)
-        recent = []
-        check_finite(
-          state, step, every.max_bad_steps, seen, run.source, workdir
-        )
-      if preview and (last or step % every.sample_every == 0):
-        metrics.pause()
-        grid = preview(state.ema_params)
-        if grid is not None:
-          image_io.save_png(workdir / f'samples/step_{step:07d}.png', grid)
-          metrics.image(step, grid)
-        metrics.resume()
-      if last or stopping or step % every.checkpoint_every == 0:
-        checkpoints.save(step, state, {'data_step': step})
-      if stopping:
-        break
-    if step == every.num_steps:
-      run.finish(state, workdir)
-  return step
-
-
-def make_run(config, count_flops=None):
-  """The `Run` of a config."""
-  if config.get('kind') == 'if_finetune':
-    from imagen_jax.deepfloyd.experiment import IFRun
-
-    return IFRun(config, count_flops)
-  return StageRun(config, count_flops)

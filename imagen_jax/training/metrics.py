@@ -1,5 +1,6 @@
 """Metrics as JSON lines, and one progress line per logged step."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -43,7 +44,6 @@ class Metrics:
     self._write = write
     self._devices, self._flops, self._peak = devices, flops, peak
     self._loggers = loggers
-    self._paused = None
     self.start(start_step)
     if write and self._path.exists():
       _drop_after(self._path, start_step)
@@ -107,13 +107,12 @@ class Metrics:
     self._time, self._step = time.perf_counter(), step
     self._waited = 0.0
 
-  def pause(self):
-    """Stops the clock: what follows is not training."""
-    self._paused = time.perf_counter()
-
-  def resume(self):
-    """Ends a pause."""
-    self._time += time.perf_counter() - self._paused
+  @contextlib.contextmanager
+  def paused(self):
+    """Stops the clock: what happens inside is not training."""
+    paused = time.perf_counter()
+    yield
+    self._time += time.perf_counter() - paused
 
 
 def _means(recent):

@@ -1,4 +1,7 @@
-"""The sample grid of a running training, generated with the EMA parameters."""
+"""The sample grid of a running training, sampled with the EMA parameters."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,35 +10,45 @@ import numpy as np
 from imagen_jax import sharding
 from imagen_jax.cascade import conditioning
 from imagen_jax.io import images as image_io
+from imagen_jax.training.experiment import Experiment
 
 NUM_PREVIEWS = 8
 
 
-def make_preview(run, generate, low_resolution=None):
-  """A function that generates a few images of the captions held out.
+def make_image_preview(
+  experiment: Experiment,
+  sample: Callable,
+  embed: Callable[[list[str]], dict],
+  frozen: Any,
+  *,
+  low_resolution: int | None = None,
+) -> Callable[[Any], np.ndarray | None]:
+  """A function that samples a few images of the captions held out.
 
   The grid has a row of the data set's own images, for a super-resolution
-  stage a row of what it was given, and a row of what the stage drew.
+  stage a row of what it was given, and a row of what the stage sampled.
 
   Args:
-    run: the `Run`; its `captions` makes what a caption is to the network.
-    generate: (parameters, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The
-      arrays are what `run.captions` gives, `keys` (key data, the same in every
-      grid) and `low` [B, r, r, 3] of a super-resolution stage.
-    low_resolution: side of that.
+    experiment: whose eval split and mesh are used.
+    sample: (params, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The arrays are
+      what `embed` gives, `keys` (key data, the same in every grid) and `low`
+      [B, r, r, 3] of a super-resolution stage.
+    embed: captions -> arrays that condition the network.
+    frozen: of the experiment, on the mesh.
+    low_resolution: side r of the low-resolution images, None for a base model.
 
   Returns:
     EMA parameters -> uint8 [H, W, 3], or None where this is not the first
     process. Every process must call it.
   """
-  source = run.images('eval')
+  mesh, source = experiment.mesh, experiment.source('eval')
   shown = min(NUM_PREVIEWS, len(source))
-  # Every device generates as many: the last images may be there twice.
-  count = -(-shown // run.mesh.size) * run.mesh.size
+  # Every device samples as many: the last images may be there twice.
+  count = -(-shown // mesh.size) * mesh.size
   examples = [source[i % shown] for i in range(count)]
   truth = np.stack([example['image'] for example in examples])
-  keys = jax.random.split(jax.random.key(run.config.seed), count)
-  given = run.captions([example['caption'] for example in examples])
+  keys = jax.random.split(jax.random.key(experiment.config.seed), count)
+  given = embed([example['caption'] for example in examples])
   given['keys'] = np.asarray(jax.random.key_data(keys))
   rows = [truth[:shown]]
   if low_resolution is not None:
@@ -46,11 +59,11 @@ def make_preview(run, generate, low_resolution=None):
     rows.append(small.repeat(factor, axis=1).repeat(factor, axis=2))
 
   def preview(ema_params):
-    arrays = sharding.put_whole_batch(given, run.mesh)
-    generated = sharding.fetch(generate(ema_params, arrays, run.frozen))
+    arrays = sharding.put_whole_batch(given, mesh)
+    sampled = sharding.fetch(sample(ema_params, arrays, frozen))
     if jax.process_index() != 0:
       return None
-    images = np.concatenate([*rows, conditioning.to_uint8(generated[:shown])])
+    images = np.concatenate([*rows, conditioning.to_uint8(sampled[:shown])])
     return image_io.grid(image_io.upsample(images, 64), shown)
 
   return preview

@@ -1,11 +1,14 @@
 """What a run is, printed before its first step."""
 
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from imagen_jax import sharding
 from imagen_jax.cascade import stage as stages
+from imagen_jax.training.program import Program
 
 MIB = 2**20
 # Parameters by the first word of their module's name.
@@ -69,41 +72,39 @@ def splits(state, shardings, fsdp):
     yield f'    {count:5} × {name:30} {total / MIB:10,.3f} MiB'
 
 
-def startup(
-  name, mesh, state, shardings, frozen, *, frozen_name, batch_size, flops=None
-):
+def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
   """The report, as lines.
 
   Args:
-    name: of the stage.
-    mesh: the mesh.
-    state: the `TrainState`, or its shapes.
-    shardings: its shardings.
-    frozen: (what is not trained, its shardings).
-    frozen_name: what that is called.
-    batch_size: of a step, over all devices.
-    flops: FLOPs of a step over all devices, or None.
+    program: of the run.
+    arrays: add which arrays devices share and which each of them holds whole.
   """
+  experiment, mesh = program.experiment, program.mesh
+  state, shardings = program.state, program.shardings
   device = mesh.devices.flat[0]
   data, fsdp = mesh.shape['data'], mesh.shape['fsdp']
-  yield f'{name}: {stages.num_params(state.params):,} parameters'
+  yield f'{experiment.name}: {stages.num_params(state.params):,} parameters'
   for group, count in parameter_table(state.params).items():
     yield f'  {group:28} {count:14,}'
   hosts = len({d.process_index for d in mesh.devices.flat})
+  batch_size = experiment.config.train.batch_size
   yield (
     f'  mesh: data {data} × fsdp {fsdp} = {mesh.size} {device.device_kind} '
     f'device(s) of {hosts} process(es), {batch_size // mesh.size} images each'
   )
+  frozen = experiment.frozen_spec()
   parts = {
     'parameters': (state.params, shardings.params),
     'EMA': (state.ema_params, shardings.ema_params),
     'optimizer': (state.opt_state, shardings.opt_state),
-    frozen_name: frozen,
+    experiment.frozen_name: (frozen, sharding.state_shardings(frozen, mesh)),
   }
   sizes = {name: device_bytes(*part) / MIB for name, part in parts.items()}
   yield (
     f'  a device holds {sum(sizes.values()):,.1f} MiB: '
     + ', '.join(f'{name} {size:,.1f}' for name, size in sizes.items())
   )
-  if flops:
-    yield f'  a step takes {flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
+  flops = program.flops
+  yield f'  a step takes {flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
+  if arrays and fsdp > 1:
+    yield from splits(state, shardings, fsdp)

@@ -146,7 +146,7 @@ def make_optimizer(train):
     learning_rate(
       peak=train.optimizer.learning_rate,
       warmup=train.optimizer.warmup,
-      decay_steps=train.num_steps if train.optimizer.decay else None,
+      decay_steps=max(train.num_steps, 1) if train.optimizer.decay else None,
     ),
     kind=train.optimizer.kind,
     clip=train.optimizer.clip,

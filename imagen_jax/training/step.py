@@ -1,61 +1,45 @@
-"""One training step: text encoder, loss, gradient, update, EMA."""
+"""One training step: conditioning, loss, gradient, update, EMA."""
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from imagen_jax import sharding
-from imagen_jax.cascade import objective
-from imagen_jax.text.encoder import encode_tokens
 from imagen_jax.training.state import TrainState, ema_decay
 
 NUM_BANDS = 4  # of the time t, from clean (0) to noise (1)
 
-
-def jit_step(mesh, shardings, **options):
-  """`train_step` compiled for a mesh; the state's buffers are used again.
-
-  Args:
-    mesh: from `sharding.make_mesh`.
-    shardings: the state's shardings.
-    **options: the keyword arguments of `train_step`.
-  """
-  return jax.jit(
-    functools.partial(train_step, **options),
-    donate_argnums=0,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-  )
+Tree = Any  # a pytree of arrays
+LossFn = Callable[[Tree, jax.Array, Tree, Tree], tuple[jax.Array, dict]]
 
 
-def train_step(
-  state,
-  batch,
-  text_params,
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
   *,
-  stage,
-  text_module,
-  tx,
-  seed,
-  ema_limit,
-  accumulate=1,
-  unroll=None,
-):
-  """Takes one step; a step with NaN or Inf changes nothing but the counters.
+  seed: int,
+  ema_limit: float,
+  condition: Callable[[Tree, Tree], Tree] = lambda batch, frozen: batch,
+  accumulate: int = 1,
+  unroll: bool | None = None,
+) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, dict]]:
+  """The function (state, batch, frozen) -> (state, metrics) of one step.
+
+  A step whose loss or gradient is not finite changes nothing but the counters.
 
   Args:
-    state: the `TrainState`.
-    batch: `image` uint8 [B, R, R, 3], `ids` int32 [B, L], `mask` bool [B, L];
-      B is the global batch, sharded over the mesh. `text` [B, L, D] in place
-      of `ids` are embeddings made beforehand.
-    text_params: the frozen text encoder's; unused with `text`.
-    stage: the `Stage` that is trained.
-    text_module: the text encoder's module.
+    loss_fn: (params, key, batch, frozen) -> ([B] losses, details). `details`
+      may hold `t`, [B] times in [0, 1], and then the metrics have the loss by
+      quarters of t.
     tx: the optimizer.
-    seed: int; with the step's number it makes the step's key, so a resumed
+    seed: with the step's number it makes the step's key, so that a resumed
       run samples what the uninterrupted one would have sampled.
     ema_limit: the EMA's decay after its warm-up.
+    condition: (batch, frozen) -> batch, computed once a step without a
+      gradient, such as the embeddings of the captions.
     accumulate: parts of the batch whose gradients are taken one after the
       other and averaged, for less memory; a divisor of B over the devices.
       Noise is sampled part by part, so other values sample other noise.
@@ -63,58 +47,50 @@ def train_step(
       where the gradient of a convolution in a loop is slow.
 
   Returns:
-    (state, metrics): metrics are the scalars loss, grad_norm, param_norm and
-    skipped, and two [4] vectors: band_loss, the summed loss of the images
-    in each quarter of the time t, and band_count, how many those were.
+    the function. Its batch is a dict of arrays of B rows, the global batch,
+    sharded over the mesh; `frozen` is what the loss reads and nobody trains.
+    Its metrics are the scalars loss, grad_norm, param_norm and skipped, and
+    two [4] vectors: band_loss, the summed loss in each quarter of t, and
+    band_count, how many examples those were.
   """
-  text = embed(text_module, text_params, batch)
 
-  def loss_fn(params, key, image, text, mask):
-    values, details = objective.loss(stage, params, key, image, text, mask)
-    return values, details['t']
-
-  return take_step(
-    state,
-    loss_fn,
-    (batch['image'], text, batch['mask']),
-    tx=tx,
-    seed=seed,
-    ema_limit=ema_limit,
-    accumulate=accumulate,
-    unroll=unroll,
-  )
-
-
-def take_step(
-  state, loss_fn, arrays, *, tx, seed, ema_limit, accumulate=1, unroll=None
-):
-  """`train_step` of any loss.
-
-  Args:
-    state: the `TrainState`.
-    loss_fn: (params, key, *arrays) -> ([B] losses, [B] times in [0, 1]).
-    arrays: of B rows each.
-    tx, seed, ema_limit, accumulate, unroll: see `train_step`.
-
-  Returns:
-    (state, metrics).
-  """
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-  def mean_loss(params, key, *arrays):
-    values, t = loss_fn(params, key, *arrays)
-    band = (t * NUM_BANDS).astype(int).clip(0, NUM_BANDS - 1)
-    here = jax.nn.one_hot(band, NUM_BANDS)
-    bands = {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
-    return jnp.mean(values), bands
+  def mean_loss(params, key, batch, frozen):
+    values, details = loss_fn(params, key, batch, frozen)
+    return jnp.mean(values), _bands(values, details)
 
   gradient = jax.value_and_grad(mean_loss, has_aux=True)
-  if accumulate == 1:
-    (loss, bands), grads = gradient(state.params, key, *arrays)
-  else:
-    (loss, bands), grads = _accumulated(
-      gradient, state.params, key, arrays, accumulate, unroll
-    )
+
+  def train_step(state, batch, frozen):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch = condition(batch, frozen)
+    if accumulate == 1:
+      (loss, bands), grads = gradient(state.params, key, batch, frozen)
+    else:
+      (loss, bands), grads = _accumulated(
+        lambda *args: gradient(*args, frozen),
+        state.params,
+        key,
+        batch,
+        accumulate,
+        unroll,
+      )
+    return _update(state, tx, loss, grads, bands, ema_limit)
+
+  return train_step
+
+
+def _bands(values, details):
+  """The loss by quarters of the time; nothing counts where there is none."""
+  if 't' not in details:
+    nothing = jnp.zeros((NUM_BANDS,))
+    return {'band_loss': nothing, 'band_count': nothing}
+  band = (details['t'] * NUM_BANDS).astype(int).clip(0, NUM_BANDS - 1)
+  here = jax.nn.one_hot(band, NUM_BANDS)
+  return {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
+
+
+def _update(state, tx, loss, grads, bands, ema_limit):
+  """(state, metrics) after a gradient; the old state if it is not finite."""
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -147,17 +123,8 @@ def take_step(
   return state, metrics
 
 
-def embed(text_module, text_params, batch):
-  """The embeddings of a batch's captions, [B, L, D] float32, frozen."""
-  if 'text' in batch:
-    return batch['text'].astype(jnp.float32)
-  return jax.lax.stop_gradient(
-    encode_tokens(text_module, text_params, batch['ids'], batch['mask'])
-  )
-
-
-def _accumulated(gradient, params, key, arrays, parts, unroll):
-  """The mean of `gradient` over the parts of a batch, one at a time."""
+def _accumulated(gradient, params, key, batch, parts, unroll):
+  """The mean of `gradient(params, key, part)` over the parts of a batch."""
   if unroll is None:
     unroll = jax.default_backend() == 'cpu'
 
@@ -166,10 +133,10 @@ def _accumulated(gradient, params, key, arrays, parts, unroll):
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
 
-  def add(total, part):
-    i, arrays = part
-    arrays = sharding.constrain_batch(arrays)
-    new = gradient(params, jax.random.fold_in(key, i), *arrays)
+  def add(total, numbered):
+    i, part = numbered
+    part = sharding.constrain_batch(part)
+    new = gradient(params, jax.random.fold_in(key, i), part)
     return jax.tree.map(jnp.add, total, new), None
 
   band = jnp.zeros((NUM_BANDS,))
@@ -180,7 +147,7 @@ def _accumulated(gradient, params, key, arrays, parts, unroll):
   total, _ = jax.lax.scan(
     add,
     zeros,
-    (jnp.arange(parts), jax.tree.map(split, arrays)),
+    (jnp.arange(parts), jax.tree.map(split, batch)),
     unroll=parts if unroll else 1,
   )
   return jax.tree.map(lambda x: x / parts, total)

@@ -40,7 +40,7 @@ DEFAULTS = {
 def claim(
   workdir,
   config,
-  encoder,
+  text,
   *,
   fingerprint=None,
   init_from=None,
@@ -52,7 +52,7 @@ def claim(
   Args:
     workdir: `pathlib.Path`.
     config: the run's ConfigDict.
-    encoder: the text encoder; its width and digest are recorded.
+    text: `dim`, `max_len` and `digest` of the text encoder, or None.
     fingerprint: of the data set; None where the config says it all.
     init_from: what the run starts from, a plain dict; kept with a new run.
     force: continue with another config or data set; it is written down.
@@ -65,11 +65,7 @@ def claim(
   record = {
     'format_version': FORMAT_VERSION,
     'config': json.loads(json.dumps(config.to_dict())),
-    'text': {
-      'dim': encoder.dim,
-      'max_len': config.text.max_len,
-      'digest': encoder.digest,
-    },
+    'text': text,
     'data': {'fingerprint': fingerprint},
     'init_from': init_from,
   }

@@ -9,13 +9,13 @@ the left of a red car" is one, and some pairs of things are never trained.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
 import random
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import (
@@ -29,6 +29,7 @@ from imagen_jax.worlds.captions import (
 )
 from imagen_jax.worlds.layout import place
 from imagen_jax.worlds.render import BACKGROUND
+from imagen_jax.worlds.world import World
 
 FONTS = ('NotoColorEmoji.ttf', 'Noto-COLRv1.ttf', 'NotoColorEmoji-Regular.ttf')
 PLACES = (
@@ -285,7 +286,7 @@ def glyph(font, text):
   return None if box is None else image.crop(box)
 
 
-class EmojiSource(Source):
+class EmojiSource(World):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
   Args:
@@ -299,7 +300,7 @@ class EmojiSource(Source):
     DataError: there is no font, or it has none of the things.
   """
 
-  has_eval_split = endless = True
+  nouns = staticmethod(nouns)
 
   def __init__(self, path, size, *, seed=0, split='train', num=1_000_000):
     self.path = find_font(path)
@@ -356,5 +357,9 @@ class EmojiSource(Source):
     image = image.resize((self.size, self.size), Image.Resampling.BOX)
     return {'image': np.asarray(image), 'caption': rendered.caption}
 
-  def name(self, i):
-    return f'scene {i}'
+  @staticmethod
+  def scenes(seed, split, number, *, heldout=False):
+    found = (scene(seed, split, i) for i in itertools.count())
+    if heldout:
+      found = (s for s in found if is_held_out(s.meaning))
+    return list(itertools.islice(found, number))

@@ -6,78 +6,15 @@ above something, and the feature at "moon" that it is blue and below. A linear
 map is all that the keys and values of a U-Net's attention apply, too.
 """
 
-import itertools
-
 import numpy as np
 
-from imagen_jax.errors import UsageError
-from imagen_jax.worlds import captions, emoji, shapes
+from imagen_jax.worlds import captions
+from imagen_jax.worlds.world import World
 
-NOUNS = {
-  word + ending: shape
-  for shape in captions.SHAPES
-  for word in captions.SAID.get(shape, (shape,))
-  for ending in ('', 's', 'es')
-}
-COLOURS = {
-  word: colour
-  for colour in captions.COLOURS
-  for word in captions.SAID.get(colour, (colour,))
-}
 ACROSS, DOWN = captions.RELATIONS[:2], captions.RELATIONS[2:]
 ASPECTS = ('shape', 'colour', 'count', 'size', 'fill', 'across', 'down')
 # What the gate is about: each thing's colour, shape and place.
 GATE = ('shape', 'colour', 'across', 'down')
-
-
-def scenes(world, seed, split, number, *, heldout=False):
-  """The first `number` scenes of a world's split.
-
-  Args:
-    world: 'shapes' or 'emoji'.
-    seed, split: the world's.
-    number: how many.
-    heldout: of 'eval', only combinations that are never trained.
-
-  Raises:
-    UsageError: there is no such world.
-  """
-  if world == 'shapes':
-    category = 'heldout' if heldout else None
-    return [
-      shapes.scene(seed, split, i, category=category) for i in range(number)
-    ]
-  if world != 'emoji':
-    raise UsageError(f'data.kind is {world!r}; it can be shapes or emoji.')
-  found = (emoji.scene(seed, split, i) for i in itertools.count())
-  if heldout:
-    found = (s for s in found if emoji.is_held_out(s.meaning))
-  return list(itertools.islice(found, number))
-
-
-def nouns(world):
-  """The function (tokenizer, caption, meaning) that finds a world's nouns."""
-  return emoji.nouns if world == 'emoji' else shape_nouns
-
-
-def shape_nouns(tokenizer, caption, meaning):
-  """Where the things are named: [(position of the noun's token, group)].
-
-  A noun belongs to the group of its shape and of the last colour before it,
-  so the order of the caption need not be that of the groups. Words are cut
-  into pieces one by one, as sentencepiece does.
-  """
-  found, position, colour = [], 0, None
-  groups = [(g.shape, g.colour) for g in meaning.groups]
-  for word in caption.lower().split():
-    bare = word.strip('.,')
-    colour = COLOURS.get(bare, colour)
-    key = NOUNS.get(bare), colour
-    if key in groups:
-      last = position + len(tokenizer.pieces(bare)) - 1
-      found.append((last, groups.index(key)))
-    position += len(tokenizer.pieces(word))
-  return found
 
 
 def relations_of(meaning, group):
@@ -104,7 +41,7 @@ def facts(meaning, group):
   }
 
 
-def features(encoder, scenes, find=shape_nouns):
+def features(encoder, scenes, find):
   """The nouns' embeddings [N, D] and their facts, a list of N dicts."""
   emb, _ = encoder.encode([s.caption for s in scenes], batch_size=256)
   rows, labels = [], []
@@ -149,7 +86,9 @@ def linear_readout(x, labels, tests, *, ridge=1e-3):
   return scores
 
 
-def probe(encoder, *, world='shapes', num_fit=4000, num_test=2000, seed=0):
+def probe(
+  encoder, world: type[World], *, num_fit=4000, num_test=2000, seed=0
+) -> dict:
   """Fits on training captions, tests on unseen ones.
 
   Returns:
@@ -158,8 +97,8 @@ def probe(encoder, *, world='shapes', num_fit=4000, num_test=2000, seed=0):
   """
 
   def take(split, number, heldout=False):
-    some = scenes(world, seed, split, number, heldout=heldout)
-    return features(encoder, some, nouns(world))
+    scenes = world.scenes(seed, split, number, heldout=heldout)
+    return features(encoder, scenes, world.nouns)
 
   return linear_readout(
     *take('train', num_fit),

@@ -14,7 +14,6 @@ import itertools
 import json
 import random
 
-from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import (
@@ -26,7 +25,9 @@ from imagen_jax.worlds.captions import (
   vocabulary,
 )
 from imagen_jax.worlds.layout import LARGE, LEAST, diameter, place
+from imagen_jax.worlds.nouns import shape_nouns
 from imagen_jax.worlds.render import contrast, render
+from imagen_jax.worlds.world import World
 
 __all__ = [
   'CATEGORIES',
@@ -302,7 +303,7 @@ def _check_mixture(mixture):
     )
 
 
-class ShapesSource(Source):
+class ShapesSource(World):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
   Picklable and stateless: element i is `scene(seed, split, i)` rendered at
@@ -320,7 +321,7 @@ class ShapesSource(Source):
     UsageError: `mixture` names no category of training, or does not add up.
   """
 
-  has_eval_split = endless = True
+  nouns = staticmethod(shape_nouns)
 
   def __init__(
     self,
@@ -354,5 +355,7 @@ class ShapesSource(Source):
     )
     return {'image': render(s, self.size), 'caption': s.caption}
 
-  def name(self, i):
-    return f'scene {i}'
+  @staticmethod
+  def scenes(seed, split, number, *, heldout=False):
+    category = 'heldout' if heldout else None
+    return [scene(seed, split, i, category=category) for i in range(number)]

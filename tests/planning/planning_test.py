@@ -13,7 +13,11 @@ from imagen_jax import sharding
 from imagen_jax.cli import plan as cli
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import UsageError
-from imagen_jax.planning import analytic, chips, compile, job, program
+from imagen_jax.planning import analytic, compile, job
+from imagen_jax.planning.memory import peak_and_traffic
+from imagen_jax.training import chips
+from imagen_jax.training.flops import count_flops
+from imagen_jax.training.stage_experiment import StageExperiment
 from tests import tiny_model
 
 
@@ -50,7 +54,7 @@ def test_a_convolution_counts_the_taps_that_exist(strides, side):
   x = jax.ShapeDtypeStruct((2, side, side, 16), jnp.float32)
   w = jax.ShapeDtypeStruct((3, 3, 16, 32), jnp.float32)
   grad = jax.grad(fn, argnums=(0, 1))
-  mine = program.flops(jax.make_jaxpr(grad)(x, w))
+  mine = count_flops(jax.make_jaxpr(grad)(x, w))
   assert mine == pytest.approx(xla_flops(grad, x, w), rel=0.02)
 
 
@@ -59,21 +63,21 @@ def test_a_loop_counts_its_length_and_a_matrix_product_two_per_term():
     return jax.lax.scan(lambda h, _: (h @ w, None), x, length=7)[0]
 
   x, w = jnp.zeros((4, 8)), jnp.zeros((8, 8))
-  assert program.flops(jax.make_jaxpr(fn)(x, w)) == 7 * 2 * 4 * 8 * 8
+  assert count_flops(jax.make_jaxpr(fn)(x, w)) == 7 * 2 * 4 * 8 * 8
 
 
 @pytest.mark.parametrize('name', ['base', 'sr1'])
 def test_operations_of_a_training_step_are_xlas(name):
   work = tiny_job(name)
   if name == 'sr1':  # XLA counts the body of a loop once: no loops for it
-    stage = work.stage
-    whole = dataclasses.replace(stage, net=stage.net.clone(unroll=True))
-    unrolled = dataclasses.replace(work, stage=whole)
+    text = work.experiment.text
+    on_cpu = StageExperiment(work.config, text=text, cached_text=True)
+    unrolled = dataclasses.replace(work, experiment=on_cpu)
   else:
     unrolled = work
   mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
   theirs = job.lower_train(unrolled, mesh).cost_analysis()['flops']
-  mine = program.flops(work.trace('train', work.batch_size))
+  mine = count_flops(work.trace('train', work.batch_size))
   assert mine == pytest.approx(theirs, rel=0.05)
 
 
@@ -85,19 +89,16 @@ def test_fused_values_take_no_memory_and_keep_what_they_are_made_of():
     return b + (a @ w.T).sum()
 
   x = jnp.zeros((32, 32))
-  peak = program.memory(jax.make_jaxpr(fn)(x, x))[0]
+  peak = peak_and_traffic(jax.make_jaxpr(fn)(x, x))[0]
   assert peak == pytest.approx(2 * 4096, abs=16)
 
 
 def test_recomputation_needs_less_memory_and_more_operations():
   work = tiny_job(batch_size=64)
-  net = work.stage.net.clone(remat='nothing_saveable')
-  again = dataclasses.replace(
-    work, stage=dataclasses.replace(work.stage, net=net)
-  )
+  again = work.with_remat('nothing_saveable')
   plain, less = work.trace('train', 64), again.trace('train', 64)
-  assert program.memory(less)[0] < program.memory(plain)[0]
-  assert program.flops(less) > 1.03 * program.flops(plain)
+  assert peak_and_traffic(less)[0] < peak_and_traffic(plain)[0]
+  assert count_flops(less) > 1.03 * count_flops(plain)
 
 
 def test_parameters_are_split_by_the_rule_that_training_uses():
@@ -117,8 +118,8 @@ def test_parameters_are_split_by_the_rule_that_training_uses():
 def test_accumulating_leaves_the_operations_and_lowers_the_memory():
   whole, parts = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
   a, b = whole.trace('train', 64), parts.trace('train', 64)
-  assert program.flops(b) == pytest.approx(program.flops(a), rel=0.05)
-  assert program.memory(b)[0] < program.memory(a)[0]
+  assert count_flops(b) == pytest.approx(count_flops(a), rel=0.05)
+  assert peak_and_traffic(b)[0] < peak_and_traffic(a)[0]
 
 
 def test_the_best_split_fits_and_is_the_fastest_that_does():

@@ -14,8 +14,10 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.cli import prepare
 from imagen_jax.errors import DataError
 from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.training import loop, stage_run, step
+from imagen_jax.training import loop, program
+from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import init_state, optimizer
+from imagen_jax.training.step import make_train_step
 from imagen_jax.training.workdir import differences
 from tests import tiny_model
 
@@ -27,9 +29,9 @@ def prepared(model, tmp_path_factory):
   words = f'--source shapes --num 16 --size 8 --out {out} --max_len'.split()
   words += [str(tiny_model.MAX_LEN), '--text', str(model / 'text')]
   assert prepare.main(words) == 0
-  config = tiny_model.config(num_steps=2)
+  config = tiny_model.config(num_steps=2, sample_every=None)
   config.text.path = str(model / 'text')
-  config.data = {'kind': 'arrayrecord', 'path': str(out)}
+  config.data.update(kind='arrayrecord', path=str(out))
   return config
 
 
@@ -44,10 +46,12 @@ def test_stored_embeddings_take_the_place_of_the_encoder(
     bands = {'band_loss': np.zeros(4), 'band_count': np.zeros(4)}
     return state.replace(step=state.step + 1), values | bands
 
-  monkeypatch.setattr(stage_run, 'jit_step', lambda *_, **__: no_step)
-  monkeypatch.setattr(
-    stage_run, 'make_preview', lambda *_, **__: lambda _: None
-  )
+  def make_program(experiment, mesh):
+    made = program.make_program(experiment, mesh)
+    return dataclasses.replace(made, step=no_step)
+
+  monkeypatch.setattr(loop, 'make_program', make_program)
+  monkeypatch.setattr(program.Program, 'flops', 0.0)
   assert loop.train(prepared, tmp_path / 'run') == 2
   types, text_params = seen[0]
   assert types == {
@@ -75,24 +79,17 @@ def test_embeddings_of_another_encoder_are_refused(
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(
-  model, monkeypatch
-):
-  def loss(stage, params, key, image, text, mask):
-    seen = jnp.where(mask[..., None], text**2, 0).mean((1, 2))
-    return params['w'] * seen, {'t': jnp.zeros(len(seen))}
+def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(model):
+  def loss(params, key, batch, frozen):  # a network takes minutes
+    seen = jnp.where(batch['mask'][..., None], batch['text'] ** 2, 0)
+    return params['w'] * seen.mean((1, 2)), {}
 
-  monkeypatch.setattr(step.objective, 'loss', loss)  # a network takes minutes
   encoder = load_text_encoder(model / 'text')
   tx = optimizer(1e-2)
   state = init_state({'w': jnp.ones(())}, tx)
-  fn = functools.partial(
-    step.train_step,
-    stage=None,
-    text_module=encoder.module,
-    tx=tx,
-    seed=0,
-    ema_limit=0.9,
+  made = StageExperiment(tiny_model.config(), text=encoder)
+  fn = make_train_step(
+    loss, tx, seed=0, ema_limit=0.9, condition=made.condition
   )
   captions = ['a red circle', 'a blue square'] * 2
   ids, mask, _ = encoder.tokenize(captions, max_len=tiny_model.MAX_LEN)

@@ -18,6 +18,7 @@ from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
 from imagen_jax.training.guard import check_finite
+from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import (
   ema_decay,
   init_state,
@@ -25,7 +26,7 @@ from imagen_jax.training.state import (
   matrix_axes,
   optimizer,
 )
-from imagen_jax.training.step import take_step, train_step
+from imagen_jax.training.step import make_train_step
 from imagen_jax.training.workdir import differences
 from tests import tiny_model
 
@@ -113,16 +114,11 @@ def test_sampling_a_workdir_uses_its_ema(run, model, tmp_path):
 def step(model):
   """(a jitted step, a state, a batch, text parameters)."""
   encoder = load_text_encoder(model / 'text')
-  made = tiny_model.build(tiny_model.config('sr1'), encoder)
+  made = StageExperiment(tiny_model.config('sr1'), text=encoder)
   tx = optimizer(1e-2)
-  state = init_state(tiny_model.random_params(made), tx)
-  fn = functools.partial(
-    train_step,
-    stage=made,
-    text_module=encoder.module,
-    tx=tx,
-    seed=0,
-    ema_limit=0.9,
+  state = init_state(tiny_model.random_params(made.stage), tx)
+  fn = make_train_step(
+    made.loss, tx, seed=0, ema_limit=0.9, condition=made.condition
   )
   ids, mask, _ = encoder.tokenize(['a red circle'] * 4, max_len=12)
   image = np.full((4, 16, 16, 3), [250, 20, 20], np.uint8)
@@ -360,22 +356,26 @@ def test_training_and_sampling_have_one_null_condition(model):
 
 @pytest.mark.parametrize('unroll', [True, False])
 def test_accumulating_averages_the_gradients_of_the_parts(unroll):
-  def loss_fn(params, key, x, y):
+  def loss_fn(params, key, batch, frozen):
+    x, y = batch['x'], batch['y']
     t = jax.random.uniform(key, y.shape)
-    return (x @ params['w'] - t * y) ** 2, t
+    return (x @ params['w'] - t * y) ** 2, {'t': t}
 
   tx = optax.sgd(1.0)  # linear in the gradient
   state = init_state({'w': jnp.arange(3.0)}, tx)
   x = jax.random.normal(jax.random.key(1), (8, 3))
   y = jax.random.normal(jax.random.key(2), (8,))
-  options = dict(tx=tx, seed=0, ema_limit=0.9, unroll=unroll)
-  step = functools.partial(take_step, state, loss_fn, (x, y), **options)
-  after, metrics = jax.jit(functools.partial(step, accumulate=4))()
+  batch = {'x': x, 'y': y}
+  make = functools.partial(
+    make_train_step, loss_fn, tx, seed=0, ema_limit=0.9, unroll=unroll
+  )
+  after, metrics = jax.jit(make(accumulate=4))(state, batch, {})
 
   def part(params, i):
     # Row r belongs to part r % 4, which has a key of its own.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), i)
-    return jnp.mean(loss_fn(params, key, x[i::4], y[i::4])[0])
+    rows = {name: array[i::4] for name, array in batch.items()}
+    return jnp.mean(loss_fn(params, key, rows, {})[0])
 
   losses, grads = zip(
     *(jax.value_and_grad(part)(state.params, i) for i in range(4))
@@ -387,5 +387,5 @@ def test_accumulating_averages_the_gradients_of_the_parts(unroll):
   np.testing.assert_allclose(metrics['loss'], sum(losses) / 4, rtol=1e-5)
   # The bands' sums and counts are averaged over the parts as well.
   np.testing.assert_allclose(metrics['band_count'].sum(), 2)
-  once, _ = jax.jit(step)()
+  once, _ = jax.jit(make())(state, batch, {})
   assert not np.allclose(once.params['w'], after.params['w'])

@@ -17,8 +17,7 @@ from imagen_jax.cli import train as cli
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
-from imagen_jax.planning import chips, program
-from imagen_jax.training import loop, report, workdir
+from imagen_jax.training import chips, loop, report, workdir
 from imagen_jax.training.loggers import make_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
@@ -59,7 +58,8 @@ def watched(model, tmp_path_factory):
     patch.setitem(sys.modules, 'tensorboardX', module)
     lines = []
     patch.setattr('builtins.print', lambda *a, **_: lines.append(' '.join(a)))
-    loop.train(config, folder, count_flops=program.flops, peak=1e12)
+    patch.setattr(chips, 'find_peak', lambda kind: 1e12)
+    loop.train(config, folder)
   return config, folder, lines, FakeWriter.made[-1]
 
 
@@ -111,8 +111,8 @@ def test_pauses_are_not_training_time(tmp_path, monkeypatch):
   now = iter([0.0, 10.0, 60.0, 61.0, 70.0])
   monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
   metrics = Metrics(tmp_path / 'metrics.jsonl', start_step=0, num_steps=9)
-  metrics.pause()  # at 10
-  metrics.resume()  # at 60
+  with metrics.paused():  # from 10 to 60
+    pass
   metrics.log(1, 22, [])  # at 61: 11 seconds of training
   assert rows(tmp_path)[1]['images_per_sec'] == 2.0
 
@@ -224,8 +224,8 @@ def test_a_warm_start_from_another_network_is_refused(config, model, tmp_path):
 
 
 def claim(folder, config, **options):
-  encoder = types.SimpleNamespace(dim=4, digest='d')
-  workdir.claim(folder, config, encoder, **options)
+  text = {'dim': 4, 'max_len': 12, 'digest': 'd'}
+  workdir.claim(folder, config, text, **options)
 
 
 def test_insisting_goes_on_with_another_config(config, tmp_path):

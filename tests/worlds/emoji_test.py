@@ -9,9 +9,8 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
 from imagen_jax.data.sources import make_source
-from imagen_jax.errors import DataError, UsageError
-from imagen_jax.worlds import captions, emoji, probe
-from imagen_jax.worlds import pretraining as pretrain
+from imagen_jax.errors import DataError
+from imagen_jax.worlds import captions, emoji, tasks
 
 JUDGE = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'emoji_judge.py'
 COLOURS = {
@@ -189,13 +188,11 @@ def test_names_are_found_in_captions():
 
 
 def test_the_text_encoder_reads_these_captions():
-  scenes = probe.scenes('emoji', 0, 'eval', 40, heldout=True)
+  scenes = emoji.EmojiSource.scenes(0, 'eval', 40, heldout=True)
   assert len(scenes) == 40
   assert all(emoji.is_held_out(s.meaning) for s in scenes)
   scene = scenes[0]
-  texts = [pretrain.description(scene.meaning, g) for g in (0, 1)]
+  texts = [tasks.description(scene.meaning, g) for g in (0, 1)]
   for group, text in zip(scene.meaning.groups, texts):
     assert group.shape in text
     assert captions.NUMBERS[group.count - 1] in text
-  with pytest.raises(UsageError, match='shapes or emoji'):
-    probe.scenes('mugs', 0, 'train', 1)

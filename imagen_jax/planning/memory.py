@@ -5,12 +5,11 @@ their length, which XLA's own count is not: it counts the body once.
 """
 
 import itertools
-import math
 
 import numpy as np
 
-# Programs inside an operation, by the parameter they stand under.
-_INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
+from imagen_jax.training.flops import inner_jaxpr, num_elements
+
 # What a compiler computes anew where it is needed rather than store: it reads
 # its operands and is fused into whatever reads it.
 FUSED = frozenset(
@@ -36,93 +35,7 @@ SUMS = {'reduce_sum', 'reduce_max', 'reduce_min'}
 PRODUCTS = {'dot_general', 'conv_general_dilated'}
 
 
-def inner_jaxpr(eqn):
-  """The program that an operation calls once, or None."""
-  for name in _INNER:
-    inner = eqn.params.get(name)
-    if inner is not None:
-      return getattr(inner, 'jaxpr', inner)
-  return None
-
-
-def flops(jaxpr):
-  """Operations of a program: products and sums count one each.
-
-  Matrix products and convolutions count their terms that exist (no padding),
-  elementwise operations and reductions one per element, as XLA counts them.
-  A conditional counts its dearest branch; a `while` its body once.
-  """
-  total = 0.0
-  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
-    name = eqn.primitive.name
-    if name == 'dot_general':
-      total += _dot_flops(eqn)
-    elif name == 'conv_general_dilated':
-      total += _conv_flops(eqn)
-    elif name == 'scan':
-      total += eqn.params['length'] * flops(eqn.params['jaxpr'])
-    elif name == 'while':
-      total += flops(eqn.params['body_jaxpr'])
-    elif name == 'cond':
-      total += max(flops(branch) for branch in eqn.params['branches'])
-    elif inner_jaxpr(eqn) is not None:
-      total += flops(inner_jaxpr(eqn))
-    elif name.startswith(('reduce_', 'cum', 'arg')):
-      total += _size(eqn.invars[0].aval)
-    elif name in _ARITHMETIC:
-      total += _size(eqn.outvars[0].aval)
-  return total
-
-
-_ARITHMETIC = frozenset(
-  'add add_any sub mul div neg max min sign abs sqrt rsqrt square integer_pow '
-  'floor clamp select_n eq ne lt le gt ge and or xor not is_finite'.split()
-)
-
-
-def _size(aval):
-  return math.prod(getattr(aval, 'shape', ()))
-
-
-def _dot_flops(eqn):
-  (contracted, _), _ = eqn.params['dimension_numbers']
-  left = eqn.invars[0].aval.shape
-  depth = math.prod(left[i] for i in contracted)
-  return 2.0 * _size(eqn.outvars[0].aval) * depth
-
-
-def _conv_flops(eqn):
-  p = eqn.params
-  numbers = p['dimension_numbers']
-  left, right = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-  out = eqn.outvars[0].aval.shape
-  pairs = 1
-  for d in range(len(out) - 2):
-    pairs *= _pairs(
-      left[numbers.lhs_spec[2 + d]],
-      right[numbers.rhs_spec[2 + d]],
-      out[numbers.out_spec[2 + d]],
-      p['window_strides'][d],
-      p['padding'][d][0],
-      p['lhs_dilation'][d],
-      p['rhs_dilation'][d],
-    )
-  batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
-  return 2.0 * batch * features * right[numbers.rhs_spec[1]] * pairs
-
-
-def _pairs(size, kernel, out, stride, pad, dilation, kernel_dilation):
-  """How many (output, tap) pairs of one dimension meet a real input."""
-  place = (
-    np.arange(out)[:, None] * stride
-    - pad
-    + np.arange(kernel)[None] * kernel_dilation
-  )
-  inside = (place >= 0) & (place <= (size - 1) * dilation)
-  return int(np.sum(inside & (place % dilation == 0)))
-
-
-def memory(jaxpr, size_of=None):
+def peak_and_traffic(jaxpr, size_of=None):
   """(peak, traffic): bytes alive at once, and bytes moved, arguments left out.
 
   A model of a compiler that fuses elementwise chains: their values take no
@@ -146,7 +59,7 @@ def memory(jaxpr, size_of=None):
   inside = np.zeros(len(operations) + 1)
   for i, (eqn, _, _) in enumerate(operations):
     if eqn.primitive.name == 'scan':
-      inside[i], moved = memory(eqn.params['jaxpr'], size_of)
+      inside[i], moved = peak_and_traffic(eqn.params['jaxpr'], size_of)
       traffic += eqn.params['length'] * moved
   return float(np.max(np.cumsum(changes) + inside, initial=0)), traffic
 
@@ -154,7 +67,7 @@ def memory(jaxpr, size_of=None):
 def num_bytes(aval):
   """Bytes of an array; keys and tokens are counted as nothing."""
   try:
-    return _size(aval) * np.dtype(aval.dtype).itemsize
+    return num_elements(aval) * np.dtype(aval.dtype).itemsize
   except (TypeError, AttributeError):
     return 0
 

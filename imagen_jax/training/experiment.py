@@ -1,0 +1,233 @@
+"""What is trained, and on what: the one interface of the training loop.
+
+The loop restores, steps and saves; everything it does not know is in an
+`Experiment`: the parameters, the loss, the batch, the data set, the previews
+and what is exported. The planner traces the same object on a machine that has
+neither the data nor the devices.
+"""
+
+import abc
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imagen_jax import kinds, sharding
+from imagen_jax.data.pipeline import flip
+from imagen_jax.data.source import Source
+from imagen_jax.data.sources import make_source
+from imagen_jax.errors import UsageError
+
+# Each kind is one file, imported when it is asked for.
+KINDS = {
+  'stage': 'imagen_jax.training.stage_experiment:StageExperiment',
+  'text': 'imagen_jax.worlds.pretraining:TextExperiment',
+  'if_finetune': 'imagen_jax.deepfloyd.experiment:IFExperiment',
+}
+
+Tree = Any  # a pytree of arrays, or of their shapes
+Preview = np.ndarray | str  # a grid uint8 [H, W, 3], or lines of text
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """The parameters that a new run starts from.
+
+  Attributes:
+    params: on the mesh.
+    origin: where they come from, for the log.
+  """
+
+  params: Tree
+  origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What `imagen-export` is asked for.
+
+  Attributes:
+    workdir: the training directory.
+    out: the directory to write.
+    weights: 'ema' or 'raw'.
+    step: which checkpoint; None is the newest good one.
+    dtype: of the stored weights, 'bfloat16' or 'float32'.
+    command: the command line, kept as provenance.
+  """
+
+  workdir: pathlib.Path
+  out: pathlib.Path
+  weights: str = 'ema'
+  step: int | None = None
+  dtype: str = 'bfloat16'
+  command: str = ''
+
+
+class Experiment(abc.ABC):
+  """A config made ready for the loop; built once, then only read.
+
+  Derive from it to train something of your own: `--config.kind` may be
+  'my_module:MyExperiment'. `init`, `loss`, `batch_spec` and `example` have to
+  be written; the rest has defaults.
+
+  Attributes:
+    config: the ConfigDict; the loop reads its `train`, `data`, `mesh`, `seed`.
+    mesh: where it runs; None when it is only traced.
+    workdir: the run's directory; nothing is written into it here.
+    name: of what is trained, for the log.
+    resolution: side of the images, in pixels.
+    frozen_name: what `frozen` is called in the startup report.
+  """
+
+  frozen_name: ClassVar[str] = 'frozen'
+  name: str
+  resolution: int
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    workdir: pathlib.Path | None = None,
+  ):
+    self.config, self.mesh, self.workdir = config, mesh, workdir
+    self.source: Callable[[str], Source] = functools.cache(self.make_source)
+
+  # ---- The model -----------------------------------------------------------
+  @abc.abstractmethod
+  def init(self, key: jax.Array) -> Tree:
+    """Fresh parameters; traced for their shapes, run for a new run."""
+
+  @abc.abstractmethod
+  def loss(
+    self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[jax.Array, dict]:
+    """([B] losses, details) of a conditioned batch; see `make_train_step`."""
+
+  @abc.abstractmethod
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch, as `example` makes its rows."""
+
+  def condition(self, batch: Tree, frozen: Tree) -> Tree:
+    """What `loss` gets for a batch; once a step, without a gradient."""
+    del frozen
+    return batch
+
+  def frozen_spec(self) -> Tree:
+    """Shapes of what `load_frozen` gives."""
+    return {}
+
+  def load_frozen(self) -> Tree:
+    """What the loss reads and nobody trains, on the mesh."""
+    return {}
+
+  def start(self, shardings: Tree, init_from: Any | None) -> Start:
+    """The parameters of a new run.
+
+    Args:
+      shardings: of the parameters.
+      init_from: a `StageRecord` whose EMA to start from, or None.
+
+    Raises:
+      UsageError: this kind of experiment cannot start from one.
+      ModelError: it is of another network.
+    """
+    if init_from is not None:
+      raise UsageError(
+        f'a run of kind {self.config.kind} cannot start from a stage; leave '
+        'it out.',
+        key='init_from',
+      )
+    # Long to compile and run once: on CPU, half the time without LLVM's care.
+    quick = {'xla_backend_optimization_level': 0}
+    init = jax.jit(
+      self.init,
+      out_shardings=shardings,
+      compiler_options=quick if jax.default_backend() == 'cpu' else None,
+    )
+    return Start(init(jax.random.key(self.config.seed)), 'from scratch')
+
+  # ---- The data ------------------------------------------------------------
+  @abc.abstractmethod
+  def example(self, example: dict) -> dict:
+    """One example of the source as a row of the batch, without `index`."""
+
+  def make_source(self, split: str) -> Source:
+    """The data set of 'train' or 'eval'; `source` is this, made once each."""
+    data = self.config.data.to_dict()
+    data.pop('flip')  # the pipeline's business
+    eval_path = data.pop('eval_path')
+    if split == 'eval' and eval_path:
+      data['path'] = eval_path
+    return make_source(**data, size=self.resolution, split=split)
+
+  def augmentation(
+    self,
+  ) -> Callable[[dict, np.random.Generator], dict] | None:
+    """Varies a training example at random, before `example`; None: nothing."""
+    return flip if self.config.data.flip else None
+
+  def has_eval_split(self) -> bool:
+    """Whether the eval split is not the one that is trained on."""
+    return self.source('train').has_eval_split or bool(
+      self.config.data.eval_path
+    )
+
+  def text_record(self) -> dict | None:
+    """`dim`, `max_len` and `digest` of the text encoder, for config.json."""
+    return None
+
+  # ---- What comes out ------------------------------------------------------
+  def make_preview(
+    self, frozen: Tree
+  ) -> Callable[[Tree], Preview | None] | None:
+    """A function of the EMA parameters to a preview, None off process 0.
+
+    Every process calls it. None: this experiment has no previews.
+    """
+    del frozen
+    return None
+
+  def finish(self, state: Any, frozen: Tree) -> None:
+    """What is left to do after the last step; every process calls it."""
+
+  @classmethod
+  def export(cls, request: Export) -> str:
+    """Writes a finished model; returns a line about it.
+
+    Raises:
+      UsageError: this kind of experiment has none.
+    """
+    raise UsageError(f'{request.workdir} holds a run that is not exported.')
+
+
+def find_experiment(kind: str) -> type[Experiment]:
+  """The class of a kind of experiment.
+
+  Args:
+    kind: one of `KINDS`, or 'my_module:MyExperiment'.
+
+  Raises:
+    UsageError: there is no such class.
+  """
+  return kinds.find(kind, KINDS, key='kind', base=Experiment)
+
+
+def make_experiment(
+  config: ConfigDict, workdir: pathlib.Path | None = None
+) -> Experiment:
+  """The experiment of a config, on the config's mesh.
+
+  Raises:
+    UsageError: unknown kind, or a mesh or batch that does not fit the devices.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  sharding.check_batch_size(
+    config.train.batch_size, mesh, config.train.accumulate
+  )
+  return find_experiment(config.kind)(config, mesh, workdir)

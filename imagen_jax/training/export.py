@@ -1,0 +1,102 @@
+"""From a stage's training workdir to a finished model folder."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import time
+
+import jax
+
+from imagen_jax.errors import UsageError
+from imagen_jax.io import model_folder
+from imagen_jax.training.experiment import Export
+
+
+def export_stage(request: Export) -> str:
+  """Writes the stage, and beside it the text encoder if none is there yet.
+
+  Neither the data set nor a device is needed.
+
+  Raises:
+    UsageError: the workdir is an export already, or `out` exists.
+    ModelError: no checkpoint is good, or `out` cannot be written.
+  """
+  workdir, out = request.workdir, request.out
+  record = model_folder.load_stage(workdir)
+  if record.weights is not None:
+    raise UsageError(
+      f'{workdir} is an exported stage already; give a training workdir.'
+    )
+  step = request.step
+  if step is None:
+    step, _ = record.checkpoint
+  params = model_folder.load_params(record, weights=request.weights, step=step)
+  batch_size = record.config['train']['batch_size']
+  model_folder.save_stage(
+    out,
+    params,
+    config=record.config,
+    text=record.text,
+    provenance=provenance(request.command)
+    | {
+      'steps': step,
+      'images': step * batch_size,
+      'training_seconds': round(training_seconds(workdir, step, batch_size)),
+      'weights': request.weights,
+    },
+    dtype=request.dtype,
+  )
+  text = out.parent / 'text'
+  if not text.exists():
+    source = model_folder.text_path(workdir.parent, record)
+    shutil.copytree(source, text, ignore=_not_the_model)
+  size = (out / 'weights.safetensors').stat().st_size
+  return (
+    f'{out}: step {step}, {request.weights} weights, {size / 1e6:.2f} MB '
+    f'{request.dtype}'
+  )
+
+
+def provenance(command: str) -> dict:
+  """What is recorded of how an export came to be."""
+  return {
+    'command': command,
+    'commit': _commit(),
+    'exported': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    'jax': jax.__version__,
+  }
+
+
+def training_seconds(
+  workdir: pathlib.Path, step: int, batch_size: int
+) -> float:
+  """Seconds of training up to a step, by the run's metrics."""
+  lines = (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+  last, seconds = 0, 0.0
+  for row in map(json.loads, lines):
+    if row['step'] <= step:
+      images = batch_size * (row['step'] - last)
+      seconds += images / max(row['images_per_sec'], 1e-9)
+      last = row['step']
+  return seconds
+
+
+def _not_the_model(_, names):
+  """Files beside an encoder that are not part of it."""
+  suffixes = ('.json', '.safetensors', '.model')
+  return [n for n in names if not n.endswith(suffixes)]
+
+
+def _commit():
+  """The commit that is checked out here, or None."""
+  try:
+    result = subprocess.run(
+      ['git', 'rev-parse', 'HEAD'],
+      capture_output=True,
+      text=True,
+      cwd=pathlib.Path(__file__).parent,
+    )
+  except OSError:
+    return None
+  return result.stdout.strip() or None

@@ -1,0 +1,99 @@
+"""FLOPs of a traced program, counted before any compiler.
+
+They are those of the very step that will run. Loops are multiplied by their
+length, which XLA's own count is not: it counts the body once.
+"""
+
+import math
+
+import numpy as np
+
+# Programs inside an operation, by the parameter they stand under.
+_INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
+
+
+def inner_jaxpr(eqn):
+  """The program that an operation calls once, or None."""
+  for name in _INNER:
+    inner = eqn.params.get(name)
+    if inner is not None:
+      return getattr(inner, 'jaxpr', inner)
+  return None
+
+
+def count_flops(jaxpr):
+  """Operations of a program: products and sums count one each.
+
+  Matrix products and convolutions count their terms that exist (no padding),
+  elementwise operations and reductions one per element, as XLA counts them.
+  A conditional counts its dearest branch; a `while` its body once.
+  """
+  total = 0.0
+  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+    name = eqn.primitive.name
+    if name == 'dot_general':
+      total += _dot_flops(eqn)
+    elif name == 'conv_general_dilated':
+      total += _conv_flops(eqn)
+    elif name == 'scan':
+      total += eqn.params['length'] * count_flops(eqn.params['jaxpr'])
+    elif name == 'while':
+      total += count_flops(eqn.params['body_jaxpr'])
+    elif name == 'cond':
+      total += max(count_flops(branch) for branch in eqn.params['branches'])
+    elif inner_jaxpr(eqn) is not None:
+      total += count_flops(inner_jaxpr(eqn))
+    elif name.startswith(('reduce_', 'cum', 'arg')):
+      total += num_elements(eqn.invars[0].aval)
+    elif name in _ARITHMETIC:
+      total += num_elements(eqn.outvars[0].aval)
+  return total
+
+
+_ARITHMETIC = frozenset(
+  'add add_any sub mul div neg max min sign abs sqrt rsqrt square integer_pow '
+  'floor clamp select_n eq ne lt le gt ge and or xor not is_finite'.split()
+)
+
+
+def num_elements(aval):
+  """How many elements an array has."""
+  return math.prod(getattr(aval, 'shape', ()))
+
+
+def _dot_flops(eqn):
+  (contracted, _), _ = eqn.params['dimension_numbers']
+  left = eqn.invars[0].aval.shape
+  depth = math.prod(left[i] for i in contracted)
+  return 2.0 * num_elements(eqn.outvars[0].aval) * depth
+
+
+def _conv_flops(eqn):
+  p = eqn.params
+  numbers = p['dimension_numbers']
+  left, right = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+  out = eqn.outvars[0].aval.shape
+  pairs = 1
+  for d in range(len(out) - 2):
+    pairs *= _pairs(
+      left[numbers.lhs_spec[2 + d]],
+      right[numbers.rhs_spec[2 + d]],
+      out[numbers.out_spec[2 + d]],
+      p['window_strides'][d],
+      p['padding'][d][0],
+      p['lhs_dilation'][d],
+      p['rhs_dilation'][d],
+    )
+  batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
+  return 2.0 * batch * features * right[numbers.rhs_spec[1]] * pairs
+
+
+def _pairs(size, kernel, out, stride, pad, dilation, kernel_dilation):
+  """How many (output, tap) pairs of one dimension meet a real input."""
+  place = (
+    np.arange(out)[:, None] * stride
+    - pad
+    + np.arange(kernel)[None] * kernel_dilation
+  )
+  inside = (place >= 0) & (place <= (size - 1) * dilation)
+  return int(np.sum(inside & (place % dilation == 0)))

@@ -1,0 +1,40 @@
+"""An experiment's batches, as the loop and the held-out loss read them."""
+
+from collections.abc import Iterator
+
+import jax
+
+from imagen_jax.data.pipeline import batches
+from imagen_jax.training.experiment import Experiment
+
+
+def train_batches(experiment: Experiment, start_step: int) -> Iterator[dict]:
+  """This process's part of the batches that follow step `start_step`."""
+  return _batches(
+    experiment,
+    'train',
+    start_step=start_step,
+    augment=experiment.augmentation(),
+  )
+
+
+def eval_batches(experiment: Experiment) -> Iterator[dict]:
+  """This process's part of the batches of the eval split."""
+  return _batches(experiment, 'eval')
+
+
+def _batches(experiment, split, **options):
+  return batches(
+    experiment.source(split),
+    seed=experiment.config.seed,
+    batch_size=experiment.config.train.batch_size,
+    host=jax.process_index(),
+    num_hosts=jax.process_count(),
+    transform=experiment.example,
+    **options,
+  )
+
+
+def split_index(batch: dict) -> tuple[dict, object]:
+  """(what goes to the devices, where in the source it came from)."""
+  return {k: v for k, v in batch.items() if k != 'index'}, batch['index']

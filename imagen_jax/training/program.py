@@ -1,0 +1,113 @@
+"""An experiment on a mesh: shapes, shardings and the compiled step."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from imagen_jax import sharding
+from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.flops import count_flops
+from imagen_jax.training.state import TrainState, init_state, make_optimizer
+from imagen_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What runs each step, and where its arrays live.
+
+  Attributes:
+    experiment: the `Experiment`.
+    mesh: of the devices.
+    tx: the optimizer.
+    state: shapes of the `TrainState`.
+    shardings: its shardings.
+    step: (state, batch, frozen) -> (state, metrics), compiled; the state's
+      buffers are used again.
+  """
+
+  experiment: Experiment
+  mesh: Mesh
+  tx: optax.GradientTransformation
+  state: TrainState
+  shardings: TrainState
+  step: Any
+
+  @functools.cached_property
+  def traced(self):
+    """The traced step, its arguments sharded as they will be."""
+    batch = self.experiment.batch_spec(self.experiment.config.train.batch_size)
+    rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
+    frozen = self.experiment.frozen_spec()
+    with jax.set_mesh(self.mesh):
+      # With the shardings of the arrays to come, so that it is traced once.
+      return self.step.trace(
+        self.abstract_state(),
+        sharding.with_shardings(batch, rows),
+        sharding.with_shardings(
+          frozen, sharding.state_shardings(frozen, self.mesh)
+        ),
+      )
+
+  @functools.cached_property
+  def flops(self) -> float:
+    """FLOPs of a step over all devices."""
+    return count_flops(self.traced.jaxpr)
+
+  def abstract_state(self) -> TrainState:
+    """Shapes and shardings of the state, as restoring wants them."""
+    return sharding.with_shardings(self.state, self.shardings)
+
+  def first_state(self, params: Any) -> TrainState:
+    """The state before the first step, on the mesh."""
+    init = jax.jit(
+      functools.partial(init_state, tx=self.tx),
+      donate_argnums=0,
+      out_shardings=self.shardings,
+    )
+    return init(params)
+
+
+def make_program(
+  experiment: Experiment,
+  mesh: Mesh,
+  *,
+  accumulate: int | None = None,
+  unroll: bool | None = None,
+) -> Program:
+  """The program of an experiment's step.
+
+  Args:
+    experiment: the `Experiment`.
+    mesh: of the devices, which need not exist as long as nothing is run.
+    accumulate, unroll: see `make_train_step`; None: the config's, the
+      platform's.
+  """
+  tx = make_optimizer(experiment.config.train)
+  state = jax.eval_shape(
+    lambda key: init_state(experiment.init(key), tx), jax.random.key(0)
+  )
+  shardings = sharding.state_shardings(state, mesh)
+  step = jax.jit(
+    train_step(experiment, tx, accumulate=accumulate, unroll=unroll),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+  return Program(experiment, mesh, tx, state, shardings, step)
+
+
+def train_step(experiment, tx, *, accumulate=None, unroll=None):
+  """`make_train_step` of an experiment and its config."""
+  train = experiment.config.train
+  return make_train_step(
+    experiment.loss,
+    tx,
+    seed=experiment.config.seed,
+    ema_limit=train.ema_decay,
+    condition=experiment.condition,
+    accumulate=train.accumulate if accumulate is None else accumulate,
+    unroll=unroll,
+  )

@@ -1,0 +1,215 @@
+"""A stage of the cascade, as the loop trains it."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imagen_jax import sharding
+from imagen_jax.cascade import objective, sampling
+from imagen_jax.cascade import stage as stages
+from imagen_jax.dtypes import resolve_dtype
+from imagen_jax.errors import ModelError
+from imagen_jax.io import model_folder
+from imagen_jax.text.encoder import (
+  TextEncoder,
+  encode_tokens,
+  load_text_encoder,
+)
+from imagen_jax.training.experiment import Experiment, Export, Start
+from imagen_jax.training.export import export_stage
+from imagen_jax.training.preview import make_image_preview
+
+
+class StageExperiment(Experiment):
+  """A config such as `configs/imagen_base64.py`'s.
+
+  Attributes:
+    stage: the `Stage`.
+    text: the `TextEncoder`, frozen.
+    cached_text: whether the images come with embeddings of their captions.
+
+  Raises:
+    UsageError: the config is wrong.
+    ModelError: the text encoder is unusable.
+    DataError: the images are.
+  """
+
+  frozen_name = 'text encoder'
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    workdir: pathlib.Path | None = None,
+    *,
+    text: TextEncoder | None = None,
+    cached_text: bool | None = None,
+  ):
+    """Builds the networks.
+
+    Args:
+      config, mesh, workdir: see `Experiment`.
+      text: the encoder; None reads the config's. To trace, its parameters may
+        be shapes and its tokenizer None.
+      cached_text: None asks the data set.
+    """
+    super().__init__(config, mesh, workdir)
+    self.name, self.resolution = config.stage.name, config.stage.resolution
+    self.text = text or _load_text(config, mesh)
+    self.stage = stages.from_config(
+      config.stage.to_dict(),
+      text_dim=self.text.dim,
+      text_len=config.text.max_len,
+      dtype=resolve_dtype(config.dtype),
+    )
+    if cached_text is None:
+      source = self.source('train')
+      cached_text = source.text_header is not None
+      if cached_text:
+        source.check_text(
+          encoder=self.text.digest,
+          tokenizer=self.text.tokenizer.digest,
+          max_len=config.text.max_len,
+        )
+    self.cached_text = cached_text
+
+  def init(self, key):
+    return stages.init_params(self.stage, key)
+
+  def condition(self, batch, frozen):
+    text = batch.get('text')
+    if text is None:
+      text = encode_tokens(
+        self.text.module, frozen, batch['ids'], batch['mask']
+      )
+    text = jax.lax.stop_gradient(text.astype(jnp.float32))
+    return {'image': batch['image'], 'text': text, 'mask': batch['mask']}
+
+  def loss(self, params, key, batch, frozen):
+    return objective.loss(
+      self.stage, params, key, batch['image'], batch['text'], batch['mask']
+    )
+
+  def batch_spec(self, batch_size):
+    shape, length = jax.ShapeDtypeStruct, self.config.text.max_len
+    side = self.resolution
+    spec = {
+      'image': shape((batch_size, side, side, 3), jnp.uint8),
+      'mask': shape((batch_size, length), bool),
+    }
+    if self.cached_text:
+      size = (batch_size, length, self.text.dim)
+      return spec | {'text': shape(size, jnp.bfloat16)}
+    return spec | {'ids': shape((batch_size, length), jnp.int32)}
+
+  def frozen_spec(self):
+    if self.cached_text:
+      return {}
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.text.params
+    )
+
+  def load_frozen(self):
+    if self.cached_text:
+      return {}
+    params = self.text.params
+    return jax.device_put(params, sharding.state_shardings(params, self.mesh))
+
+  def start(self, shardings, init_from):
+    if init_from is None:
+      return super().start(shardings, init_from)
+    spec = jax.eval_shape(self.init, jax.random.key(0))
+    params = matching_params(init_from, spec)
+    origin = f'starts from the weights of {init_from.path}'
+    return Start(jax.device_put(params, shardings), origin)
+
+  def text_record(self):
+    return {
+      'dim': self.text.dim,
+      'max_len': self.config.text.max_len,
+      'digest': self.text.digest,
+    }
+
+  def example(self, example):
+    if self.cached_text:
+      return {key: example[key] for key in ('image', 'text', 'mask')}
+    ids, mask, _ = self.text.tokenize(
+      [example['caption']], max_len=self.config.text.max_len
+    )
+    return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
+
+  def make_preview(self, frozen):
+    settings = self.stage.sampling
+
+    def sample(params, given, frozen):
+      return sampling.sample(
+        self.stage,
+        params,
+        jax.random.wrap_key_data(given['keys']),
+        given['text'],
+        given['mask'],
+        given.get('low'),
+        settings.guidance,
+        settings.aug_level,
+        settings=settings,
+      )
+
+    def embed(captions):
+      text, mask = self.text.encode(captions, max_len=self.config.text.max_len)
+      return {'text': text, 'mask': mask}
+
+    rows = sharding.batch_sharding(self.mesh)
+    return make_image_preview(
+      self,
+      jax.jit(sample, out_shardings=rows),
+      embed,
+      frozen,
+      low_resolution=self.stage.low_resolution,
+    )
+
+  @classmethod
+  def export(cls, request: Export) -> str:
+    return export_stage(request)
+
+
+def _load_text(config, mesh):
+  # Split like the state: T5-XXL does not fit beside it on one device.
+  split = mesh is not None and mesh.shape['fsdp'] > 1
+  place = functools.partial(sharding.leaf_sharding, mesh=mesh)
+  return load_text_encoder(
+    model_folder.text_folder(config.text.path),
+    config.text.dtype,
+    place=place if split else None,
+  )
+
+
+def matching_params(record, spec):
+  """A stage's EMA, if it is of the same network.
+
+  Args:
+    record: the `StageRecord`.
+    spec: shapes of this network's parameters.
+
+  Raises:
+    ModelError: it is not; the sentence names a parameter.
+  """
+  params = model_folder.load_params(record)
+  want, have = (
+    {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (spec, params)
+  )
+  for name in sorted(want.keys() | have.keys()):
+    if want.get(name) != have.get(name):
+      raise ModelError(
+        f'{record.path} is another network: {name} is '
+        f'{have.get(name, "absent")} there and {want.get(name, "absent")} '
+        'here; give a stage that was trained with this stage.net.'
+      )
+  return params

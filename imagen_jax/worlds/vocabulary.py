@@ -1,0 +1,70 @@
+"""The vocabulary of a small text encoder, learned from its captions."""
+
+import io
+import pathlib
+import re
+import string
+import tempfile
+from collections.abc import Iterable
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from imagen_jax.text.tokenizer import EOS, PAD
+
+CHARACTERS = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
+
+
+def train_vocabulary(texts: Iterable[str]) -> bytes:
+  """Bytes of a sentencepiece unigram model, with T5's special ids.
+
+  Every word of the captions is a piece; any other word is spelled in ASCII
+  characters, and what is left is <unk>. Upper case is read as lower case.
+  """
+  lines = [' '.join(re.findall(r'\w+|[^\w\s]', text.lower())) for text in texts]
+  words = {}
+  for word in ' '.join(lines).split():
+    if word.isalnum():
+      words[word] = words.get(word, 0) + 1
+  out = io.BytesIO()
+  with tempfile.TemporaryDirectory() as folder:
+    # Seeds: sentencepiece's own are substrings of at least two words, which
+    # would cut up 'small'.
+    seeds = pathlib.Path(folder) / 'seeds.tsv'
+    seeds.write_text(
+      ''.join(f'▁{word}\t{n}\n' for word, n in sorted(words.items()))
+      + ''.join(f'{c}\t1\n' for c in CHARACTERS),
+      encoding='utf-8',
+    )
+    rules = pathlib.Path(folder) / 'rules.tsv'
+    spaces = [(c, ' ') for c in '\t\n\r\u00a0\u2009\u3000']
+    folds = [(c, c.lower()) for c in string.ascii_uppercase]
+    quotes = [('\u2018', "'"), ('\u2019', "'")]
+    quotes += [('\u201c', '"'), ('\u201d', '"')]
+    rules.write_text(
+      ''.join(
+        f'{ord(a):X}\t{ord(b):X}\n' for a, b in (*spaces, *folds, *quotes)
+      ),
+      encoding='utf-8',
+    )
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines),
+      model_writer=out,
+      model_type='unigram',
+      vocab_size=600,
+      hard_vocab_limit=False,
+      seed_sentencepieces_file=str(seeds),
+      required_chars=''.join(CHARACTERS),
+      normalization_rule_tsv=str(rules),
+      pad_id=PAD,
+      eos_id=EOS,
+      unk_id=2,
+      bos_id=-1,
+      num_threads=1,
+      minloglevel=2,
+    )
+  # The model records where its inputs lay, which is another place each time.
+  model = sentencepiece_model_pb2.ModelProto.FromString(out.getvalue())
+  model.trainer_spec.ClearField('seed_sentencepieces_file')
+  model.normalizer_spec.ClearField('normalization_rule_tsv')
+  return model.SerializeToString(deterministic=True)
