@@ -33,77 +33,34 @@ parameter's size, so zero-initialised layers take 10,000 steps to wake up; for a
 short run set `multiply_by_parameter_scale` to False in its options.
 """
 
-from ml_collections import ConfigDict
+from imagen_jax.configs import common
 
 
 def get_config():
   """The base stage, at the paper's size."""
-  return ConfigDict(
-    {
-      'kind': 'stage',
-      'seed': 0,
-      'dtype': 'bfloat16',
-      'stage': {
-        'name': 'base64',
-        'resolution': 64,
-        'low_resolution': None,
-        'net': {
-          'kind': 'unet',
-          'channels': 512,
-          'channel_mults': (1, 2, 3, 4),
-          'num_res_blocks': 3,
-          'attention_resolutions': (32, 16, 8),
-          'head_dim': 64,
-          'emb_channels': 2048,
-          'text_width': 2048,
-          'dropout': 0.0,
-          'norm_groups': 32,
-          'remat': 'nothing_saveable',
-        },
-        'schedule': {'kind': 'cosine'},
-        'prediction': 'eps',
-        'stratified': False,
-        'cond_drop': 0.1,
-        'sampling': {
-          'sampler': 'ddpm',
-          'gamma': 0.3,
-          'steps': 256,
-          'guidance': 1.35,
-          'threshold': 'dynamic',
-          'percentile': 99.5,
-        },
-      },
-      'text': {
-        'path': 't5-v1_1-xxl',
-        'max_len': 128,
-        'dtype': 'bfloat16',
-      },
-      'data': {'kind': 'folder', 'path': '', 'eval_path': None, 'seed': 0},
-      'train': {
-        'num_steps': 2_500_000,
-        'batch_size': 2048,
-        'accumulate': 1,
-        'log_every': 100,
-        'checkpoint_every': 5000,
-        'checkpoint_dir': None,
-        'sample_every': 10_000,
-        'keep_last': 2,
-        'keep_every': 100_000,
-        'eval_every': 5000,
-        'ema_decay': 0.9999,
-        'max_bad_steps': 20,
-        'hang_seconds': 3600.0,
-        'profile_at': None,
-        'log_to': '',
-        'optimizer': {
-          'kind': 'adafactor',
-          'learning_rate': 1e-4,
-          'warmup': 10_000,
-          'decay': True,
-          'clip': 1.0,
-          'options': {},
-        },
-      },
-      'mesh': {'data': -1, 'fsdp': 8},
-    }
-  )
+  config = common.stage_run()
+  config.dtype = 'bfloat16'
+  config.stage.name = 'base64'
+  config.stage.net = {
+    'kind': 'unet',
+    'channels': 512,
+    'channel_mults': (1, 2, 3, 4),
+    'num_res_blocks': 3,
+    'attention_resolutions': (32, 16, 8),
+    'head_dim': 64,
+    'emb_channels': 2048,
+    'text_width': 2048,
+    'dropout': 0.0,
+    'norm_groups': 32,
+    'remat': 'nothing_saveable',  # all is computed again: the least memory
+  }
+  config.stage.sampling.guidance = 1.35
+  config.text.update(path='t5-v1_1-xxl', dtype='bfloat16')
+  config.train.update(num_steps=2_500_000, batch_size=2048)
+  # A long run: rarer, and a checkpoint of every 100,000 steps for good.
+  config.train.update(log_every=100, checkpoint_every=5000, eval_every=5000)
+  config.train.update(sample_every=10_000, keep_every=100_000)
+  config.train.hang_seconds = 3600.0
+  config.train.optimizer.kind = 'adafactor'
+  config.mesh.fsdp = 8
+  return config

@@ -52,14 +52,8 @@ def get_config():
     'norm_groups': 32,
     'remat': 'nothing_saveable',
   }
-  config.stage.sampling = {
-    'sampler': 'ddim',
-    'steps': 128,
-    'guidance': 8.0,
-    'threshold': 'dynamic',
-    'percentile': 99.5,
-    'aug_level': 0.1,
-  }
+  config.stage.sampling.update(sampler='ddim', steps=128, guidance=8.0)
+  config.stage.sampling.aug_level = 0.1
   # "Adafactor hurt model quality" in the super-resolution models (4.1).
   config.train.optimizer.kind = 'adam'
   config.train.optimizer.options = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8}

@@ -42,79 +42,38 @@ the network mend an outline that went wrong.
       --stages base,sr1 --sampler ddpm,dpmpp --steps 64,16
 """
 
-from ml_collections import ConfigDict
+from imagen_jax.configs import common
 
 
 def get_config():
   """The base stage of the shapes cascade."""
-  return ConfigDict(
-    {
-      'kind': 'stage',
-      'seed': 0,
-      'dtype': 'auto',
-      'stage': {
-        'name': 'base',
-        'resolution': 16,
-        'low_resolution': None,
-        'net': {
-          'kind': 'unet',
-          'channels': 64,
-          'channel_mults': (1, 1),
-          'num_res_blocks': (1, 2),
-          'attention_resolutions': (8,),
-          'head_dim': 32,
-          'emb_channels': 192,
-          'norm_groups': 8,
-        },
-        'schedule': {'kind': 'cosine', 'logsnr_min': -12.0, 'logsnr_max': 12.0},
-        'prediction': 'v',
-        'stratified': True,
-        'cond_drop': 0.1,
-        'sampling': {
-          'sampler': 'ddpm',
-          'steps': 64,
-          'guidance': 2.0,
-          'threshold': 'dynamic',
-          'percentile': 99.5,
-        },
-      },
-      'text': {'path': 'runs/shapes/text', 'max_len': 32},
-      'data': {
-        'kind': 'shapes',
-        'path': None,
-        'seed': 0,
-        'mixture': {
-          'single': 0.12,
-          'pair': 0.25,
-          'relation': 0.33,
-          'count': 0.25,
-          'fill': 0.05,
-        },
-      },
-      'train': {
-        'num_steps': 8000,
-        'batch_size': 32,
-        'log_every': 50,
-        'checkpoint_every': 500,
-        'checkpoint_dir': None,
-        'sample_every': 1000,
-        'keep_last': 2,
-        'keep_every': None,
-        'eval_every': 500,
-        'ema_decay': 0.999,
-        'max_bad_steps': 20,
-        'hang_seconds': 1800.0,
-        'profile_at': None,
-        'log_to': '',
-        'optimizer': {
-          'kind': 'muon',
-          'learning_rate': 3e-3,
-          'warmup': 200,
-          'decay': False,
-          'clip': 1.0,
-          'options': {},
-        },
-      },
-      'mesh': {'data': -1, 'fsdp': 1},
-    }
-  )
+  config = common.stage_run()
+  config.stage.resolution = 16
+  config.stage.net = {
+    'kind': 'unet',
+    'channels': 64,
+    'channel_mults': (1, 1),
+    'num_res_blocks': (1, 2),
+    'attention_resolutions': (8,),
+    'head_dim': 32,
+    'emb_channels': 192,
+    'norm_groups': 8,
+  }
+  config.stage.schedule.update(logsnr_min=-12.0, logsnr_max=12.0)
+  config.stage.prediction = 'v'
+  config.stage.stratified = True
+  config.stage.sampling.update(steps=64, guidance=2.0)
+  config.text.update(path='runs/shapes/text', max_len=32)
+  config.data.kind = 'shapes'
+  config.data.mixture = {
+    'single': 0.12,
+    'pair': 0.25,
+    'relation': 0.33,
+    'count': 0.25,
+    'fill': 0.05,
+  }
+  config.train.update(num_steps=8000, batch_size=32)
+  config.train.ema_decay = 0.999  # of a short run
+  config.train.optimizer.update(kind='muon', learning_rate=3e-3, warmup=200)
+  config.train.optimizer.decay = False
+  return config

@@ -26,7 +26,7 @@ def get_config():
     {
       'kind': 'text',
       'seed': 0,
-      'data': {'seed': 0, 'num_scenes': 30_000},
+      'data': {'kind': 'shapes', 'seed': 0, 'num_scenes': 30_000},
       'encoder': {
         'width': 128,
         'num_layers': 4,

@@ -67,7 +67,7 @@ def export_if(workdir, out, *, weights, step):
   run = IFRun(config)
   every = config.train
   with Checkpoints(
-    every.get('checkpoint_dir') or workdir / 'checkpoints',
+    every.checkpoint_dir or workdir / 'checkpoints',
     keep_last=every.keep_last,
   ) as checkpoints:
     state, _, step = checkpoints.restore(

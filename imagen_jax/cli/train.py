@@ -52,7 +52,7 @@ def _main(argv):
   workdir = pathlib.Path(args.workdir)
 
   runtime.start(split_cpu=True, processes=args)
-  if config.get('kind') == 'text':
+  if config.kind == 'text':
     from imagen_jax.worlds.pretraining import pretrain
 
     for flag in ('dry_run', 'init_from', 'force'):

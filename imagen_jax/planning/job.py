@@ -83,7 +83,7 @@ def make_job(config, *, text='auto', batch_size=None, accumulate=None):
   Raises:
     UsageError: the config is of no stage, or names no encoder.
   """
-  if config.get('kind') != 'stage':
+  if config.kind != 'stage':
     raise UsageError('only the config of a stage can be planned.')
   length = config.text.max_len
   cached = text == 'cached'
@@ -114,7 +114,7 @@ def make_job(config, *, text='auto', batch_size=None, accumulate=None):
     text_params=params,
     text_name='cached embeddings' if cached else name,
     batch_size=batch_size or config.train.batch_size,
-    accumulate=accumulate or config.train.get('accumulate', 1),
+    accumulate=accumulate or config.train.accumulate,
   )
 
 
@@ -127,7 +127,7 @@ def _rolled(stage):
 
 def _encoder(config, text):
   """(T5Encoder, name) by size, by folder, or by the folder's name."""
-  dtype = config.text.get('dtype', 'float32')
+  dtype = config.text.dtype
   path = pathlib.Path(config.text.path)
   if text == 'auto' and path.name == 'demo':
     path = pathlib.Path(weights.__file__).parents[1] / 'assets/demo/text'
