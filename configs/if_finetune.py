@@ -3,21 +3,21 @@ r"""Fine-tuning of a DeepFloyd IF stage on a folder of images with captions.
   python train.py --config if_finetune --workdir runs/if/mine \
       --config.model=IF/IF-I-XL-v1.0 --config.data.path=DIR
 
-`model` is a stage's folder as downloaded. The text encoder is read from there,
-or from `text.path`, once: embeddings of all captions are kept in the workdir.
+Embeddings of all captions are computed once and kept in the workdir.
 
-  method     'lora' trains low-rank adapters of the attentions, with the
-             weights in the computation's type; 'full' trains everything, in
-             float32: four numbers a parameter with Adam and the EMA.
-  variance   'keep' continues training the three channels that say the step's
-             variance, with λ L_vlb (`bound_weight`); 'drop' cuts them off and
-             samples with the smaller variance, as diffusers' scripts do.
+  method     'lora' trains low-rank adapters of the attentions and keeps the
+             weights in the computation's type. 'full' trains all parameters in
+             float32: with Adam and the EMA, four numbers per parameter.
+  variance   'keep' continues to train the three channels that predict the
+             step's variance, with λ L_vlb (`bound_weight`). 'drop' removes them
+             and samples with the smaller variance, as diffusers' scripts do.
 
-The result, `WORKDIR/export/STAGE`, is a stage's folder again: put it beside
-the other stage (and the text encoder's) and give that folder to sample.py.
+The result, `WORKDIR/export/STAGE`, is a stage's folder again. Put it beside the
+other stages and the text encoder, and give the folder that holds them to
+sample.py.
 
-No result is printed here: it was run on tiny random networks only, for whose
-real weights IF's licence asks.
+No result is printed: the real weights need IF's licence, so this was run with
+tiny random networks only.
 """
 
 from imagen_jax.configs import common

@@ -12,6 +12,7 @@ from imagen_jax import configs
 from imagen_jax.cascade import stage as stages
 from imagen_jax.cli.config_values import complete
 from imagen_jax.cli.configs import load_config
+from imagen_jax.data import sources
 from imagen_jax.training.workdir import FREE
 
 FOLDER = pathlib.Path(configs.__path__[0])
@@ -80,6 +81,12 @@ def test_the_empty_config_is_the_papers_kind_of_stage():
   assert config.stage.prediction == 'eps' and config.stage.cond_drop == 0.1
   assert config.stage.schedule.kind == 'cosine'
   assert config.train.optimizer.learning_rate == 1e-4
+
+
+def test_what_a_source_may_ignore_is_the_default():
+  data = complete({}, file='mine.py').data
+  for key, values in sources.IGNORABLE.items():
+    assert data[key] in values
 
 
 def test_what_a_resumed_run_may_change_are_keys_of_a_config():
