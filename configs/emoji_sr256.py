@@ -1,4 +1,4 @@
-r"""Super-resolution of the emoji scenes: 64→256 (F.2 at a quarter of its width).
+r"""Super-resolution of the emoji scenes: 64→256 (F.2, a quarter as wide).
 
   python train.py --config emoji_sr256 --workdir runs/emoji/sr256
 
