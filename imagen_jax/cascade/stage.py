@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -177,6 +178,13 @@ def make_schedule(kind, shift_from=None, resolution=None, **options):
     raise UsageError(
       f"stage.schedule.kind is {kind!r}; it can be 'cosine' or 'linear'."
     )
+  known = inspect.signature(functions[kind]).parameters
+  for key in options:
+    if key not in known:
+      raise UsageError(
+        f'stage.schedule has no key {key!r}; {kind!r} knows '
+        f'{", ".join(name for name in known if name != "t")}.'
+      )
   plain = functools.partial(functions[kind], **options)
   if shift_from is None:
     return plain

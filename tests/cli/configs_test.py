@@ -222,6 +222,12 @@ def test_a_config_that_is_not_there_or_does_not_run(here, name, near):
     load_config(name)
 
 
+def test_an_unknown_name_lists_the_configs_and_not_what_they_share(here):
+  with pytest.raises(UsageError) as error:
+    load_config('nothing')
+  assert 'tiny' in str(error.value) and 'common' not in str(error.value)
+
+
 def test_a_key_that_a_file_leaves_out_has_its_default(here):
   config = load_config('tiny')
   assert (config.kind, config.train.batch_size) == ('stage', 64)

@@ -13,6 +13,7 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.cli.config_values import complete
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
+from imagen_jax.errors import UsageError
 from imagen_jax.training.workdir import FREE
 
 FOLDER = pathlib.Path(configs.__path__[0])
@@ -73,6 +74,15 @@ def test_a_stage_has_the_fields_that_the_defaults_describe():
   assert fields - built == config.keys() - built
   sampling = dataclasses.asdict(made.sampling)
   assert sampling == config['sampling']
+
+
+@pytest.mark.parametrize(
+  'key', ['stage.net.chanels', 'stage.schedule.logsnr_mni', 'stage.net.kind']
+)
+def test_a_key_of_an_open_section_is_checked_where_it_is_used(key):
+  config = load_config('shapes_base', [f'{key}=3']).stage.to_dict()
+  with pytest.raises(UsageError, match=key.rpartition('.')[2]):
+    stages.from_config(config, text_dim=8, text_len=4)
 
 
 def test_the_empty_config_is_the_papers_kind_of_stage():
