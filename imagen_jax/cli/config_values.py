@@ -41,12 +41,13 @@ def complete(
   changes = [_split(override) for override in overrides]
   last = dict(changes)
   kind = str(last.get('kind', given.get('kind', 'stage')))
-  source = (given.get('data') or {}).get('kind', '')
+  data = given.get('data')
+  source = data.get('kind', '') if _is_section(data) else ''
   config = common.template(kind)
   if ':' in kind and 'stage' in given:
     config.stage = common.stage()
   keys = _Keys(
-    tuple(_flat(config)),
+    _flat(config),
     own_kind=':' in kind,
     own_source=':' in str(last.get('data.kind', source)),
   )
@@ -62,12 +63,12 @@ class _Keys:
   """Which keys a config may have.
 
   Attributes:
-    known: those that `common` lists, such as 'train.num_steps'.
+    known: those that `common` lists, {'train.num_steps': 100_000, …}.
     own_kind: whether the user's own class is trained.
     own_source: whether the user's own class reads the data.
   """
 
-  known: Sequence[str]
+  known: Mapping[str, Any]
   own_kind: bool
   own_source: bool
 
@@ -129,12 +130,14 @@ def _override(config, key, text, keys):
   if last not in parent and not free:
     raise keys.unknown(where, key)
   old = parent.get(last)
-  if _is_section(old):
+  if _is_section(old) and text == 'None' and keys.known.get(key, 0) is None:
+    parent[last] = None
+  elif _is_section(old):
     raise UsageError(
       f'{where}{key} is a section; set one of its keys: '
       f'{", ".join(f"{key}.{k}" for k in old) or "it has none yet"}.'
     )
-  if free and key not in keys.known:
+  elif free and key not in keys.known:
     value = _literal(text)
     one = isinstance(old, tuple) and not isinstance(value, tuple)
     parent[last] = (value,) if one else value

@@ -265,6 +265,7 @@ def test_a_key_that_nobody_knows_is_named_with_the_nearest(given, key, near):
     ({'data': {'path': 3}}, 'data.path', 'string'),
     ({'stage': {'crop': '96'}}, 'stage.crop', 'whole number'),
     ({'train': 3}, 'train', 'section'),
+    ({'data': 3}, 'data', 'section'),
     ({'seed': {'a': 1}}, 'seed', 'whole number'),
   ],
 )
@@ -284,6 +285,12 @@ def test_values_of_a_file_are_kept_or_become_their_keys_type():
   assert (config.train.sample_every, config.train.keep_every) == (None, 10)
   assert config.stage.sampling.guidance_interval == (-3.0, 3.0)
   assert config.data.mixture.to_dict() == {'pair': 1.0}
+
+
+def test_none_clears_a_section_whose_default_is_none():
+  assert load_config('shapes_base', ['data.mixture=None']).data.mixture is None
+  with pytest.raises(UsageError):
+    load_config('shapes_base', ['train.optimizer=None'])
 
 
 def test_a_class_of_the_users_own_brings_keys_of_its_own(here):
