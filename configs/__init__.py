@@ -1,1 +1,1 @@
-"""One file per run, with its notes; `get_config()` returns a ConfigDict."""
+"""One file per run: `get_config()` returns what differs from `common`."""

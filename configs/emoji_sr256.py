@@ -1,10 +1,11 @@
-r"""Emoji scenes, 64→256: F.2 at a quarter of its width.
+r"""Super-resolution of the emoji scenes: 64→256 (F.2, a quarter as wide).
 
   python train.py --config emoji_sr256 --workdir runs/emoji/sr256
 
-Trained for 2,562 steps only: docs/emoji.md. Crops of 128 pixels, as the paper's
-last stage trains on crops; without self-attention it generates whole images all
-the same.
+Trained on crops of 128 pixels, as the paper's last stage is trained on crops.
+It has no self-attention and generates whole images.
+
+Result: trained for 2,562 steps only, see docs/emoji.md.
 """
 
 from imagen_jax.configs import emoji_base

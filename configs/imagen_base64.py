@@ -3,107 +3,64 @@ r"""The paper's 64×64 base model: 2.26 B parameters (Sections 2.5, 4.1, F.1).
   python train.py --config imagen_base64 --workdir runs/imagen/base64 \
       --config.data.path=DIR --config.text.path=T5-V1_1-XXL
 
-Cost in the paper: 2.5 M steps of 2,048 images on 256 TPU v4 chips; what it
-takes here is `python plan.py --config imagen_base64`, and docs/tpu.md.
+Cost in the paper: 2.5 M steps of 2,048 images on 256 TPU v4 chips. Cost here:
+`python plan.py --config imagen_base64`, and docs/tpu.md.
 
 Printed (F.1): embed_dim 512, channel_mult 1 2 3 4, 3 residual blocks, attention
 and text at 32, 16, 8 with heads of 64, BigGAN blocks, scale-shift norm,
 attention-pooled text, dropout 0; eps-prediction, cosine schedule; Adafactor
 with optax's defaults, rate 1e-4, 10,000 warm-up steps, cosine decay; text
 dropped for 10 % (4.1). The listing's `end_value=2500000` is the number of steps
-in the wrong place: as printed the rate would climb to 2.5 million, here it
+in the wrong place: as printed, the rate would rise to 2.5 million; here it
 falls to 0. `lrs` and `weight_decay` are no arguments of optax's.
 
-Chosen, for the paper is silent: one skip per residual block and a 4th block on
-the decoder (ADM, which F.1 adapts); a conditioning vector of 4 × 512; text
-projected to that width before it meets K, V and the pooler. Parameters are
-then 2,263,427,075 (raw 4,096-d text: 2.44 B; projected to 512: 2.14 B):
+Chosen, because the paper does not say: one skip per residual block and a 4th
+block in the decoder (ADM, which F.1 adapts); a conditioning vector of 4 × 512;
+text projected to that width before K, V and the pooler. This gives
+2,263,427,075 parameters (raw 4,096-d text: 2.44 B; projected to 512: 2.14 B):
 
-  encoder  698.4 M      decoder                    1,341.6 M
-  middle    193.0 M      time and pooled text         22.0 M
-                         text projection               8.4 M
+  encoder  698.4 M      decoder               1,341.6 M
+  middle   193.0 M      time and pooled text     22.0 M
+                        text projection           8.4 M
 
 Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16, ancestral sampling in
-256 steps with gamma 0.3. Guidance 1.35 is Table 1's (the best FID); the
-prettier images of Figure A.10 have 5.
+256 steps with gamma 0.3. Guidance 1.35 is Table 1's (the best FID); the images
+of Figure A.10 have 5.
 
-T5-XXL is read from your folder in Hugging Face layout (google/t5-v1_1-xxl:
+T5-XXL is read from a folder in Hugging Face layout (google/t5-v1_1-xxl:
 config.json, safetensors, spiece.model). Adafactor's rate is relative to a
-parameter's size, so zero-initialised layers take 10,000 steps to wake up; for a
-short run set `multiply_by_parameter_scale` to False in its options.
+parameter's size, so zero-initialised layers stay near zero for 10,000 steps;
+for a short run set `multiply_by_parameter_scale` to False in its options.
 """
 
-from ml_collections import ConfigDict
+from imagen_jax.configs import common
 
 
 def get_config():
   """The base stage, at the paper's size."""
-  return ConfigDict(
-    {
-      'kind': 'stage',
-      'seed': 0,
-      'dtype': 'bfloat16',
-      'stage': {
-        'name': 'base64',
-        'resolution': 64,
-        'low_resolution': None,
-        'net': {
-          'kind': 'unet',
-          'channels': 512,
-          'channel_mults': (1, 2, 3, 4),
-          'num_res_blocks': 3,
-          'attention_resolutions': (32, 16, 8),
-          'head_dim': 64,
-          'emb_channels': 2048,
-          'text_width': 2048,
-          'dropout': 0.0,
-          'norm_groups': 32,
-          'remat': 'nothing_saveable',
-        },
-        'schedule': {'kind': 'cosine'},
-        'prediction': 'eps',
-        'stratified': False,
-        'cond_drop': 0.1,
-        'sampling': {
-          'sampler': 'ddpm',
-          'gamma': 0.3,
-          'steps': 256,
-          'guidance': 1.35,
-          'threshold': 'dynamic',
-          'percentile': 99.5,
-        },
-      },
-      'text': {
-        'path': 't5-v1_1-xxl',
-        'max_len': 128,
-        'dtype': 'bfloat16',
-      },
-      'data': {'kind': 'folder', 'path': '', 'eval_path': None, 'seed': 0},
-      'train': {
-        'num_steps': 2_500_000,
-        'batch_size': 2048,
-        'accumulate': 1,
-        'log_every': 100,
-        'checkpoint_every': 5000,
-        'checkpoint_dir': None,
-        'sample_every': 10_000,
-        'keep_last': 2,
-        'keep_every': 100_000,
-        'eval_every': 5000,
-        'ema_decay': 0.9999,
-        'max_bad_steps': 20,
-        'hang_seconds': 3600.0,
-        'profile_at': None,
-        'log_to': '',
-        'optimizer': {
-          'kind': 'adafactor',
-          'learning_rate': 1e-4,
-          'warmup': 10_000,
-          'decay': True,
-          'clip': 1.0,
-          'options': {},
-        },
-      },
-      'mesh': {'data': -1, 'fsdp': 8},
-    }
-  )
+  config = common.stage_run()
+  config.dtype = 'bfloat16'
+  config.stage.name = 'base64'
+  config.stage.net = {
+    'kind': 'unet',
+    'channels': 512,
+    'channel_mults': (1, 2, 3, 4),
+    'num_res_blocks': 3,
+    'attention_resolutions': (32, 16, 8),
+    'head_dim': 64,
+    'emb_channels': 2048,
+    'text_width': 2048,
+    'dropout': 0.0,
+    'norm_groups': 32,
+    'remat': 'nothing_saveable',  # all is computed again: the least memory
+  }
+  config.stage.sampling.guidance = 1.35
+  config.text.update(path='t5-v1_1-xxl', dtype='bfloat16')
+  config.train.update(num_steps=2_500_000, batch_size=2048)
+  # A long run: rarer, and a checkpoint of every 100,000 steps for good.
+  config.train.update(log_every=100, checkpoint_every=5000, eval_every=5000)
+  config.train.update(sample_every=10_000, keep_every=100_000)
+  config.train.hang_seconds = 3600.0
+  config.train.optimizer.kind = 'adafactor'
+  config.mesh.fsdp = 8
+  return config

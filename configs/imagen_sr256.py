@@ -3,29 +3,29 @@ r"""The paper's 64→256 model: an Efficient U-Net of 592 M parameters (B.1, F.2
   python train.py --config imagen_sr256 --workdir runs/imagen/sr256 \
       --config.data.path=DIR --config.text.path=T5-V1_1-XXL
 
-Cost in the paper: 2.5 M steps of 2,048 images on 128 TPU v4 chips; what it
-takes here is `python plan.py --config imagen_sr256`, and docs/tpu.md.
+Cost in the paper: 2.5 M steps of 2,048 images on 128 TPU v4 chips. Cost here:
+`python plan.py --config imagen_sr256`, and docs/tpu.md.
 
 Printed (F.2): blocks of 128, 256, 512, 1024 channels with 2, 4, 8, 8 residual
 blocks, each halving the side; attention to pixels and text with 8 heads at the
 last; scale-shift norm, attention-pooled text, dropout 0; eps-prediction, cosine
-schedule; Adam (0.9, 0.999, 1e-8), rate 1e-4, 10,000 warm-up steps; text
-dropped for 10 % (4.1); low-resolution input noised at a uniform level (2.4). As
-in F.1 the listing's `end_value=2500000` must be 0.
+schedule; Adam (0.9, 0.999, 1e-8), rate 1e-4, 10,000 warm-up steps; text dropped
+for 10 % (4.1); low-resolution input with noise of a uniform level (2.4). As in
+F.1 the listing's `end_value=2500000` must be 0.
 
-"600 M" is one of several readings. Chosen: each residual block in the decoder
-is concatenated with one skip; a conditioning vector of 512; text projected to
-1,024 before it meets K, V and the pooler, whose heads are as wide; the 1×1
-shortcut of Figure A.27 on every block, also where the width stays. Parameters
-are then 591,952,771:
+The paper's "600 M" leaves details open. Chosen: each residual block of the
+decoder is concatenated with one skip; a conditioning vector of 512; text
+projected to 1,024 before K, V and the pooler, whose heads are as wide; the 1×1
+shortcut of Figure A.27 on every block, also where the width does not change.
+This gives 591,952,771 parameters:
 
   encoder 237.8 M  (1024-channel blocks 167.9 M, their attention 12.6 M)
-  decoder   345.6 M  (1024-channel blocks 251.8 M, their attention 12.6 M)
+  decoder 345.6 M  (1024-channel blocks 251.8 M, their attention 12.6 M)
   time, level, pooled text 4.3 M, text projection 4.2 M
 
 With raw 4,096-d text it would be 661.7 M, without the shortcuts 581.2 M.
 
-Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16; DDIM in 128 steps, the
+Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16; DDIM in 128 steps,
 noise level 0.1 when sampling (the paper: 0 is best for FID, 0.1 to 0.3 for the
 eye). Guidance 8 is Table 1's.
 """
@@ -52,14 +52,8 @@ def get_config():
     'norm_groups': 32,
     'remat': 'nothing_saveable',
   }
-  config.stage.sampling = {
-    'sampler': 'ddim',
-    'steps': 128,
-    'guidance': 8.0,
-    'threshold': 'dynamic',
-    'percentile': 99.5,
-    'aug_level': 0.1,
-  }
+  config.stage.sampling.update(sampler='ddim', steps=128, guidance=8.0)
+  config.stage.sampling.aug_level = 0.1
   # "Adafactor hurt model quality" in the super-resolution models (4.1).
   config.train.optimizer.kind = 'adam'
   config.train.optimizer.options = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8}

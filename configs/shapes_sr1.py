@@ -1,56 +1,58 @@
-r"""The demo's first super-resolution model: 16→64 pixels (F.2 shrunk).
+r"""The demo's first super-resolution model: 16→64 pixels (F.2, small).
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1
 
-The low-resolution image is the box mean of the large one, noised at a random
-level (2.4), up to 0.4 instead of 1: the base model's images are better than
-what the higher levels show, and a third of the loss comes from them.
-x-prediction: the Efficient U-Net as F.2 prints it keeps no features at the full
-resolution, so that a small one cannot give back the noise of single pixels,
-which eps and v ask for. With v-prediction the same network was still grainy
-after 1,500 steps, its loss at 0.16.
+Source: Appendix F.2, with these differences.
 
-Levels up to 0.4, and Muon, because a small network then learns more in the
-same time: `python benchmarks/first_steps.py --config shapes_sr1`. After 400
-steps the error of x at level 0.1 was, in thousandths, at t = 0.1 and 1:
+x-prediction: the Efficient U-Net of F.2 keeps no features at full resolution,
+so a small one cannot reproduce the noise of single pixels, which eps and v
+require. With v-prediction the same network was still grainy after 1,500 steps,
+with a loss of 0.16.
 
-  13.2 and 57.9  levels to 1, Adam at 1e-3
-   9.7 and 23.7  levels to 0.4, Adam at 1e-3 (8.7 and 23.1 at 2e-3)
-   6.4 and 19.0  levels to 0.4, Muon at 1e-3
-   4.7 and 15.7  levels to 0.4, Muon at 4e-3
+`max_level` 0.4 instead of 1 (2.4): the base model's samples are better than
+what higher levels show, and a third of the loss comes from those levels.
 
-Measured with an earlier network (see below) and an earlier form of that script,
-which read the scenes in order. A step with Muon takes 1.1 to 1.3 times as long.
-A widest block of 96 channels with two residual blocks learned no faster in 200
-steps and cost half as much again.
+Muon, and levels up to 0.4, because a small network then learns more in the same
+time: `python benchmarks/first_steps.py --config shapes_sr1`. After 400 steps
+the error of x at level 0.1, × 1,000, at t = 0.1 and t = 1:
 
-`--config shapes_sr1:unet` has the base model's network instead, of as many
-parameters, to compare with.
+  13.2  57.9  levels to 1, Adam at 1e-3
+   9.7  23.7  levels to 0.4, Adam at 1e-3 (8.7 and 23.1 at 2e-3)
+   6.4  19.0  levels to 0.4, Muon at 1e-3
+   4.7  15.7  levels to 0.4, Muon at 4e-3
 
-Text attention at 16×16 as well as at 8×8, and weight decay. With attention at
-8×8 alone, one block a level and no weight decay, 18,500 steps of a network of
-728,099 parameters ended with that level muted: it could be left out, and text
-arrived as the pooled vector alone, which cannot say which of two things is
-dotted. Fed with true 16-pixel images, that network and sr2 got 39 of the 48
-patterned scenes right that this one gets all, with the first command below.
+These were measured with an earlier network (below) and an earlier form of the
+script, which read the scenes in order. A step with Muon takes 1.1 to 1.3 times
+as long. A widest block of 96 channels with two residual blocks learned no
+faster in 200 steps and cost half as much again.
 
-`contrast_floor`: a blurred edge costs the square of its contrast, so that white
-and pink things on light backgrounds stayed clouds in either network. Fed with
-true images, it got 90 of 96 single things and 88 of 96 pairs right at 64
-pixels before, and 95 and 92 with the bundled weights: the second command.
+`--config shapes_sr1:unet` has the base model's architecture with as many
+parameters, for comparison.
+
+Text attention at 16×16 as well as at 8×8, and weight decay: an earlier network
+of 728,099 parameters had attention at 8×8 alone, one block a level and no
+weight decay. After 18,500 steps it ignored that level: removing it changed
+nothing, and text arrived as the pooled vector alone, which cannot say which of
+two objects is dotted. Given true 16-pixel images, it and sr2 got 39 of the 48
+patterned scenes right; this network gets all 48, with the first command below.
+
+`contrast_floor`: a blurred edge costs the square of its contrast, so white and
+pink objects on light backgrounds stayed blurred with either network. Given true
+images, 90 of 96 single objects and 88 of 96 pairs were right at 64 pixels
+before, and 95 and 92 with the bundled weights: the second command.
 
   python evaluate.py --suite shapes --from_truth --num 48 --categories fill
   python evaluate.py --suite shapes --stages sr1 --from_truth --num 96 \
       --categories single,pair --batch_size 16
 
-A third of the scenes that it trains on have patterned things, instead of an
-eighth: the pattern is what 16 pixels do not show.
+Mixture: a third of the scenes have patterned objects instead of an eighth,
+because 16 pixels do not show the pattern.
 
-The bundled weights: 5,609 steps, stopped there, of a cosine over 12,000, with
-more than half of the scenes patterned and no `contrast_floor`; then from the
-EMA 6,000 steps of this file with a cosine to 0. 185,744 images in 92 minutes
-on 2 cores. Held out, in this file's terms: 0.00051 after 500 steps of the
-second run, 0.00031 at its end.
+Cost of the bundled weights: 185,744 images in 92 minutes on 2 cores. First
+5,609 steps of a cosine over 12,000 (stopped there), with more than half of the
+scenes patterned and no `contrast_floor`; then from the EMA 6,000 steps of this
+file with a cosine to 0. Held-out loss, as this file computes it: 0.00051 after
+500 steps of the second run, 0.00031 at its end.
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1v2 \
       --config.data.seed=10 --config.train.num_steps=12000 \
@@ -101,11 +103,7 @@ def get_config(net='efficient_unet'):
   if net not in NETS:
     raise UsageError(f'shapes_sr1:{net}: it can be {" or ".join(NETS)}.')
   config = shapes_base.get_config()
-  config.stage.update(
-    name='sr1',
-    resolution=64,
-    low_resolution=16,
-  )
+  config.stage.update(name='sr1', resolution=64, low_resolution=16)
   config.stage.net = {'kind': net, **NETS[net]}
   config.data.mixture = {
     'single': 0.12,

@@ -18,65 +18,51 @@ Without the directional start of the distance bias (`pretrain.directions`) the
 same probe read places at 79 to 87 %, after 3,500 steps as after 1,600.
 """
 
+from imagen_jax.configs import common
 from ml_collections import ConfigDict
 
 
 def get_config():
   """The text encoder of the shapes cascade."""
-  return ConfigDict(
+  config = common.base()
+  config.kind = 'text'
+  del config.text
+  # 'shapes', 'emoji' or a World of your own, and how many scenes of each split.
+  config.data = ConfigDict(
     {
-      'kind': 'text',
+      'kind': 'shapes',
       'seed': 0,
-      'data': {
-        'kind': 'shapes',  # or 'emoji', or a World of your own
-        'seed': 0,
-        'num_scenes': 30_000,
-        'num_eval_scenes': 2_000,
-        'flip': False,
-        'eval_path': None,
-      },
-      'encoder': {
-        'width': 128,
-        'num_layers': 4,
-        'num_heads': 4,
-        'head_dim': 32,
-        'mlp_dim': 256,
-      },
-      'decoder': {'num_layers': 2, 'num_heads': 4},
-      'tasks': {
-        'max_len': 40,  # tokens of a caption
-        # A fraction of the examples is span corruption, the rest descriptions.
-        'span_fraction': 0.15,
-        'span_density': 0.3,  # fraction of the tokens that are left out
-        'mean_span': 2,  # tokens
-        # Of the descriptions, how many captions get out-of-vocabulary words.
-        'oov_fraction': 0.15,
-      },
-      'train': {
-        'num_steps': 2000,
-        'batch_size': 128,
-        'accumulate': 1,
-        'log_every': 50,
-        'checkpoint_every': 500,
-        'checkpoint_dir': None,
-        'sample_every': 500,
-        'keep_last': 2,
-        'keep_every': None,
-        'eval_every': 500,
-        'ema_decay': 0.99,
-        'max_bad_steps': 20,
-        'hang_seconds': 1800.0,
-        'profile_at': None,
-        'log_to': '',
-        'optimizer': {
-          'kind': 'adam',
-          'learning_rate': 2e-3,
-          'warmup': 200,
-          'decay': True,
-          'clip': 1.0,
-          'options': {},
-        },
-      },
-      'mesh': {'data': -1, 'fsdp': 1},
+      'num_scenes': 30_000,
+      'num_eval_scenes': 2_000,
     }
   )
+  # Of the T5 encoder.
+  config.encoder = ConfigDict(
+    {
+      'width': 128,
+      'num_layers': 4,
+      'num_heads': 4,
+      'head_dim': 32,
+      'mlp_dim': 256,
+    }
+  )
+  # Of the decoder, which is thrown away afterwards.
+  config.decoder = ConfigDict({'num_layers': 2, 'num_heads': 4})
+  config.tasks = ConfigDict(
+    {
+      # Tokens of a caption.
+      'max_len': 40,
+      # Fraction of the examples that is span corruption; the rest describes.
+      'span_fraction': 0.15,
+      # Fraction of the tokens that a span corruption leaves out.
+      'span_density': 0.3,
+      # Mean length of a span, in tokens.
+      'mean_span': 2,
+      # Fraction of the descriptions whose captions get out-of-vocabulary words.
+      'oov_fraction': 0.15,
+    }
+  )
+  config.train.update(num_steps=2000, batch_size=128, ema_decay=0.99)
+  config.train.update(sample_every=500, max_bad_steps=20)
+  config.train.optimizer.update(learning_rate=2e-3, warmup=200)
+  return config

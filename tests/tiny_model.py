@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from imagen_jax.configs import common
 
 from imagen_jax.cascade import stage
 from imagen_jax.io import model_folder
@@ -14,85 +14,42 @@ MAX_LEN = 12
 
 def config(name='base', **train):
   """The config of stage 'base' (8 pixels) or 'sr1' (8→16)."""
-  base = {
-    'name': 'base',
-    'resolution': 8,
-    'low_resolution': None,
-    'net': {
-      'kind': 'unet',
-      'channels': 8,
-      'channel_mults': (1, 2),
-      'num_res_blocks': 1,
-      'attention_resolutions': (4,),
-      'head_dim': 8,
-      'norm_groups': 4,
-    },
-    'schedule': {'kind': 'cosine'},
-    'prediction': 'v',
-    'cond_drop': 0.1,
-    'sampling': {'sampler': 'dpmpp', 'steps': 3, 'guidance': 2.0},
+  config = common.stage_run()
+  config.dtype = 'float32'
+  config.stage.update(name=name, resolution=8, prediction='v')
+  config.stage.net = {
+    'kind': 'unet',
+    'channels': 8,
+    'channel_mults': (1, 2),
+    'num_res_blocks': 1,
+    'attention_resolutions': (4,),
+    'head_dim': 8,
+    'norm_groups': 4,
   }
+  config.stage.sampling.update(sampler='dpmpp', steps=3, guidance=2.0)
   if name == 'sr1':
-    base |= {
-      'name': 'sr1',
-      'resolution': 16,
-      'low_resolution': 8,
-      'net': {
-        'kind': 'efficient_unet',
-        'channels': (8, 8),
-        'num_res_blocks': (1, 2),
-        'strides': (2, 2),
-        'self_attention': (False, False),
-        'text_attention': (False, True),
-        'num_heads': 2,
-        'emb_channels': 16,
-        'norm_groups': 4,
-      },
-      'sampling': {'sampler': 'ddim', 'steps': 2, 'aug_level': 0.1},
+    config.stage.update(resolution=16, low_resolution=8)
+    config.stage.net = {
+      'kind': 'efficient_unet',
+      'channels': (8, 8),
+      'num_res_blocks': (1, 2),
+      'strides': (2, 2),
+      'self_attention': (False, False),
+      'text_attention': (False, True),
+      'num_heads': 2,
+      'emb_channels': 16,
+      'norm_groups': 4,
     }
-  return ConfigDict(
-    {
-      'kind': 'stage',
-      'seed': 0,
-      'dtype': 'float32',
-      'stage': base,
-      'text': {'path': '', 'max_len': MAX_LEN, 'dtype': 'float32'},
-      'data': {
-        'kind': 'shapes',
-        'path': None,
-        'eval_path': None,
-        'seed': 0,
-        'flip': False,
-      },
-      'train': {
-        'num_steps': 6,
-        'batch_size': 8,
-        'accumulate': 1,
-        'checkpoint_dir': None,
-        'eval_every': None,
-        'hang_seconds': 1800.0,
-        'profile_at': None,
-        'log_to': '',
-        'log_every': 1,
-        'checkpoint_every': 3,
-        'sample_every': 100,
-        'keep_last': 2,
-        'keep_every': None,
-        'ema_decay': 0.99,
-        'max_bad_steps': 2,
-        'optimizer': {
-          'kind': 'adam',
-          'learning_rate': 1e-3,
-          'warmup': 2,
-          'decay': False,
-          'clip': 1.0,
-          'options': {},
-        },
-      }
-      | train,
-      'mesh': {'data': -1, 'fsdp': 1},
-    }
-  )
+    config.stage.sampling.update(sampler='ddim', steps=2, guidance=1.0)
+    config.stage.sampling.aug_level = 0.1
+  config.text.update(path='', max_len=MAX_LEN)
+  config.data.kind = 'shapes'
+  config.train.update(num_steps=6, batch_size=8, ema_decay=0.99)
+  config.train.update(log_every=1, checkpoint_every=3, sample_every=100)
+  config.train.update(eval_every=None, max_bad_steps=2)
+  config.train.optimizer.update(learning_rate=1e-3, warmup=2, decay=False)
+  config.train.update(train)
+  return config
 
 
 def random_params(made, seed=0):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ class Stage:
     prediction: 'eps' (the paper's), 'v' or 'x'.
     weighting: see `diffusion.loss.diffusion_loss`; None is the MSE of the
       prediction itself.
+    min_snr_gamma, sigmoid_bias: of the weightings 'min_snr' and 'sigmoid'.
     stratified: spread the training times evenly over the batch.
     cond_drop: fraction of captions dropped in training (0.1); 0 forbids
       guidance.
@@ -51,6 +53,8 @@ class Stage:
   text_len: int
   prediction: str = 'eps'
   weighting: str | None = None
+  min_snr_gamma: float = 5.0
+  sigmoid_bias: float = 0.0
   stratified: bool = False
   cond_drop: float = 0.1
   max_level: float = 1.0
@@ -75,6 +79,7 @@ class Sampling:
     eta: of DDIM, 0 is deterministic.
     strength: when starting from an image, how far back to noise, in (0, 1];
       the steps taken shrink with it.
+    grid: steps evenly spaced in 'time' or in 'logsnr'.
   """
 
   sampler: str = 'dpmpp'
@@ -87,6 +92,7 @@ class Sampling:
   gamma: float = 0.3
   eta: float = 0.0
   strength: float = 1.0
+  grid: str = 'time'
 
 
 NETS = {'unet': UNet, 'efficient_unet': EfficientUNet}
@@ -172,6 +178,13 @@ def make_schedule(kind, shift_from=None, resolution=None, **options):
     raise UsageError(
       f"stage.schedule.kind is {kind!r}; it can be 'cosine' or 'linear'."
     )
+  known = inspect.signature(functions[kind]).parameters
+  for key in options:
+    if key not in known:
+      raise UsageError(
+        f'stage.schedule has no key {key!r}; {kind!r} knows '
+        f'{", ".join(name for name in known if name != "t")}.'
+      )
   plain = functools.partial(functions[kind], **options)
   if shift_from is None:
     return plain

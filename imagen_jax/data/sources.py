@@ -80,8 +80,8 @@ def make_source(
     if name not in known and not takes_all:
       if value is not None and value not in IGNORABLE.get(name, ()):
         raise UsageError(
-          f'data.{name}={value!r} has no effect with data.kind={kind}; leave '
-          'it out.'
+          f'data.{name}={value!r} has no effect with data.kind={kind}; set '
+          'it to None.'
         )
   return cls(**{k: v for k, v in given.items() if takes_all or k in known})
 

@@ -88,7 +88,8 @@ def open_run(folder, identity):
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
     raise UsageError(f'{folder} cannot be a folder: {error}.') from error
-  model_folder.write_json(path, {'format_version': 1, 'identity': identity})
+  record = {'format_version': model_folder.FORMAT_VERSION, 'identity': identity}
+  model_folder.write_json(path, record)
 
 
 def _short(value):

@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from imagen_jax.errors import ModelError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 
@@ -58,7 +58,7 @@ class StageRecord:
 
   @property
   def low_resolution(self):
-    return self.config['stage'].get('low_resolution')
+    return self.config['stage']['low_resolution']
 
   @functools.cached_property
   def checkpoint(self):
@@ -105,7 +105,7 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
       'format_version': FORMAT_VERSION,
       'name': config['stage']['name'],
       'resolution': config['stage']['resolution'],
-      'low_resolution': config['stage'].get('low_resolution'),
+      'low_resolution': config['stage']['low_resolution'],
       'config': config,
       'text': text,
       'weights': {
@@ -154,8 +154,10 @@ def load_stage(path):
       weights=record['weights'] if exported else None,
       provenance=record['provenance'] if exported else {},
     )
-    _ = stage.name, stage.resolution, stage.text['dim'], stage.text['max_len']
-    _ = stage.text['digest'], exported and record['weights']['sha256']
+    _ = stage.name, stage.resolution, stage.low_resolution
+    _ = stage.config['text']['path'], stage.config['train']['checkpoint_dir']
+    _ = stage.text['dim'], stage.text['max_len'], stage.text['digest']
+    _ = exported and record['weights']['sha256']
   except (KeyError, TypeError, AttributeError) as error:
     raise ModelError(
       f'{file} lacks what imagen_jax writes there ({error}); copy it again '
@@ -314,9 +316,9 @@ def text_path(path, record):
   Raises:
     ModelError: it lies nowhere.
   """
-  configured = record.config.get('text', {}).get('path')
   candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
-  candidates += [text_folder(configured)] if configured else []
+  if configured := record.config['text']['path']:
+    candidates.append(text_folder(configured))
   for candidate in candidates:
     if candidate.is_dir():
       return text_folder(candidate)
@@ -369,7 +371,7 @@ def _checkpoints(record):
   # Orbax takes a third of a second to import, and finished models need none.
   from imagen_jax.io.checkpoint import Checkpoints
 
-  elsewhere = record.config.get('train', {}).get('checkpoint_dir')
+  elsewhere = record.config['train']['checkpoint_dir']
   return Checkpoints(elsewhere or record.path / 'checkpoints')
 
 

@@ -112,7 +112,7 @@ def make_job(
   Raises:
     UsageError: the config is of no stage, or names no encoder.
   """
-  if config.get('kind') != 'stage':
+  if config.kind != 'stage':
     raise UsageError('only the config of a stage can be planned.')
   cached = text == 'cached'
   module, name = _encoder(config, 'auto' if cached else text)

@@ -2,19 +2,24 @@
 
 import json
 import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from imagen_jax.errors import UsageError
 from imagen_jax.io.model_folder import FORMAT_VERSION, read_json, write_json
 
-# What may change between two starts of one run: it does not change the
-# numbers that the run computes.
+# Keys and sections that may change between two starts of one run: the numbers
+# that it computes do not depend on them.
 FREE = (
-  'mesh.',
+  'mesh',
   'text.path',
   'data.path',
   'data.max_bad',
   'data.eval_path',
-  'stage.sampling.',
+  'stage.sampling',
   'train.log_every',
   'train.checkpoint_every',
   'train.checkpoint_dir',
@@ -27,31 +32,23 @@ FREE = (
   'train.profile_at',
   'train.log_to',
 )
-# What a config that does not say it has always meant.
-DEFAULTS = {
-  'data.flip': False,
-  'data.resize': 'area',
-  'stage.max_level': 1.0,
-  'text.dtype': 'float32',
-  'train.accumulate': 1,
-}
 
 
 def claim(
-  workdir,
-  config,
-  text,
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  text: Mapping | None,
   *,
-  fingerprint=None,
-  init_from=None,
-  force=False,
-  write=True,
-):
+  fingerprint: str | None = None,
+  init_from: Mapping[str, str] | None = None,
+  force: bool = False,
+  write: bool = True,
+) -> None:
   """Writes the config into a new workdir, or checks it against an old one's.
 
   Args:
-    workdir: `pathlib.Path`.
-    config: the run's ConfigDict.
+    workdir: where; it need not exist.
+    config: the run's, complete.
     text: `dim`, `max_len` and `digest` of the text encoder, or None.
     fingerprint: of the data set; None where the config says it all.
     init_from: what the run starts from, a plain dict; kept with a new run.
@@ -72,7 +69,7 @@ def claim(
   path = workdir / 'config.json'
   if path.exists():
     old = read_json(path)
-    record['init_from'] = old.get('init_from')
+    record['init_from'] = old['init_from']
     changed = differences(old, record)
     if changed and not force:
       raise UsageError(
@@ -87,25 +84,27 @@ def claim(
     write_json(path, record)
 
 
-def differences(old, new):
-  """'key: old, now new' for every key that a resumed run may not change."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """'key was … and is now …' for each key that a resumed run may not change.
+
+  Args:
+    old: the workdir's config.json.
+    new: what would be written there.
+  """
   before, after = _flat(old), _flat(new)
-  if 'data.fingerprint' not in before:  # written before there was one
-    after.pop('data.fingerprint', None)
-  free = FREE
-  decays = after.get('config.train.optimizer.decay')
-  if not decays and decays == before.get('config.train.optimizer.decay'):
-    free = (*FREE, 'train.num_steps')
+  free = set(FREE)
+  decay = 'config.train.optimizer.decay'
+  if not before.get(decay) and not after.get(decay):
+    free.add('train.num_steps')  # a constant rate does not know the end
   changed = []
   for key in sorted(before.keys() | after.keys()):
     name = key.removeprefix('config.')
-    if any(name == f or (f.endswith('.') and name.startswith(f)) for f in free):
+    parts = name.split('.')
+    if any('.'.join(parts[:i]) in free for i in range(1, len(parts) + 1)):
       continue
-    default = DEFAULTS.get(name)
-    if before.get(key, default) != after.get(key, default):
-      changed.append(
-        f'{name} was {before.get(key)!r} and is now {after.get(key)!r}'
-      )
+    was, now = before.get(key), after.get(key)
+    if was != now:
+      changed.append(f'{name} was {was!r} and is now {now!r}')
   return changed
 
 

@@ -9,19 +9,22 @@ import pytest
 
 from imagen_jax import errors
 from imagen_jax.cli import configs
+from imagen_jax.cli.config_values import complete
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.cli.errors import Parser, run
 from imagen_jax.errors import UsageError
 
 CONFIG = """
-from ml_collections import ConfigDict
-
 def get_config(arg=''):
-  return ConfigDict(dict(
-    name=arg or 'plain', dtype='auto', seed=0, path=None,
-    net=dict(channels=(16, 32), dropout=0.1, wide=False, options=dict()),
-    train=dict(num_steps=100, clip=1.0),
-  ))
+  return dict(
+    dtype=arg or 'float32',
+    stage=dict(
+      name='tiny',
+      resolution=32,
+      net=dict(kind='unet', channel_mults=(1, 2), dropout=0.1),
+    ),
+    train=dict(num_steps=100),
+  )
 """
 
 
@@ -162,45 +165,143 @@ def test_overrides_are_taken_out_of_the_arguments_in_both_forms():
 
 
 def test_a_config_is_found_by_name_and_by_path_with_its_argument(here):
-  assert load_config('tiny').name == 'plain'
-  assert load_config('tiny:blue').name == 'blue'
-  assert load_config('configs/tiny.py').name == 'plain'
-  assert load_config(f'{here}/configs/tiny.py:a:b').name == 'a:b'
+  assert load_config('tiny').dtype == 'float32'
+  assert load_config('tiny:blue').dtype == 'blue'
+  assert load_config('configs/tiny.py').dtype == 'float32'
+  assert load_config(f'{here}/configs/tiny.py:a:b').dtype == 'a:b'
 
 
-def test_installed_configs_are_found_from_anywhere(here, monkeypatch):
-  elsewhere = here / 'installed'
-  (here / 'configs').rename(elsewhere)
-  monkeypatch.setattr(
-    configs, '_directories', lambda: [here / 'none', elsewhere]
-  )
-  assert load_config('tiny').name == 'plain'
-  (here / 'none').mkdir()
-  (here / 'none' / 'tiny.py').write_text(CONFIG.replace('plain', 'nearer'))
-  assert load_config('tiny').name == 'nearer'
+def test_the_current_directory_comes_before_the_installed_configs(here):
+  assert load_config('shapes_base').stage.resolution == 16
+  (here / 'configs' / 'shapes_base.py').write_text(CONFIG)
+  assert load_config('shapes_base').stage.resolution == 32
 
 
-def test_the_checkout_s_configs_are_among_those_searched():
+def test_configs_load_in_a_checkout_that_is_not_installed(tmp_path):
   root = configs.pathlib.Path(configs.__file__).parents[2]
-  assert root / 'configs' in configs._directories()
+  for name in ('configs', 'imagen_jax'):
+    (tmp_path / name).symlink_to(root / name)
+  code = (
+    'import sys\n'
+    'sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]\n'
+    'from imagen_jax.cli.configs import load_config\n'
+    'print(load_config("emoji_sr256").stage.low_resolution)'
+  )
+  command = [sys.executable, '-c', code]
+  out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+  assert out.stdout == '64\n', out.stderr
 
 
 @pytest.mark.parametrize(
-  ('name', 'words'),
+  ('name', 'near'),
   [
-    ('tniy', "no config named 'tniy'; .*did you mean tiny"),
-    ('configs/tnny.py', 'no config file configs/tnny.py.*did you mean tiny.py'),
-    ('configs/broken.py', 'broken.py does not run: NameError.*nowhere'),
-    ('configs/empty.py', 'empty.py is no config'),
-    ('__init__', 'no config named'),
+    ('tniy', 'tiny'),
+    ('configs/tnny.py', 'tiny.py'),
+    ('configs/broken.py', 'NameError'),
+    ('configs/empty.py', 'get_config'),
+    ('configs/number.py', '7'),
+    ('configs/ill_typed.py', 'num_steps'),
+    ('__init__', '__init__'),
+    ('common', 'common'),
   ],
 )
-def test_a_config_that_is_not_there_or_does_not_run(here, name, words):
-  (here / 'configs' / '__init__.py').write_text('')
-  (here / 'configs' / 'broken.py').write_text('nowhere')
-  (here / 'configs' / 'empty.py').write_text('')
-  with pytest.raises(UsageError, match=words):
+def test_a_config_that_is_not_there_or_does_not_run(here, name, near):
+  for stem, text in {
+    '__init__': '',
+    'broken': 'nowhere',
+    'empty': '',
+    'number': 'def get_config():\n  return 7\n',
+    'ill_typed': 'from imagen_jax.configs import common\n'
+    'def get_config():\n'
+    '  config = common.stage_run()\n'
+    '  config.train.num_steps = "many"\n'
+    '  return config\n',
+  }.items():
+    (here / 'configs' / f'{stem}.py').write_text(text)
+  with pytest.raises(UsageError, match=near):
     load_config(name)
+
+
+def test_an_unknown_name_lists_the_configs_and_not_what_they_share(here):
+  with pytest.raises(UsageError) as error:
+    load_config('nothing')
+  assert 'tiny' in str(error.value) and 'common' not in str(error.value)
+
+
+def test_a_key_that_a_file_leaves_out_has_its_default(here):
+  config = load_config('tiny')
+  assert (config.kind, config.train.batch_size) == ('stage', 64)
+  assert config.stage.net.to_dict() == {
+    'kind': 'unet',
+    'channel_mults': (1, 2),
+    'dropout': 0.1,
+  }
+
+
+@pytest.mark.parametrize(
+  ('given', 'key', 'near'),
+  [
+    ({'train': {'num_stpes': 3}}, 'train.num_stpes', 'train.num_steps'),
+    ({'stage': {'num_steps': 3}}, 'stage.num_steps', 'train.num_steps'),
+    ({'stage': {'sampling': {'step': 3}}}, 'stage.sampling.step', 'steps'),
+    ({'data': {'flips': True}}, 'data.flips', 'data.flip'),
+    ({'sead': 1}, 'sead', 'seed'),
+    ({'kind': 'if_finetune', 'rang': 1}, 'rang', 'rank'),
+    ({'kind': 'm:Mine', 'train': {'num_stpes': 3}}, 'num_stpes', 'num_steps'),
+  ],
+)
+def test_a_key_that_nobody_knows_is_named_with_the_nearest(given, key, near):
+  with pytest.raises(UsageError, match=f'mine.py: .*{key}.*{near}'):
+    complete(given, file='mine.py')
+
+
+@pytest.mark.parametrize(
+  ('given', 'key', 'expected'),
+  [
+    ({'train': {'num_steps': 1.5}}, 'train.num_steps', 'whole number'),
+    ({'train': {'num_steps': True}}, 'train.num_steps', 'whole number'),
+    ({'train': {'ema_decay': 'no'}}, 'train.ema_decay', 'number'),
+    ({'data': {'flip': 1}}, 'data.flip', 'true or false'),
+    ({'data': {'path': 3}}, 'data.path', 'string'),
+    ({'stage': {'crop': '96'}}, 'stage.crop', 'whole number'),
+    ({'train': 3}, 'train', 'section'),
+    ({'data': 3}, 'data', 'section'),
+    ({'seed': {'a': 1}}, 'seed', 'whole number'),
+  ],
+)
+def test_a_value_of_another_type_names_the_expected_one(given, key, expected):
+  with pytest.raises(UsageError, match=f'mine.py: {key} .*{expected}'):
+    complete(given, file='mine.py')
+
+
+def test_values_of_a_file_are_kept_or_become_their_keys_type():
+  given = {
+    'train': {'ema_decay': 1, 'sample_every': None, 'keep_every': 10},
+    'stage': {'sampling': {'guidance_interval': [-3.0, 3.0]}},
+    'data': {'mixture': {'pair': 1.0}},
+  }
+  config = complete(given, file='mine.py')
+  assert type(config.train.ema_decay) is float
+  assert (config.train.sample_every, config.train.keep_every) == (None, 10)
+  assert config.stage.sampling.guidance_interval == (-3.0, 3.0)
+  assert config.data.mixture.to_dict() == {'pair': 1.0}
+
+
+def test_none_clears_a_section_whose_default_is_none():
+  assert load_config('shapes_base', ['data.mixture=None']).data.mixture is None
+  with pytest.raises(UsageError):
+    load_config('shapes_base', ['train.optimizer=None'])
+
+
+def test_a_class_of_the_users_own_brings_keys_of_its_own(here):
+  with pytest.raises(UsageError):
+    load_config('tiny', ['data.colour=red'])
+  changes = ['data.colour=red', 'data.kind=mine:Source']
+  assert load_config('tiny', changes).data.colour == 'red'
+  config = load_config('tiny', ['kind=mine:Experiment', 'depth=3'])
+  assert config.depth == 3 and config.stage.prediction == 'eps'
+  config = complete({'kind': 'mine:Experiment', 'depth': 3}, file='mine.py')
+  assert 'stage' not in config and config.train.batch_size == 64
 
 
 @pytest.mark.parametrize(
@@ -209,55 +310,68 @@ def test_a_config_that_is_not_there_or_does_not_run(here, name, words):
     ('seed=7', 'seed', 7),
     ('train.num_steps=2_000', 'train.num_steps', 2000),
     ('train.num_steps=2e3', 'train.num_steps', 2000),
-    ('train.clip=2', 'train.clip', 2.0),
-    ('train.clip=None', 'train.clip', None),
-    ('net.wide=true', 'net.wide', True),
-    ('net.wide=0', 'net.wide', False),
+    ('train.optimizer.clip=2', 'train.optimizer.clip', 2.0),
+    ('train.optimizer.clip=None', 'train.optimizer.clip', None),
+    ('data.flip=true', 'data.flip', True),
+    ('data.flip=0', 'data.flip', False),
     ('dtype=bfloat16', 'dtype', 'bfloat16'),
-    ('name=7', 'name', '7'),
-    ('net.channels=(8,16,32)', 'net.channels', (8, 16, 32)),
-    ('net.channels=8,16', 'net.channels', (8, 16)),
-    ('net.channels=8', 'net.channels', (8,)),
-    ('path=/data/a=b', 'path', '/data/a=b'),
-    ('path=3', 'path', 3),
-    ('net.options.b2=0.99', 'net.options.b2', 0.99),
-    ('net.options.fused=true', 'net.options.fused', True),
-    ('net.options.fused=False', 'net.options.fused', False),
+    ('stage.name=7', 'stage.name', '7'),
+    ('stage.crop=16', 'stage.crop', 16),
+    ('stage.contrast_floor=1', 'stage.contrast_floor', 1.0),
+    ('data.path=/data/a=b', 'data.path', '/data/a=b'),
+    ('data.path=3', 'data.path', '3'),
+    ('stage.net.channel_mults=(1,2,3)', 'stage.net.channel_mults', (1, 2, 3)),
+    ('stage.net.channel_mults=1,2', 'stage.net.channel_mults', (1, 2)),
+    ('stage.net.channel_mults=1', 'stage.net.channel_mults', (1,)),
+    ('stage.net.remat=None', 'stage.net.remat', None),
+    ('stage.net.kind=mine:Net', 'stage.net.kind', 'mine:Net'),
+    ('train.optimizer.options.b2=0.9', 'train.optimizer.options.b2', 0.9),
+    ('train.optimizer.options.b=true', 'train.optimizer.options.b', True),
   ],
 )
-def test_a_value_is_read_as_the_type_it_replaces(here, override, key, value):
+def test_an_override_is_read_as_the_type_of_its_key(here, override, key, value):
   config = load_config('tiny', [override])
   for part in key.split('.'):
     config = config[part]
   assert config == value and type(config) is type(value)
 
 
+def test_an_interval_is_a_tuple_on_the_command_line(here):
+  key = 'stage.sampling.guidance_interval'
+  config = load_config('tiny', [f'{key}=(-3,3)'])
+  assert config.stage.sampling.guidance_interval == (-3, 3)
+  with pytest.raises(UsageError, match=f'--config.{key}.*tuple'):
+    load_config('tiny', [f'{key}=3'])
+
+
 @pytest.mark.parametrize(
-  ('override', 'words'),
+  ('override', 'near'),
   [
-    ('train.num_stpes=3', "'train.num_stpes'; did you mean train.num_steps"),
-    ('num_steps=3', 'did you mean train.num_steps'),
-    ('clip=3', 'did you mean train.clip'),
-    ('trian.num_steps=3', 'did you mean train.num_steps'),
-    ('seed.x=3', "no key 'seed.x'"),
-    ('train=3', 'is a section; set one of its keys: train.clip, tr'),
-    ('train.num_steps=many', "cannot be 'many': it is a whole number.*100"),
-    ('train.num_steps=1.5', 'a whole number'),
-    ('train.num_steps=inf', 'a whole number'),
-    ('train.clip=x', 'it is a number'),
-    ('net.wide=maybe', 'true or false'),
-    ('net.channels=a,b', 'whole number'),
-    ('seed', 'write key=value'),
+    ('train.num_stpes=3', 'train.num_stpes .*train.num_steps'),
+    ('num_steps=3', 'train.num_steps'),
+    ('clip=3', 'train.optimizer.clip'),
+    ('trian.num_steps=3', 'train.num_steps'),
+    ('seed.x=3', 'seed'),
+    ('train=3', 'train.num_steps'),
+    ('train.num_steps=many', 'whole number'),
+    ('train.num_steps=1.5', 'whole number'),
+    ('train.num_steps=inf', 'whole number'),
+    ('train.optimizer.clip=x', 'number'),
+    ('data.flip=maybe', 'true or false'),
+    ('seed', 'seed'),
   ],
 )
-def test_a_change_that_cannot_be_made_says_why(here, override, words):
-  with pytest.raises(UsageError, match=words):
+def test_a_change_that_cannot_be_made_names_the_key_or_type(
+  here, override, near
+):
+  with pytest.raises(UsageError, match=near):
     load_config('tiny', [override])
 
 
 def test_a_loaded_config_is_locked(here):
-  config = load_config('tiny', ['net.options.a=1', 'net.options.b=2'])
-  assert config.net.options.to_dict() == {'a': 1, 'b': 2}
+  options = 'train.optimizer.options'
+  config = load_config('tiny', [f'{options}.a=1', f'{options}.b=2'])
+  assert config.train.optimizer.options.to_dict() == {'a': 1, 'b': 2}
   with pytest.raises((KeyError, AttributeError)):
     config.train.num_stpes = 3
 

@@ -18,7 +18,6 @@ from imagen_jax.training import loop, program
 from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import init_state, optimizer
 from imagen_jax.training.step import make_train_step
-from imagen_jax.training.workdir import differences
 from tests import tiny_model
 
 
@@ -166,12 +165,3 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
     np.testing.assert_allclose(mine, theirs, atol=1e-6)
   assert given['training'][0].shape == (2, 16, 16, 3)
   assert float(jnp.abs(given['training'][0]).max()) > 0.5
-
-
-def test_configs_from_before_the_new_keys_still_resume():
-  old = {'config': {'data': {'kind': 'folder'}}}
-  new = {'kind': 'folder', 'flip': False, 'resize': 'area', 'max_bad': 0.01}
-  assert differences(old, {'config': {'data': new}}) == []
-  assert differences({'config': {'data': new}}, old) == []
-  new['flip'] = True
-  assert len(differences(old, {'config': {'data': new}})) == 1

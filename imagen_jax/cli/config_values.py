@@ -1,0 +1,212 @@
+"""A config with every key: defaults, a file, then the command line."""
+
+import ast
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imagen_jax.cli.errors import did_you_mean
+from imagen_jax.configs import common
+from imagen_jax.errors import UsageError
+
+_BOOLS = {'true': True, 'false': False, '1': True, '0': False}
+_TYPES = {
+  bool: 'true or false',
+  int: 'a whole number',
+  float: 'a number',
+  str: 'a string',
+  tuple: 'a tuple',
+}
+
+
+def complete(
+  given: Mapping[str, Any], overrides: Sequence[str] = (), *, file: str
+) -> ConfigDict:
+  """The defaults, changed by a config file, then by the command line.
+
+  Args:
+    given: what the file's `get_config` returned; it may lack keys.
+    overrides: strings such as 'train.num_steps=2000'.
+    file: its name, for messages.
+
+  Returns:
+    a locked ConfigDict with every key of `configs/common.py`.
+
+  Raises:
+    UsageError: a key that nobody knows, naming the nearest; a value of another
+      type, naming the expected one.
+  """
+  changes = [_split(override) for override in overrides]
+  last = dict(changes)
+  kind = str(last.get('kind', given.get('kind', 'stage')))
+  data = given.get('data')
+  source = data.get('kind', '') if _is_section(data) else ''
+  config = common.template(kind)
+  if ':' in kind and 'stage' in given:
+    config.stage = common.stage()
+  keys = _Keys(
+    _flat(config),
+    own_kind=':' in kind,
+    own_source=':' in str(last.get('data.kind', source)),
+  )
+  with config.unlocked(), config.ignore_type():
+    _merge(config, given, '', keys, f'{file}: ')
+    for key, text in changes:
+      _override(config, key, text, keys)
+  return config.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+  """Which keys a config may have.
+
+  Attributes:
+    known: those that `common` lists, {'train.num_steps': 100_000, …}.
+    own_kind: whether the user's own class is trained.
+    own_source: whether the user's own class reads the data.
+  """
+
+  known: Mapping[str, Any]
+  own_kind: bool
+  own_source: bool
+
+  def is_open(self, section):
+    """Whether a section takes keys that are not listed."""
+    top = section.partition('.')[0]
+    return (
+      any(f'{section}.'.startswith(f'{name}.') for name in common.OPEN)
+      or (self.own_source and top == 'data')
+      or (self.own_kind and top not in ('train', 'mesh'))
+    )
+
+  def unknown(self, where, key):
+    """The error for a key that is not listed."""
+    # A right name without its section is nearer than any spelling.
+    last = key.split('.')[-1]
+    ends = [k for k in self.known if k.split('.')[-1] == last]
+    near = (
+      f'; did you mean {ends[0]}?' if ends else did_you_mean(key, self.known)
+    )
+    return UsageError(f'{where}{key} is no key of a config{near}')
+
+
+def _split(override):
+  key, equals, text = override.partition('=')
+  if not equals:
+    raise UsageError(f'{override!r} changes nothing: write key=value.')
+  return key, text
+
+
+def _merge(config, given, section, keys, where):
+  """Puts a file's values into one section of the config, in place."""
+  for key, value in given.items():
+    name = f'{section}.{key}' if section else key
+    if key not in config:
+      if not keys.is_open(section):
+        raise keys.unknown(where, name)
+      config[key] = value
+    elif _is_section(config[key]) and _is_section(value):
+      _merge(config[key], value, name, keys, where)
+    elif _is_section(value) and keys.is_open(name):
+      config[key] = value
+    elif _is_section(config[key]):
+      raise UsageError(f'{where}{name} is a section, not {value!r}.')
+    else:
+      config[key] = _checked(where + name, value, config.get_type(key))
+
+
+def _override(config, key, text, keys):
+  """Puts one value of the command line into the config, in place."""
+  where = '--config.'
+  section, _, last = key.rpartition('.')
+  parent = config
+  for part in section.split('.') if section else ():
+    if part not in parent or not _is_section(parent[part]):
+      raise keys.unknown(where, key)
+    parent = parent[part]
+  free = keys.is_open(section)
+  if last not in parent and not free:
+    raise keys.unknown(where, key)
+  old = parent.get(last)
+  if _is_section(old) and text == 'None' and keys.known.get(key, 0) is None:
+    parent[last] = None
+  elif _is_section(old):
+    raise UsageError(
+      f'{where}{key} is a section; set one of its keys: '
+      f'{", ".join(f"{key}.{k}" for k in old) or "it has none yet"}.'
+    )
+  elif free and key not in keys.known:
+    value = _literal(text)
+    one = isinstance(old, tuple) and not isinstance(value, tuple)
+    parent[last] = (value,) if one else value
+  else:
+    parent[last] = _parse(where + key, text, parent.get_type(last))
+
+
+def _checked(key, value, kind):
+  """A value as `kind`; a whole number is a number too, and a list a tuple."""
+  if kind is float and type(value) is int:
+    return float(value)
+  if kind is tuple and isinstance(value, list):
+    return tuple(value)
+  if value is None or type(value) is kind:
+    return value
+  raise UsageError(
+    f'{key} is {value!r}; it has to be {_TYPES.get(kind, "None")}.'
+  )
+
+
+def _parse(key, text, kind):
+  """A word of the command line as `kind`."""
+  try:
+    if text in ('None', 'none'):
+      return None
+    if kind is bool:
+      return _BOOLS[text.lower()]
+    if kind is int:
+      return _integer(text)
+    if kind in (float, str):
+      return kind(text)
+  except (KeyError, ValueError, OverflowError) as error:
+    raise UsageError(
+      f'{key} is {text!r}; it has to be {_TYPES[kind]}.'
+    ) from error
+  return _checked(key, _literal(text), kind)
+
+
+def _integer(text):
+  """2000, 2_000 or 2e3."""
+  try:
+    return int(text)
+  except ValueError:
+    value = float(text)
+    if not value.is_integer():
+      raise
+    return int(value)
+
+
+def _literal(text):
+  """A value whose type nothing prescribes: a Python literal, else a string."""
+  if text.lower() in ('true', 'false', 'none'):
+    return _BOOLS.get(text.lower())
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _is_section(value):
+  return hasattr(value, 'items')
+
+
+def _flat(config, prefix=''):
+  """{'train.num_steps': 2000, …}; an empty section is a leaf."""
+  flat = {}
+  for key, value in config.items():
+    if _is_section(value) and len(value):
+      flat.update(_flat(value, f'{prefix}{key}.'))
+    else:
+      flat[prefix + key] = value
+  return flat
