@@ -13,9 +13,18 @@ class ImagenError(Exception):
 
 
 class UsageError(ImagenError):
-  """A flag, config key or argument is wrong (exit code 2)."""
+  """A flag, config key or argument is wrong (exit code 2).
+
+  Attributes:
+    key: the argument's name, with which the message begins; None where there
+      is none. The command line says its flag instead.
+  """
 
   exit_code = 2
+
+  def __init__(self, message: str, *, key: str | None = None):
+    super().__init__(message)
+    self.key = key
 
 
 class DataError(ImagenError):

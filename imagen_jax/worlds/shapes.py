@@ -356,3 +356,9 @@ class ShapesSource(Source):
 
   def name(self, i):
     return f'scene {i}'
+
+  @classmethod
+  def suite(cls, config):
+    from imagen_jax.worlds.suite import ShapesSuite
+
+    return ShapesSuite.from_config(config)
