@@ -26,7 +26,7 @@ BELOW = {
     'errors', 'cascade', 'data', 'deepfloyd', 'dtypes', 'io', 'sharding',
     'text',
   },
-  'evaluation': {'errors', 'data', 'io', 'text', 'worlds'},
+  'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'text'},
   'worlds': {'data', 'errors', 'evaluation', 'nets', 'text'},
   'deepfloyd': {
     'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets',
@@ -41,7 +41,7 @@ DOORS = {
   'safetensors': {
     'io/model_folder.py',
     'text/',
-    'evaluation/extractors.py',
+    'evaluation/weights.py',
   },
   'transformers': {'text/'},
   'sentencepiece': {'text/', 'worlds/pretraining.py'},

@@ -100,11 +100,12 @@ def _axes(lines: Sequence[Line], percent: bool) -> _Axes:
   names = list(dict.fromkeys(x for _, line in lines for x, *_ in line))
   values = [y for _, line in lines for _, y, _ in line]
   if any(isinstance(x, str) for x in names):
-    place = {x: i for i, x in enumerate(names)}
-    xs = {i: str(x) for i, x in enumerate(names)}
+    place = {x: float(i) for i, x in enumerate(names)}
+    xs = {float(i): str(x) for i, x in enumerate(names)}
   else:
-    place = {x: x for x in names}
-    xs = {x: f'{x:g}' for x in _ticks(min(names), max(names))}
+    place = {x: float(x) for x in names}
+    ends = min(place.values()), max(place.values())
+    xs = {x: f'{x:g}' for x in _ticks(*ends)}
   if percent:
     ys = {y: f'{100 * y:.0f} %' for y in (0, 0.25, 0.5, 0.75, 1)}
   else:

@@ -8,7 +8,7 @@ import typing
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation import scores
 from imagen_jax.evaluation.config import EvalConfig
-from imagen_jax.evaluation.extractors import Extractor, load_clip
+from imagen_jax.evaluation.extractors import TextExtractor, load_clip
 from imagen_jax.evaluation.features import cosine_scores, generated_features
 from imagen_jax.evaluation.prompts_suite import Prompts
 from imagen_jax.evaluation.scores import Categories
@@ -23,7 +23,7 @@ class ClipScore(Prompts):
     extractor: CLIP.
   """
 
-  extractor: Extractor
+  extractor: TextExtractor
   label = 'clip'
   uses = (*Prompts.uses, 'clip')
 

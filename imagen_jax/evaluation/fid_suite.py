@@ -17,6 +17,7 @@ from imagen_jax.evaluation import distances
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.extractors import (
   Extractor,
+  TextExtractor,
   load_clip,
   load_inception,
 )
@@ -44,14 +45,14 @@ class Fid(Suite):
     num: captions.
     seed: of their choice.
     inception: `Extractor` for the Fréchet distance, KID, precision, recall.
-    clip: `Extractor` for CMMD and the CLIP score.
+    clip: `TextExtractor` for CMMD and the CLIP score.
   """
 
   source: Source
   num: int
   seed: int
   inception: Extractor | None = None
-  clip: Extractor | None = None
+  clip: TextExtractor | None = None
   label = 'fid'
   uses = ('num', 'data', 'source', 'inception', 'clip')
 

@@ -31,7 +31,12 @@ class Prompts(Suite):
   listed: tuple[tuple[str, str], ...]
   num_images: int
   label = 'prompts'
-  uses = ('num', 'categories', 'prompts', 'num_images')
+  uses: typing.ClassVar[tuple[str, ...]] = (
+    'num',
+    'categories',
+    'prompts',
+    'num_images',
+  )
 
   @classmethod
   def from_config(cls, config: EvalConfig, resolution: int) -> typing.Self:

@@ -111,7 +111,7 @@ def _section(
   categories = found[label]
   yield page.heading(section.title, section.description)
   if all('accuracy' in score for score in categories.values()):
-    reference = found.get(section.reference, {})
+    reference = found.get(section.reference or '', {})
     rows = [
       charts.Bar(
         name=name,

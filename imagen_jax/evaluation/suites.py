@@ -1,10 +1,10 @@
 """From a config to its suite."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from imagen_jax import kinds
 from imagen_jax.data.source import Source
-from imagen_jax.data.sources import KINDS, find_source
+from imagen_jax.data.sources import KINDS
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.clip_suite import ClipScore
 from imagen_jax.evaluation.config import EvalConfig
@@ -14,7 +14,11 @@ from imagen_jax.evaluation.suite import Suite, check_uses
 from imagen_jax.io.model_folder import StageRecord
 
 # The suites of no particular data. Any other is a data source's own.
-BUILT_IN = {'prompts': Prompts, 'clip': ClipScore, 'fid': Fid}
+BUILT_IN: dict[str, Callable[[EvalConfig, int], Suite]] = {
+  'prompts': Prompts.from_config,
+  'clip': ClipScore.from_config,
+  'fid': Fid.from_config,
+}
 
 
 def make_suite(config: EvalConfig, records: Sequence[StageRecord]) -> Suite:
@@ -30,24 +34,24 @@ def make_suite(config: EvalConfig, records: Sequence[StageRecord]) -> Suite:
   """
   name = config.suite or _own(records)
   if name in BUILT_IN:
-    suite = BUILT_IN[name].from_config(config, records[-1].resolution)
+    suite = BUILT_IN[name](config, records[-1].resolution)
   else:
     # Never found under a built-in name; the message lists all of them.
     table = dict.fromkeys(BUILT_IN, '') | KINDS
-    suite = kinds.find(name, table, key='suite', base=Source).suite(config)
+    source: type[Source] = kinds.find(name, table, key='suite', base=Source)
+    suite = source.suite(config)
   check_uses(suite, config)
   return suite
 
 
 def _own(records: Sequence[StageRecord]) -> str:
-  """The data kind that a model was trained on, if its source has a suite."""
+  """The data kind that a model was trained on."""
   names = {record.config['data']['kind'] for record in records}
-  if len(names) == 1:
-    (name,) = names
-    if find_source(name).suite.__func__ is not Source.suite.__func__:
-      return name
-  raise UsageError(
-    f'suite is not set, and the data of this model ({", ".join(sorted(names))})'
-    f' has none of its own; choose one of {", ".join(BUILT_IN)}.',
-    key='suite',
-  )
+  if len(names) > 1:
+    raise UsageError(
+      f'suite is not set, and the stages were trained on different data '
+      f'({", ".join(sorted(names))}); choose one of these or of '
+      f'{", ".join(BUILT_IN)}.',
+      key='suite',
+    )
+  return names.pop()

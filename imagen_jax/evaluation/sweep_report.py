@@ -3,7 +3,7 @@
 import html
 import pathlib
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from imagen_jax.evaluation import charts, page
 from imagen_jax.evaluation.charts import Line
@@ -67,32 +67,38 @@ def _charts(
   distance against the CLIP score.
   """
 
-  def lines(pick: Callable[[float | str, Score], charts.Point]) -> list[Line]:
+  def lines(x_key: str | None, y_key: str) -> list[Line]:
+    """Of the swept values, or of another number, on the x axis."""
     return [
-      (name, [pick(x, s[category]) for x, s in curve if category in s])
+      (
+        name,
+        [
+          (s[x_key] if x_key else x, s[y_key], _ends(s, y_key))
+          for x, categories in curve
+          if (s := categories.get(category))
+        ],
+      )
       for name, curve in curves.items()
     ]
 
   if {'frechet', 'clip_score'} <= first.keys():
-    yield charts.curves(
-      lines(lambda _, score: (score['clip_score'], score['frechet'], None)),
-      'Fréchet distance against CLIP score',
-      ('CLIP score', 'Fréchet distance'),
-    )
+    title = 'Fréchet distance against CLIP score'
+    names = ('CLIP score', 'Fréchet distance')
+    yield charts.curves(lines('clip_score', 'frechet'), title, names)
   for key in (k for k in first if k not in NO_CURVE):
-    # Of a mean the axis encloses the points only.
     yield charts.curves(
-      lines(
-        lambda x, score, key=key: (
-          x,
-          score[key],
-          tuple(score['ci95']) if key == 'accuracy' else None,
-        )
-      ),
+      lines(None, key),
       category if key in ('accuracy', 'mean') else key,
       (axis, key),
       percent=key in FRACTIONS,
     )
+
+
+def _ends(score: Score, key: str) -> tuple[float, float] | None:
+  if key != 'accuracy':  # of a mean the axis encloses the points only
+    return None
+  low, high = score['ci95']
+  return low, high
 
 
 def _value(text: str) -> float | str:

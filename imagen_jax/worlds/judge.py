@@ -97,13 +97,15 @@ def compare(reading, meaning: Meaning) -> Verdict:
     raise ValueError(f'{len(slots)} things are too many to judge, 6 at most')
   first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
   things = reading.things
-  aspects = {'count': len(things) == len(slots)}
+  aspects: dict[str, bool | None] = {'count': len(things) == len(slots)}
   if aspects['count']:
     ways = (
       _aspects(meaning, slots, way, first)
       for way in itertools.permutations(things)
     )
-    aspects |= max(ways, key=lambda w: -sum(v is False for v in w.values()))
+    aspects.update(
+      max(ways, key=lambda w: -sum(v is False for v in w.values()))
+    )
   else:
     for field in ('shape', 'colour'):
       said = collections.Counter(getattr(s, field) for s in slots)
