@@ -222,7 +222,7 @@ def matrix(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
 def _ticks(low: float, high: float) -> tuple[float, ...]:
   """About four round numbers that enclose [low, high]."""
   span = (high - low) or abs(high) or 1
-  step = 10 ** math.floor(math.log10(span / 3))
+  step = 10.0 ** math.floor(math.log10(span / 3))
   step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= 4)
   first, last = math.floor(low / step), math.ceil(high / step)
   if first == last:

@@ -28,7 +28,7 @@ class ClipScore(Prompts):
   uses = (*Prompts.uses, 'clip')
 
   @classmethod
-  def from_config(cls, config: EvalConfig, resolution: int) -> typing.Self:
+  def from_config(cls, config: EvalConfig, resolution: int) -> 'ClipScore':
     prompts = Prompts.from_config(config, resolution)
     if not config.clip:
       raise UsageError(

@@ -31,7 +31,7 @@ def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
 
 
 def _roots(values):
-  """Square roots of eigenvalues; those that are rounding alone count as 0.
+  """Square roots of eigenvalues; those that are rounding errors count as 0.
 
   An eigenvalue of 0 comes out as about ±1e-16 of the largest, whose root would
   be 1e-8 of it and always positive: a bias, where there are many.

@@ -57,7 +57,7 @@ class Fid(Suite):
   uses = ('num', 'data', 'source', 'inception', 'clip')
 
   @classmethod
-  def from_config(cls, config: EvalConfig, resolution: int) -> typing.Self:
+  def from_config(cls, config: EvalConfig, resolution: int) -> 'Fid':
     if not config.data:
       raise UsageError(
         'data is not set; suite fid needs a folder of real images with '

@@ -39,7 +39,7 @@ class Prompts(Suite):
   )
 
   @classmethod
-  def from_config(cls, config: EvalConfig, resolution: int) -> typing.Self:
+  def from_config(cls, config: EvalConfig, resolution: int) -> 'Prompts':
     return cls(_listed(config), config.num_images)
 
   def heading(self) -> tuple[str, str]:

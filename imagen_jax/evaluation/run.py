@@ -48,7 +48,7 @@ def evaluate(
 
   Args:
     config: what to evaluate and how.
-    listener: is told of notes and progress.
+    listener: receives notes and progress.
 
   Raises:
     UsageError, DataError, ModelError: the config contradicts itself or the

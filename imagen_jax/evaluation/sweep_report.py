@@ -41,7 +41,7 @@ def sweep_section(
   for label in labels:
     *others, (_, x) = parts(label)
     name = ', '.join(f'{k} {v}' for k, v in others) or label.partition('@')[0]
-    curves.setdefault(name, []).append((_value(x), found[label]))
+    curves.setdefault(name, []).append((value(x), found[label]))
   yield f'<h2>{html.escape(f"{title} By {axis}")}</h2>'
   if len(curves) > 1:
     yield f'<p>{charts.legend(curves)}</p>'
@@ -101,7 +101,8 @@ def _ends(score: Score, key: str) -> tuple[float, float] | None:
   return low, high
 
 
-def _value(text: str) -> float | str:
+def value(text: str) -> float | str:
+  """A swept value as a number, where it is one."""
   try:
     return float(text)
   except ValueError:

@@ -56,7 +56,7 @@ class ShapesSuite(Suite):
   controls = (CONTROL, 'judge')
 
   @classmethod
-  def from_config(cls, config: EvalConfig) -> typing.Self:
+  def from_config(cls, config: EvalConfig) -> 'ShapesSuite':
     categories = choose(config.categories, shapes.CATEGORIES)
     return cls(categories, config.num or 300, config.from_truth)
 

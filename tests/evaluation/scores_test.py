@@ -27,9 +27,9 @@ def test_an_accuracy_as_text():
 
 def test_the_mean_has_a_normal_interval():
   # The standard deviation of 0 and 2 is √2, of their mean 1.
-  assert scores.mean([0, 2]) == {
+  assert scores.mean([0.0, 2.0]) == {
     'mean': 1,
     'n': 2,
     'ci95': pytest.approx([1 - scores.Z95, 1 + scores.Z95]),
   }
-  assert scores.mean([3])['ci95'] == [3, 3]
+  assert scores.mean([3.0])['ci95'] == [3, 3]
