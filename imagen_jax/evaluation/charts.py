@@ -107,7 +107,7 @@ def _axes(lines: Sequence[Line], percent: bool) -> _Axes:
     ends = min(place.values()), max(place.values())
     xs = {x: f'{x:g}' for x in _ticks(*ends)}
   if percent:
-    ys = {y: f'{100 * y:.0f} %' for y in (0, 0.25, 0.5, 0.75, 1)}
+    ys = {y: f'{100 * y:.0f} %' for y in (0.0, 0.25, 0.5, 0.75, 1.0)}
   else:
     ys = {y: f'{y:g}' for y in _ticks(min(values), max(values))}
   return _Axes(place, xs, ys)
@@ -139,14 +139,14 @@ def curves(
 
 def _grid(axes: _Axes, name: str) -> Iterable[str]:
   for y, label in axes.ys.items():
-    _, v = axes.at(0, y)
+    _, v = axes.at(0.0, y)
     yield (
       f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v:.1f}" '
       f'y2="{v:.1f}"/><text class="tick" x="{LEFT - 6}" y="{v + 4:.1f}" '
       f'text-anchor="end">{label}</text>'
     )
   for x, label in axes.xs.items():
-    u, _ = axes.at(x, 0)
+    u, _ = axes.at(x, 0.0)
     yield (
       f'<text class="tick" x="{u:.1f}" y="{HEIGHT - BOTTOM + 16}" '
       f'text-anchor="middle">{html.escape(label)}</text>'
@@ -168,7 +168,7 @@ def _curve(
   )
   for (u, v), (x, y, ends) in zip(points, line):
     if ends:
-      a, b = (axes.at(0, end)[1] for end in ends)
+      a, b = (axes.at(0.0, end)[1] for end in ends)
       yield (
         f'<line x1="{u:.1f}" x2="{u:.1f}" y1="{a:.1f}" y2="{b:.1f}" '
         f'stroke="{colour}" opacity=".45"/>'

@@ -25,14 +25,15 @@ SMALL = 0.36  # things below this fraction of the image's side are small
 class Found:
   """A thing found; places and extents are fractions of the image.
 
-  `shape` and `colour` are caption words, or 'unknown'; `fill` is None where
-  the image is too small to tell; `match` is the overlap with the silhouette.
+  `shape` and `colour` are caption words, or 'unknown'; None is what was not
+  read, such as the `fill` in too small an image; `match` is the overlap with
+  the silhouette.
   """
 
   shape: str
-  colour: str
+  colour: str | None
   fill: str | None
-  size: str
+  size: str | None
   x: float
   y: float
   width: float

@@ -113,8 +113,8 @@ def test_a_lost_image_is_a_data_error(tmp_path):
 
 
 def test_ticks_enclose_and_are_round():
-  assert charts._ticks(1, 8) == (0, 2, 4, 6, 8)
-  for low, high in ((0.131, 0.1329), (-3, 250), (7.0, 7.0), (0.0, 0.0)):
+  assert charts._ticks(1.0, 8.0) == (0, 2, 4, 6, 8)
+  for low, high in ((0.131, 0.1329), (-3.0, 250.0), (7.0, 7.0), (0.0, 0.0)):
     ticks = charts._ticks(low, high)
     assert ticks[0] <= low and high <= ticks[-1] and len(ticks) <= 6
 
