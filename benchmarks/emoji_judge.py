@@ -1,4 +1,4 @@
-r"""What an emoji cascade renders, read back: is all there, and nothing else?
+r"""What an emoji cascade generates, read back: all of it, and nothing else?
 
   python benchmarks/emoji_judge.py --write prompts.txt
   python sample.py --model runs/emoji --prompts prompts.txt --out images
@@ -9,8 +9,8 @@ The first command writes captions of the eval split, `--num` of each category;
 A thing is a region apart from the background, named after the glyph that is
 nearest to it, 32 pixels wide; what was said of number, names, places and
 background must hold. Beside every fraction, with Wilson's 95 % interval, stand
-those of the true images of the same captions, and of the rendered images
-judged by the next caption, which shows what chance is worth.
+those of the true images of the same captions, and of the generated images
+judged by the next caption, which is the level of chance.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def category(meaning):
   return 'relation' if meaning.relations else 'pair'
 
 
-def chosen(num, names):
+def choose(num, names):
   """{category: [(i, scene)]} of these things, `num` each, no caption twice."""
   found, seen = {name: [] for name in CATEGORIES}, set()
   for i in itertools.count():
@@ -127,7 +127,7 @@ class Reader:
       )
     return Reading(background, tuple(things))
 
-  def right(self, image, meaning):
+  def correct(self, image, meaning):
     """Whether an image shows a meaning."""
     reading = self.read(image)
     return len(reading.things) <= 6 and compare(reading, meaning).correct
@@ -143,30 +143,32 @@ def main():
   if not (args.write or args.images):
     parser.error('give a folder of images, or --write a file of prompts.')
   source = emoji.EmojiSource(args.font, 256, seed=SEED, split='eval')
-  found = chosen(args.num, source.names)
+  found = choose(args.num, source.names)
   if args.write:
     lines = [scene.caption for some in found.values() for _, scene in some]
     args.write.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return
   reader = Reader(source.glyphs)
-  rendered = {}
+  generated = {}
   for file in sorted(args.images.glob('[0-9]*.png')):
-    rendered[read_metadata(file)['prompt']] = np.asarray(
+    generated[read_metadata(file)['prompt']] = np.asarray(
       Image.open(file).convert('RGB')
     )
-  print('| category | rendered right | true images | another caption | n |')
+  print('| category | generated images | true images | another caption | n |')
   print('|---|---|---|---|---|')
   for name, some in found.items():
-    some = [(i, s) for i, s in some if s.caption in rendered]
+    some = [(i, s) for i, s in some if s.caption in generated]
     if not some:
       continue
-    images = [rendered[s.caption] for _, s in some]
+    images = [generated[s.caption] for _, s in some]
     meanings = [s.meaning for _, s in some]
     others = meanings[1:] + meanings[:1]
     cells = (
-      scores.cell(map(reader.right, images, meanings)),
-      scores.cell(reader.right(source[i]['image'], s.meaning) for i, s in some),
-      scores.cell(map(reader.right, images, others)),
+      scores.cell(map(reader.correct, images, meanings)),
+      scores.cell(
+        reader.correct(source[i]['image'], s.meaning) for i, s in some
+      ),
+      scores.cell(map(reader.correct, images, others)),
     )
     print(f'| {name} |', ' | '.join(cells), f'| {len(some)} |')
 

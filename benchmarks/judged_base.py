@@ -5,11 +5,11 @@ r"""What base models with different text encoders generate, judged at 64 pixels.
 Every workdir's base model generates the prompts of the shapes suite with its
 own text encoder; the demo's first super-resolution stage, with the demo's
 encoder, then upsamples the images, so that the bases alone differ. Prints the
-fraction that the judge finds right, with Wilson's 95 % interval, and each
-workdir's last held-out loss; then, over all categories, of the images whose
-sentence says something of an aspect, the fraction in which it is right. With a
-wrong number of things their places count as wrong, and forms and colours nearly
-always.
+fraction that the judge finds correct, with Wilson's 95 % interval, and each
+workdir's last held-out loss; then, over all categories, for each aspect the
+fraction in which it is correct, of the images whose prompt states it. Where the
+number of things is wrong, their places count as wrong, and shapes and colours
+nearly always.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import pathlib
 import imagen_jax
 from imagen_jax import sharding
 from imagen_jax.evaluation import scores
-from imagen_jax.worlds import suite as shapes_suite
 from imagen_jax.worlds.judge import judge
+from imagen_jax.worlds.suite import ShapesSuite, scene
 
 CATEGORIES = ('single', 'pair', 'relation', 'count')
 ASPECTS = ('count', 'shape', 'colour', 'relation', 'background')
@@ -37,15 +37,15 @@ def heldout_loss(workdir):
   return f'{found[-1]:.4f}' if found else '–'
 
 
-def verdicts(base, upsample, items):
+def verdicts(base, upsampler, items):
   """The judge's verdict on each item's image."""
   for start in range(0, len(items), BATCH):
     part = items[start : start + BATCH]
     prompts = [item.prompt for item in part]
     small = base.sample(prompts, batch_size=BATCH)['base']
-    large = upsample.sample(prompts, low_res=small, batch_size=BATCH)['sr1']
+    large = upsampler.sample(prompts, low_res=small, batch_size=BATCH)['sr1']
     for item, image in zip(part, large):
-      meaning = shapes_suite.scene(item.category, item.number).meaning
+      meaning = scene(item.category, item.number).meaning
       yield judge(image, meaning)
 
 
@@ -55,7 +55,7 @@ def main():
   parser.add_argument('--num', type=int, default=32)
   args = parser.parse_args()
   sharding.set_cpu_devices()
-  upsample = imagen_jax.load(stages=['sr1'])
+  upsampler = imagen_jax.load(stages=['sr1'])
   print('| base | held-out loss |', ' | '.join(CATEGORIES), '|')
   print('|---|---|' + '---|' * len(CATEGORIES))
   aspects = {}
@@ -63,8 +63,8 @@ def main():
     base = imagen_jax.load(workdir, stages=['base'])
     cells, found = [], collections.defaultdict(list)
     for category in CATEGORIES:
-      items = shapes_suite.items([category], args.num)
-      seen = list(verdicts(base, upsample, items))
+      items = ShapesSuite((category,), args.num).items()
+      seen = list(verdicts(base, upsampler, items))
       cells.append(scores.cell(verdict.correct for verdict in seen))
       for verdict in seen:
         for aspect, holds in verdict.aspects.items():

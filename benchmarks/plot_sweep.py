@@ -4,9 +4,9 @@ r"""A sweep of evaluate.py as a Markdown table and a stand-alone SVG.
       --sweep base.sampler=ddpm,ddim,dpmpp --sweep base.steps=4,8,16,32,64
   python benchmarks/plot_sweep.py runs/s --out docs/results/steps.svg
 
-Categories are pooled: the fraction of all prompts that were generated right,
-with its Wilson 95 % interval. The last sweep is the horizontal axis, the others
-are the lines.
+Categories are pooled: the fraction of all images that are correct, with its
+Wilson 95 % interval. The last sweep is the horizontal axis, the others are the
+lines.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import html
 import pathlib
 
 from imagen_jax.evaluation import charts, scores
+from imagen_jax.evaluation.sweep_report import value
 
 SUITES = ('shapes', 'shapes_from_truth')
 CONTROLS = ('shuffled', 'judge')
@@ -24,7 +25,7 @@ STYLE = (
 
 
 def read(folder, categories):
-  """({line: {x: (right, n)}}, name of the axis), in the order of the runs."""
+  """({line: {x: (correct, n)}}, name of the axis), in the order of the runs."""
   found, axis = {}, None
   for suite, score in scores.read_scores(folder).items():
     name, _, sweep = suite.partition('@')
@@ -36,15 +37,15 @@ def read(folder, categories):
       for category, s in score.items()
       if (category in categories if categories else category not in CONTROLS)
     ]
-    right = sum(round(s['accuracy'] * s['n']) for s in kept)
+    correct = sum(round(s['accuracy'] * s['n']) for s in kept)
     line = ', '.join(value for _, value in others)
-    found.setdefault(line, {})[x] = right, sum(s['n'] for s in kept)
+    found.setdefault(line, {})[x] = correct, sum(s['n'] for s in kept)
   return found, axis
 
 
 def table(found, axis):
   """Markdown: a row for each value of the axis, a column for each line."""
-  yield f'| {axis} | ' + ' | '.join(line or 'right' for line in found) + ' |'
+  yield f'| {axis} | ' + ' | '.join(line or 'accuracy' for line in found) + ' |'
   yield '|---' * (1 + len(found)) + '|'
   for x in dict.fromkeys(x for line in found.values() for x in line):
     counts = [line.get(x, (0, 0)) for line in found.values()]
@@ -52,16 +53,14 @@ def table(found, axis):
     yield f'| {x} | ' + ' | '.join(cells) + ' |'
 
 
-def image(found, axis, title):
-  """The SVG, with a legend under the chart."""
+def chart(found, axis, title):
+  """The SVG, with a legend below the curves."""
   lines = [
-    (name, [(_number(x), r / n, scores.wilson(r, n)) for x, (r, n) in line])
-    for name, line in ((k, v.items()) for k, v in found.items())
+    (name, [(value(x), r / n, scores.wilson(r, n)) for x, (r, n) in points])
+    for name, points in ((k, v.items()) for k, v in found.items())
   ]
-  chart = charts.curves(
-    lines, title=title, across=axis, up='right', percent=True
-  )
-  inside = chart[chart.index('>') + 1 : chart.rindex('<')]
+  svg = charts.curves(lines, title, (axis, 'accuracy'), percent=True)
+  inside = svg[svg.index('>') + 1 : svg.rindex('<')]
   keys = ''.join(
     f'<circle cx="{54 + 82 * i}" cy="218" r="4" fill="{charts.COLOURS[i]}"/>'
     f'<text x="{62 + 82 * i}" y="222">{html.escape(name)}</text>'
@@ -75,18 +74,11 @@ def image(found, axis, title):
   )
 
 
-def _number(text):
-  try:
-    return float(text)
-  except ValueError:
-    return text
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('report', help='folder with scores.json')
-  parser.add_argument('--categories', help='of these alone, such as pair,fill')
-  parser.add_argument('--title', default='generated right')
+  parser.add_argument('--categories', help='of these only, such as pair,fill')
+  parser.add_argument('--title', default='accuracy')
   parser.add_argument('--out', help='the SVG')
   args = parser.parse_args()
   found, axis = read(
@@ -98,7 +90,7 @@ def main():
   if args.out:
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(image(found, axis, args.title), encoding='utf-8')
+    out.write_text(chart(found, axis, args.title), encoding='utf-8')
 
 
 if __name__ == '__main__':

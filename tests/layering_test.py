@@ -25,7 +25,7 @@ BELOW = {
   'training': {
     'errors', 'cascade', 'data', 'dtypes', 'io', 'kinds', 'sharding', 'text',
   },
-  'evaluation': {'errors', 'data', 'io', 'text', 'worlds'},
+  'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'text'},
   'worlds': {
     'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training',
   },
@@ -42,7 +42,7 @@ DOORS = {
   'safetensors': {
     'io/model_folder.py',
     'text/',
-    'evaluation/extractors.py',
+    'evaluation/weights.py',
   },
   'transformers': {'text/'},
   'sentencepiece': {'text/', 'worlds/vocabulary.py', 'worlds/pretraining.py'},

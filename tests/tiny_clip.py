@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from imagen_jax.evaluation import clip, extractors
+from imagen_jax.evaluation import clip
 
 VISION = {
   'hidden_size': 16,
@@ -54,11 +54,11 @@ def write(folder, act='quick_gelu', **changes):
     'vision_config': VISION | {'hidden_act': act},
   }
   (folder / 'config.json').write_text(json.dumps(config))
-  (see, read), _ = extractors._clip_sizes(folder / 'config.json')
+  vision, text = clip.read_config(folder / 'config.json')
   rng, tensors = np.random.default_rng(0), {}
   for module, example in (
-    (clip.ClipImage(see, PROJECTION), jnp.zeros((1, 16, 16, 3))),
-    (clip.ClipText(read, PROJECTION), jnp.zeros((1, LENGTH), jnp.int32)),
+    (vision, jnp.zeros((1, 16, 16, 3))),
+    (text, jnp.zeros((1, LENGTH), jnp.int32)),
   ):
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)['params']
     for name, shape in shapes.items():

@@ -68,7 +68,13 @@ def _unraisable(problem):
 def _sentence(error):
   """What to tell the user, or None for a bug."""
   if isinstance(error, ImagenError):
-    return str(error)
+    sentence, key = str(error), getattr(error, 'key', None)
+    if key is None:
+      return sentence
+    # The library says 'num is 0; …', the user wrote --num.
+    return (
+      f'--{sentence}' if sentence.startswith(key) else (f'--{key}: {sentence}')
+    )
   if isinstance(error, OSError) and error.errno in _STORAGE:
     return _STORAGE[error.errno].format(error.filename or 'an unnamed file')
   # jax's error is known by name: importing jax here would slow --help.

@@ -1,20 +1,16 @@
 """imagen-evaluate: how well a model does, in numbers and a report."""
 
+import dataclasses
 import pathlib
 import signal
 import sys
 import time
 
-import imagen_jax
 from imagen_jax.cli import errors, runtime
-from imagen_jax.cli.sample import PER_STAGE as SAMPLING
 from imagen_jax.cli.sample import per_stage
 from imagen_jax.errors import UsageError
-
-# Nothing here starts from an image, which `strength` is about.
-PER_STAGE = tuple(key for key in SAMPLING if key != 'strength')
-
-SUITES = ('shapes', 'prompts', 'clip', 'fid')
+from imagen_jax.evaluation.config import SAMPLING, EvalConfig
+from imagen_jax.evaluation.listener import Listener
 
 
 def main(argv=None):
@@ -25,27 +21,33 @@ def main(argv=None):
 def _parser():
   parser = errors.Parser(
     prog='evaluate.py',
-    description='Score a model. A run that was interrupted continues when the '
-    'same command is given again.',
+    description='Score a model. An interrupted run resumes when the same '
+    'command is given again.',
     argument_default=None,
   )
   add = parser.add_argument
-  add('--suite', default='shapes', choices=SUITES, help='what to measure')
+  add(
+    '--suite',
+    help='what to measure: prompts, clip, fid, or a data kind that has a suite '
+    'of its own, such as shapes; the kind that the model was trained on',
+  )
   add('--model', help='model folder; the demo that comes with the package')
-  add('--out', default='report', help='folder of scores.json and index.html')
+  add(
+    '--out', default=EvalConfig.out, help='folder of scores.json and index.html'
+  )
   add(
     '--num',
     type=int,
     help='prompts: 300 of each category in shapes, all of '
     'each category of a file, 30000 captions in fid',
   )
-  add('--categories', help='of these alone, such as pair,count')
-  add('--seed', type=int, default=0, help='of the images')
+  add('--categories', help='of these only, such as pair,count')
+  add('--seed', type=int, default=EvalConfig.seed, help='of the images')
   add('--stages', help='names of stages, such as base,sr1; all of them')
   add(
     '--from_truth',
     action='store_true',
-    help='shapes: give the super-resolution stages true small images',
+    help='give the super-resolution stages true low-resolution images',
   )
   add(
     '--sweep',
@@ -56,9 +58,18 @@ def _parser():
     'several sweeps make all combinations',
   )
   add('--prompts', help='prompts, clip: .csv, .tsv, .jsonl or .txt file')
-  add('--num_images', type=int, default=1, help='prompts, clip: per prompt')
+  add(
+    '--num_images',
+    type=int,
+    default=EvalConfig.num_images,
+    help='prompts, clip: per prompt',
+  )
   add('--data', help='fid: a folder of real images with captions')
-  add('--source', default='folder', help='fid: what --data is, as in prepare')
+  add(
+    '--source',
+    default=EvalConfig.source,
+    help='fid: what --data is, as in prepare',
+  )
   add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
   add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
   add('--sampler', help='ddpm, ddim or dpmpp')
@@ -66,7 +77,7 @@ def _parser():
   add('--guidance', help='w in w·cond + (1−w)·uncond; 1 is none')
   add('--aug_level', help='noise on the low-resolution input, 0 to 1')
   add('--threshold', help='dynamic, static or none')
-  add('--dtype', default='auto', help='auto, float32 or bfloat16')
+  add('--dtype', default=EvalConfig.dtype, help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; 4, or 32 on a GPU')
   add(
     '--shard',
@@ -78,237 +89,78 @@ def _parser():
 
 def _main(argv):
   args = _parser().parse_args(argv)
-  _check(args)
+  config = _config(args)
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
-    return _evaluate(args)
+    runtime.start(processes=args)
+    from imagen_jax.evaluation import run
+
+    result = run.evaluate(config, _Console())
+  except (KeyboardInterrupt, SystemExit):
+    if pathlib.Path(config.out).exists():
+      print(
+        f'{config.out} is kept: give the same command again to resume.',
+        file=sys.stderr,
+      )
+    raise
   finally:
     signal.signal(signal.SIGTERM, before)
-
-
-def _evaluate(args):
-  runtime.start(processes=args)
-  import jax
-
-  cascade = imagen_jax.load(
-    args.model,
-    dtype=args.dtype,
-    stages=_stages(args),
-    devices=jax.local_devices(),  # every process has images of its own
-  )
-  fraction, batch = _fraction(args.shard), args.batch_size or _default_batch()
-  runs = _runs(cascade, args)
-  from imagen_jax.evaluation import suites
-
-  suite = suites.make(args, cascade.stages[-1].resolution)
-  items = suite.items()
-  out, finished = pathlib.Path(args.out), True
-  for name, choices in runs:
-    folder = out / suite.label / (name or 'run')
-    finished &= _run(
-      cascade, suite, items, folder, name, choices, args, fraction, batch
-    )
-  if not finished:
-    return 0
-  from imagen_jax.evaluation import report
-
-  print(report.write(out))
+  if result.report:
+    print(result.report)
   return 0
 
 
-def _check(args):
-  if args.num is not None and args.num < 1:
-    raise UsageError(f'--num is {args.num}; score at least 1 prompt.')
-  if args.batch_size is not None and args.batch_size < 1:
-    raise UsageError(f'--batch_size is {args.batch_size}; it is at least 1.')
-  if args.num_images < 1:
-    raise UsageError(f'--num_images is {args.num_images}; generate at least 1.')
-  if args.from_truth and args.suite != 'shapes':
-    raise UsageError(
-      f'--from_truth needs --suite shapes: suite {args.suite} has no true '
-      'images.'
-    )
+def _config(args):
+  """The `EvalConfig` that the flags ask for."""
+  given = vars(args) | {
+    'categories': args.categories and tuple(args.categories.split(',')),
+    'stages': args.stages and tuple(args.stages.split(',')),
+    'sweep': _sweep(args.sweep),
+    'shard': args.shard and _shard(args.shard),
+    'sampling': {
+      key: per_stage(key, getattr(args, key))
+      for key in SAMPLING
+      if getattr(args, key) is not None
+    },
+  }
+  fields = dataclasses.fields(EvalConfig)
+  return EvalConfig(**{field.name: given[field.name] for field in fields})
 
 
-def _stages(args):
-  """Names of the stages to load; with --from_truth those above the base."""
-  if args.stages:
-    return args.stages.split(',')
-  if not args.from_truth:
-    return None
-  from imagen_jax.io import model_folder
-
-  path = args.model or model_folder.demo_path()
-  records = model_folder.find_stages(path)
-  names = [r.name for r in records if r.low_resolution is not None]
-  if not names:
-    raise UsageError(
-      f'--from_truth needs a super-resolution stage, and {path} has none.'
-    )
-  return names
+def _sweep(texts):
+  """['sr1.steps=4,8'] as {'sr1.steps': (4, 8)}."""
+  sweep = {}
+  for text in texts:
+    target, _, values = text.partition('=')
+    if not values or target in sweep:
+      raise UsageError(
+        f'--sweep {text} is not understood, or given twice; give KEY=A,B with '
+        f'KEY one of {", ".join(SAMPLING)}, or STAGE.KEY.'
+      )
+    key = target.rpartition('.')[2]
+    sweep[target] = tuple(per_stage(key, value) for value in values.split(','))
+  return sweep
 
 
-def _fraction(text):
-  """'1/4' as (1, 4); by default jax's process number and count."""
-  if text is None:
-    import jax
-
-    return jax.process_index(), jax.process_count()
+def _shard(text):
+  """'1/4' as (1, 4)."""
   try:
     i, n = map(int, text.split('/'))
-    if not 0 <= i < n:
-      raise ValueError
   except ValueError:
     raise UsageError(
-      f'--shard {text} is not understood; give i/n with 0 ≤ i < n, such as 0/4.'
+      f'--shard {text} is not understood; give i/n, such as 0/4.'
     ) from None
   return i, n
 
 
-def _default_batch():
-  import jax
+class _Console(Listener):
+  """Shows progress on stderr and scores on stdout."""
 
-  return 4 if jax.default_backend() == 'cpu' else 32
-
-
-def _runs(cascade, args):
-  """[(name, choices)]: one run, or one for each combination of the sweeps."""
-  choices = {k: per_stage(k, getattr(args, k)) for k in PER_STAGE}
-  settings = cascade.settings(**choices)  # refuse bad ones before any work
-  full = {
-    key: [
-      'none' if getattr(s, key) is None else getattr(s, key) for s in settings
-    ]
-    for key in PER_STAGE
-  }
-  runs = [('', full)]
-  for sweep in args.sweep:
-    target, _, text = sweep.partition('=')
-    stage, _, key = target.rpartition('.')
-    names = [s.name for s in cascade.stages]
-    if key not in PER_STAGE or not text:
-      raise UsageError(
-        f'--sweep {sweep} is not understood; give KEY=A,B with KEY one of '
-        f'{", ".join(PER_STAGE)}, or STAGE.KEY.'
-      )
-    if stage and stage not in names:
-      raise UsageError(
-        f'--sweep {sweep}: there is no stage {stage!r}; the stages are '
-        f'{", ".join(names)}.'
-      )
-    runs = [
-      (
-        f'{before}{"," if before else ""}{target}={part}',
-        chosen
-        | {
-          key: [
-            per_stage(key, part) if stage in ('', name) else old
-            for name, old in zip(names, chosen[key])
-          ]
-        },
-      )
-      for before, chosen in runs
-      for part in text.split(',')
-    ]
-  for _, chosen in runs:
-    cascade.settings(**chosen)
-  return runs
-
-
-def _run(cascade, suite, items, folder, name, choices, args, fraction, batch):
-  """One run: generates, scores, and says whether all fractions are finished."""
-  from imagen_jax.evaluation import generation, scores
-
-  resolution = cascade.stages[-1].resolution
-  stages = {
-    stage.name: {key: values[i] for key, values in choices.items()}
-    for i, stage in enumerate(cascade.stages)
-  }
-  generation.open_run(
-    folder,
-    {
-      'suite': suite.label,
-      'model_digest': cascade.digest,
-      'stages': stages,
-      'seed': args.seed,
-      'dtype': cascade.dtype.name,
-      'prompts': suite.digest(),
-    },
-  )
-  low_res = None
-  if args.from_truth:
-    small = cascade.stages[0].low_resolution
-    if small is None:
-      raise UsageError(
-        f'--from_truth: stage {cascade.stages[0].name} generates from '
-        'text alone; leave it out of --stages.'
-      )
-    low_res = lambda item: suite.true_image(item, small)
-  for note in suite.notes(resolution):
-    print(f'note: {note}', file=sys.stderr)
-  label = f'{suite.label}@{name}' if name else suite.label
-  try:
-    generation.generate(
-      cascade,
-      folder,
-      items,
-      seed=args.seed,
-      batch_size=batch,
-      fraction=fraction,
-      low_res=low_res,
-      judge=suite.judge,
-      progress=_progress(label),
-      **choices,
-    )
-  except (KeyboardInterrupt, SystemExit):
-    print(
-      f'{folder} is kept: give the same command again to continue.',
-      file=sys.stderr,
-    )
-    raise
-  records = generation.read_records(folder)
-  left = sum((x.category, x.number) not in records for x in items)
-  if left:
-    print(
-      f'{label}: {left} images are left for other processes; the last to '
-      'finish writes the scores.'
-    )
-    return False
-  extra = suite.score(folder, records)
-  provenance = {
-    'run': str(folder.relative_to(args.out)),
-    'model': str(args.model) if args.model else 'demo',
-    'model_digest': cascade.digest,
-    'resolution': resolution,
-    'stages': stages,
-    'seed': args.seed,
-    'num': suite.num,
-    'batch_size': batch,
-    'dtype': cascade.dtype.name,
-    'device': _device(),
-    'version': imagen_jax.__version__,
-    'date': time.strftime('%Y-%m-%d'),
-    **suite.provenance(),
-  }
-  for key, value in extra.items():
-    scores.add_scores(
-      args.out, key + (f'@{name}' if name else ''), value, provenance
-    )
-  _print(label, extra[suite.label])
-  return True
-
-
-def _device():
-  import jax
-
-  return f'{jax.local_device_count()} {jax.devices()[0].device_kind}'
-
-
-def _progress(label):
-  start = time.monotonic()
-
-  def show(done, total):
-    each = (time.monotonic() - start) / done
+  def progress(self, label, done, total):
+    if not done:
+      self.start = time.monotonic()
+      return
+    each = (time.monotonic() - self.start) / done
     print(
       f'{label}: {done}/{total} generated, {each:.2f} s an image, '
       f'{each * (total - done) / 60:.0f} min left',
@@ -316,21 +168,24 @@ def _progress(label):
       flush=True,
     )
 
-  return show
+  def left(self, label, count):
+    print(
+      f'{label}: {count} images are left for other processes; the last to '
+      'finish writes the scores.'
+    )
 
-
-def _print(label, categories):
-  print(label)
-  for category, score in categories.items():
-    if 'accuracy' in score:
-      low, high = score['ci95']
-      print(
-        f'  {category:<20}{100 * score["accuracy"]:6.1f} %  '
-        f'({100 * low:.1f} to {100 * high:.1f}), n = {score["n"]}'
-      )
-    else:
-      told = ', '.join(f'{k} {_number(v)}' for k, v in score.items())
-      print(f'  {category:<20}{told}')
+  def scored(self, label, categories):
+    print(label)
+    for category, score in categories.items():
+      if 'accuracy' in score:
+        low, high = score['ci95']
+        print(
+          f'  {category:<20}{100 * score["accuracy"]:6.1f} %  '
+          f'({100 * low:.1f} to {100 * high:.1f}), n = {score["n"]}'
+        )
+      else:
+        values = ', '.join(f'{k} {_number(v)}' for k, v in score.items())
+        print(f'  {category:<20}{values}')
 
 
 def _number(value):

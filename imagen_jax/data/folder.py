@@ -83,6 +83,9 @@ class FolderSource(Checked):
   def name(self, i):
     return self.names[i]
 
+  def caption(self, i):
+    return self.captions[i]
+
   def read(self, i):
     file = self.path / self.names[i]
     try:

@@ -3,6 +3,8 @@
 import abc
 import typing
 
+from imagen_jax.errors import UsageError
+
 
 class Source(abc.ABC):
   """Random access to captioned images; derive from it to bring your own.
@@ -46,6 +48,10 @@ class Source(abc.ABC):
     """As `self[i]`, but a damaged example raises `BadSample`."""
     return self[i]
 
+  def caption(self, i: int) -> str:
+    """The caption alone, where that is cheaper than the example."""
+    return self[i]['caption']
+
   def name(self, i: int) -> str:
     """What a person calls example `i`."""
     return f'example {i}'
@@ -55,3 +61,22 @@ class Source(abc.ABC):
 
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
     """Refuses stored embeddings that are not of this text encoder."""
+
+  @classmethod
+  def suite(cls, config: typing.Any) -> typing.Any:
+    """How models of these data are scored, where there is a way.
+
+    Args:
+      config: an `EvalConfig`.
+
+    Returns:
+      an `evaluation.suite.Suite`.
+
+    Raises:
+      UsageError: these data have no suite, or the config does not fit it.
+    """
+    raise UsageError(
+      f'suite: {cls.__name__} has no suite of its own; choose one that takes '
+      'prompts or real images (prompts, clip, fid).',
+      key='suite',
+    )

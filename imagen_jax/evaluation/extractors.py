@@ -1,26 +1,29 @@
-"""The networks through which images are compared, with a user's weights.
+"""The networks whose features images are compared by, with a user's weights.
 
-Inception's lie in one file, CLIP's in a Hugging Face folder. Weights are read
-from safetensors or npz, never unpickled, and every tensor must have the name
-and shape that the network expects. The file's digest goes into each score.
+Inception's weights are one file, CLIP's a Hugging Face folder. The digest of
+the weights goes into the provenance of each score.
 """
 
 import dataclasses
-import hashlib
-import json
+import os
 import pathlib
+import typing
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+from jaxtyping import Float, UInt8
 from PIL import Image
 
-from imagen_jax.errors import ModelError
 from imagen_jax.evaluation import clip, inception
+from imagen_jax.evaluation.weights import params_for, read_tensors
+from imagen_jax.text import clip_tokenizer
 
 BATCH = 16
+
+Images = UInt8[np.ndarray, 'n h w 3']
+Features = Float[np.ndarray, 'n d']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,238 +33,115 @@ class Extractor:
   Attributes:
     image: uint8 [N, H, W, 3] -> float32 [N, D].
     digest: sha256 of the weights' file, 64 hex digits.
-    resize: the rule by which images come to the network's size.
-    text: list of N sentences -> float32 [N, D], or None.
+    resize: how images are resized to the network's input.
   """
 
-  image: Callable
+  image: Callable[[Images], Features]
   digest: str
   resize: str
-  text: Callable | None = None
 
 
-def read_tensors(path):
-  """({name: float32 array}, sha256) of a safetensors or npz file.
+@dataclasses.dataclass(frozen=True)
+class TextExtractor(Extractor):
+  """CLIP: features of prompts in the same space.
 
-  Raises:
-    ModelError: another kind of file, or one that cannot be read.
+  Attributes:
+    text: N prompts -> float32 [N, D].
   """
-  path = pathlib.Path(path)
-  if path.suffix not in ('.safetensors', '.npz'):
-    raise ModelError(
-      f'{path} is no .safetensors or .npz file; other formats may run code '
-      'when they are read: convert it with a tool that you trust.'
-    )
-  try:
-    with path.open('rb') as file:
-      digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    if path.suffix == '.npz':
-      with np.load(path, allow_pickle=False) as file:
-        tensors = {name: file[name] for name in file.files}
-    else:
-      with safetensors.safe_open(path, 'np') as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-  except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-    raise ModelError(
-      f'{path} cannot be read ({error}); copy it again from where it came.'
-    ) from error
-  return tensors, digest
+
+  text: Callable[[list[str]], Features]
 
 
-def params_for(module, example, tensors, path, *, ignored=()):
-  """The parameters of a module with flat, dotted names, checked.
-
-  Args:
-    module: Flax module.
-    example: an array it can be called with, or its shape and type.
-    tensors: from `read_tensors`.
-    path: where they came from, for the message.
-    ignored: beginnings and endings of names that the module does not need.
-
-  Raises:
-    ModelError: naming the first tensor that is missing, unknown, or of
-      another shape.
-  """
-  shapes = jax.eval_shape(module.init, jax.random.key(0), example)['params']
-  for name, shape in shapes.items():
-    if name not in tensors:
-      raise ModelError(
-        f'{path} has no tensor {name}; it holds the weights of another network.'
-      )
-    if tensors[name].shape != shape.shape:
-      raise ModelError(
-        f'{path}: tensor {name} has shape {tensors[name].shape} and '
-        f'{shape.shape} is needed; it holds the weights of another network.'
-      )
-  for name in tensors.keys() - shapes.keys():
-    if not any(name.startswith(x) or name.endswith(x) for x in ignored):
-      raise ModelError(
-        f'{path} has a tensor {name}, which {type(module).__name__} does not '
-        'know; it holds the weights of another network.'
-      )
-  return {name: jnp.asarray(tensors[name], jnp.float32) for name in shapes}
-
-
-def load_inception(path):
+def load_inception(path: str | os.PathLike) -> Extractor:
   """The FID's InceptionV3 from a file with the usual converted names.
 
   Raises:
-    ModelError: see `read_tensors` and `params_for`.
+    ModelError: the file cannot be read or is of another network.
   """
   tensors, digest = read_tensors(path)
-  module = inception.InceptionV3()
-  example = jax.ShapeDtypeStruct(
-    (1, inception.SIZE, inception.SIZE, 3), jnp.float32
-  )
+  module, size = inception.InceptionV3(), inception.SIZE
   # fc belongs to the classifier; num_batches_tracked counts training steps.
   ignored = ('fc.', 'AuxLogits.', '.num_batches_tracked')
-  params = params_for(module, example, tensors, path, ignored=ignored)
-  apply = jax.jit(lambda params, x: module.apply({'params': params}, x))
+  params = params_for(module, _image(size), tensors, path, ignored=ignored)
+  apply = jax.jit(module.apply)
 
-  def image(images):
-    def one(batch):
-      batch = _resized(batch, inception.SIZE)
-      return apply(params, batch.astype(np.float32) / 127.5 - 1)
+  def image(batch: np.ndarray) -> jax.Array:
+    x = _resized(batch, size).astype(np.float32) / 127.5 - 1
+    return apply({'params': params}, x)
 
-    return _batched(one, images)
-
-  return Extractor(image, digest, _rule(inception.SIZE))
+  return Extractor(_batched(image), digest, _rule(size))
 
 
-def load_clip(folder):
+def load_clip(folder: str | os.PathLike) -> TextExtractor:
   """CLIP from a Hugging Face folder: config, weights, tokenizer.
 
   Raises:
     ModelError: a file of it is missing, broken or another model's.
   """
-  from imagen_jax.text import clip_tokenizer
-
   folder = pathlib.Path(folder)
-  (see, read), projection = _clip_sizes(folder / 'config.json')
-  path = next(
-    (
-      p
-      for p in map(folder.joinpath, ('model.safetensors', 'model.npz'))
-      if p.exists()
-    ),
-    folder / 'model.safetensors',
-  )
+  vision, text = clip.read_config(folder / 'config.json')
+  path = folder / 'model.safetensors'
+  if not path.exists() and (folder / 'model.npz').exists():
+    path = folder / 'model.npz'
   tensors, digest = read_tensors(path)
-  looks = clip.ClipImage(see, projection)
-  reads = clip.ClipText(read, projection)
-  size, length = see['size'], read['length']
-  example = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  words = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  others = ('logit_scale', 'position_ids')
-  seen = params_for(looks, example, tensors, path, ignored=(*others, 'text_'))
-  said = params_for(
-    reads, words, tensors, path, ignored=(*others, 'vision_', 'visual_')
+  shared = ('logit_scale', 'position_ids')
+  ids = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
+  image_params = params_for(
+    vision, _image(vision.size), tensors, path, ignored=(*shared, 'text_')
   )
-  look = jax.jit(lambda params, x: looks.apply({'params': params}, x))
-  understand = jax.jit(lambda params, x: reads.apply({'params': params}, x))
-  tokenize = clip_tokenizer.load(folder, length)
+  text_params = params_for(
+    text, ids, tensors, path, ignored=(*shared, 'vision_', 'visual_')
+  )
+  apply_image, apply_text = jax.jit(vision.apply), jax.jit(text.apply)
+  tokenize = clip_tokenizer.load(folder, text.length)
 
-  def image(images):
-    def one(batch):
-      batch = _resized(batch, size).astype(np.float32) / 255
-      batch = (batch - np.float32(clip.MEAN)) / np.float32(clip.STD)
-      return look(seen, batch)
+  def image(batch: np.ndarray) -> jax.Array:
+    x = _resized(batch, vision.size).astype(np.float32) / 255
+    x = (x - np.array(clip.MEAN, np.float32)) / np.array(clip.STD, np.float32)
+    return apply_image({'params': image_params}, x)
 
-    return _batched(one, images)
-
-  def text(prompts):
-    return _batched(lambda ids: understand(said, ids), tokenize(prompts))
-
-  return Extractor(image, digest, _rule(size), text)
-
-
-def _clip_sizes(path):
-  """((image sizes, text sizes), projection) of a config.json."""
-  try:
-    config = json.loads(path.read_text(encoding='utf-8'))
-    both = []
-    for part, more in (
-      ('vision_config', {'size': 'image_size', 'patch': 'patch_size'}),
-      (
-        'text_config',
-        {
-          'vocab': 'vocab_size',
-          'length': 'max_position_embeddings',
-          'eos': 'eos_token_id',
-        },
-      ),
-    ):
-      found = DEFAULTS[part] | config[part]
-      names = {
-        'width': 'hidden_size',
-        'mlp': 'intermediate_size',
-        'layers': 'num_hidden_layers',
-        'heads': 'num_attention_heads',
-        'act': 'hidden_act',
-        'eps': 'layer_norm_eps',
-        **more,
-      }
-      both.append({key: found[name] for key, name in names.items()})
-    acts = {sizes['act'] for sizes in both}
-    if not acts <= {'quick_gelu', 'gelu'}:
-      raise ValueError(f'hidden_act {acts}')
-    return both, config.get('projection_dim', 512)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ModelError(
-      f'{path} is no config of a CLIP model ({error!r}); copy the whole '
-      'folder of the model.'
-    ) from error
+  encode = _batched(lambda ids: apply_text({'params': text_params}, ids))
+  return TextExtractor(
+    image=_batched(image),
+    digest=digest,
+    resize=_rule(vision.size),
+    text=lambda prompts: encode(tokenize(prompts)),
+  )
 
 
-# What a published config leaves out, as Hugging Face fills it in (ViT-B/32).
-_SHARED = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5}
-DEFAULTS = {
-  'vision_config': _SHARED
-  | {
-    'hidden_size': 768,
-    'intermediate_size': 3072,
-    'num_hidden_layers': 12,
-    'num_attention_heads': 12,
-    'image_size': 224,
-    'patch_size': 32,
-  },
-  'text_config': _SHARED
-  | {
-    'hidden_size': 512,
-    'intermediate_size': 2048,
-    'num_hidden_layers': 12,
-    'num_attention_heads': 8,
-    'vocab_size': 49408,
-    'max_position_embeddings': 77,
-    'eos_token_id': 49407,
-  },
-}
+def _image(size: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
 
 
-def _rule(size):
+def _rule(size: int) -> str:
   return f'Pillow bicubic, antialiased, to {size}'
 
 
-def _resized(images, size):
+def _resized(images: np.ndarray, size: int) -> np.ndarray:
   """uint8 [N, H, W, 3] at another size, rounded to uint8 again."""
   if images.shape[1:3] == (size, size):
     return images
+  resample = Image.Resampling.BICUBIC
   return np.stack(
     [
-      np.asarray(
-        Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)
-      )
+      np.asarray(Image.fromarray(x).resize((size, size), resample))
       for x in images
     ]
   )
 
 
-def _batched(function, rows):
-  """`function` of all rows, `BATCH` at a time, the last batch filled up."""
-  found = []
-  for start in range(0, len(rows), BATCH):
-    batch = np.asarray(rows[start : start + BATCH])
-    fill = np.repeat(batch[-1:], BATCH - len(batch), axis=0)
-    out = function(np.concatenate([batch, fill]))
-    found.append(np.asarray(out, np.float32)[: len(batch)])
-  return np.concatenate(found)
+def _batched(
+  function: Callable[[np.ndarray], jax.Array],
+) -> Callable[[typing.Any], Features]:
+  """`function` of any number of rows: `BATCH` at a time, the last padded."""
+
+  def all_rows(rows: np.ndarray) -> np.ndarray:
+    found = []
+    for start in range(0, len(rows), BATCH):
+      batch = np.asarray(rows[start : start + BATCH])
+      fill = np.repeat(batch[-1:], BATCH - len(batch), axis=0)
+      out = function(np.concatenate([batch, fill]))
+      found.append(np.asarray(out, np.float32)[: len(batch)])
+    return np.concatenate(found)
+
+  return all_rows

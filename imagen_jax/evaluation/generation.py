@@ -1,14 +1,15 @@
-"""Generating many images so that an interrupted run continues.
+"""Generating the images of a run, so that an interrupted run can resume.
 
 A run's folder holds
 
   run.json                 what the images depend on
-  images/<category>/…    one PNG each
+  images/<category>/…      one PNG each
   records-i-of-n.jsonl     one line per finished image, by process i of n
+  section.json             of a finished run, what the report says of it
 
 An image is finished when its line is written. Any number of processes, on
-any number of hosts that share the folder, may generate their fractions of a
-run; a later start with another number of them takes up what all of them left.
+any number of hosts that share the folder, may generate fractions of a run; a
+later start with another number of processes resumes what all of them left.
 """
 
 import dataclasses
@@ -16,47 +17,48 @@ import itertools
 import json
 import os
 import pathlib
-import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
+from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.evaluation.suite import Item, Record, Records, Suite
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 
-# Batches between two times that the stages change places on the device.
+# Batches that one stage generates before the next stage's weights replace it.
 BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-  """One image to generate.
+class Run:
+  """One set of images: a suite's prompts with one choice of settings.
 
   Attributes:
-    category: of the prompt, one level of grouping.
-    number: of the image within its category; with it the image's identity.
-    prompt: what to generate.
-    index: which image of this prompt, see `Cascade.sample`.
+    suite: what is generated.
+    folder: of the run.
+    sampling: settings of `Cascade.sample`, a list of one per stage each.
+    seed: of the images.
+    batch_size: images at a time.
+    fraction: (i, n): this is process i of n.
+    true_size: size of the true images that the first stage upsamples; None
+      where the first stage is the base.
   """
 
-  category: str
-  number: int
-  prompt: str
-  index: int = 0
-
-  @property
-  def file(self):
-    """Its image, relative to the run's folder."""
-    return f'images/{slug(self.category)}/{self.number:05d}.png'
+  suite: Suite
+  folder: pathlib.Path
+  sampling: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+  batch_size: int = 4
+  fraction: tuple[int, int] = (0, 1)
+  true_size: int | None = None
 
 
-def slug(text):
-  """A name as part of a path: letters, digits and = , . - alone."""
-  return re.sub(r'[^A-Za-z0-9=,.]+', '-', text).strip('-.') or 'other'
-
-
-def open_run(folder, identity):
+def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
   """Makes a run's folder, or checks that it is the same run's.
 
   Args:
@@ -66,45 +68,42 @@ def open_run(folder, identity):
   Raises:
     UsageError: the folder holds a run with another identity.
   """
-  folder = pathlib.Path(folder)
   path = folder / 'run.json'
   identity = json.loads(json.dumps(identity))
   if path.exists():
     before = model_folder.read_json(path, error=DataError)['identity']
-    changed = [
-      key
-      for key in {**before, **identity}
-      if before.get(key) != identity.get(key)
-    ]
-    if changed:
-      key = changed[0]
-      raise UsageError(
-        f'{folder} holds a run with another {key} ({_short(before.get(key))}; '
-        f'now {_short(identity.get(key))}); give another --out, or the same '
-        'settings to continue it.'
-      )
+    for key in {**before, **identity}:
+      if before.get(key) != identity.get(key):
+        raise UsageError(
+          f'out: {folder} holds a run with another {key} '
+          f'({_short(before.get(key))}; now {_short(identity.get(key))}); '
+          'choose another folder, or the same settings to resume it.',
+          key='out',
+        )
     return
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
-    raise UsageError(f'{folder} cannot be a folder: {error}.') from error
+    raise UsageError(
+      f'out: {folder} cannot be a folder: {error}.', key='out'
+    ) from error
   record = {'format_version': model_folder.FORMAT_VERSION, 'identity': identity}
   model_folder.write_json(path, record)
 
 
-def _short(value):
+def _short(value: typing.Any) -> str:
   text = json.dumps(value)
   return text if len(text) <= 60 else text[:59] + '…'
 
 
-def read_records(folder):
+def read_records(folder: pathlib.Path) -> dict[tuple[str, int], Record]:
   """{(category, number): record} of all finished images of a run.
 
-  A line that a killed process left unfinished is passed over; its image is
+  A line that a killed process left unfinished is skipped; its image is
   generated once more.
   """
   records = {}
-  for path in sorted(pathlib.Path(folder).glob('records-*.jsonl')):
+  for path in sorted(folder.glob('records-*.jsonl')):
     for line in path.read_text(encoding='utf-8').splitlines():
       try:
         record = json.loads(line)
@@ -114,82 +113,69 @@ def read_records(folder):
   return records
 
 
+def unfinished(items: Sequence[Item], records: Records) -> list[Item]:
+  """The items that have no record yet."""
+  return [x for x in items if (x.category, x.number) not in records]
+
+
 def generate(
-  cascade,
-  folder,
-  items,
-  *,
-  seed,
-  batch_size,
-  fraction=(0, 1),
-  low_res=None,
-  judge=None,
-  progress=None,
-  **choices,
-):
-  """Generates this process's fraction of the images that are not finished yet.
+  cascade: Cascade,
+  run: Run,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+  """Generates this process's fraction of the images that are not finished.
 
   Args:
     cascade: the model.
-    folder: of the run, opened by `open_run`.
-    items: every `Item` of the run, the same in all processes.
-    seed: of the images.
-    batch_size: images at a time.
-    fraction: (i, n): this is process i of n.
-    low_res: function of an item, its uint8 [h, w, 3] for the first stage; None
-      where the first stage is the base.
-    judge: function of (item, uint8 [H, W, 3]) to more fields of its record.
-    progress: called as progress(done, total) after each chunk.
-    **choices: see `Cascade.sample`.
+    run: whose folder was opened by `open_run`.
+    progress: called as progress(done, total), first with 0 done.
   """
-  folder = pathlib.Path(folder)
-  done = read_records(folder)
-  todo = [x for x in items[fraction[0] :: fraction[1]] if _key(x) not in done]
+  i, n = run.fraction
+  todo = unfinished(run.suite.items()[i::n], read_records(run.folder))
   # `sample` generates the same image numbers of all its prompts.
   todo.sort(key=lambda item: item.index)
-  generated, size = 0, BATCHES * batch_size
-  with _Lines(
-    folder / f'records-{fraction[0]}-of-{fraction[1]}.jsonl'
-  ) as write:
-    for index, group in itertools.groupby(todo, lambda item: item.index):
-      for chunk in _chunks(list(group), size):
-        lows = None
-        if low_res is not None:
-          lows = np.stack([low_res(item) for item in chunk])
-        results = cascade.sample(
-          [item.prompt for item in chunk],
-          seed=seed,
-          indices=[index],
-          low_res=lows,
-          batch_size=batch_size,
-          **choices,
+  done = 0
+  progress(done, len(todo))
+  with _Lines(run.folder / f'records-{i}-of-{n}.jsonl') as write:
+    for chunk in _chunks(todo, BATCHES * run.batch_size):
+      low_res = None
+      if run.true_size is not None:
+        low_res = np.stack(
+          [run.suite.true_image(item, run.true_size) for item in chunk]
         )
-        for item, image in zip(chunk, list(results.values())[-1]):
-          record = dataclasses.asdict(item) | {'file': item.file}
-          if judge is not None:
-            record |= judge(item, image)
-          _save(folder / item.file, image, item, seed)
-          write(record)
-        generated += len(chunk)
-        if progress is not None:
-          progress(generated, len(todo))
+      results = cascade.sample(
+        [item.prompt for item in chunk],
+        seed=run.seed,
+        indices=[chunk[0].index],
+        low_res=low_res,
+        batch_size=run.batch_size,
+        **run.sampling,
+      )
+      for item, image in zip(chunk, list(results.values())[-1]):
+        record = dataclasses.asdict(item) | {'file': item.file}
+        record |= run.suite.judge(item, image)
+        _save(run.folder / item.file, image, item, run.seed)
+        write(record)
+      done += len(chunk)
+      progress(done, len(todo))
 
 
-def _chunks(items, size):
-  return [items[i : i + size] for i in range(0, len(items), size)]
+def _chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+  """At most `size` items at a time, all of one index."""
+  for _, group in itertools.groupby(items, lambda item: item.index):
+    while chunk := list(itertools.islice(group, size)):
+      yield chunk
 
 
-def _key(item):
-  return item.category, item.number
-
-
-def read_image(folder, record):
-  """A finished image, uint8 [H, W, 3].
+def read_image(
+  folder: pathlib.Path, record: Record
+) -> UInt8[np.ndarray, 'h w 3']:
+  """A finished image.
 
   Raises:
     DataError: it is gone or damaged.
   """
-  path = pathlib.Path(folder) / record['file']
+  path = folder / record['file']
   try:
     with Image.open(path) as image:
       return np.asarray(image.convert('RGB'))
@@ -199,7 +185,7 @@ def read_image(folder, record):
     ) from error
 
 
-def _save(path, image, item, seed):
+def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:
   # Whole or not at all: a record may only name a good image.
   temporary = path.with_name(f'.{os.getpid()}.{path.name}')
   metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}

@@ -9,16 +9,17 @@ weights: 94 convolutions of five tensors each.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 SIZE = 299
 FEATURES = 2048
 
 
 class InceptionV3(nn.Module):
-  """[B, 299, 299, 3] in [−1, 1] -> the 2048 pooled features."""
+  """Images in [−1, 1] to the 2048 pooled features."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, 'b 299 299 3']) -> Float[Array, 'b 2048']:
     x = self._conv('Conv2d_1a_3x3', x, 32, 3, stride=2)
     x = self._conv('Conv2d_2a_3x3', x, 32, 3)
     x = self._conv('Conv2d_2b_3x3', x, 64, 3, pad=1)

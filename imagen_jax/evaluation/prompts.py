@@ -10,6 +10,7 @@ The files are the user's; none comes with the project.
 
 import csv
 import json
+import os
 import pathlib
 
 from imagen_jax.errors import DataError
@@ -17,7 +18,7 @@ from imagen_jax.errors import DataError
 ALL = 'all'  # the category of prompts without one
 
 
-def read_prompts(path):
+def read_prompts(path: str | os.PathLike) -> list[tuple[str, str]]:
   """[(category, prompt)] of a file, in its order.
 
   Args:
@@ -55,11 +56,17 @@ def read_prompts(path):
   return found
 
 
-def _table(path, text, delimiter):
+class _Tabs(csv.excel_tab):
+  quoting = csv.QUOTE_NONE
+
+
+def _table(
+  path: pathlib.Path, text: str, delimiter: str
+) -> list[tuple[str, str]]:
   lines = text.splitlines(keepends=True)
-  # Quotes mean something in comma-separated files alone.
-  quoting = csv.QUOTE_MINIMAL if delimiter == ',' else csv.QUOTE_NONE
-  rows = csv.DictReader(lines, delimiter=delimiter, quoting=quoting)
+  # Only in comma-separated files do quotes have a meaning.
+  dialect = csv.excel if delimiter == ',' else _Tabs
+  rows = csv.DictReader(lines, dialect=dialect)
   columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
   if 'prompt' not in columns:
     raise DataError(
@@ -72,7 +79,7 @@ def _table(path, text, delimiter):
   ]
 
 
-def _objects(path, text):
+def _objects(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
   found = []
   for number, line in enumerate(text.splitlines(), start=1):
     if not line.strip():

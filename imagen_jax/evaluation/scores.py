@@ -5,7 +5,10 @@
 """
 
 import json
+import os
 import pathlib
+import typing
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -15,59 +18,61 @@ from imagen_jax.io import model_folder
 FILE = 'scores.json'
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
+# {'accuracy', 'n', 'ci95'} where a fraction is scored, else a suite's own.
+Score = dict[str, typing.Any]
+Categories = dict[str, Score]
 
-def wilson(right, n):
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
   """Wilson's 95 % interval of a fraction: (low, high), each in [0, 1].
 
   Unlike the usual ±1.96 standard errors it stays inside [0, 1] and does not
-  shrink to a point at 0 or n right (Wilson 1927).
+  shrink to a point at 0 or n correct (Wilson 1927).
 
   Raises:
-    ValueError: n < 1, or `right` outside 0 … n.
+    ValueError: n < 1, or `correct` outside 0 … n.
   """
-  if n < 1 or not 0 <= right <= n:
-    raise ValueError(f'{right} right of {n}')
-  fraction, zz = right / n, Z95 * Z95
-  centre = (fraction + zz / (2 * n)) / (1 + zz / n)
-  spread = fraction * (1 - fraction) / n + zz / (4 * n * n)
+  if n < 1 or not 0 <= correct <= n:
+    raise ValueError(f'{correct} correct of {n}')
+  p, zz = correct / n, Z95 * Z95
+  centre = (p + zz / (2 * n)) / (1 + zz / n)
+  spread = p * (1 - p) / n + zz / (4 * n * n)
   half = Z95 / (1 + zz / n) * spread**0.5
   # Exactly 0 and 1 at the ends, where rounding leaves 1e-17 beside them.
-  low = 0.0 if right == 0 else centre - half
-  return low, 1.0 if right == n else centre + half
+  low = 0.0 if correct == 0 else centre - half
+  return low, 1.0 if correct == n else centre + half
 
 
-def fraction(verdicts):
-  """{'accuracy', 'n', 'ci95'} of an iterable of booleans, at least one."""
+def accuracy(verdicts: Iterable[bool]) -> Score:
+  """{'accuracy', 'n', 'ci95'} of at least one verdict."""
   verdicts = list(verdicts)
-  right, n = sum(map(bool, verdicts)), len(verdicts)
-  return {'accuracy': right / n, 'n': n, 'ci95': list(wilson(right, n))}
+  correct, n = sum(map(bool, verdicts)), len(verdicts)
+  return {'accuracy': correct / n, 'n': n, 'ci95': list(wilson(correct, n))}
 
 
-def cell(verdicts):
-  """The fraction as text, '85 % (77 to 91)'; '' where there are no verdicts."""
+def cell(verdicts: Iterable[bool]) -> str:
+  """The accuracy as '85 % (77 to 91)'; '' where there are no verdicts."""
   verdicts = list(verdicts)
   if not verdicts:
     return ''
-  found = fraction(verdicts)
-  right, low, high = (100 * p for p in (found['accuracy'], *found['ci95']))
-  return f'{right:.0f} % ({low:.0f} to {high:.0f})'
+  score = accuracy(verdicts)
+  p, low, high = (100 * x for x in (score['accuracy'], *score['ci95']))
+  return f'{p:.0f} % ({low:.0f} to {high:.0f})'
 
 
-def mean(values):
+def mean(values: Iterable[float]) -> Score:
   """{'mean', 'n', 'ci95'} of real numbers, by the normal approximation."""
-  values = np.asarray(list(values), np.float64)
-  half = 0.0
-  if len(values) > 1:
-    half = Z95 * values.std(ddof=1) / len(values) ** 0.5
-  centre = float(values.mean())
+  x = np.asarray(list(values), np.float64)
+  half = Z95 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0
+  centre = float(x.mean())
   return {
     'mean': centre,
-    'n': len(values),
+    'n': len(x),
     'ci95': [float(centre - half), float(centre + half)],
   }
 
 
-def read_scores(folder):
+def read_scores(folder: str | os.PathLike) -> dict[str, typing.Any]:
   """A report folder's scores, {} where there are none.
 
   Raises:
@@ -86,11 +91,15 @@ def read_scores(folder):
   return scores
 
 
-def add_scores(folder, suite, categories, provenance):
+def add_scores(
+  folder: str | os.PathLike,
+  suite: str,
+  categories: Categories,
+  provenance: dict[str, typing.Any],
+) -> None:
   """Puts one suite's scores into `scores.json`, leaving the others."""
   scores = read_scores(folder)
   notes = scores.pop('provenance', {})
   scores[suite] = categories
   scores['provenance'] = notes | {suite: provenance}
   model_folder.write_json(pathlib.Path(folder) / FILE, scores)
-  return scores

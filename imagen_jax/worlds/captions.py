@@ -7,7 +7,12 @@ like, and the judge may import it.
 """
 
 import dataclasses
+import random
 import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar('T')
 
 SHAPES = (
   'circle',
@@ -89,7 +94,7 @@ class Meaning:
   background: str | None = None
 
 
-def pick(rng, options):
+def pick(rng: random.Random, options: Sequence[T]) -> T:
   """One of a sequence, by a `random.Random`'s guaranteed stream."""
   return options[int(rng.random() * len(options))]
 
@@ -102,7 +107,7 @@ def _say(rng, word, usual=0.7):
   return pick(rng, ways[1:])
 
 
-def plural(noun):
+def plural(noun: str) -> str:
   """'star' -> 'stars', 'cross' -> 'crosses'."""
   return noun + ('es' if noun.endswith('s') else 's')
 
@@ -130,11 +135,13 @@ def _phrase(rng, group, article=True):
   return ' '.join([*words, noun]) + tail
 
 
-def write(rng, meaning, *, count_one=False):
+def write(
+  rng: random.Random, meaning: Meaning, *, count_one: bool = False
+) -> str:
   """A caption saying `meaning`, as a person might type it.
 
-  `rng` is a `random.Random`, of which only `.random()` is used: its stream is
-  guaranteed never to change. With `count_one` a lone thing is 'one red star'.
+  Of `rng` only `.random()` is used: its stream is guaranteed never to change.
+  With `count_one` a lone thing is 'one red star'.
   """
   nouns = [_phrase(rng, g, article=not count_one) for g in meaning.groups]
   if not meaning.relations:
@@ -173,13 +180,13 @@ def write(rng, meaning, *, count_one=False):
   return text
 
 
-def words(text):
+def words(text: str) -> list[str]:
   """The words of a prompt, lower case, without punctuation."""
   return re.findall(r"[a-z0-9']+", text.lower())
 
 
-def vocabulary():
-  """Every word a caption can contain, as a frozenset."""
+def vocabulary() -> frozenset[str]:
+  """Every word a caption can contain."""
   found = set('a an and background is there are on light with it'.split())
   for word in (*SHAPES, *COLOURS, *SIZES, *FILLS, *RELATIONS, *BACKGROUNDS):
     for way in SAID.get(word, (word,)):
@@ -192,7 +199,7 @@ def vocabulary():
   return frozenset(found - {'1'})
 
 
-def describe():
+def describe() -> str:
   """One sentence on what can be rendered, for the note on unknown words."""
 
   def listed(items):

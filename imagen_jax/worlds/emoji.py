@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import pathlib
 import random
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -110,24 +112,24 @@ PLURALS = {
 HELD_OUT = 0.1  # fraction of the pairs that are never trained
 
 
-def plural(name):
+def plural(name: str) -> str:
   """'dog' -> 'dogs', 'bus' -> 'buses', 'sheep' -> 'sheep'."""
   return PLURALS.get(name) or captions.plural(name)
 
 
-def held_out(a, b):
+def held_out(a: str, b: str) -> bool:
   """Whether two things, either way round, are never in one trained scene."""
   pair = '/'.join(sorted((a, b)))
   return random.Random(f'held out: {pair}').random() < HELD_OUT
 
 
-def is_held_out(meaning):
+def is_held_out(meaning: Meaning) -> bool:
   """Whether a scene's things are a pair that is never trained."""
   names = [group.shape for group in meaning.groups]
   return len(names) == 2 and held_out(*names)
 
 
-def said(rng, name, count):
+def said(rng: random.Random, name: str, count: int) -> str:
   """'a dog', 'an elephant', 'two dogs'."""
   if count > 1:
     return f'{NUMBERS[count - 1]} {plural(name)}'
@@ -144,11 +146,13 @@ class Scene:
 
   caption: str
   background: str
-  things: tuple
+  things: tuple[tuple[str, float, float, float], ...]
   meaning: Meaning
 
 
-def scene(seed, split, i, names=None):
+def scene(
+  seed: int, split: str, i: int, names: tuple[str, ...] | None = None
+) -> Scene:
   """Scene `i` of a split.
 
   Args:
@@ -197,14 +201,14 @@ def scene(seed, split, i, names=None):
   words = [said(rng, name, count) for name, count in groups]
   meant = ((0, relation, 1),) if relation else ()
   if relation:
-    # The same scene can be told from either side.
+    # The same scene can be described from either side.
     if rng.random() < 0.3:
       words, relation = words[::-1], OPPOSITE[relation]
     caption = f' {pick(rng, SAID[relation])} '.join(words)
   else:
     caption = ' and '.join(words)
-  told = rng.random() < 0.25
-  if told:
+  named = rng.random() < 0.25
+  if named:
     caption += f' on a {background} background'
   return Scene(
     caption,
@@ -213,12 +217,14 @@ def scene(seed, split, i, names=None):
     Meaning(
       tuple(Group(name, None, count) for name, count in groups),
       meant,
-      background if told else None,
+      background if named else None,
     ),
   )
 
 
-def nouns(tokenizer, caption, meaning):
+def nouns(
+  tokenizer: Any, caption: str, meaning: Meaning
+) -> list[tuple[int, int]]:
   """Where the things are named: [(position of the name's last token, group)].
 
   'palm tree' is no 'tree': a name's words are read once.
@@ -240,7 +246,7 @@ def nouns(tokenizer, caption, meaning):
   return found
 
 
-def find_font(path=None):
+def find_font(path: str | os.PathLike | None = None) -> pathlib.Path:
   """The colour font at a path, or Noto Color Emoji wherever systems keep it.
 
   Raises:
@@ -260,7 +266,7 @@ def find_font(path=None):
   )
 
 
-def load_font(path):
+def load_font(path: str | os.PathLike) -> ImageFont.FreeTypeFont:
   """The font, in a size that it has.
 
   Raises:
@@ -275,7 +281,7 @@ def load_font(path):
   raise DataError(f'{path} cannot be used as a font ({error}).')
 
 
-def glyph(font, text):
+def glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
   """A character as an RGBA image without a border; None: it has none."""
   side = 2 * int(font.size)
   image = Image.new('RGBA', (side, side), (0, 0, 0, 0))
@@ -302,7 +308,15 @@ class EmojiSource(World):
 
   nouns = staticmethod(nouns)
 
-  def __init__(self, path, size, *, seed=0, split='train', num=1_000_000):
+  def __init__(
+    self,
+    path: str | os.PathLike | None,
+    size: int,
+    *,
+    seed: int = 0,
+    split: str = 'train',
+    num: int = 1_000_000,
+  ) -> None:
     self.path = find_font(path)
     self.size, self.seed, self.split, self.num = size, seed, split, num
     if len(self.names) < 2:
@@ -312,12 +326,12 @@ class EmojiSource(World):
       )
 
   @functools.cached_property
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     """Of the font: another one renders another data set."""
     return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
   @functools.cached_property
-  def glyphs(self):
+  def glyphs(self) -> dict[str, Image.Image]:
     """{name: RGBA image} of the things that the font can render."""
     font = load_font(self.path)
     missing = glyph(font, '\U0010fffe')
@@ -330,14 +344,14 @@ class EmojiSource(World):
     }
 
   @property
-  def names(self):
+  def names(self) -> tuple[str, ...]:
     """Of the things, in a fixed order."""
     return tuple(sorted(self.glyphs))
 
-  def __len__(self):
+  def __len__(self) -> int:
     return self.num
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     """{'image': uint8 [size, size, 3], 'caption': str}."""
     i = int(i)
     if not 0 <= i < self.num:

@@ -1,7 +1,7 @@
 """Does an image show what its caption says? (the shapes world)
 
 `read` finds what is in the image, by classical vision; `judge` compares that
-with the caption's meaning. An image is right only if everything said is there
+with the caption's meaning. An image is correct only if everything said is there
 and nothing else is. How often the judge itself errs is measured by
 `judge_accuracy` and printed beside every score.
 """
@@ -9,9 +9,13 @@ and nothing else is. How often the judge itself errs is measured by
 import collections
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
-from imagen_jax.worlds.captions import Meaning
-from imagen_jax.worlds.reading import Reading, read
+import numpy as np
+from jaxtyping import UInt8
+
+from imagen_jax.worlds.captions import Group, Meaning
+from imagen_jax.worlds.reading import Found, Reading, read
 
 __all__ = ['Verdict', 'compare', 'judge', 'read']
 
@@ -28,7 +32,7 @@ class Verdict:
   reading: Reading
 
 
-def related(a, word, b):
+def related(a: Found, word: str, b: Found) -> bool:
   """Whether found thing a is `word` thing b.
 
   As in GenEval (Ghosh et al. 2023), the offset of the centres is first reduced
@@ -40,10 +44,15 @@ def related(a, word, b):
   dx = max(abs(dx) - slack_x, 0) * (1 if dx > 0 else -1)
   dy = max(abs(dy) - slack_y, 0) * (1 if dy > 0 else -1)
   along = {'left of': -dx, 'right of': dx, 'above': -dy, 'below': dy}[word]
-  return along > 0.5 * (dx * dx + dy * dy) ** 0.5
+  return bool(along > 0.5 * (dx * dx + dy * dy) ** 0.5)
 
 
-def _aspects(meaning, slots, things, first):
+def _aspects(
+  meaning: Meaning,
+  slots: Sequence[Group],
+  things: Sequence[Found],
+  first: Sequence[int],
+) -> dict[str, bool | None]:
   """Aspects of one way to match things to what was said, thing for slot."""
   pairs = list(zip(slots, things))
 
@@ -69,12 +78,11 @@ def _aspects(meaning, slots, things, first):
   }
 
 
-def judge(image, meaning: Meaning) -> Verdict:
+def judge(image: UInt8[np.ndarray, 'h w 3'], meaning: Meaning) -> Verdict:
   """Judges an image against a caption's meaning.
 
   Args:
-    image: uint8 [H, W, 3]; a fill is judged from 256 pixels up, and below
-      that is left open.
+    image: a fill is judged from 256 pixels up, and below that is left open.
     meaning: of the caption.
 
   Returns, raises: as `compare`.
@@ -82,7 +90,7 @@ def judge(image, meaning: Meaning) -> Verdict:
   return compare(read(image), meaning)
 
 
-def compare(reading, meaning: Meaning) -> Verdict:
+def compare(reading: Reading, meaning: Meaning) -> Verdict:
   """Judges what was read from an image against a caption's meaning.
 
   Returns:
@@ -97,13 +105,14 @@ def compare(reading, meaning: Meaning) -> Verdict:
     raise ValueError(f'{len(slots)} things are too many to judge, 6 at most')
   first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
   things = reading.things
-  aspects = {'count': len(things) == len(slots)}
+  aspects: dict[str, bool | None] = {'count': len(things) == len(slots)}
   if aspects['count']:
-    ways = (
+    ways = [
       _aspects(meaning, slots, way, first)
       for way in itertools.permutations(things)
-    )
-    aspects |= max(ways, key=lambda w: -sum(v is False for v in w.values()))
+    ]
+    best = max(ways, key=lambda w: -sum(v is False for v in w.values()))
+    aspects.update(best)
   else:
     for field in ('shape', 'colour'):
       said = collections.Counter(getattr(s, field) for s in slots)

@@ -1,22 +1,24 @@
-"""How often the judge itself is right, on images known to be right.
+"""How often the judge is correct on images that are known to be correct.
 
   python -m imagen_jax.worlds.judge_accuracy [--num 500] [--sizes 64,256]
 
 prints, for every size and category, the fraction of renders that the judge
-finds
-right: clean; after a mild blur and noise (`degrade`); with the captions
+finds correct: clean; after a mild blur and noise (`degrade`); with the captions
 shuffled, and with one word of the meaning changed (`spoil`), where it should
-be nearly none.
+be nearly 0.
 """
 
 import argparse
 import dataclasses
 import random
 import time
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from imagen_jax.worlds import captions
+from imagen_jax.worlds.captions import Meaning
 from imagen_jax.worlds.judge import judge
 from imagen_jax.worlds.reading import FILL_SIZE
 from imagen_jax.worlds.shapes import CATEGORIES, render, scene
@@ -24,8 +26,14 @@ from imagen_jax.worlds.shapes import CATEGORIES, render, scene
 BLUR, NOISE = 1 / 128, 0.04  # of the image's side; of the range of a pixel
 
 
-def degrade(image, rng, *, blur=BLUR, noise=NOISE):
-  """A Gaussian blur of sigma `blur`·size, then pixel noise, uint8 to uint8."""
+def degrade(
+  image: UInt8[np.ndarray, 'h w 3'],
+  rng: np.random.Generator,
+  *,
+  blur: float = BLUR,
+  noise: float = NOISE,
+) -> UInt8[np.ndarray, 'h w 3']:
+  """A Gaussian blur of sigma `blur`·size, then pixel noise."""
   sigma = blur * image.shape[0]
   reach = int(4 * sigma) + 1
   kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
@@ -37,16 +45,18 @@ def degrade(image, rng, *, blur=BLUR, noise=NOISE):
     n = image.shape[axis]
     x = sum(k * p[i : i + n] for i, k in enumerate(kernel))
     x = np.moveaxis(x, 0, axis)
-  x = x + 255 * noise * rng.standard_normal(x.shape)
-  return np.rint(np.clip(x, 0, 255)).astype(np.uint8)
+  noisy = x + 255 * noise * rng.standard_normal(x.shape)
+  return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
 
 
-def spoil(meaning, rng, *, fills=True):
+def spoil(
+  meaning: Meaning, rng: random.Random, *, fills: bool = True
+) -> Meaning:
   """The meaning with one word made false: the hardest wrong caption.
 
   Args:
     meaning: true of some image.
-    rng: a `random.Random`.
+    rng: of the choice.
     fills: whether a fill may be the word.
   """
 
@@ -73,15 +83,18 @@ def spoil(meaning, rng, *, fills=True):
   if field == 'background':
     return dataclasses.replace(meaning, background=value)
   kind = 'relations' if field == 'relation' else 'groups'
-  items = list(getattr(meaning, kind))
+  items: list[Any] = list(getattr(meaning, kind))
   if field != 'relation':
     value = dataclasses.replace(items[i], **{field: value})
   items[i] = value
-  return dataclasses.replace(meaning, **{kind: tuple(items)})
+  changed: dict[str, Any] = {kind: tuple(items)}
+  return dataclasses.replace(meaning, **changed)
 
 
-def accuracy(seed, num, size, *, how='clean'):
-  """{category: fraction judged right} over `num` renders of each category.
+def accuracy(
+  seed: int, num: int, size: int, *, how: str = 'clean'
+) -> dict[str, float]:
+  """{category: fraction judged correct} over `num` renders of each category.
 
   Args:
     seed: of the scenes and of the noise.
@@ -95,7 +108,7 @@ def accuracy(seed, num, size, *, how='clean'):
   result = {}
   for category in CATEGORIES:
     scenes = [scene(seed, 'eval', i, category=category) for i in range(num)]
-    right = 0
+    correct = 0
     for i, s in enumerate(scenes):
       image, meaning = render(s, size), s.meaning
       if how == 'degraded':
@@ -104,12 +117,12 @@ def accuracy(seed, num, size, *, how='clean'):
         meaning = scenes[(i + 1) % num].meaning
       elif how == 'spoiled':
         meaning = spoil(meaning, words, fills=size >= FILL_SIZE)
-      right += judge(image, meaning).correct
-    result[category] = right / num
+      correct += judge(image, meaning).correct
+    result[category] = correct / num
   return result
 
 
-def main():
+def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--num', type=int, default=500)
   parser.add_argument('--sizes', default='32,64,128,256,512')

@@ -5,6 +5,11 @@ on few pixels; their boxes keep a gap, and a stated relation holds by a clear
 margin, so that an image can be judged without doubtful cases.
 """
 
+import random
+from collections.abc import Iterable, Sequence
+
+from imagen_jax.worlds.captions import Group
+
 BORDER = 0.03  # kept free around the image, as a fraction of its side
 GAP = 0.06  # kept free between the boxes of two things
 # Diameters a size word stands for; between the two, no word is used.
@@ -12,12 +17,14 @@ SMALL, LARGE = (0.24, 0.3), (0.4, 0.62)
 LEAST = 0.24  # diameter below which nothing shrinks to make room
 
 
-def uniform(rng, low, high):
+def uniform(rng: random.Random, low: float, high: float) -> float:
   """A float of [low, high)."""
   return low + (high - low) * rng.random()
 
 
-def diameter(rng, group, number, vary):
+def diameter(
+  rng: random.Random, group: Group, number: int, vary: bool
+) -> float:
   """A diameter for a group in a scene of `number` things, as large as fits."""
   if group.size == 'small':
     return uniform(rng, *SMALL)
@@ -39,10 +46,15 @@ def _related(word, dx, dy):
   return along > 0 and abs(across) < 0.4 * along
 
 
-def place(rng, diameters, least, relations):
+def place(
+  rng: random.Random,
+  diameters: Iterable[float],
+  least: Sequence[float],
+  relations: Iterable[tuple[int, str, int]],
+) -> tuple[list[float], list[tuple[float, float]]]:
   """Centres of boxes that neither touch nor contradict the relations.
 
-  Renders places until they fit; after every 20 failures all things shrink a
+  Samples places until they fit; after every 20 failures all things shrink a
   little, but not below `least`, one diameter for each.
 
   Returns:
@@ -50,7 +62,7 @@ def place(rng, diameters, least, relations):
   """
   diameters, failures = list(diameters), 0
   while True:
-    places = []
+    places: list[tuple[float, float]] = []
     for i, d in enumerate(diameters):
       low, high = BORDER + d / 2, 1 - BORDER - d / 2
       for _ in range(12):

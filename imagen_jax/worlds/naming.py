@@ -1,6 +1,7 @@
 """The judge's own idea of each colour and fill, as numbers on pixels."""
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 
 def _hue_name(hue):
@@ -34,8 +35,8 @@ def _hsv(rgb):
   return 60 * hue, chroma / high, high
 
 
-def colour_name(pixels):
-  """Names the colour of a thing from its pixels [N, 3] in [0, 1].
+def colour_name(pixels: Float[np.ndarray, 'n 3']) -> str:
+  """Names the colour of a thing from its pixels in [0, 1].
 
   A thing may have two tones of one colour, in stripes too fine to separate,
   so it is the mean that is named.
@@ -54,7 +55,7 @@ def colour_name(pixels):
   return name
 
 
-def background_name(rgb):
+def background_name(rgb: Float[np.ndarray, '3']) -> str:
   """Names a background; a faint tint counts, as pale colours are usual."""
   hue, saturation, value = _hsv(rgb)
   if value < 0.2:
@@ -64,12 +65,14 @@ def background_name(rgb):
   return _hue_name(hue)
 
 
-def fill_name(pixels, core):
-  """Names the fill of a thing from its pixels [H, W, 3], inside `core`.
+def fill_name(
+  pixels: Float[np.ndarray, 'h w 3'], core: Bool[np.ndarray, 'h w']
+) -> str:
+  """Names the fill of a thing from its pixels inside `core`.
 
   The edges between two tones run one way in stripes, two ways crosswise in
   checks, and every way around dots; and dots are the rarer tone of their
-  thing, while checks share it evenly.
+  thing, while checks have equal parts of both.
   """
   if core.sum() < 64:
     return 'plain'

@@ -65,8 +65,8 @@ def _group(phrase):
   return Group(_SHAPES[noun], fields.pop('colour', None), **fields)
 
 
-def understand(prompt):
-  """The `Meaning` of a prompt, or None when it is not wholly understood."""
+def understand(prompt: str) -> Meaning | None:
+  """The `Meaning` of a prompt, or None when a part is not understood."""
   text = ' '.join(re.sub(r'[.!]', ' ', prompt.lower()).split())
   text = _OPENING.sub('', text)
   background = None
@@ -75,7 +75,7 @@ def understand(prompt):
     if background not in captions.BACKGROUNDS:
       return None
     text = text[: found.start()]
-  relations = ()
+  relations: tuple[tuple[int, str, int], ...] = ()
   if found := _TRAILING.match(text):
     phrases = [found[2], found[1]]
     relations = ((0, _RELATIONS[found[3]], 1),)

@@ -1,6 +1,6 @@
 """Reads an image of shapes back by classical vision: what is where.
 
-Written against the words of the captions alone: the judge's colours, shapes
+Written from the words of the captions only: the judge's colours, shapes
 and patterns (`naming`, `silhouettes`) share neither numbers nor formulas with
 the renderer, so agreement between the two is evidence. The background is the
 median of the border; things are the connected regions that differ from it.
@@ -9,13 +9,14 @@ median of the border; things are the connected regions that differ from it.
 import dataclasses
 
 import numpy as np
+from jaxtyping import UInt8
 
 from imagen_jax.worlds.naming import background_name, colour_name, fill_name
 from imagen_jax.worlds.regions import box_mean, extreme, label, smooth
 from imagen_jax.worlds.silhouettes import shape_name
 
 WORK = 128  # images larger than this are averaged down to find things
-FILL_SIZE = 256  # smallest image in which a fill is told
+FILL_SIZE = 256  # smallest image in which a fill is read
 SPECK = 0.004  # regions below this fraction of the image are ignored
 SMALL = 0.36  # things below this fraction of the image's side are small
 
@@ -24,14 +25,15 @@ SMALL = 0.36  # things below this fraction of the image's side are small
 class Found:
   """A thing found; places and extents are fractions of the image.
 
-  `shape` and `colour` are caption words, or 'unknown'; `fill` is None where
-  the image is too small to tell; `match` is the overlap with the silhouette.
+  `shape` and `colour` are caption words, or 'unknown'; None is what was not
+  read, such as the `fill` in too small an image; `match` is the overlap with
+  the silhouette.
   """
 
   shape: str
-  colour: str
+  colour: str | None
   fill: str | None
-  size: str
+  size: str | None
   x: float
   y: float
   width: float
@@ -93,16 +95,16 @@ def _thing(pixels, full, ground, labels, k):
     y=(y0 + y1) / 2 / h,
     width=width,
     height=height,
-    match=float(match),
+    match=match,
   )
 
 
-def read(image):
+def read(image: UInt8[np.ndarray, 'h w 3']) -> Reading:
   """Reads an image: its background and the things on it.
 
   Args:
-    image: uint8 [H, W, 3], 32 pixels or more a side (`judge_accuracy` measures
-      how well it is read at each size).
+    image: 32 pixels or more a side (`judge_accuracy` measures how well it is
+      read at each size).
 
   Returns:
     A `Reading`.

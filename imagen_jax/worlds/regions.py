@@ -1,9 +1,14 @@
 """Small array tools of the judge: means, blurs, connected regions."""
 
+from collections.abc import Callable
+
 import numpy as np
+from jaxtyping import Bool, Float, Int32, Shaped
 
 
-def box_mean(image, k):
+def box_mean(
+  image: Float[np.ndarray, 'h w ...'], k: int
+) -> Float[np.ndarray, 'h2 w2 ...']:
   """Means of k×k blocks; rows and columns left over are dropped."""
   if k == 1:
     return image
@@ -12,7 +17,9 @@ def box_mean(image, k):
   return blocks.mean((1, 3))
 
 
-def smooth(image, passes):
+def smooth(
+  image: Float[np.ndarray, 'h w ...'], passes: int
+) -> Float[np.ndarray, 'h w ...']:
   """Binomial blur (1 2 1)/4 along both axes, `passes` times."""
   for _ in range(passes):
     for axis in (0, 1):
@@ -22,8 +29,10 @@ def smooth(image, passes):
   return image
 
 
-def extreme(values, radius, pick):
-  """Running maximum or minimum over a square window of a 2-d array."""
+def extreme(
+  values: Shaped[np.ndarray, 'h w'], radius: int, pick: Callable
+) -> Shaped[np.ndarray, 'h w']:
+  """Running maximum or minimum (`pick`) over a square window."""
   for axis in (0, 1):
     edge = [(radius, radius) if a == axis else (0, 0) for a in (0, 1)]
     p = np.pad(values, edge, mode='edge')
@@ -32,13 +41,15 @@ def extreme(values, radius, pick):
   return values
 
 
-def label(mask):
-  """Connected regions (4-neighbours) of a boolean [H, W].
+def label(
+  mask: Bool[np.ndarray, 'h w'],
+) -> tuple[Int32[np.ndarray, 'h w'], int]:
+  """Connected regions (4-neighbours) of a mask.
 
   Runs of each row are joined to the runs they touch in the row above.
 
   Returns:
-    int32 [H, W] with 0 outside and 1..n inside, and n.
+    0 outside and 1..n inside, and n.
   """
   h, w = mask.shape
   edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)

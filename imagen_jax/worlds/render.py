@@ -8,8 +8,10 @@ nearly the 4×4 box mean of the same image rendered at 256.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 PALETTE = {
   'red': (222, 40, 45),
@@ -34,7 +36,7 @@ BACKGROUND = {
 PERIOD = 0.08  # of a fill's pattern, as a fraction of the image
 
 
-def second_tone(colour):
+def second_tone(colour: str) -> tuple[int, ...]:
   """The other tone of a two-tone fill, uint8-ranged (r, g, b).
 
   A shade of the colour itself, so that the colour stays nameable (a lighter
@@ -46,7 +48,7 @@ def second_tone(colour):
   return tuple(round(keep * c) for c in PALETTE[colour])
 
 
-def contrast(colour, background, fill=None):
+def contrast(colour: str, background: str, fill: str | None = None) -> float:
   """Least RGB distance from a background of a thing's tones and their mixes."""
   ground = np.array(BACKGROUND[background], float)
   base = np.array(PALETTE[colour]) - ground
@@ -54,7 +56,7 @@ def contrast(colour, background, fill=None):
   if fill in SECOND:
     along = np.array(second_tone(colour)) - ground - base
   mixes = base + np.linspace(0, 1, 11)[:, None] * along
-  return np.linalg.norm(mixes, axis=1).min()
+  return float(np.linalg.norm(mixes, axis=1).min())
 
 
 def _circle(u, v):
@@ -150,16 +152,13 @@ def _box_mean(inside, k):
   )
 
 
-def render(scene, size):
+def render(scene: Any, size: int) -> UInt8[np.ndarray, 's s 3']:
   """Renders a scene, antialiased, at any resolution.
 
   Args:
     scene: has `.background` and `.things`, each with shape, colour, fill, x, y
       and diameter as fractions of the image, y downwards.
     size: the image's side in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
   """
   image = np.empty((size, size, 3), np.float32)
   image[:] = BACKGROUND[scene.background]

@@ -13,6 +13,8 @@ import importlib.resources
 import itertools
 import json
 import random
+from collections.abc import Mapping
+from typing import Any
 
 from imagen_jax.errors import UsageError
 from imagen_jax.worlds import captions
@@ -79,8 +81,8 @@ class Scene:
 
 
 @functools.cache
-def heldout():
-  """The combinations kept out of training: {kind: frozenset of tuples}.
+def heldout() -> dict[str, frozenset[tuple[str, ...]]]:
+  """The combinations kept out of training, by kind.
 
   Kinds: 'colour_shape', 'fill_shape' and 'relation_pair', whose (word, a, b)
   come both ways round: a star above a heart is a heart below a star.
@@ -233,7 +235,14 @@ _INVENT = {
 }
 
 
-def scene(seed, split, i, *, category=None, mixture=None):
+def scene(
+  seed: int,
+  split: str,
+  i: int,
+  *,
+  category: str | None = None,
+  mixture: Mapping[str, float] | None = None,
+) -> Scene:
   """Scene `i` of a split: a pure function of its arguments.
 
   Args:
@@ -307,7 +316,7 @@ class ShapesSource(World):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
   Picklable and stateless: element i is `scene(seed, split, i)` rendered at
-  `size`, so a reader may skip, shuffle and share it freely.
+  `size`, so a reader may skip, shuffle and shard it freely.
 
   Args:
     seed: of the world.
@@ -325,23 +334,23 @@ class ShapesSource(World):
 
   def __init__(
     self,
-    seed=0,
-    split='train',
-    size=64,
-    num=1_000_000,
-    category=None,
-    mixture=None,
-  ):
+    seed: int = 0,
+    split: str = 'train',
+    size: int = 64,
+    num: int = 1_000_000,
+    category: str | None = None,
+    mixture: Mapping[str, float] | None = None,
+  ) -> None:
     self.seed, self.split, self.size = seed, split, size
     self.num, self.category = num, category
     self.mixture = mixture
     if mixture is not None:
       _check_mixture(mixture)
 
-  def __len__(self):
+  def __len__(self) -> int:
     return self.num
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     """{'image': uint8 [size, size, 3], 'caption': str}."""
     i = int(i)
     if not 0 <= i < self.num:
@@ -359,3 +368,9 @@ class ShapesSource(World):
   def scenes(seed, split, number, *, heldout=False):
     category = 'heldout' if heldout else None
     return [scene(seed, split, i, category=category) for i in range(number)]
+
+  @classmethod
+  def suite(cls, config: Any) -> Any:
+    from imagen_jax.worlds.suite import ShapesSuite
+
+    return ShapesSuite.from_config(config)

@@ -8,6 +8,7 @@ takes the name of the one with the largest soft intersection over union.
 import functools
 
 import numpy as np
+from jaxtyping import Float
 
 from imagen_jax.worlds.regions import box_mean
 
@@ -111,8 +112,8 @@ def _sample(values, x, y):
   )
 
 
-def shape_name(mask):
-  """(shape, overlap) of the silhouette nearest to a soft mask [H, W]."""
+def shape_name(mask: Float[np.ndarray, 'h w']) -> tuple[str, float]:
+  """Name and overlap of the silhouette nearest to a soft mask."""
   y, x = np.indices(mask.shape)
   cx, cy, side = _normalised(mask, x, y)
   steps = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * side
@@ -123,4 +124,5 @@ def shape_name(mask):
   names, masks = _templates()
   overlap = np.minimum(masks, seen).sum(1) / np.maximum(masks, seen).sum(1)
   best = int(overlap.argmax())
-  return (names[best] if overlap[best] >= MATCH else 'unknown'), overlap[best]
+  name = names[best] if overlap[best] >= MATCH else 'unknown'
+  return name, float(overlap[best])

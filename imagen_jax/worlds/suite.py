@@ -1,4 +1,4 @@
-"""The shapes suite: does the image show what the sentence says?
+"""The shapes suite: does the image show what the prompt says?
 
 DrawBench's idea (Section 3, Saharia et al. 2022) in a world where no rater is
 needed: prompts by category, and the classical judge in place of people. The
@@ -8,120 +8,169 @@ random stream with training; `heldout` holds only combinations never trained.
 
 import collections
 import dataclasses
+import pathlib
+import typing
+
+import numpy as np
+from jaxtyping import UInt8
 
 from imagen_jax.evaluation import scores
-from imagen_jax.evaluation.generation import Item
+from imagen_jax.evaluation.config import EvalConfig
+from imagen_jax.evaluation.scores import Categories
+from imagen_jax.evaluation.suite import (
+  Item,
+  Record,
+  Records,
+  Suite,
+  choose,
+  digest,
+  number,
+)
 from imagen_jax.worlds import shapes
 from imagen_jax.worlds.judge import compare, judge, read
 from imagen_jax.worlds.reading import FILL_SIZE, Found, Reading
 
 SEED = 2205  # of the worlds kept for evaluation; nothing else uses it
-CATEGORIES = shapes.CATEGORIES
 CONTROL = 'shuffled'
 
 
-def scene(category, number):
+def scene(category: str, number: int) -> shapes.Scene:
   """Scene `number` of a category, of those reserved for evaluation."""
   return shapes.scene(SEED, 'eval', number, category=category)
 
 
-def items(categories, num):
-  """The images of the suite, `num` of each category.
+@dataclasses.dataclass(frozen=True)
+class ShapesSuite(Suite):
+  """The fraction of images that the judge finds correct, by category.
 
-  A sentence that comes again in its category gets another image.
-  """
-  result = []
-  for category in categories:
-    seen = collections.Counter()
-    for number in range(num):
-      prompt = scene(category, number).caption
-      result.append(Item(category, number, prompt, seen[prompt]))
-      seen[prompt] += 1
-  return result
-
-
-def true_image(item, size):
-  """The scene itself, as a perfect model would render it: uint8 [s, s, 3]."""
-  return shapes.render(scene(item.category, item.number), size)
-
-
-def record(item, image):
-  """What to keep of one image: the judge's verdict and what it read.
-
-  `judge` in it says whether the judge finds the true image of the same
-  scene right, at the same size.
-  """
-  meaning = scene(item.category, item.number).meaning
-  reading = read(image)
-  verdict = compare(reading, meaning)
-  truth = judge(true_image(item, image.shape[0]), meaning)
-  return {
-    'correct': verdict.correct,
-    'aspects': verdict.aspects,
-    'reading': dataclasses.asdict(reading),
-    'judge': truth.correct,
-  }
-
-
-def score(records, categories, num):
-  """Scores of a finished run.
-
-  Args:
-    records: {(category, number): record}, see `generation.read_records`.
+  Attributes:
     categories: those to score.
     num: images of each.
-
-  Returns:
-    ({category: fraction}, {category: fraction of true images judged right}).
-    The first has two more: `shuffled`, the same images judged by the sentence
-    of the next one in their category, and `judge`, of all true images.
+    from_truth: the first stage upsamples true images.
   """
-  result, own, control = {}, {}, []
-  for category in categories:
-    found = [records[category, number] for number in range(num)]
-    result[category] = scores.fraction(r['correct'] for r in found)
-    own[category] = scores.fraction(r['judge'] for r in found)
-    for number, r in enumerate(found):
-      other = scene(category, (number + 1) % num).meaning
-      control.append(compare(_reading(r), other).correct)
-  result[CONTROL] = scores.fraction(control)
-  result['judge'] = scores.fraction(
-    records[c, i]['judge'] for c in categories for i in range(num)
-  )
-  return result, own
 
+  categories: tuple[str, ...]
+  num: int
+  from_truth: bool = False
+  uses = ('num', 'categories', 'from_truth')
+  controls = (CONTROL, 'judge')
 
-def _reading(record):
-  said = record['reading']
-  return Reading(said['background'], tuple(Found(**t) for t in said['things']))
+  @classmethod
+  def from_config(cls, config: EvalConfig) -> 'ShapesSuite':
+    categories = choose(config.categories, shapes.CATEGORIES)
+    return cls(categories, config.num or 300, config.from_truth)
 
+  @property
+  def label(self) -> str:
+    return 'shapes_from_truth' if self.from_truth else 'shapes'
 
-def confusions(records):
-  """{what: {(said, seen): count}} for colour, shape, fill and number.
+  @property
+  def reference(self) -> str:
+    return 'judge_from_truth' if self.from_truth else 'judge'
 
-  Colours, shapes and fills are those of prompts for one thing of which the
-  image shows one thing; numbers those of all prompts.
-  """
-  tables = {k: collections.Counter() for k in ('colour', 'shape', 'fill')}
-  tables['number'] = collections.Counter()
-  for (category, number), r in sorted(records.items()):
-    groups = scene(category, number).meaning.groups
-    things = _reading(r).things
-    said = sum(group.count for group in groups)
-    tables['number'][str(said), str(min(len(things), 6))] += 1
-    if said == len(things) == 1:
-      for field in ('colour', 'shape', 'fill'):
-        pair = getattr(groups[0], field), getattr(things[0], field)
-        if None not in pair:
-          tables[field][pair] += 1
-  return tables
-
-
-def notes(resolution):
-  """What a reader must know of scores at a resolution, or None."""
-  if resolution < FILL_SIZE:
-    return (
-      f'fills are not judged below {FILL_SIZE} pixels, and these images '
-      f'have {resolution}: the category fill then scores the rest alone.'
+  def heading(self) -> tuple[str, str]:
+    if self.from_truth:
+      return 'Super-resolution of true images', (
+        'The super-resolution stages were given true low-resolution images, so '
+        'every error here is theirs.'
+      )
+    return 'Does the image show what the prompt says?', (
+      'The fraction of images that a classical judge finds correct in every '
+      "respect, with Wilson's 95 % intervals. The green tick is the judge's "
+      'own accuracy on true images of the same scenes, “judge” that of all '
+      'categories; “shuffled” is the control, the same images judged by '
+      'another prompt.'
     )
-  return None
+
+  def items(self) -> list[Item]:
+    return number(
+      (category, scene(category, i).caption)
+      for category in self.categories
+      for i in range(self.num)
+    )
+
+  def digest(self) -> str:
+    # Not of `num`: a longer run resumes a shorter one.
+    some = dataclasses.replace(self, categories=shapes.CATEGORIES, num=20)
+    return digest([item.prompt for item in some.items()])
+
+  def true_image(self, item: Item, size: int) -> UInt8[np.ndarray, 's s 3']:
+    return shapes.render(scene(item.category, item.number), size)
+
+  def judge(self, item: Item, image: UInt8[np.ndarray, 'h w 3']) -> Record:
+    """The judge's verdict on an image and what it read.
+
+    `judge` in it says whether the judge finds the true image of the same
+    scene correct, at the same size.
+    """
+    meaning = scene(item.category, item.number).meaning
+    reading = read(image)
+    verdict = compare(reading, meaning)
+    truth = judge(self.true_image(item, image.shape[0]), meaning)
+    return {
+      'correct': verdict.correct,
+      'aspects': verdict.aspects,
+      'reading': dataclasses.asdict(reading),
+      'judge': truth.correct,
+    }
+
+  def score(
+    self, folder: pathlib.Path, records: Records
+  ) -> dict[str, Categories]:
+    """Accuracies of the model, and of the judge on true images.
+
+    The model's have two more categories: `shuffled`, the same images judged by
+    the prompt of the next one in their category, and `judge`, the judge's
+    accuracy over all true images.
+    """
+    result, own, control, truth = {}, {}, [], []
+    for category in self.categories:
+      found = [records[category, i] for i in range(self.num)]
+      result[category] = scores.accuracy(r['correct'] for r in found)
+      own[category] = scores.accuracy(r['judge'] for r in found)
+      truth += [r['judge'] for r in found]
+      for i, record in enumerate(found):
+        other = scene(category, (i + 1) % self.num).meaning
+        control.append(compare(_reading(record), other).correct)
+    result[CONTROL] = scores.accuracy(control)
+    result['judge'] = scores.accuracy(truth)
+    return {self.label: result, self.reference: own}
+
+  def confusions(self, records: Records) -> dict[str, dict[str, dict]]:
+    """{what: {prompted: {seen: count}}} for colour, shape, fill and number.
+
+    Colours, shapes and fills are those of prompts for one thing of which the
+    image shows one thing; numbers those of all prompts.
+    """
+    fields = ('colour', 'shape', 'fill')
+    tables: dict[str, dict[str, dict]] = {
+      name: collections.defaultdict(collections.Counter)
+      for name in (*fields, 'number')
+    }
+    for (category, i), record in sorted(records.items()):
+      groups = scene(category, i).meaning.groups
+      things = _reading(record).things
+      prompted = sum(group.count for group in groups)
+      tables['number'][str(prompted)][str(min(len(things), 6))] += 1
+      if prompted == len(things) == 1:
+        for field in fields:
+          a, b = getattr(groups[0], field), getattr(things[0], field)
+          if None not in (a, b):
+            tables[field][a][b] += 1
+    return tables
+
+  def provenance(self) -> dict[str, typing.Any]:
+    return {'num': self.num, 'scenes': f'seed {SEED}, split eval'}
+
+  def notes(self, resolution: int) -> list[str]:
+    if resolution >= FILL_SIZE:
+      return []
+    return [
+      f'fills are not judged below {FILL_SIZE} pixels, and these images have '
+      f'{resolution}: the category fill then scores the other aspects only.'
+    ]
+
+
+def _reading(record: Record) -> Reading:
+  kept = record['reading']
+  return Reading(kept['background'], tuple(Found(**t) for t in kept['things']))

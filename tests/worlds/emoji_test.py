@@ -84,13 +84,13 @@ def test_the_judge_reads_true_images_and_no_others(font):
   reader = judge.Reader(source.glyphs)
   scenes = [emoji.scene(0, 'eval', i, source.names) for i in range(30)]
   for i, scene in enumerate(scenes):
-    assert reader.right(source[i]['image'], scene.meaning), scene.caption
+    assert reader.correct(source[i]['image'], scene.meaning), scene.caption
   wrong = [
-    reader.right(source[i]['image'], scene.meaning)
+    reader.correct(source[i]['image'], scene.meaning)
     for i, scene in enumerate(scenes[1:])
   ]
   assert sum(wrong) <= 1
-  assert not reader.right(source[0]['image'] * 0 + 255, scenes[0].meaning)
+  assert not reader.correct(source[0]['image'] * 0 + 255, scenes[0].meaning)
 
 
 def test_captions_say_what_is_there():
@@ -118,7 +118,7 @@ def test_captions_say_what_is_there():
   assert seen == {'left of', 'two', 'five', 'background'}
 
 
-def test_held_out_pairs_come_in_eval_alone():
+def test_held_out_pairs_come_in_eval_only():
   names = tuple(sorted(emoji.THINGS))
   assert len(names) == 56
   pairs = {
@@ -148,12 +148,12 @@ def test_scenes_are_pure_and_splits_differ(font):
     first[-1]
 
 
-def test_without_a_font_the_package_is_named(tmp_path, monkeypatch):
+def test_a_missing_or_broken_font_is_a_data_error(tmp_path, monkeypatch):
   monkeypatch.setattr(emoji, 'PLACES', (str(tmp_path),))
-  with pytest.raises(DataError, match='fonts-noto-color-emoji'):
+  with pytest.raises(DataError):
     emoji.EmojiSource(None, 64)
   (tmp_path / 'x.ttf').write_text('no font')
-  with pytest.raises(DataError, match='cannot be used as a font'):
+  with pytest.raises(DataError):
     emoji.EmojiSource(tmp_path / 'x.ttf', 64)
 
 

@@ -1,4 +1,4 @@
-"""The judge: what it reads, what it accepts, and how seldom it errs."""
+"""The judge: what it reads, what it accepts, and how rarely it errs."""
 
 import ast
 import dataclasses
@@ -27,7 +27,7 @@ judging = sys.modules[judge.__module__]
 def verdict(prompt, *things, background='white', size=256):
   """Judges a rendered scene of (shape, colour, fill, x, y, diameter) things."""
   things = tuple(shapes.Thing(*t) for t in things)
-  scene = shapes.Scene('', things, background, 'single', None)
+  scene = shapes.Scene('', things, background, 'single', Meaning(()))
   return judge(shapes.render(scene, size), prompts.understand(prompt))
 
 
@@ -40,13 +40,13 @@ SIZES = [(32, 50), (64, 50), (128, 25), (256, 17)]
 
 
 @pytest.mark.parametrize('size, num', SIZES)
-def test_clean_renders_are_read_right(size, num):
+def test_clean_renders_are_judged_correct(size, num):
   right = judge_accuracy.accuracy(0, num, size)
   assert np.mean(list(right.values())) >= 0.99, right
 
 
 @pytest.mark.parametrize('size, num', SIZES[1::2])
-def test_mildly_blurred_and_noisy_renders_are_read_right(size, num):
+def test_mildly_blurred_and_noisy_renders_are_judged_correct(size, num):
   right = judge_accuracy.accuracy(0, num, size, how='degraded')
   assert np.mean(list(right.values())) >= 0.95, right
 
@@ -69,6 +69,7 @@ def test_soft_images_keep_their_shapes_and_mostly_their_fills():
 
 
 def test_the_judge_shares_no_geometry_or_palette_with_the_renderer():
+  allowed = {'captions', 'reading', 'naming', 'silhouettes', 'regions'}
   for module in (judging, reading, naming, silhouettes, regions):
     for node in ast.walk(ast.parse(inspect.getsource(module))):
       if isinstance(node, ast.Import):
@@ -78,11 +79,11 @@ def test_the_judge_shares_no_geometry_or_palette_with_the_renderer():
       else:
         continue
       for name in names:
-        if name.startswith('imagen_jax.data'):
-          assert name.startswith('imagen_jax.worlds.captions')
+        module = name.removeprefix('imagen_jax.worlds.').split('.')[0]
+        assert module in allowed or not name.startswith('imagen_jax'), name
 
 
-def test_a_right_image_is_right_in_every_aspect():
+def test_a_correct_image_is_correct_in_every_aspect():
   result = verdict('a small red circle above a blue square', CIRCLE, SQUARE)
   assert result.correct
   assert {k: v for k, v in result.aspects.items() if v is not None} == {
@@ -109,7 +110,7 @@ def test_a_right_image_is_right_in_every_aspect():
     ('two red circles above a blue square', 'count'),
   ],
 )
-def test_one_wrong_word_makes_a_image_wrong_in_that_aspect(prompt, wrong):
+def test_one_wrong_word_makes_an_image_wrong_in_that_aspect(prompt, wrong):
   result = verdict(prompt, CIRCLE, SQUARE)
   assert not result.correct
   assert result.aspects[wrong] is False
@@ -130,10 +131,11 @@ def test_things_are_matched_to_words_whatever_their_order():
   assert not verdict('three pink moons and a yellow star', *things).correct
 
 
-def test_fills_are_told_only_where_the_image_is_large_enough():
+def test_fills_are_read_only_where_the_image_is_large_enough():
   striped = ('square', 'green', 'striped', 0.5, 0.5, 0.6)
   for size, fill in ((128, None), (256, 'striped'), (512, 'striped')):
-    scene = shapes.Scene('', (shapes.Thing(*striped),), 'white', '', None)
+    thing = shapes.Thing(*striped)
+    scene = shapes.Scene('', (thing,), 'white', '', Meaning(()))
     assert read(shapes.render(scene, size)).things[0].fill == fill
 
 
@@ -199,8 +201,8 @@ def test_no_image_makes_the_judge_fail(size):
     assert not judge(image.astype(np.uint8), meaning).correct
 
 
-def test_too_many_things_to_match_are_refused_by_name():
-  with pytest.raises(ValueError, match='7 things'):
+def test_too_many_things_to_match_are_refused():
+  with pytest.raises(ValueError):
     judge(np.zeros((64, 64, 3), np.uint8), Meaning((Group('star', 'red', 7),)))
 
 

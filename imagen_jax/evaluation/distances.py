@@ -7,10 +7,21 @@ in float64: covariances of 2048 correlated features need it.
 """
 
 import numpy as np
+from jaxtyping import Float
+
+# float64 inside; any float type at the door.
+Vector = Float[np.ndarray, ' d']
+Matrix = Float[np.ndarray, 'd d']
+FeaturesA = Float[np.ndarray, 'n d']
+FeaturesB = Float[np.ndarray, 'm d']
 
 
-def moments(features):
-  """(mean [D], covariance [D, D]) of features [N, D], N ≥ 2, as float64."""
+def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
+  """Mean and unbiased covariance of at least two features, as float64.
+
+  Raises:
+    ValueError: there are fewer.
+  """
   features = np.asarray(features, np.float64)
   if len(features) < 2:
     raise ValueError(f'{len(features)} images have no covariance')
@@ -20,7 +31,7 @@ def moments(features):
 
 
 def _roots(values):
-  """Square roots of eigenvalues; those that are rounding alone count as 0.
+  """Square roots of eigenvalues; those that are rounding errors count as 0.
 
   An eigenvalue of 0 comes out as about ±1e-16 of the largest, whose root would
   be 1e-8 of it and always positive: a bias, where there are many.
@@ -35,16 +46,18 @@ def _root(cov):
   return (vectors * _roots(values)) @ vectors.T
 
 
-def frechet(mean_a, cov_a, mean_b, cov_b):
-  """The Fréchet distance of two Gaussians, squared as is the custom.
+def frechet(
+  mean_a: Vector, cov_a: Matrix, mean_b: Vector, cov_b: Matrix
+) -> float:
+  """The Fréchet distance of two Gaussians, squared (Heusel et al. 2017).
 
   |m_a − m_b|² + tr(C_a + C_b − 2 (C_a C_b)^½). The trace of the root is that
   of (R C_b R)^½ with R = C_a^½, which is symmetric: no complex numbers arise,
   also where the covariances are singular, and nothing is added to them.
 
   Args:
-    mean_a, mean_b: [D].
-    cov_a, cov_b: [D, D], symmetric, none of their eigenvalues negative.
+    mean_a, mean_b: means.
+    cov_a, cov_b: covariances, symmetric, with no negative eigenvalue.
   """
   root = _root(np.asarray(cov_a, np.float64))
   middle = root @ np.asarray(cov_b, np.float64) @ root
@@ -54,14 +67,23 @@ def frechet(mean_a, cov_a, mean_b, cov_b):
   return float(step @ step + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def kid(a, b, *, subsets=100, size=1000, seed=0):
-  """Kernel distance: unbiased squared MMD of the kernel (x·y/D + 1)³.
+def kid(
+  a: FeaturesA,
+  b: FeaturesB,
+  *,
+  subsets: int = 100,
+  size: int = 1000,
+  seed: int = 0,
+) -> tuple[float, float]:
+  """Kernel inception distance (Bińkowski et al. 2018).
+
+  The unbiased squared MMD of the kernel (x·y/D + 1)³.
 
   Args:
-    a, b: features [N, D] and [M, D].
-    subsets: how many random parts of both sets are averaged.
-    size: of the parts, at most N and M.
-    seed: of the choice.
+    a, b: features of either set.
+    subsets: how many random subsets of both sets are averaged.
+    size: of the subsets; less where a set is smaller.
+    seed: of the subsets.
 
   Returns:
     (mean, standard deviation over the subsets).
@@ -89,13 +111,15 @@ def _unbiased(xx, yy, xy):
   return inside / (m * (m - 1)) - 2 * xy.mean()
 
 
-def cmmd(a, b, *, sigma=10.0, block=1024):
-  """CLIP's maximum mean discrepancy, times 1000.
+def cmmd(
+  a: FeaturesA, b: FeaturesB, *, sigma: float = 10.0, block: int = 1024
+) -> float:
+  """CLIP maximum mean discrepancy, times 1000 (Jayasumana et al. 2024).
 
-  The squared MMD of the kernel exp(−|x − y|² / 2σ²), every pair counted.
+  The squared MMD of the kernel exp(−|x − y|² / 2σ²) over all pairs.
 
   Args:
-    a, b: features [N, D] and [M, D]; each row is scaled to length 1 here.
+    a, b: features of either set; each row is normalised here.
     sigma: of the kernel; the authors' is 10.
     block: rows at a time.
   """
@@ -117,20 +141,27 @@ def _unit(features):
   return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def precision_recall(real, generated, *, k=3, block=1024):
-  """(precision, recall): how much of each set lies in the other's reach.
+def precision_recall(
+  real: FeaturesA, generated: FeaturesB, *, k: int = 3, block: int = 1024
+) -> tuple[float, float]:
+  """(precision, recall) of generated images (Kynkäänniemi et al. 2019).
 
-  A set's reach is the union of balls around its members, each as large as the
-  distance to the member's k-th neighbour. Precision is the fraction of
-  generated images in reach of the real ones, recall the reverse.
+  A set's manifold is the union of balls around its members, each with the
+  distance to the member's k-th neighbour as radius. Precision is the fraction
+  of generated images on the manifold of the real ones, recall the reverse.
 
   Args:
-    real, generated: features [N, D] and [M, D], each more than k.
+    real, generated: features of more than k images each.
+    k: the neighbour.
+    block: rows at a time.
+
+  Raises:
+    ValueError: there are too few images.
   """
   real, generated = (np.asarray(x, np.float64) for x in (real, generated))
   if min(len(real), len(generated)) <= k:
     raise ValueError(f'precision and recall need more than {k} images')
-  return _reached(generated, real, k, block), _reached(
+  return _on_manifold(generated, real, k, block), _on_manifold(
     real, generated, k, block
   )
 
@@ -141,7 +172,7 @@ def _squared(x, y):
   return np.maximum(xx + yy - 2 * x @ y.T, 0)
 
 
-def _reached(points, centres, k, block):
+def _on_manifold(points, centres, k, block):
   blocks = range(0, len(centres), block)
   # The nearest is the centre itself, so the k-th neighbour has index k.
   radius = np.concatenate(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imagen_jax.evaluation import frechet
+from imagen_jax.evaluation import distances
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def naive_kernel_mean(x, y, kernel, *, skip_equal=False):
 def test_gaussians_with_one_covariance_differ_by_their_means(rng):
   half = rng.normal(size=(6, 6))
   cov, a, b = half @ half.T, rng.normal(size=6), rng.normal(size=6)
-  assert frechet.frechet(a, cov, b, cov) == pytest.approx(
+  assert distances.frechet(a, cov, b, cov) == pytest.approx(
     ((a - b) ** 2).sum(), rel=1e-9
   )
 
@@ -31,7 +31,9 @@ def test_gaussians_with_one_covariance_differ_by_their_means(rng):
 def test_gaussians_with_commuting_covariances_have_a_closed_form(rng):
   q, _ = np.linalg.qr(rng.normal(size=(8, 8)))
   a, b = rng.uniform(0.1, 4, 8), rng.uniform(0.1, 4, 8)
-  found = frechet.frechet(np.ones(8), (q * a) @ q.T, np.zeros(8), (q * b) @ q.T)
+  found = distances.frechet(
+    np.ones(8), (q * a) @ q.T, np.zeros(8), (q * b) @ q.T
+  )
   expected = 8 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
   assert found == pytest.approx(expected, rel=1e-9)
 
@@ -41,27 +43,27 @@ def test_singular_covariances_are_no_problem(rng):
   a[0, 0] = 4
   b = np.zeros((5, 5))
   b[1, 1] = 9
-  assert frechet.frechet(np.zeros(5), a, np.zeros(5), b) == pytest.approx(13)
+  assert distances.frechet(np.zeros(5), a, np.zeros(5), b) == pytest.approx(13)
   few = rng.normal(size=(20, 400))  # fewer images than features
-  m = frechet.moments(few)
-  assert frechet.frechet(*m, *m) == pytest.approx(0, abs=1e-9)
+  m = distances.moments(few)
+  assert distances.frechet(*m, *m) == pytest.approx(0, abs=1e-9)
 
 
 def test_moments_are_the_unbiased_ones(rng):
   x = rng.normal(size=(9, 3)).astype(np.float32)
-  mean, cov = frechet.moments(x)
+  mean, cov = distances.moments(x)
   centred = x.astype(np.float64) - x.astype(np.float64).mean(0)
   np.testing.assert_allclose(mean, x.astype(np.float64).mean(0))
   np.testing.assert_allclose(cov, centred.T @ centred / 8, rtol=1e-12)
   assert mean.dtype == cov.dtype == np.float64
   with pytest.raises(ValueError, match='no covariance'):
-    frechet.moments(x[:1])
+    distances.moments(x[:1])
 
 
 def test_frechet_of_samples_approaches_the_closed_form(rng):
   a = rng.normal(size=(40_000, 2)) * (1, 2)
   b = rng.normal(size=(40_000, 2)) * (3, 2) + (1, 0)
-  found = frechet.frechet(*frechet.moments(a), *frechet.moments(b))
+  found = distances.frechet(*distances.moments(a), *distances.moments(b))
   assert found == pytest.approx(1 + 4, rel=0.03)
 
 
@@ -73,16 +75,16 @@ def test_kid_is_the_unbiased_estimate_of_naive_loops(rng):
     + naive_kernel_mean(b, b, kernel, skip_equal=True)
     - 2 * naive_kernel_mean(a, b, kernel)
   )
-  mean, spread = frechet.kid(a, b, subsets=3, size=1000)
+  mean, spread = distances.kid(a, b, subsets=3, size=1000)
   assert mean == pytest.approx(expected, rel=1e-9)
   assert spread == pytest.approx(0, abs=1e-9)
 
 
 def test_kid_of_one_distribution_is_zero_on_average(rng):
   a, b = rng.normal(size=(2, 1000, 8))
-  mean, spread = frechet.kid(a, b, subsets=50, size=100)
+  mean, spread = distances.kid(a, b, subsets=50, size=100)
   assert abs(mean) < 3 * spread / 50**0.5 + 0.01 and spread > 0
-  far, _ = frechet.kid(a, b + 1, subsets=5, size=100)
+  far, _ = distances.kid(a, b + 1, subsets=5, size=100)
   assert far > 10 * abs(mean)
 
 
@@ -95,8 +97,8 @@ def test_cmmd_is_that_of_naive_loops_over_unit_vectors(rng):
     + naive_kernel_mean(v, v, kernel)
     - 2 * naive_kernel_mean(u, v, kernel)
   )
-  assert frechet.cmmd(a, b, block=4) == pytest.approx(expected, rel=1e-6)
-  assert frechet.cmmd(3 * a, a) == pytest.approx(0, abs=1e-10)
+  assert distances.cmmd(a, b, block=4) == pytest.approx(expected, rel=1e-6)
+  assert distances.cmmd(3 * a, a) == pytest.approx(0, abs=1e-10)
 
 
 def test_precision_and_recall_are_those_of_naive_loops(rng):
@@ -113,7 +115,7 @@ def test_precision_and_recall_are_those_of_naive_loops(rng):
           break
     return inside / len(points)
 
-  found = frechet.precision_recall(real, generated, k=2, block=7)
+  found = distances.precision_recall(real, generated, k=2, block=7)
   assert found == (naive(generated, real, 2), naive(real, generated, 2))
   # Generated images that all lie in the middle are precise and miss the rest.
   assert found[0] > 0.9 > 0.6 > found[1]
@@ -126,11 +128,11 @@ def test_frechet_equals_scipys_matrix_root_at_2048_dimensions(rng):
   for scale in (1.0, 1.5):
     mix = np.random.default_rng(1).normal(size=(2048, 2048)) / 2048**0.5
     x = scale * rng.normal(size=(3000, 2048)) @ mix + 0.1 * scale
-    moments.append(frechet.moments(x))
+    moments.append(distances.moments(x))
   (m, c), (n, d) = moments
   root = linalg.sqrtm(c @ d)
   expected = ((m - n) ** 2).sum() + np.trace(c) + np.trace(d)
   expected -= 2 * np.trace(root).real
-  found = frechet.frechet(m, c, n, d)
+  found = distances.frechet(m, c, n, d)
   print(f'{found:.6f} here, {expected:.6f} with sqrtm')
   assert found == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,88 @@
+"""What to evaluate and how: the settings of `run.evaluate`."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+from imagen_jax.errors import UsageError
+
+# How a stage is sampled. Nothing here starts from an image, which `strength`
+# is about.
+SAMPLING = ('sampler', 'steps', 'guidance', 'aug_level', 'threshold')
+
+Value = str | int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """An evaluation; every field has a default.
+
+  Attributes:
+    suite: 'prompts', 'clip', 'fid', a data kind whose source has a suite, or
+      'my_module:MySource'; None is the suite of the model's own data kind.
+    model: model folder; None is the bundled demo model.
+    out: folder of the images, `scores.json` and `index.html`.
+    num: prompts of each category, or in all for fid; None is the suite's own.
+    categories: score these only; None is all of them.
+    seed: of the images.
+    stages: names of the stages to use; None is all of them.
+    from_truth: give the super-resolution stages true low-resolution images.
+    sweep: {'guidance': (1, 2, 4), 'sr1.steps': (4, 8)}: one run for each
+      combination. A key is one of `SAMPLING`, for all stages or for one.
+    prompts: a .csv, .tsv, .jsonl or .txt file (prompts, clip).
+    num_images: images of each prompt (prompts, clip).
+    data: real images with captions (fid).
+    source: the data kind of `data` (fid).
+    inception: file of InceptionV3 weights (fid).
+    clip: folder of a CLIP model in Hugging Face layout (clip, fid).
+    sampling: {one of `SAMPLING`: a value, or a list of one per stage}; a
+      stage's own default where it is left out.
+    dtype: of the activations, 'auto', 'float32' or 'bfloat16'.
+    batch_size: images at a time; None is 4 on a CPU and 32 elsewhere.
+    shard: (i, n): generate fraction i of n; None is this process's of all.
+
+  Raises:
+    UsageError: a value is out of range or a key of `sampling` or `sweep` is
+      unknown.
+  """
+
+  suite: str | None = None
+  model: str | os.PathLike | None = None
+  out: str | os.PathLike = 'report'
+  num: int | None = None
+  categories: tuple[str, ...] | None = None
+  seed: int = 0
+  stages: tuple[str, ...] | None = None
+  from_truth: bool = False
+  sweep: Mapping[str, Sequence[Value]] = dataclasses.field(default_factory=dict)
+  prompts: str | os.PathLike | None = None
+  num_images: int = 1
+  data: str | os.PathLike | None = None
+  source: str = 'folder'
+  inception: str | os.PathLike | None = None
+  clip: str | os.PathLike | None = None
+  sampling: Mapping[str, Value | Sequence[Value]] = dataclasses.field(
+    default_factory=dict
+  )
+  dtype: str = 'auto'
+  batch_size: int | None = None
+  shard: tuple[int, int] | None = None
+
+  def __post_init__(self) -> None:
+    for key in ('num', 'num_images', 'batch_size'):
+      value = getattr(self, key)
+      if value is not None and value < 1:
+        raise UsageError(f'{key} is {value}; it must be at least 1.', key=key)
+    if self.shard and not 0 <= self.shard[0] < self.shard[1]:
+      raise UsageError(
+        f'shard is {self.shard[0]}/{self.shard[1]}; i/n needs 0 ≤ i < n, such '
+        'as 0/4.',
+        key='shard',
+      )
+    for field in ('sampling', 'sweep'):
+      for key in getattr(self, field):
+        if key.rpartition('.')[2] not in SAMPLING:
+          raise UsageError(
+            f'{field} names {key!r}; it can name {", ".join(SAMPLING)}.',
+            key=field,
+          )

@@ -1,0 +1,180 @@
+"""Suite fid: the distance between generated and real images."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import random
+import typing
+
+import numpy as np
+from jaxtyping import Float
+
+from imagen_jax.data.source import Source
+from imagen_jax.data.sources import make_source
+from imagen_jax.errors import DataError, UsageError
+from imagen_jax.evaluation import distances
+from imagen_jax.evaluation.config import EvalConfig
+from imagen_jax.evaluation.extractors import (
+  Extractor,
+  TextExtractor,
+  load_clip,
+  load_inception,
+)
+from imagen_jax.evaluation.features import (
+  cosine_scores,
+  generated_features,
+  image_features,
+)
+from imagen_jax.evaluation.scores import Categories, Score
+from imagen_jax.evaluation.suite import Item, Records, Suite, digest, number
+
+NEIGHBOURS = 10_000  # images of either set for precision and recall
+
+
+@dataclasses.dataclass(frozen=True)
+class Fid(Suite):
+  """The paper's zero-shot FID protocol (Section 4.1).
+
+  `num` captions are sampled at random; the images generated from them are
+  compared with all real images, which are cropped square and averaged to the
+  model's resolution.
+
+  Attributes:
+    source: of the real images, see `data.sources`.
+    num: captions.
+    seed: of their choice.
+    inception: `Extractor` for the Fréchet distance, KID, precision, recall.
+    clip: `TextExtractor` for CMMD and the CLIP score.
+  """
+
+  source: Source
+  num: int
+  seed: int
+  inception: Extractor | None = None
+  clip: TextExtractor | None = None
+  label = 'fid'
+  uses = ('num', 'data', 'source', 'inception', 'clip')
+
+  @classmethod
+  def from_config(cls, config: EvalConfig, resolution: int) -> 'Fid':
+    if not config.data:
+      raise UsageError(
+        'data is not set; suite fid needs a folder of real images with '
+        'captions.',
+        key='data',
+      )
+    if not (config.inception or config.clip):
+      raise UsageError(
+        'inception is not set, nor is clip; suite fid needs the weights of a '
+        'network to compare images with.',
+        key='inception',
+      )
+    return cls(
+      source=make_source(
+        kind=config.source, size=resolution, path=os.fspath(config.data)
+      ),
+      num=config.num or 30_000,
+      seed=config.seed,
+      inception=load_inception(config.inception) if config.inception else None,
+      clip=load_clip(config.clip) if config.clip else None,
+    )
+
+  def heading(self) -> tuple[str, str]:
+    return 'Distance from real images', (
+      'Lower is better for the Fréchet distance, KID and CMMD; higher is '
+      'better for precision, recall and CLIP score.'
+    )
+
+  @functools.cached_property
+  def captions(self) -> list[str]:
+    """The captions to generate from."""
+    total = len(self.source)
+    chosen = random.Random(self.seed).sample(range(total), min(self.num, total))
+    return [self.source.caption(i) for i in chosen]
+
+  def items(self) -> list[Item]:
+    return number(('all', caption) for caption in self.captions)
+
+  def digest(self) -> str:
+    return digest(self.captions)
+
+  def score(
+    self, folder: pathlib.Path, records: Records
+  ) -> dict[str, Categories]:
+    items = self.items()
+    result: Score = {}
+    if self.inception:
+      generated = generated_features(self.inception, folder, records, items)
+      real = self._real(folder, self.inception)
+      if min(len(generated), len(real)) < 4:
+        raise DataError(
+          f'{len(generated)} generated and {len(real)} real images are too few '
+          'to compare; raise num, or give more data.'
+        )
+      result |= _inception_scores(generated, real)
+    if self.clip:
+      generated = generated_features(self.clip, folder, records, items)
+      real = self._real(folder, self.clip)
+      result['cmmd'] = distances.cmmd(generated, real)
+      texts = self.clip.text([item.prompt for item in items])
+      result['clip_score'] = float(cosine_scores(generated, texts).mean())
+    result |= {'n': len(items), 'n_real': len(self.source)}
+    return {'fid': {'all': result}}
+
+  def _real(
+    self, folder: pathlib.Path, extractor: Extractor
+  ) -> Float[np.ndarray, 'n d']:
+    """Features of all real images, kept for the next run of a sweep."""
+    captions = digest([self.captions, len(self.source)])
+    name = f'real-{extractor.digest[:16]}-{captions}.npy'
+    path = folder.parent / name
+    if path.exists():
+      return np.load(path, allow_pickle=False)
+    features = image_features(
+      extractor, (self.source[i]['image'] for i in range(len(self.source)))
+    )
+    temporary = path.with_name(f'.{name}')
+    np.save(temporary, features)
+    temporary.replace(path)
+    return features
+
+  def provenance(self) -> dict[str, typing.Any]:
+    found = {
+      'num': self.num,
+      'captions_digest': self.digest(),
+      'real_resize': 'area',
+    }
+    for name in ('inception', 'clip'):
+      extractor = getattr(self, name)
+      if extractor:
+        found[f'{name}_sha256'] = extractor.digest
+        found[f'{name}_resize'] = extractor.resize
+    return found
+
+  def notes(self, resolution: int) -> list[str]:
+    few = min(self.num, len(self.source))
+    if few >= 10_000:
+      return []
+    return [
+      f'{few} images bias the Fréchet distance upwards; compare it only with '
+      'values of the same number. The paper uses 30000.'
+    ]
+
+
+def _inception_scores(
+  generated: Float[np.ndarray, 'n d'], real: Float[np.ndarray, 'm d']
+) -> Score:
+  kid, kid_sd = distances.kid(generated, real)
+  precision, recall = distances.precision_recall(
+    real[:NEIGHBOURS], generated[:NEIGHBOURS]
+  )
+  return {
+    'frechet': distances.frechet(
+      *distances.moments(generated), *distances.moments(real)
+    ),
+    'kid': kid,
+    'kid_sd': kid_sd,
+    'precision': precision,
+    'recall': recall,
+  }

@@ -1,0 +1,177 @@
+"""An evaluation from its config to its scores and report.
+
+  from imagen_jax.evaluation.config import EvalConfig
+from imagen_jax.evaluation.listener import Listener
+  from imagen_jax.evaluation.run import evaluate
+
+  result = evaluate(EvalConfig(num=16, sweep={'guidance': (1, 2, 4)}))
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+import typing
+
+import jax
+
+import imagen_jax
+from imagen_jax.cascade.cascade import Cascade, load
+from imagen_jax.errors import UsageError
+from imagen_jax.evaluation import generation, report, scores, suites, sweep
+from imagen_jax.evaluation.config import EvalConfig
+from imagen_jax.evaluation.listener import Listener
+from imagen_jax.evaluation.scores import Categories
+from imagen_jax.evaluation.suite import Suite
+from imagen_jax.io import model_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What came out.
+
+  Attributes:
+    scores: {label or label@point: {category: score}} of the finished runs.
+    report: the page; None while other processes have images left.
+  """
+
+  scores: dict[str, Categories]
+  report: pathlib.Path | None
+
+
+def evaluate(
+  config: EvalConfig, listener: Listener | None = None
+) -> Evaluation:
+  """Generates a suite's images, scores them, and writes the report.
+
+  A run that was interrupted resumes when the same config is evaluated again.
+
+  Args:
+    config: what to evaluate and how.
+    listener: receives notes and progress.
+
+  Raises:
+    UsageError, DataError, ModelError: the config contradicts itself or the
+      model, or a file that it names cannot be used.
+  """
+  listener = listener or Listener()
+  records = _stages(config)
+  suite = suites.make_suite(config, records)
+  cascade = load(
+    config.model,
+    dtype=config.dtype,
+    stages=[record.name for record in records],
+    devices=jax.local_devices(),  # every process has images of its own
+  )
+  points = sweep.points(cascade, config)
+  for note in suite.notes(cascade.stages[-1].resolution):
+    listener.note(note)
+  found, finished = {}, True
+  for point in points:
+    run = _run(cascade, suite, config, point)
+    label = suite.label + (point.name and f'@{point.name}')
+    _generate(cascade, run, point, label, listener)
+    left = generation.unfinished(
+      suite.items(), generation.read_records(run.folder)
+    )
+    if left:
+      finished = False
+      listener.left(label, len(left))
+    else:
+      provenance = _provenance(cascade, run, point, config)
+      found[label] = _score(run, point, config, provenance)
+      listener.scored(label, found[label])
+  page = report.write(pathlib.Path(config.out)) if finished else None
+  return Evaluation(found, page)
+
+
+def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
+  """The stages to evaluate; with `from_truth` none that generates from text."""
+  path = config.model or model_folder.demo_path()
+  records = model_folder.find_stages(path, config.stages)
+  if not config.from_truth:
+    return records
+  if not config.stages:
+    records = [r for r in records if r.low_resolution is not None]
+  if not records or records[0].low_resolution is None:
+    raise UsageError(
+      f'from_truth needs super-resolution stages only; {path} has none, or '
+      'stages names the base.',
+      key='from_truth',
+    )
+  return records
+
+
+def _run(
+  cascade: Cascade, suite: Suite, config: EvalConfig, point: sweep.Point
+) -> generation.Run:
+  cpu = jax.default_backend() == 'cpu'
+  return generation.Run(
+    suite=suite,
+    folder=pathlib.Path(config.out) / suite.label / (point.name or 'run'),
+    sampling=point.sampling,
+    seed=config.seed,
+    batch_size=config.batch_size or (4 if cpu else 32),
+    fraction=config.shard or (jax.process_index(), jax.process_count()),
+    true_size=cascade.stages[0].low_resolution if config.from_truth else None,
+  )
+
+
+def _generate(
+  cascade: Cascade,
+  run: generation.Run,
+  point: sweep.Point,
+  label: str,
+  listener: Listener,
+) -> None:
+  identity = {
+    'suite': run.suite.label,
+    'model_digest': cascade.digest,
+    'stages': point.per_stage([s.name for s in cascade.stages]),
+    'seed': run.seed,
+    'dtype': cascade.dtype.name,
+    'prompts': run.suite.digest(),
+  }
+  generation.open_run(run.folder, identity)
+  generation.generate(
+    cascade, run, lambda *counts: listener.progress(label, *counts)
+  )
+
+
+def _score(
+  run: generation.Run,
+  point: sweep.Point,
+  config: EvalConfig,
+  provenance: dict[str, typing.Any],
+) -> Categories:
+  """Scores a finished run and notes what the report needs."""
+  records = generation.read_records(run.folder)
+  result = run.suite.score(run.folder, records)
+  report.save_section(run.suite, run.folder, records)
+  for key, categories in result.items():
+    key += point.name and f'@{point.name}'
+    scores.add_scores(config.out, key, categories, provenance)
+  return result[run.suite.label]
+
+
+def _provenance(
+  cascade: Cascade,
+  run: generation.Run,
+  point: sweep.Point,
+  config: EvalConfig,
+) -> dict[str, typing.Any]:
+  """What the scores were measured on."""
+  return {
+    'run': run.folder.relative_to(config.out).as_posix(),
+    'model': os.fspath(config.model) if config.model else 'demo',
+    'model_digest': cascade.digest,
+    'resolution': cascade.stages[-1].resolution,
+    'stages': point.per_stage([s.name for s in cascade.stages]),
+    'seed': run.seed,
+    'batch_size': run.batch_size,
+    'dtype': cascade.dtype.name,
+    'device': f'{jax.local_device_count()} {jax.devices()[0].device_kind}',
+    'version': imagen_jax.__version__,
+    'date': time.strftime('%Y-%m-%d'),
+    **run.suite.provenance(),
+  }

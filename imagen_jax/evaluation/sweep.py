@@ -1,0 +1,71 @@
+"""Every combination of the settings that a sweep names."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from imagen_jax.cascade.cascade import Cascade
+from imagen_jax.errors import UsageError
+from imagen_jax.evaluation.config import SAMPLING, EvalConfig, Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One choice of settings.
+
+  Attributes:
+    name: 'guidance=1,sr1.steps=4'; '' where there is no sweep.
+    sampling: {one of `SAMPLING`: a value per stage}.
+  """
+
+  name: str
+  sampling: dict[str, list[Value]]
+
+  def per_stage(self, names: Sequence[str]) -> dict[str, dict[str, Value]]:
+    """{stage: {one of `SAMPLING`: value}}, for provenance."""
+    return {
+      name: {key: values[i] for key, values in self.sampling.items()}
+      for i, name in enumerate(names)
+    }
+
+
+def points(cascade: Cascade, config: EvalConfig) -> list[Point]:
+  """The points of a sweep, all checked before any work.
+
+  Raises:
+    UsageError: there is no such stage, or a value cannot work.
+  """
+  names = [stage.name for stage in cascade.stages]
+  for target in config.sweep:
+    stage = target.rpartition('.')[0]
+    if stage and stage not in names:
+      raise UsageError(
+        f'sweep names stage {stage!r}; the stages are {", ".join(names)}.',
+        key='sweep',
+      )
+  settings = cascade.settings(**config.sampling)
+  base = {
+    key: [_or_none(getattr(setting, key)) for setting in settings]
+    for key in SAMPLING
+  }
+  result = []
+  for values in itertools.product(*config.sweep.values()):
+    sampling = dict(base)
+    for target, value in zip(config.sweep, values):
+      stage, _, key = target.rpartition('.')
+      sampling[key] = [
+        value if stage in ('', name) else old
+        for name, old in zip(names, sampling[key])
+      ]
+    cascade.settings(**sampling)
+    # 1.0 is named 1, so that a notebook's and a command's runs are the same.
+    parts = [
+      f'{target}={str(value).removesuffix(".0")}'
+      for target, value in zip(config.sweep, values)
+    ]
+    result.append(Point(','.join(parts), sampling))
+  return result
+
+
+def _or_none(value: Value | None) -> Value:
+  return 'none' if value is None else value

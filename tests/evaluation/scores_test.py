@@ -1,0 +1,35 @@
+"""Accuracies and their intervals."""
+
+import numpy as np
+import pytest
+
+from imagen_jax.evaluation import scores
+
+
+def test_wilsons_interval():
+  # Table values; Wilson's interval of 15 of 20 and of 0 of 10.
+  np.testing.assert_allclose(scores.wilson(15, 20), (0.5313, 0.8881), atol=1e-4)
+  np.testing.assert_allclose(scores.wilson(0, 10), (0, 0.2775), atol=1e-4)
+  assert scores.wilson(10, 10)[1] == 1
+  # The ends are the fractions p with |k/n - p| = 1.96 sqrt(p (1 - p) / n).
+  for p in scores.wilson(7, 30):
+    assert abs(7 / 30 - p) == pytest.approx(
+      scores.Z95 * (p * (1 - p) / 30) ** 0.5
+    )
+  with pytest.raises(ValueError):
+    scores.wilson(3, 2)
+
+
+def test_an_accuracy_as_text():
+  assert scores.cell([True] * 15 + [False] * 5) == '75 % (53 to 89)'
+  assert scores.cell(iter(())) == ''
+
+
+def test_the_mean_has_a_normal_interval():
+  # The standard deviation of 0 and 2 is √2, of their mean 1.
+  assert scores.mean([0.0, 2.0]) == {
+    'mean': 1,
+    'n': 2,
+    'ci95': pytest.approx([1 - scores.Z95, 1 + scores.Z95]),
+  }
+  assert scores.mean([3.0])['ci95'] == [3, 3]
