@@ -27,7 +27,7 @@ BELOW = {
     'text',
   },
   'evaluation': {'errors', 'data', 'io', 'text', 'worlds'},
-  'worlds': {'data', 'errors', 'evaluation', 'nets', 'text'},
+  'worlds': {'data', 'errors', 'evaluation', 'io', 'nets', 'text'},
   'deepfloyd': {
     'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets',
     'sharding', 'text', 'training',
@@ -38,11 +38,7 @@ BELOW = {
 }  # fmt: skip
 DOORS = {
   'orbax': {'io/checkpoint.py'},
-  'safetensors': {
-    'io/model_folder.py',
-    'text/',
-    'evaluation/extractors.py',
-  },
+  'safetensors': {'io/safetensors.py'},
   'transformers': {'text/'},
   'sentencepiece': {'text/', 'worlds/pretraining.py'},
   'tensorflow_datasets': {'data/tfds.py'},

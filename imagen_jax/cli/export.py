@@ -1,11 +1,11 @@
 """imagen-export: from a training workdir to a finished model folder."""
 
 import pathlib
-import subprocess
 import sys
 import time
 
 from imagen_jax.cli import errors
+from imagen_jax.io import files
 
 
 def main(argv=None):
@@ -63,7 +63,11 @@ def export_if(workdir, out, *, weights, step):
 
   if out.exists():
     raise UsageError(f'{out} exists; give another --out, or remove it.')
-  config = ConfigDict(model_folder.read_json(workdir / 'config.json')['config'])
+  config = ConfigDict(
+    files.read_json(
+      workdir / 'config.json', version=model_folder.FORMAT_VERSION
+    )['config']
+  )
   run = IFRun(config)
   every = config.train
   with Checkpoints(
@@ -85,7 +89,8 @@ def _kind(workdir):
   path = workdir / 'config.json'
   if not path.exists():
     return None
-  return model_folder.read_json(path).get('config', {}).get('kind')
+  record = files.read_json(path, version=model_folder.FORMAT_VERSION)
+  return record.get('config', {}).get('kind')
 
 
 def export(workdir, out, *, weights, step, dtype, command):
@@ -120,7 +125,7 @@ def export(workdir, out, *, weights, step, dtype, command):
     text=record.text,
     provenance={
       'command': command,
-      'commit': _commit(),
+      'commit': files.git_commit(),
       'steps': step,
       'images': step * batch,
       'training_seconds': round(seconds),
@@ -143,20 +148,6 @@ def _not_the_model(_, names):
   """Files beside an encoder that are not part of it."""
   suffixes = ('.json', '.safetensors', '.model')
   return [n for n in names if not n.endswith(suffixes)]
-
-
-def _commit():
-  """The commit that is checked out here, or None."""
-  try:
-    result = subprocess.run(
-      ['git', 'rev-parse', 'HEAD'],
-      capture_output=True,
-      text=True,
-      cwd=pathlib.Path(__file__).parent,
-    )
-  except OSError:
-    return None
-  return result.stdout.strip() or None
 
 
 if __name__ == '__main__':

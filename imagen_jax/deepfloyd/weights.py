@@ -7,7 +7,6 @@ or merged: exporting undoes it to the byte.
 """
 
 import functools
-import json
 import math
 import pathlib
 import re
@@ -19,7 +18,7 @@ import numpy as np
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import files, hub_folder, safetensors
 
 STEM = 'diffusion_pytorch_model'
 CONVERT = (
@@ -177,29 +176,23 @@ def save(folder, params, *, source, dtype=None):
   raw = source
   if not isinstance(source, dict):
     path = pathlib.Path(source) / 'config.json'
-    raw = hub_folder.read_json(path, configs.WHAT)
+    raw = files.read_json(path, missing=configs.WHAT)
   config = configs.parse(raw, folder / 'config.json')
   wanted = {torch_name(p): x.shape for p, x in leaves(abstract_params(config))}
   given = {torch_name(path): leaf for path, leaf in leaves(params)}
   check_names(folder, given, wanted)
   tensors = {
-    name: hub_folder.Tensor(
+    name: safetensors.Tensor(
       np.dtype(dtype or leaf.dtype),
       stored_shape(name, leaf.shape),
       _exporter(name, leaf, dtype),
     )
     for name, leaf in given.items()
   }
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ModelError(
-      f'{folder} could not be made ({error.strerror or error}); check space '
-      'and permissions.'
-    ) from error
-  hub_folder.write_file(folder / f'{STEM}.safetensors', tensors)
-  text = json.dumps(raw, indent=2) + '\n'
-  (folder / 'config.json').write_text(text, encoding='utf-8')
+  safetensors.write_file(
+    folder / f'{STEM}.safetensors', tensors, metadata=hub_folder.METADATA
+  )
+  files.write_json(folder / 'config.json', raw)
 
 
 def _exporter(name, leaf, dtype):

@@ -6,19 +6,17 @@ and shape that the network expects. The file's digest goes into each score.
 """
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from PIL import Image
 
 from imagen_jax.errors import ModelError
 from imagen_jax.evaluation import clip, inception
+from imagen_jax.io import files, safetensors
 
 BATCH = 16
 
@@ -53,15 +51,14 @@ def read_tensors(path):
       'when they are read: convert it with a tool that you trust.'
     )
   try:
-    with path.open('rb') as file:
-      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    digest = files.digest(path)['sha256']
     if path.suffix == '.npz':
       with np.load(path, allow_pickle=False) as file:
         tensors = {name: file[name] for name in file.files}
     else:
-      with safetensors.safe_open(path, 'np') as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-  except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+      opened = safetensors.open_file(path)
+      tensors = {name: tensor.read() for name, tensor in opened.items()}
+  except (OSError, ValueError, TypeError) as error:
     raise ModelError(
       f'{path} cannot be read ({error}); copy it again from where it came.'
     ) from error
@@ -178,7 +175,7 @@ def load_clip(folder):
 def _clip_sizes(path):
   """((image sizes, text sizes), projection) of a config.json."""
   try:
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = files.read_json(path, advice='copy the whole folder again')
     both = []
     for part, more in (
       ('vision_config', {'size': 'image_size', 'patch': 'patch_size'}),
@@ -206,7 +203,7 @@ def _clip_sizes(path):
     if not acts <= {'quick_gelu', 'gelu'}:
       raise ValueError(f'hidden_act {acts}')
     return both, config.get('projection_dim', 512)
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise ModelError(
       f'{path} is no config of a CLIP model ({error!r}); copy the whole '
       'folder of the model.'

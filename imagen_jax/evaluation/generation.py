@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import files
 from imagen_jax.io import images as image_io
-from imagen_jax.io import model_folder
 
 # Batches between two times that the stages change places on the device.
 BATCHES = 4
@@ -70,7 +70,7 @@ def open_run(folder, identity):
   path = folder / 'run.json'
   identity = json.loads(json.dumps(identity))
   if path.exists():
-    before = model_folder.read_json(path, error=DataError)['identity']
+    before = files.read_json(path, error=DataError, version=1)['identity']
     changed = [
       key
       for key in {**before, **identity}
@@ -88,7 +88,7 @@ def open_run(folder, identity):
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
     raise UsageError(f'{folder} cannot be a folder: {error}.') from error
-  model_folder.write_json(path, {'format_version': 1, 'identity': identity})
+  files.write_json(path, {'format_version': 1, 'identity': identity})
 
 
 def _short(value):
@@ -200,10 +200,9 @@ def read_image(folder, record):
 
 def _save(path, image, item, seed):
   # Whole or not at all: a record may only name a good image.
-  temporary = path.with_name(f'.{os.getpid()}.{path.name}')
   metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}
-  image_io.save_png(temporary, image, metadata)
-  temporary.replace(path)
+  with files.replacing(path) as temporary:
+    image_io.save_png(temporary, image, metadata)
 
 
 class _Lines:

@@ -4,13 +4,12 @@
 `provenance` what each suite was measured on.
 """
 
-import json
 import pathlib
 
 import numpy as np
 
 from imagen_jax.errors import DataError
-from imagen_jax.io import model_folder
+from imagen_jax.io import files
 
 FILE = 'scores.json'
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -76,13 +75,12 @@ def read_scores(folder):
   path = pathlib.Path(folder) / FILE
   if not path.exists():
     return {}
+  advice = 'move it away and run again'
+  scores = files.read_json(path, error=DataError, advice=advice)
   try:
-    scores = json.loads(path.read_text(encoding='utf-8'))
     scores.get('provenance', {}).values()
-  except (OSError, ValueError, AttributeError) as error:
-    raise DataError(
-      f'{path} holds no scores ({error}); move it away and run again.'
-    ) from error
+  except AttributeError as error:
+    raise DataError(f'{path} holds no scores; {advice}.') from error
   return scores
 
 
@@ -92,5 +90,5 @@ def add_scores(folder, suite, categories, provenance):
   notes = scores.pop('provenance', {})
   scores[suite] = categories
   scores['provenance'] = notes | {suite: provenance}
-  model_folder.write_json(pathlib.Path(folder) / FILE, scores)
+  files.write_json(pathlib.Path(folder) / FILE, scores)
   return scores

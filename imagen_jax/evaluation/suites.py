@@ -20,6 +20,7 @@ import numpy as np
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation import frechet, prompts, scores
 from imagen_jax.evaluation.generation import Item, read_image
+from imagen_jax.io import files
 from imagen_jax.worlds import suite as shapes_suite
 
 BLOCK = 256  # images in memory at a time
@@ -276,9 +277,9 @@ class Fid:
       return np.load(path, allow_pickle=False)
     images = (self.source[i]['image'] for i in range(len(self.source)))
     features = _features(extractor, images)
-    temporary = path.with_name(f'.{name}')
-    np.save(temporary, features)
-    temporary.replace(path)
+    with files.replacing(path) as temporary:
+      with temporary.open('wb') as file:
+        np.save(file, features)
     return features
 
   def provenance(self):

@@ -23,16 +23,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import manifest
+from imagen_jax.io import files, manifest
 
 _log = logging.getLogger(__name__)
-# What a file system says when it is to blame; orbax wraps it in pages.
-_STORAGE = (
-  'No space left on device',
-  'Disk quota exceeded',
-  'Read-only file system',
-  'Permission denied',
-)
 
 
 class Checkpoints:
@@ -306,10 +299,8 @@ class Checkpoints:
       yield
     except (OSError, ValueError, RuntimeError) as error:
       text = str(error).strip() or type(error).__name__
-      reason = next(
-        (words for words in _STORAGE if words in text),
-        text.splitlines()[0][:200],
-      )
+      # orbax wraps what the file system said in pages.
+      reason = files.storage_reason(error) or text.splitlines()[0][:200]
       last = self.latest_step()
       # What orbax had not begun to write when this failed, it just drops.
       warnings.filterwarnings(
@@ -364,7 +355,7 @@ class Checkpoints:
 def _not_of_a_thread(record):
   message = record.getMessage()
   if 'exception was never retrieved' in message and record.exc_info:
-    return not any(words in str(record.exc_info[1]) for words in _STORAGE)
+    return files.storage_reason(record.exc_info[1]) is None
   return '_SignalingThread' not in message and 'save thread' not in message
 
 

@@ -47,7 +47,7 @@ def save_png(path, image, metadata=None):
     info.add_text(METADATA_KEY, json.dumps(metadata))
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(image).save(path, pnginfo=info)
+  Image.fromarray(image).save(path, 'PNG', pnginfo=info)
 
 
 def read_metadata(path):

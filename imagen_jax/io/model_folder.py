@@ -14,19 +14,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-import tempfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import files, safetensors
+from imagen_jax.io.safetensors import Tensor
 
 FORMAT_VERSION = 1
+RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
 DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 
@@ -87,20 +86,14 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
     raise UsageError(f'dtype {dtype!r} is unknown; use {" or ".join(DTYPES)}.')
   if path.exists():
     raise UsageError(f'{path} exists and is not overwritten; choose another.')
-  temporary = None
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent)
-    )
-    temporary.chmod(0o755)  # mkdtemp makes it private, and so is the file
-    file = temporary / 'weights.safetensors'
-    flat = {
-      name: np.asarray(leaf).astype(DTYPES[dtype], order='C')
-      for name, leaf in _flatten(params)
-    }
-    safetensors.numpy.save_file(flat, file)
-    file.chmod(0o644)
+  tensors = {
+    name: Tensor(np.dtype(DTYPES[dtype]), np.shape(leaf), _cast(leaf, dtype))
+    for name, leaf in _flatten(params)
+  }
+  with files.replacing(path, error=ModelError) as temporary:
+    temporary.mkdir()
+    file = temporary / WEIGHTS
+    safetensors.write_file(file, tensors)
     record = {
       'format_version': FORMAT_VERSION,
       'name': config['stage']['name'],
@@ -108,23 +101,10 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
       'low_resolution': config['stage'].get('low_resolution'),
       'config': config,
       'text': text,
-      'weights': {
-        'dtype': dtype,
-        'bytes': file.stat().st_size,
-        'sha256': _sha256(file),
-      },
+      'weights': {'dtype': dtype, **files.digest(file)},
       'provenance': provenance,
     }
-    write_json(temporary / 'stage.json', record)
-    temporary.rename(path)
-  except OSError as error:
-    raise ModelError(
-      f'{path} could not be written ({error.strerror or error}); check space '
-      'and permissions.'
-    ) from error
-  finally:
-    if temporary is not None and temporary.exists():
-      shutil.rmtree(temporary)
+    files.write_json(temporary / RECORD, record)
 
 
 def load_stage(path):
@@ -134,15 +114,15 @@ def load_stage(path):
     ModelError: it is neither, half of one, or of a newer format.
   """
   path = pathlib.Path(path)
-  exported = (path / 'stage.json').exists()
-  file = path / ('stage.json' if exported else 'config.json')
+  exported = (path / RECORD).exists()
+  file = path / (RECORD if exported else 'config.json')
   if not file.exists():
     raise ModelError(
       f'{path} is no stage: it has neither stage.json nor config.json; give a '
       'model folder, a training workdir, or export one with imagen-export.'
     )
-  record = read_json(file)
-  if exported and not (path / 'weights.safetensors').exists():
+  record = files.read_json(file, version=FORMAT_VERSION)
+  if exported and not (path / WEIGHTS).exists():
     raise ModelError(
       f'{path} has no weights.safetensors; copy the whole folder again.'
     )
@@ -237,28 +217,27 @@ def load_params(record, *, weights='ema', step=None, put=None):
     with _checkpoints(record) as checkpoints:
       params, _, _ = checkpoints.restore_subtree(part, step)
     return params if put is None else _map(put, params)
-  file = record.path / 'weights.safetensors'
+  file = record.path / WEIGHTS
   try:
-    intact = _sha256(file) == record.weights['sha256']
-    if intact:
-      params = {}
-      with safetensors.safe_open(file, 'np') as tensors:
-        for name in tensors.keys():
-          *branches, leaf = name.split('/')
-          branch = params
-          for key in branches:
-            branch = branch.setdefault(key, {})
-          array = tensors.get_tensor(name).astype(np.float32, copy=False)
-          branch[leaf] = array if put is None else put(array)
-      return params
-  except (OSError, TypeError, safetensors.SafetensorError) as error:
+    intact = files.digest(file)['sha256'] == record.weights['sha256']
+  except OSError as error:
     raise ModelError(
-      f'{file} cannot be read ({error}); copy it again from where it came.'
+      f'{file} cannot be read ({error}); {files.COPY_AGAIN}.'
     ) from error
-  raise ModelError(
-    f'{file} is damaged: its sha256 is not the one in stage.json; copy it '
-    'again from where it came.'
-  )
+  if not intact:
+    raise ModelError(
+      f'{file} is damaged: its sha256 is not the one in {RECORD}; '
+      f'{files.COPY_AGAIN}.'
+    )
+  params: dict[str, Any] = {}
+  for name, tensor in safetensors.open_file(file).items():
+    *branches, leaf = name.split('/')
+    branch = params
+    for key in branches:
+      branch = branch.setdefault(key, {})
+    array = tensor.read().astype(np.float32, copy=False)
+    branch[leaf] = array if put is None else put(array)
+  return params
 
 
 def float32_bytes(record):
@@ -320,44 +299,6 @@ def text_path(path, record):
   )
 
 
-def read_json(path, *, error=ModelError):
-  """A JSON object that imagen_jax wrote.
-
-  Raises:
-    error: it cannot be read, is not JSON, or is of another format version.
-  """
-  path = pathlib.Path(path)
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as problem:
-    raise error(
-      f'{path} cannot be read as JSON ({problem}); copy it again from where '
-      'it came.'
-    ) from problem
-  version = value.get('format_version') if isinstance(value, dict) else None
-  if version != FORMAT_VERSION:
-    raise error(
-      f'{path} has format {version} and this version of imagen_jax reads '
-      f'{FORMAT_VERSION}: upgrade, or check that the file is the right one.'
-    )
-  return value
-
-
-def write_json(path, value):
-  """Writes a JSON object so that a reader sees the old or the new, whole."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    with temporary.open('w', encoding='utf-8') as f:
-      json.dump(value, f, indent=2)
-      f.write('\n')
-      f.flush()
-      os.fsync(f.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def _checkpoints(record):
   # Orbax takes a third of a second to import, and finished models need none.
   from imagen_jax.io.checkpoint import Checkpoints
@@ -370,7 +311,7 @@ def _is_stage(path):
   """Whether a directory looks like a stage, even half of one."""
   if path.name.startswith('.'):  # what a killed export left
     return False
-  parts = ('stage.json', 'weights.safetensors', 'checkpoints')
+  parts = (RECORD, WEIGHTS, 'checkpoints')
   if any((path / part).exists() for part in parts):
     return True
   try:  # a workdir before its first checkpoint; others have a config.json too
@@ -390,6 +331,10 @@ def _map(function, tree):
   return function(tree)
 
 
+def _cast(leaf, dtype):
+  return lambda: np.asarray(leaf).astype(DTYPES[dtype])
+
+
 def _flatten(tree, prefix=''):
   for key, value in tree.items():
     if '/' in key:
@@ -398,8 +343,3 @@ def _flatten(tree, prefix=''):
       yield from _flatten(value, f'{prefix}{key}/')
     else:
       yield prefix + key, value
-
-
-def _sha256(path):
-  with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()

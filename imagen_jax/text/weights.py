@@ -8,17 +8,21 @@ holds more than one of them. Nothing is unpickled, ever.
 
 import functools
 import hashlib
-import json
 import math
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
+from jax.typing import DTypeLike
 
 from imagen_jax.errors import ModelError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import hub_folder, safetensors
+from imagen_jax.io.files import read_json, write_bytes, write_json
+from imagen_jax.io.safetensors import Tensor
 from imagen_jax.nets.t5 import T5Encoder
 
 SINGLE = 'model.safetensors'
@@ -62,7 +66,11 @@ def read_config(folder):
   Raises:
     ModelError: the file is missing or no JSON.
   """
-  return hub_folder.read_json(pathlib.Path(folder) / 'config.json', WHAT)
+  return read_json(
+    pathlib.Path(folder) / 'config.json',
+    advice=hub_folder.AGAIN,
+    missing=WHAT,
+  )
 
 
 def model_max_length(folder):
@@ -70,7 +78,7 @@ def model_max_length(folder):
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
     return math.inf
-  return hub_folder.read_json(path, WHAT).get('model_max_length') or math.inf
+  return read_json(path).get('model_max_length') or math.inf
 
 
 def module_from_config(folder, config, *, dtype=jnp.float32):
@@ -232,7 +240,15 @@ def _put_layer(stack, part, i):
   return jax.lax.dynamic_update_index_in_dim(stack, part, i, 0)
 
 
-def save_folder(folder, module, params, *, files, dtype=None, **config):
+def save_folder(
+  folder: str | os.PathLike[str],
+  module: T5Encoder,
+  params: Mapping[str, Any],
+  *,
+  files: Mapping[str, bytes],
+  dtype: DTypeLike | None = None,
+  **config: Any,
+) -> None:
   """Writes an encoder as a Hugging Face folder that transformers can load.
 
   Args:
@@ -244,47 +260,54 @@ def save_folder(folder, module, params, *, files, dtype=None, **config):
     **config: further keys for `config.json`.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   layer, top = _names(module)
-  tensors = {}
+  leaves = {TOP[name]: params[name] for name in top} | {
+    _torch_name(name, i, module): params['layers'][name][i]
+    for name in layer
+    for i in range(module.num_layers)
+  }
+  safetensors.write_file(
+    folder / SINGLE,
+    {name: _exported(name, leaf, dtype) for name, leaf in leaves.items()},
+    metadata=hub_folder.METADATA,
+  )
+  write_json(folder / 'config.json', _config(module) | config)
+  for name, data in files.items():
+    write_bytes(folder / name, data)
 
-  def put(name, array):
-    array = np.asarray(array if dtype is None else array.astype(dtype))
+
+def _exported(name: str, leaf: jax.Array, dtype: DTypeLike | None) -> Tensor:
+  """A parameter as torch keeps it, made when it is written."""
+  kind = np.dtype(leaf.dtype if dtype is None else dtype)
+
+  def read() -> np.ndarray:
+    array = np.asarray(leaf).astype(kind)
     if _turned(name):
       array = array.reshape(_torch_shape(array.shape, name)[::-1]).T
-    tensors[name] = np.ascontiguousarray(array)
+    return array
 
-  for name in layer:
-    for i in range(module.num_layers):
-      put(_torch_name(name, i, module), params['layers'][name][i])
-  for name in top:
-    put(TOP[name], params[name])
-  # transformers takes files without this mark for TensorFlow's or refuses.
-  (folder / SINGLE).write_bytes(save(tensors, metadata={'format': 'pt'}))
-  text = json.dumps(
-    {
-      'architectures': ['T5EncoderModel'],
-      'model_type': 't5',
-      'vocab_size': module.vocab_size,
-      'd_model': module.width,
-      'num_layers': module.num_layers,
-      'num_heads': module.num_heads,
-      'd_kv': module.head_dim,
-      'd_ff': module.mlp_dim,
-      'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
-      'relative_attention_num_buckets': module.num_buckets,
-      'relative_attention_max_distance': module.max_distance,
-      'layer_norm_epsilon': module.epsilon,
-      'pad_token_id': 0,
-      'eos_token_id': 1,
-      'tie_word_embeddings': False,
-      **config,
-    },
-    indent=2,
-  )
-  (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
-  for name, data in files.items():
-    (folder / name).write_bytes(data)
+  return Tensor(kind, _torch_shape(leaf.shape, name), read)
+
+
+def _config(module: T5Encoder) -> dict[str, Any]:
+  """What transformers calls a module's hyper-parameters."""
+  return {
+    'architectures': ['T5EncoderModel'],
+    'model_type': 't5',
+    'vocab_size': module.vocab_size,
+    'd_model': module.width,
+    'num_layers': module.num_layers,
+    'num_heads': module.num_heads,
+    'd_kv': module.head_dim,
+    'd_ff': module.mlp_dim,
+    'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
+    'relative_attention_num_buckets': module.num_buckets,
+    'relative_attention_max_distance': module.max_distance,
+    'layer_norm_epsilon': module.epsilon,
+    'pad_token_id': 0,
+    'eos_token_id': 1,
+    'tie_word_embeddings': False,
+  }
 
 
 def _names(module):

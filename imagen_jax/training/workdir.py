@@ -4,7 +4,8 @@ import json
 import logging
 
 from imagen_jax.errors import UsageError
-from imagen_jax.io.model_folder import FORMAT_VERSION, read_json, write_json
+from imagen_jax.io import files
+from imagen_jax.io.model_folder import FORMAT_VERSION
 
 # What may change between two starts of one run: it does not change the
 # numbers that the run computes.
@@ -75,7 +76,7 @@ def claim(
   }
   path = workdir / 'config.json'
   if path.exists():
-    old = read_json(path)
+    old = files.read_json(path, version=FORMAT_VERSION)
     record['init_from'] = old.get('init_from')
     changed = differences(old, record)
     if changed and not force:
@@ -88,7 +89,7 @@ def claim(
       logging.getLogger(__name__).warning('--force: %s', change)
   if write:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    files.write_json(path, record)
 
 
 def differences(old, new):

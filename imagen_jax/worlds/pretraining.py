@@ -15,7 +15,6 @@ import pathlib
 import random
 import re
 import string
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import optax
 import sentencepiece
 
 from imagen_jax.errors import UsageError
+from imagen_jax.io.files import git_commit
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import EOS, PAD, VOCABULARY, Tokenizer
@@ -381,7 +381,7 @@ def pretrain(config, workdir):
   print(f'gate ({", ".join(probe.GATE)} >= 99 %):', 'ok' if gate else 'FAILED')
   provenance = {
     'command': ' '.join(sys.argv),
-    'commit': _commit(),
+    'commit': git_commit(),
     'steps': train.num_steps,
     'seconds': round(seconds),
     'jax': jax.__version__,
@@ -416,17 +416,3 @@ def save(folder, encoder, params, vocabulary, config):
     dtype=jnp.bfloat16,
     n_positions=config.train.max_len,
   )
-
-
-def _commit():
-  """The checkout's commit, None outside of one."""
-  try:
-    return subprocess.run(
-      ['git', 'rev-parse', 'HEAD'],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return None

@@ -216,7 +216,7 @@ def test_a_report_without_scores_is_one_sentence(tmp_path):
   with pytest.raises(DataError, match='holds no scores yet'):
     report.write(tmp_path)
   (tmp_path / 'scores.json').write_text('[1]')
-  with pytest.raises(DataError, match='holds no scores'):
+  with pytest.raises(DataError, match='scores.json'):
     report.write(tmp_path)
 
 
