@@ -12,9 +12,10 @@ ROOT = pathlib.Path(imagen_jax.__file__).parent
 BELOW = {
   'errors': set(),
   'diffusion': set(),
-  'nets': {'sharding'},
+  'typing': set(),
+  'nets': {'sharding', 'typing'},
   'dtypes': {'errors'},
-  'sharding': {'errors'},
+  'sharding': {'errors', 'typing'},
   'io': {'errors'},
   'text': {'errors', 'io', 'nets', 'sharding'},
   'kinds': {'errors'},

@@ -313,7 +313,8 @@ def _config(module: T5Encoder) -> dict[str, Any]:
 def _names(module):
   """({Flax name: shape} of one layer, {Flax name: shape} of the rest)."""
   ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  tree = jax.eval_shape(module.init, jax.random.key(0), ids, ids)['params']
+  mask = jax.ShapeDtypeStruct((1, 2), bool)
+  tree = jax.eval_shape(module.init, jax.random.key(0), ids, mask)['params']
   layer = {k: v.shape[1:] for k, v in tree.pop('layers').items()}
   return layer, {k: v.shape for k, v in tree.items()}
 
