@@ -43,7 +43,8 @@ def set_cpu_devices(n: int | None = None) -> None:
   where the user has chosen a number already, it changes nothing. Devices of
   other kinds are not affected.
   """
-  chosen = jax.config.read('jax_num_cpu_devices') > 0 or (
+  config: Any = jax.config  # its flags are made at import
+  chosen = config.jax_num_cpu_devices > 0 or (
     'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
   )
   if chosen:

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.linen.dtypes import promote_dtype
 
 from imagen_jax import sharding
@@ -19,7 +18,7 @@ from imagen_jax.typing import Array
 
 def _promote(
   *args: Array | None, dtype: Any = None, inexact: bool = True
-) -> list[jax.Array | None]:
+) -> list[Any]:
   """Flax's `promote_dtype` of a layer's input and its gathered parameters."""
   whole = promote_dtype(*args, dtype=dtype, inexact=inexact)
   for i, param in enumerate(args[1:], start=1):

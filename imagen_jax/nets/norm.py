@@ -33,9 +33,12 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
     """Normalises each group of channels over its pixels, to `dtype`."""
     channels = x.shape[-1]
-    scale = self.param('scale', nn.initializers.ones, (channels,))
-    bias = self.param('bias', nn.initializers.zeros, (channels,))
-    scale, bias = sharding.gather(scale), sharding.gather(bias)
+    scale = sharding.gather(
+      self.param('scale', nn.initializers.ones, (channels,))
+    )
+    bias = sharding.gather(
+      self.param('bias', nn.initializers.zeros, (channels,))
+    )
     x = x.astype(jnp.float32)
 
     # To groups and back by products with a matrix of zeros and ones: a reshape

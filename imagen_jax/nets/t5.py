@@ -85,7 +85,7 @@ class _Block(nn.Module):
     # 'highest', because TPUs and recent GPUs otherwise shorten float32.
     precision = 'highest' if self.dtype == jnp.float32 else None
 
-    def weight(name: str, shape: tuple[int, ...], fan: int) -> jax.Array:
+    def weight(name: str, shape: tuple[int, ...], fan: int) -> Array:
       init = nn.initializers.normal(fan**-0.5)
       param = self.param(name, init, shape)
       return sharding.gather(param, self.dtype)
