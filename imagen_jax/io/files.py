@@ -163,7 +163,7 @@ def digest(path: Path) -> Digest:
     return {'bytes': file.tell(), 'sha256': sha256}
 
 
-def storage_reason(error: BaseException) -> str | None:
+def storage_reason(error: BaseException | None) -> str | None:
   """What the file system said, however deep a library wrapped it; or None."""
   text = str(error)
   return next((w for w in map(os.strerror, STORAGE) if w in text), None)

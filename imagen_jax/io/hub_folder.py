@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Collection
 
 import ml_dtypes
 import numpy as np
@@ -92,3 +93,44 @@ def _open_floats(path: pathlib.Path) -> dict[str, Tensor]:
         f'of this model are; {AGAIN}.'
       )
   return tensors
+
+
+def check_names(
+  folder: pathlib.Path, given: Collection[str], wanted: Collection[str]
+) -> None:
+  """Refuses tensors that a network lacks, and a network that lacks tensors.
+
+  Raises:
+    ModelError: naming the first tensor that is unknown or missing.
+  """
+  for name in given:
+    if name not in wanted:
+      raise ModelError(
+        f'{folder} holds a tensor {name!r} that the network of its '
+        'config.json has not; the weights and the config belong to different '
+        'models.'
+      )
+  missing = [name for name in wanted if name not in given]
+  if missing:
+    raise ModelError(
+      f'{folder} lacks the tensor {missing[0]!r}'
+      + (f' and {len(missing) - 1} more' if missing[1:] else '')
+      + f', which its config.json asks for; {AGAIN}.'
+    )
+
+
+def read_shaped(
+  folder: pathlib.Path, name: str, tensor: Tensor, shape: tuple[int, ...]
+) -> np.ndarray:
+  """A tensor's data.
+
+  Raises:
+    ModelError: it has another shape.
+  """
+  if tensor.shape != shape:
+    raise ModelError(
+      f'{folder}: tensor {name!r} has shape {tensor.shape} where config.json '
+      f'asks for {shape}; the weights and the config belong to different '
+      'models.'
+    )
+  return tensor.read()

@@ -14,8 +14,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -24,9 +26,14 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, safetensors
 from imagen_jax.io.safetensors import Tensor
 
+if TYPE_CHECKING:
+  from imagen_jax.io.checkpoint import Checkpoints
+
+AnyPath: TypeAlias = str | os.PathLike[str]
+
 FORMAT_VERSION = 1
 RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
-DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
+DTYPES: dict[str, Any] = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,31 +49,39 @@ class StageRecord:
   """
 
   path: pathlib.Path
-  config: dict
-  text: dict
-  weights: dict | None = None
-  provenance: dict = dataclasses.field(default_factory=dict)
+  config: dict[str, Any]
+  text: dict[str, Any]
+  weights: dict[str, Any] | None = None
+  provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
-  def name(self):
+  def name(self) -> str:
     return self.config['stage']['name']
 
   @property
-  def resolution(self):
+  def resolution(self) -> int:
     return self.config['stage']['resolution']
 
   @property
-  def low_resolution(self):
+  def low_resolution(self) -> int | None:
     return self.config['stage'].get('low_resolution')
 
   @functools.cached_property
-  def checkpoint(self):
+  def checkpoint(self) -> tuple[int, str]:
     """(step, digest) of a workdir's newest good checkpoint, found once."""
     with _checkpoints(self) as checkpoints:
       return checkpoints.newest_good()
 
 
-def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
+def save_stage(
+  path: AnyPath,
+  params: Mapping[str, Any],
+  *,
+  config: Mapping[str, Any],
+  text: Mapping[str, Any],
+  provenance: Mapping[str, Any],
+  dtype: str = 'bfloat16',
+) -> None:
   """Writes one stage; it appears complete or not at all.
 
   Args:
@@ -107,7 +122,7 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
     files.write_json(temporary / RECORD, record)
 
 
-def load_stage(path):
+def load_stage(path: AnyPath) -> StageRecord:
   """The `StageRecord` of one directory, exported stage or training workdir.
 
   Raises:
@@ -144,7 +159,9 @@ def load_stage(path):
   return stage
 
 
-def find_stages(path, names=None):
+def find_stages(
+  path: AnyPath, names: Sequence[str] | None = None
+) -> list[StageRecord]:
   """The stages of a model folder, from the base model up.
 
   Args:
@@ -193,7 +210,13 @@ def find_stages(path, names=None):
   return found
 
 
-def load_params(record, *, weights='ema', step=None, put=None):
+def load_params(
+  record: StageRecord,
+  *,
+  weights: str = 'ema',
+  step: int | None = None,
+  put: Callable[[np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
   """A stage's parameters, checked against their digest.
 
   Args:
@@ -215,8 +238,8 @@ def load_params(record, *, weights='ema', step=None, put=None):
     if step is None:
       step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
-      params, _, _ = checkpoints.restore_subtree(part, step)
-    return params if put is None else _map(put, params)
+      tree, _, _ = checkpoints.restore_subtree(part, step)
+    return tree if put is None else _map(put, tree)
   file = record.path / WEIGHTS
   try:
     intact = files.digest(file)['sha256'] == record.weights['sha256']
@@ -240,7 +263,7 @@ def load_params(record, *, weights='ema', step=None, put=None):
   return params
 
 
-def float32_bytes(record):
+def float32_bytes(record: StageRecord) -> int:
   """Bytes of an exported stage's parameters; 0 of a workdir, whose are unknown.
 
   A network that must be split over devices is therefore sampled from its
@@ -252,32 +275,32 @@ def float32_bytes(record):
   return record.weights['bytes'] * 4 // size
 
 
-def weights_digest(record):
+def weights_digest(record: StageRecord) -> str:
   """The sha256 that stands for a stage's weights."""
   if record.weights is None:
     return record.checkpoint[1]
   return record.weights['sha256']
 
 
-def model_digest(records):
+def model_digest(records: Sequence[StageRecord]) -> str:
   """16 hex digits that stand for all the weights, text encoder included."""
   digests = [weights_digest(r) + r.text['digest'] for r in records]
   return hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]
 
 
-def demo_path():
+def demo_path() -> pathlib.Path:
   """The folder of the model that comes with the package."""
   return pathlib.Path(__file__).parents[1] / 'assets' / 'demo'
 
 
-def text_folder(configured):
+def text_folder(configured: str) -> pathlib.Path:
   """A config's `text.path` as a path; 'demo' is the bundled encoder."""
   if configured == 'demo':
     return demo_path() / 'text'
   return pathlib.Path(configured)
 
 
-def text_path(path, record):
+def text_path(path: AnyPath, record: StageRecord) -> pathlib.Path:
   """Where a stage's text encoder lies.
 
   The folder `text` beside the stage wins over the path in the stage's config,
@@ -299,7 +322,7 @@ def text_path(path, record):
   )
 
 
-def _checkpoints(record):
+def _checkpoints(record: StageRecord) -> 'Checkpoints':
   # Orbax takes a third of a second to import, and finished models need none.
   from imagen_jax.io.checkpoint import Checkpoints
 
@@ -307,7 +330,7 @@ def _checkpoints(record):
   return Checkpoints(elsewhere or record.path / 'checkpoints')
 
 
-def _is_stage(path):
+def _is_stage(path: pathlib.Path) -> bool:
   """Whether a directory looks like a stage, even half of one."""
   if path.name.startswith('.'):  # what a killed export left
     return False
@@ -320,22 +343,24 @@ def _is_stage(path):
     return False
 
 
-def _span(record):
+def _span(record: StageRecord) -> str:
   low = record.low_resolution
   return f'{"text" if low is None else low}→{record.resolution}'
 
 
-def _map(function, tree):
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
   if isinstance(tree, dict):
     return {key: _map(function, value) for key, value in tree.items()}
   return function(tree)
 
 
-def _cast(leaf, dtype):
+def _cast(leaf: Any, dtype: str) -> Callable[[], np.ndarray]:
   return lambda: np.asarray(leaf).astype(DTYPES[dtype])
 
 
-def _flatten(tree, prefix=''):
+def _flatten(
+  tree: Mapping[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, Any]]:
   for key, value in tree.items():
     if '/' in key:
       raise ValueError(f'parameter name {key!r} contains a slash')

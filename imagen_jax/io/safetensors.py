@@ -127,4 +127,4 @@ def write_file(
       file.write(len(text).to_bytes(8, 'little') + text)
       for name in names:
         array = np.ascontiguousarray(tensors[name].read())
-        file.write(array.reshape(-1).view(np.uint8))
+        file.write(array.reshape(-1).view(np.uint8).data)
