@@ -17,7 +17,7 @@ BELOW = {
   'dtypes': {'errors'},
   'sharding': {'errors', 'typing'},
   'io': {'errors'},
-  'text': {'errors', 'io', 'nets', 'sharding'},
+  'text': {'errors', 'io', 'nets', 'sharding', 'typing'},
   'kinds': {'errors'},
   'data': {'errors', 'io', 'kinds'},
   'cascade': {

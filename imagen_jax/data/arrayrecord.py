@@ -13,8 +13,9 @@ stored. Nothing in it is code.
 import glob
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -54,7 +55,9 @@ class ArrayRecordSource(Checked):
 
   path_is = 'what imagen-prepare wrote'
 
-  def __init__(self, path, size, *, max_bad=MAX_BAD):
+  def __init__(
+    self, path: str | os.PathLike[str], size: int, *, max_bad: float = MAX_BAD
+  ) -> None:
     self.path = path
     folders = [pathlib.Path(path)]
     if not folders[0].exists():
@@ -62,16 +65,18 @@ class ArrayRecordSource(Checked):
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
     self.text_header = self.header['text']
-    files = []
+    names: list[str] = []
     for folder, header in zip(folders, self._headers):
       self._check(folder, header, size)
-      files += _files(folder, header)
+      names += _files(folder, header)
     self._records = (
-      array_record_data_source.ArrayRecordDataSource(files) if files else ()
+      array_record_data_source.ArrayRecordDataSource(names) if names else ()
     )
     super().__init__(str(path), size, 'area', max_bad, {})
 
-  def _check(self, folder, header, size):
+  def _check(
+    self, folder: pathlib.Path, header: Mapping[str, Any], size: int
+  ) -> None:
     """Refuses a set that is too small or unlike the first."""
     if size > header['size']:
       raise DataError(
@@ -85,20 +90,20 @@ class ArrayRecordSource(Checked):
           f'{self.path}; prepare them alike, or name one of them.'
         )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._records)
 
   @property
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     """sha256 of the parts' digests and of what made them."""
     # A single set keeps the fingerprint that earlier runs have noted.
     what = self._headers if len(self._headers) > 1 else self.header
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
-  def name(self, i):
+  def name(self, i: int) -> str:
     return f'record {i}'
 
-  def example(self, i):
+  def example(self, i: int) -> dict[str, Any]:
     try:
       record = self._records[i]
       header, pixels, text = _unpack(record)
@@ -113,7 +118,7 @@ class ArrayRecordSource(Checked):
       example |= _padded(text, **self.header['text'])
     return example
 
-  def check_text(self, *, encoder, tokenizer, max_len):
+  def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
     """Refuses stored embeddings that are not the run's text encoder's.
 
     Args:
@@ -191,7 +196,7 @@ def pack(example: Mapping[str, Any], text: np.ndarray | None) -> bytes:
   return len(head).to_bytes(4, 'little') + head + pixels + rows
 
 
-def _unpack(record):
+def _unpack(record: bytes) -> tuple[dict[str, Any], memoryview, memoryview]:
   """(header, pixels, embeddings) of a record, as bytes-like views."""
   start = 4 + int.from_bytes(record[:4], 'little')
   header = json.loads(record[4:start])
@@ -199,7 +204,9 @@ def _unpack(record):
   return header, memoryview(record)[start:end], memoryview(record)[end:]
 
 
-def _padded(text, *, dim, max_len, **_):
+def _padded(
+  text: memoryview, *, dim: int, max_len: int, **_: Any
+) -> dict[str, np.ndarray]:
   """{'text': [max_len, dim], 'mask': [max_len]} of ragged bytes."""
   rows = np.frombuffer(text, ml_dtypes.bfloat16).reshape(-1, dim)
   full = np.zeros((max_len, dim), ml_dtypes.bfloat16)
@@ -207,7 +214,7 @@ def _padded(text, *, dim, max_len, **_):
   return {'text': full, 'mask': np.arange(max_len) < len(rows)}
 
 
-def _files(folder, header):
+def _files(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[str]:
   """A set's files, as the reader wants them.
 
   Raises:
@@ -224,7 +231,7 @@ def _files(folder, header):
       yield f'{file}[0:{part["count"]}]'
 
 
-def _read_header(path):
+def _read_header(path: pathlib.Path) -> dict[str, Any]:
   if not (path / DATASET).exists():
     if (path / UNFINISHED).exists():
       raise DataError(
@@ -242,7 +249,7 @@ def _read_header(path):
     _ = header['size'], header['count'], header['text'], header['parts']
   except KeyError as error:
     raise DataError(
-      f'{path / DATASET} lacks {error}; copy it again from where it came.'
+      f'{path / DATASET} lacks {error}; {files.COPY_AGAIN}.'
     ) from error
   return header
 
