@@ -42,7 +42,7 @@ setuptools.setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12,<1',  # 1.0 changes the top-level API
     'pillow>=11',
-    'safetensors>=0.6',
+    'safetensors>=0.8',  # reads a tensor at a time, not mapped
     'sentencepiece>=0.2',
     'tensorflow-datasets>=4.9.10',
     'transformers>=5',

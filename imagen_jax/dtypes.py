@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from imagen_jax.errors import UsageError
 
 
-def resolve_dtype(name):
+def resolve_dtype(name: str) -> DTypeLike:
   """'float32', 'bfloat16' or 'auto' as a jax type.
 
   'auto' is bfloat16 where the device multiplies it natively (every TPU, NVIDIA

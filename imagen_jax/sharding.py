@@ -8,20 +8,34 @@ device is the 1 x 1 mesh, not a special case.
 
 import functools
 import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
+from jax.typing import DTypeLike
 
 from imagen_jax.errors import UsageError
+from imagen_jax.typing import Array
+
+Devices: TypeAlias = Sequence[jax.Device]
+Leaf: TypeAlias = Array | jax.ShapeDtypeStruct
+Tree = TypeVar('Tree')
 
 AXES = ('data', 'fsdp')
 BATCH = PartitionSpec(AXES)
 FOR_PARAMS = 0.6  # fraction of a device's memory; activations need the rest
 
 
-def set_cpu_devices(n=None):
+def set_cpu_devices(n: int | None = None) -> None:
   """Splits the CPU into `n` virtual devices, one per usable core by default.
 
   XLA runs one program per device, so on CPU this is what puts every core to
@@ -29,7 +43,8 @@ def set_cpu_devices(n=None):
   where the user has chosen a number already, it changes nothing. Devices of
   other kinds are not affected.
   """
-  chosen = jax.config.jax_num_cpu_devices > 0 or (
+  config: Any = jax.config  # its flags are made at import
+  chosen = config.jax_num_cpu_devices > 0 or (
     'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
   )
   if chosen:
@@ -44,7 +59,9 @@ def set_cpu_devices(n=None):
     pass
 
 
-def make_mesh(data=-1, fsdp=1, *, devices=None):
+def make_mesh(
+  data: int = -1, fsdp: int = 1, *, devices: Devices | None = None
+) -> Mesh:
   """A mesh of `data` x `fsdp` devices; -1 stands for all the rest.
 
   Args:
@@ -87,10 +104,10 @@ def make_mesh(data=-1, fsdp=1, *, devices=None):
     )
   grid = device_grid(devices[:n], sizes['data'], sizes['fsdp'])
   # Auto: Linen knows nothing of Explicit axes.
-  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def device_grid(devices, data, fsdp):
+def device_grid(devices: Devices, data: int, fsdp: int) -> np.ndarray:
   """Devices as an array [data, fsdp] that suits the links between them.
 
   Slices are joined by the data centre's network, which is slow: only the sums
@@ -119,7 +136,9 @@ def device_grid(devices, data, fsdp):
   )
 
 
-def sampling_mesh(num_bytes, fsdp=None, *, devices=None):
+def sampling_mesh(
+  num_bytes: int, fsdp: int | None = None, *, devices: Devices | None = None
+) -> Mesh:
   """The mesh that generates images with a network of `num_bytes` of parameters.
 
   Every accelerator takes part, with its own images and, where they fit, all
@@ -141,7 +160,7 @@ def sampling_mesh(num_bytes, fsdp=None, *, devices=None):
   return make_mesh(fsdp=fsdp, devices=devices)
 
 
-def least_split(num_bytes, room, num_devices):
+def least_split(num_bytes: int, room: float, num_devices: int) -> int:
   """The smallest divisor n of `num_devices` with num_bytes / n <= room.
 
   All of them when none is enough.
@@ -150,17 +169,19 @@ def least_split(num_bytes, room, num_devices):
   return next((n for n in sizes if num_bytes / n <= room), num_devices)
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """A whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis split over every device of the mesh."""
   return NamedSharding(mesh, BATCH)
 
 
-def leaf_sharding(leaf, mesh, *, min_size=2**14):
+def leaf_sharding(
+  leaf: Leaf, mesh: Mesh | AbstractMesh, *, min_size: int = 2**14
+) -> NamedSharding:
   """The sharding of one leaf of parameters or state, from its shape alone.
 
   The largest dimension that the fsdp axis divides is split over it. The first
@@ -185,14 +206,16 @@ def leaf_sharding(leaf, mesh, *, min_size=2**14):
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
 
 
-def state_shardings(abstract_tree, mesh, *, min_size=2**14):
+def state_shardings(
+  abstract_tree: Any, mesh: Mesh, *, min_size: int = 2**14
+) -> Any:
   """One sharding per leaf of a training state: `leaf_sharding` of each."""
   return jax.tree.map(
     lambda leaf: leaf_sharding(leaf, mesh, min_size=min_size), abstract_tree
   )
 
 
-def with_shardings(abstract_tree, shardings):
+def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
   """The abstract tree with a sharding on every leaf, as restoring wants it."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -201,7 +224,7 @@ def with_shardings(abstract_tree, shardings):
   )
 
 
-def check_batch_size(batch_size, mesh, accumulate=1):
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
   """Refuses a global batch that the mesh's devices cannot share equally.
 
   Raises:
@@ -220,7 +243,7 @@ def check_batch_size(batch_size, mesh, accumulate=1):
     )
 
 
-def put_batch(batch, mesh):
+def put_batch(batch: Any, mesh: Mesh) -> Any:
   """This process's part of a batch, as global arrays on the mesh.
 
   Args:
@@ -235,7 +258,7 @@ def put_batch(batch, mesh):
   )
 
 
-def put_whole_batch(batch, mesh):
+def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
   """A batch that every process holds whole, as global arrays on the mesh."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
@@ -244,7 +267,7 @@ def put_whole_batch(batch, mesh):
   )
 
 
-def fetch(x):
+def fetch(x: jax.Array) -> np.ndarray:
   """A global array as a NumPy array that every process holds whole.
 
   On one process the devices give their parts to the host and none of them
@@ -255,7 +278,7 @@ def fetch(x):
   return np.asarray(x)
 
 
-def gather(param, dtype=None):
+def gather(param: Array, dtype: DTypeLike | None = None) -> Array:
   """A parameter that is split over 'fsdp', whole on every device.
 
   For use inside jitted code under `jax.set_mesh`, where the parameter is used,
@@ -278,15 +301,19 @@ def gather(param, dtype=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(param, spec):
+def _gather(param: Array, spec: PartitionSpec) -> jax.Array:
   return jax.lax.with_sharding_constraint(param, PartitionSpec())
 
 
-def _gather_forward(param, spec):
+def _gather_forward(
+  param: Array, spec: PartitionSpec
+) -> tuple[jax.Array, None]:
   return _gather(param, spec), None
 
 
-def _gather_backward(spec, _, gradient):
+def _gather_backward(
+  spec: PartitionSpec, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
   """The sum over the devices, of which each keeps its fraction.
 
   The barrier makes it keep no more: without it XLA fuses the taking of the
@@ -300,7 +327,7 @@ def _gather_backward(spec, _, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def constrain_batch(x):
+def constrain_batch(x: Tree) -> Tree:
   """Keeps the leading axis of every array in `x` split over the mesh.
 
   For use inside jitted code under `jax.set_mesh`. Without a mesh it is the

@@ -12,11 +12,12 @@ ROOT = pathlib.Path(imagen_jax.__file__).parent
 BELOW = {
   'errors': set(),
   'diffusion': set(),
-  'nets': {'sharding'},
+  'typing': set(),
+  'nets': {'sharding', 'typing'},
   'dtypes': {'errors'},
-  'sharding': {'errors'},
+  'sharding': {'errors', 'typing'},
   'io': {'errors'},
-  'text': {'errors', 'io', 'nets', 'sharding'},
+  'text': {'errors', 'io', 'nets', 'sharding', 'typing'},
   'kinds': {'errors'},
   'data': {'errors', 'io', 'kinds'},
   'cascade': {
@@ -39,11 +40,7 @@ BELOW = {
 }  # fmt: skip
 DOORS = {
   'orbax': {'io/checkpoint.py'},
-  'safetensors': {
-    'io/model_folder.py',
-    'text/',
-    'evaluation/weights.py',
-  },
+  'safetensors': {'io/safetensors.py'},
   'transformers': {'text/'},
   'sentencepiece': {'text/', 'worlds/vocabulary.py', 'worlds/pretraining.py'},
   'tensorflow_datasets': {'data/tfds.py'},

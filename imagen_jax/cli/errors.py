@@ -2,19 +2,11 @@
 
 import argparse
 import difflib
-import errno
 import os
 import sys
 
 from imagen_jax.errors import ImagenError, UsageError
-
-_STORAGE = {
-  errno.ENOSPC: 'the disk is full at {}; free space, or write elsewhere.',
-  errno.EDQUOT: 'the disk quota is used up at {}; free space there.',
-  errno.EROFS: '{} is on a read-only file system; write elsewhere.',
-  errno.EACCES: 'permission is denied at {}; check who owns it.',
-  errno.EPERM: 'permission is denied at {}; check who owns it.',
-}
+from imagen_jax.io import files
 
 
 def run(main, argv=None):
@@ -75,8 +67,9 @@ def _sentence(error):
     return (
       f'--{sentence}' if sentence.startswith(key) else (f'--{key}: {sentence}')
     )
-  if isinstance(error, OSError) and error.errno in _STORAGE:
-    return _STORAGE[error.errno].format(error.filename or 'an unnamed file')
+  if isinstance(error, OSError) and error.errno in files.STORAGE:
+    where = error.filename or 'an unnamed file'
+    return files.STORAGE[error.errno].format(where)
   # jax's error is known by name: importing jax here would slow --help.
   device_full = type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError')
   device_full = device_full and 'RESOURCE_EXHAUSTED' in str(error)

@@ -51,12 +51,13 @@ def _main(argv):
 
 def _kind(workdir):
   """The kind of experiment that a workdir's config names."""
-  from imagen_jax.io import model_folder
+  from imagen_jax.io import files, model_folder
 
   path = workdir / 'config.json'
   if not path.exists():  # `export_stage` says what is wrong with it
     return 'stage'
-  return model_folder.read_json(path).get('config', {}).get('kind', 'stage')
+  record = files.read_json(path, version=model_folder.FORMAT_VERSION)
+  return record.get('config', {}).get('kind', 'stage')
 
 
 if __name__ == '__main__':

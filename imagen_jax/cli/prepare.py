@@ -66,7 +66,7 @@ def _main(argv):
 
 def prepare(args):
   """Writes the set and says what became of every image."""
-  from imagen_jax.data import arrayrecord
+  from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
   from imagen_jax.data.progress import Progress
   from imagen_jax.data.sources import find_source, make_source
@@ -87,21 +87,18 @@ def prepare(args):
   text, embed = _embedder(args) if args.text else (None, None)
   number = min(args.num or len(source), len(source))
   progress = Progress(f'{args.out}:', number)
-  header, dropped = arrayrecord.write(
+  settings = {
+    'source': args.source,
+    'split': args.split,
+    'resize': args.resize,
+    'seed': args.seed,
+    'fingerprint': source.fingerprint,
+  }
+  header, dropped = preparation.prepare(
     source,
-    pathlib.Path(args.out),
-    settings={
-      'source': args.source,
-      'split': args.split,
-      'resize': args.resize,
-      'seed': args.seed,
-      'fingerprint': source.fingerprint,
-    },
-    size=args.size,
-    text=text,
+    args.out,
+    preparation.Recipe(args.size, settings, text, number, args.part_size),
     embed=embed,
-    number=number,
-    part_size=args.part_size,
     progress=progress,
   )
   progress.close()
@@ -114,7 +111,7 @@ def prepare(args):
   if dropped:
     print(
       f'{len(dropped)} were left out, listed in '
-      f'{pathlib.Path(args.out) / arrayrecord.DROPPED}: {summary(dropped)}'
+      f'{pathlib.Path(args.out) / preparation.DROPPED}: {summary(dropped)}'
     )
   return 0
 

@@ -12,17 +12,21 @@ import functools
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
 from imagen_jax.io.decode import BadSample, decode
 
-MAX_BAD = 0.01  # fraction of bad samples that a source puts up with
+Found = TypeVar('Found')
+
+MAX_BAD = 0.01  # fraction of bad samples that a source tolerates
 MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
 # How captions are cleaned; stored embeddings are bound to it.
 CLEANING = 'whitespace-1'
-TURN = 256  # samples looked at between two looks at the clock
+TURN = 256  # samples checked between two updates of the progress
 SUBSTITUTES = 100  # neighbours tried before giving up
 
 
@@ -32,8 +36,7 @@ class Checked(Source):
   A sample that fails later, because its disk does or its file was changed, is
   replaced by the next one that does not, is counted, and counts as bad.
 
-  Subclasses have `__len__`, `name(i)` and `read(i) -> (bytes, caption)`, which
-  may raise BadSample or OSError.
+  Subclasses have `__len__`, `name`, and `read` or `example`.
 
   Args:
     where: the source in words, for messages.
@@ -52,9 +55,19 @@ class Checked(Source):
     DataError: too much is bad, or nothing is left.
   """
 
-  def __init__(self, where, size, resize, max_bad, bad, small=(), needs=''):
+  def __init__(
+    self,
+    where: str,
+    size: int,
+    resize: str,
+    max_bad: float,
+    bad: Mapping[str, str],
+    small: Sequence[str] = (),
+    needs: str = '',
+  ) -> None:
     self.where, self.size, self.resize = where, size, resize
-    self.max_bad, self.bad, self.replaced = max_bad, dict(bad), 0
+    self.max_bad, self.replaced = max_bad, 0
+    self.bad: dict[str, str] = dict(bad)
     self._lock = threading.Lock()
     too_small = f'it is smaller than {size} pixels'
     self.skipped = (*bad.items(), *((name, too_small) for name in small))
@@ -65,20 +78,20 @@ class Checked(Source):
         f'{needs}'.strip()
       )
     self._total = len(self) + len(self.bad) + len(small)
-    self._check_share()
+    self._check_fraction()
     if self.skipped:
       _tell(
         f'{where}: {len(self)} images, {len(self.skipped)} left out: '
         f'{summary(self.skipped)}'
       )
 
-  def __getstate__(self):
+  def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != '_lock'}
 
-  def __setstate__(self, state):
+  def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state, _lock=threading.Lock())
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     """{'image': uint8 [size, size, 3], 'caption': str}.
 
     Raises:
@@ -97,13 +110,21 @@ class Checked(Source):
       f'({reason}); is the disk still there?'
     )
 
-  def example(self, i):
+  def read(self, i: int) -> tuple[bytes, str]:
+    """The encoded image and the caption of a sample.
+
+    Raises:
+      BadSample, OSError: it cannot be used.
+    """
+    raise NotImplementedError
+
+  def example(self, i: int) -> dict[str, Any]:
     """Sample `i` itself, or BadSample or OSError."""
     data, caption = self.read(i)
     image = decode(data, self.size, self.resize)
     return {'image': image, 'caption': caption}
 
-  def note(self, name, reason):
+  def note(self, name: str, reason: str) -> None:
     """Counts a sample that turned out bad; raises when it is one too many."""
     with self._lock:
       self.replaced += 1
@@ -115,9 +136,9 @@ class Checked(Source):
         '%s: %s is replaced by its neighbour, because %s',
         *(self.where, name, reason),
       )
-    self._check_share()
+    self._check_fraction()
 
-  def _check_share(self):
+  def _check_fraction(self) -> None:
     if len(self.bad) > self.max_bad * self._total:
       fraction = len(self.bad) / self._total
       raise DataError(
@@ -128,7 +149,7 @@ class Checked(Source):
       )
 
 
-def clean_caption(text):
+def clean_caption(text: str | bytes) -> str:
   """A caption as it is trained on: single spaces, none around.
 
   Args:
@@ -155,7 +176,9 @@ def clean_caption(text):
   return text
 
 
-def survey(number, examine, label):
+def survey(
+  number: int, examine: Callable[[int], Found], label: str
+) -> list[Found | BadSample]:
   """[examine(0), …, examine(number − 1)], in threads; a BadSample stays one.
 
   Args:
@@ -165,7 +188,7 @@ def survey(number, examine, label):
     label: what to call this on the progress line.
   """
 
-  def one(i):
+  def one(i: int) -> Found | BadSample:
     try:
       return examine(i)
     except BadSample as error:
@@ -173,7 +196,8 @@ def survey(number, examine, label):
     except OSError as error:
       return BadSample(f'it cannot be read ({error.strerror or error})')
 
-  progress, found = Progress(label, number), []
+  progress = Progress(label, number)
+  found: list[Found | BadSample] = []
   with concurrent.futures.ThreadPoolExecutor(
     min(16, os.cpu_count() or 1)
   ) as pool:
@@ -186,9 +210,9 @@ def survey(number, examine, label):
   return found
 
 
-def summary(skipped, examples=3):
+def summary(skipped: Iterable[tuple[str, str]], examples: int = 3) -> str:
   """'2 because it has no caption (a.png, b.png), …', most common first."""
-  by_reason = collections.defaultdict(list)
+  by_reason: dict[str, list[str]] = collections.defaultdict(list)
   for name, reason in skipped:
     by_reason[reason].append(name)
   return ', '.join(
@@ -199,6 +223,6 @@ def summary(skipped, examples=3):
 
 
 @functools.cache
-def _tell(message):
+def _tell(message: str) -> None:
   """Once: a run opens its source for training and again for previews."""
   logging.getLogger(__name__).warning('%s', message)

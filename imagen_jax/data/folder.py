@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
@@ -45,18 +46,25 @@ class FolderSource(Checked):
 
   path_is = 'a folder of images with .txt captions beside them'
 
-  def __init__(self, path, size, *, resize='area', max_bad=MAX_BAD):
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    resize: str = 'area',
+    max_bad: float = MAX_BAD,
+  ) -> None:
     self.path = pathlib.Path(path)
     found, bad = _find(self.path)
-    sides = _check(self.path, [name for name in found if name not in bad])
+    sides = _check(self.path, list(found))
     names, captions, small = [], [], []
     for name, caption in found.items():
-      side = sides.get(name)
+      side = sides[name]
       if isinstance(side, str):
         bad[name] = side
-      elif name not in bad and side < size:
+      elif side < size:
         small.append(name)
-      elif name not in bad:
+      else:
         names.append(name)
         captions.append(caption)
     self.names, self.captions = tuple(names), tuple(captions)
@@ -71,22 +79,22 @@ class FolderSource(Checked):
       'each, or a metadata.jsonl.',
     )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.names)
 
   @property
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     """sha256 of the names and captions: the set's identity."""
     whole = json.dumps([self.names, self.captions])
     return hashlib.sha256(whole.encode()).hexdigest()
 
-  def name(self, i):
+  def name(self, i: int) -> str:
     return self.names[i]
 
-  def caption(self, i):
+  def caption(self, i: int) -> str:
     return self.captions[i]
 
-  def read(self, i):
+  def read(self, i: int) -> tuple[bytes, str]:
     file = self.path / self.names[i]
     try:
       return file.read_bytes(), self.captions[i]
@@ -94,13 +102,14 @@ class FolderSource(Checked):
       raise BadSample('it does not exist') from None
 
 
-def _find(path):
+def _find(path: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
   """({name: caption} sorted by name, {name: what is wrong})."""
   if not path.is_dir():
     raise DataError(
       f'{path} is not a folder: set data.path to one that holds images.'
     )
   metadata = path / 'metadata.jsonl'
+  raw: Mapping[str, str | None]
   if metadata.is_file():
     raw, bad = _read_metadata(metadata)
   else:
@@ -108,16 +117,16 @@ def _find(path):
   found = {}
   for name in sorted(raw):
     try:
-      caption = raw[name]
+      caption: str | bytes | None = raw[name]
       if caption is None:
         caption = _read_caption((path / name).with_suffix('.txt'))
       found[name] = clean_caption(caption)
     except BadSample as error:
-      found[name], bad[name] = None, str(error)
+      bad[name] = str(error)
   return found, bad
 
 
-def _images(path):
+def _images(path: pathlib.Path) -> Iterator[str]:
   """Names, relative to `path`, of the files that look like images."""
   for file in path.rglob('*'):
     # Names with a leading dot are other programs' business (._one.jpg).
@@ -125,7 +134,9 @@ def _images(path):
       yield file.relative_to(path).as_posix()
 
 
-def _read_metadata(file):
+def _read_metadata(
+  file: pathlib.Path,
+) -> tuple[dict[str, str], dict[str, str]]:
   """({file name: caption}, {file name: what is wrong}) of a metadata.jsonl."""
   found, bad = {}, {}
   for number, line in enumerate(file.read_bytes().split(b'\n'), start=1):
@@ -151,14 +162,14 @@ def _read_metadata(file):
   return found, bad
 
 
-def _read_caption(file):
+def _read_caption(file: pathlib.Path) -> bytes:
   try:
     return file.read_bytes()
   except OSError as error:
     raise BadSample('it has no caption') from error
 
 
-def _check(path, names):
+def _check(path: pathlib.Path, names: Sequence[str]) -> dict[str, int | str]:
   """{name: shorter side in pixels, or what is wrong}, cached by file state."""
   location = path.resolve()
   header, rows = index_cache.load('folder', location) or ({'names': []}, [])
@@ -170,18 +181,20 @@ def _check(path, names):
     if name not in known or tuple(known[name][:2]) != states[name]
   ]
 
-  def examine(i):
+  def examine(i: int) -> int:
     return min(inspect(path / new[i]))
 
   results = dict(zip(new, survey(len(new), examine, f'checking {path}')))
-  sides, good = {}, {}
+  sides: dict[str, int | str] = {}
+  good: dict[str, list[int]] = {}
   for name in names:
     result = results.get(name)
     if isinstance(result, BadSample):
       sides[name] = str(result)
     else:
-      sides[name] = int(known[name][2]) if result is None else result
-      good[name] = [*states[name], sides[name]]
+      side = int(known[name][2]) if result is None else result
+      sides[name] = side
+      good[name] = [*states[name], side]
   if new:
     index_cache.save(
       'folder',
@@ -192,7 +205,7 @@ def _check(path, names):
   return sides
 
 
-def _state(file):
+def _state(file: pathlib.Path) -> tuple[int, int]:
   """(size, time of change) of a file, which tell whether it is the same."""
   try:
     stat = file.stat()

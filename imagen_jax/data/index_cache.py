@@ -8,21 +8,26 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+
+from imagen_jax.io import files
 
 VERSION = 1
 
 
-def path_for(kind, location):
+def path_for(kind: str, location: object) -> pathlib.Path:
   """The cache file of one folder, tar or build."""
   base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   name = hashlib.sha256(f'{kind} {location}'.encode()).hexdigest()[:24]
   return pathlib.Path(base) / 'imagen_jax' / 'index' / f'{name}.npz'
 
 
-def load(kind, location):
+def load(
+  kind: str, location: object
+) -> tuple[dict[str, Any], np.ndarray] | None:
   """(header dict, int64 rows) that `save` wrote, or None."""
   try:
     with np.load(path_for(kind, location), allow_pickle=False) as file:
@@ -35,16 +40,14 @@ def load(kind, location):
   return None
 
 
-def save(kind, location, header, rows):
+def save(
+  kind: str, location: object, header: Mapping[str, Any], rows: Any
+) -> None:
   """Writes a cache file, whole or not at all."""
-  path, temporary = path_for(kind, location), None
-  header = {**header, 'version': VERSION, 'of': str(location)}
+  text = json.dumps({**header, 'version': VERSION, 'of': str(location)})
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
-    with os.fdopen(handle, 'wb') as file:
-      np.savez(file, header=json.dumps(header), rows=np.asarray(rows, np.int64))
-    os.replace(temporary, path)
+    with files.replacing(path_for(kind, location)) as temporary:
+      with temporary.open('wb') as file:
+        np.savez(file, header=text, rows=np.asarray(rows, np.int64))
   except (OSError, RuntimeError):  # RuntimeError: there is no home directory
-    if temporary is not None and os.path.exists(temporary):
-      os.unlink(temporary)
+    pass

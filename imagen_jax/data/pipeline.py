@@ -10,11 +10,16 @@ divide the number of images.
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import grain
 import numpy as np
 
+from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
+
+Example: TypeAlias = dict[str, Any]
 
 PREFETCH = 16  # batches, of which a thread makes one
 # Captions that would be false of the mirrored image.
@@ -22,16 +27,16 @@ SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 
 
 def batches(
-  source,
+  source: Source,
   *,
-  seed,
-  batch_size,
-  start_step=0,
-  host=0,
-  num_hosts=1,
-  augment=None,
-  transform=None,
-):
+  seed: int,
+  batch_size: int,
+  start_step: int = 0,
+  host: int = 0,
+  num_hosts: int = 1,
+  augment: Callable[[Example, np.random.Generator], Example] | None = None,
+  transform: Callable[[Example], Example] | None = None,
+) -> Iterator[Example]:
   """An endless iterator over this host's fraction of the batches.
 
   Every epoch is a new permutation of the source; batches run across the
@@ -91,13 +96,13 @@ def batches(
 class _Numbered:
   """A source whose examples know their `index`."""
 
-  def __init__(self, source):
+  def __init__(self, source: Source) -> None:
     self._source = source
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> Example:
     return self._source[i] | {'index': int(i)}
 
 
@@ -109,20 +114,22 @@ class _HostRows(grain.MapDataset):
   image.
   """
 
-  def __init__(self, parent, host, num_hosts, rows):
+  def __init__(
+    self, parent: grain.MapDataset, host: int, num_hosts: int, rows: int
+  ) -> None:
     super().__init__(parent)
     self._host, self._num_hosts, self._rows = host, num_hosts, rows
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._parent) // self._num_hosts
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: Any) -> Any:
     batch, row = divmod(index, self._rows)
     start = (batch * self._num_hosts + self._host) * self._rows
     return self._parent[start + row]
 
 
-def flip(example, rng):
+def flip(example: Example, rng: np.random.Generator) -> Example:
   """Mirrors every second image, for `batches(augment=flip)`.
 
   An image whose caption says left or right stays as it is: mirrored, the

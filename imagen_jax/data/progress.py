@@ -1,14 +1,15 @@
-"""How far a long job is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long job: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
+from typing import TextIO
 
 WIDTH = 30
 EVERY = 10.0  # seconds between plain lines
 
 
 class Progress:
-  """Counts up to `total`; says nothing of what takes under two seconds.
+  """Counts up to `total`; a job of under two seconds shows nothing.
 
   Args:
     label: what is being done.
@@ -16,7 +17,9 @@ class Progress:
     stream: where to write, stderr by default.
   """
 
-  def __init__(self, label, total, stream=None):
+  def __init__(
+    self, label: str, total: int, stream: TextIO | None = None
+  ) -> None:
     self._label, self._total = label, total
     self._stream = stream or sys.stderr
     self._bar = self._stream.isatty()
@@ -24,7 +27,7 @@ class Progress:
     self._done, self._next = 0, self._start + 2
     self._shown = False
 
-  def add(self, number=1):
+  def add(self, number: int = 1) -> None:
     """Counts `number` more."""
     self._done += number
     now = time.monotonic()
@@ -32,14 +35,14 @@ class Progress:
       self._next = now + (0.2 if self._bar else EVERY)
       self._show(now)
 
-  def close(self):
+  def close(self) -> None:
     """The last line, if there was one before."""
     if self._shown:
       self._show(time.monotonic())
       if self._bar:
         self._stream.write('\n')
 
-  def _show(self, now):
+  def _show(self, now: float) -> None:
     self._shown = True
     rate = self._done / max(now - self._start, 1e-9)
     left = int((self._total - self._done) / max(rate, 1e-9))

@@ -20,8 +20,6 @@ class Source(abc.ABC):
       where the source needs no path.
     has_eval_split: whether split 'eval' holds images that 'train' does not.
     endless: whether it has no natural size, so that a user must choose one.
-    fingerprint: a string that tells one data set from another; None where the
-      config says it all.
     skipped: ((name, reason), …) of what is in the data and left out.
     bad: {name: reason} of what is left out because it is damaged.
     text_header: what is stored with the images of their captions' embeddings
@@ -31,10 +29,14 @@ class Source(abc.ABC):
   path_is: typing.ClassVar[str | None] = None
   has_eval_split: typing.ClassVar[bool] = False
   endless: typing.ClassVar[bool] = False
-  fingerprint: str | None = None
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
   text_header: typing.Mapping | None = None
+
+  @property
+  def fingerprint(self) -> str | None:
+    """Tells one data set from another; None where the config says it all."""
+    return None
 
   @abc.abstractmethod
   def __len__(self) -> int:

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import pathlib
 import re
+from typing import Any
 
 from imagen_jax import kinds
 from imagen_jax.data.source import Source
@@ -40,7 +42,7 @@ def find_source(kind: str) -> type[Source]:
 
 
 def make_source(
-  *, kind: str, size: int, split: str = 'train', **options
+  *, kind: str, size: int, split: str = 'train', **options: Any
 ) -> Source:
   """The images of a split at one size.
 
@@ -86,7 +88,7 @@ def make_source(
   return cls(**{k: v for k, v in given.items() if takes_all or k in known})
 
 
-def list_skipped(source: Source, file) -> None:
+def list_skipped(source: Source, file: pathlib.Path) -> None:
   """Writes what a source left out as JSON lines, if it left out anything."""
   if source.skipped:
     file.parent.mkdir(parents=True, exist_ok=True)

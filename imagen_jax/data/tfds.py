@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from imagen_jax.errors import DataError
 from imagen_jax.io.decode import BadSample, inspect
 
 CAPTION_KEYS = ('caption', 'captions', 'text', 'title', 'description')
-# What builds call the split for looking at, the first first.
+# What builds call their evaluation split, in order of preference.
 EVAL = ('validation', 'val', 'test', 'train')
 INFO = 'dataset_info.json'
 
@@ -44,8 +45,14 @@ class TfdsSource(Checked):
   has_eval_split = True
 
   def __init__(
-    self, path, size, *, split='train', resize='area', max_bad=MAX_BAD
-  ):
+    self,
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    split: str = 'train',
+    resize: str = 'area',
+    max_bad: float = MAX_BAD,
+  ) -> None:
     self.folder = find_build(path)
     self._records, self._image, self._caption, self.split = _open(
       self.folder, split
@@ -64,25 +71,25 @@ class TfdsSource(Checked):
       f'Captions are looked for in {", ".join(CAPTION_KEYS)}.',
     )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.rows)
 
   @property
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     """sha256 of the build's own description and of what is used of it."""
     digest = hashlib.sha256((self.folder / INFO).read_bytes())
     digest.update(self.split.encode() + self.rows.tobytes())
     return digest.hexdigest()
 
-  def name(self, i):
+  def name(self, i: int) -> str:
     return f'record {self.rows[i][0]}'
 
-  def read(self, i):
+  def read(self, i: int) -> tuple[bytes, str]:
     record, which = self.rows[i]
     data, captions = self._record(record)
     return data, clean_caption(captions[which])
 
-  def _record(self, number):
+  def _record(self, number: int) -> tuple[bytes, list[str | bytes]]:
     """(the encoded image, [its captions]) of one record."""
     try:
       record = self._records[int(number)]
@@ -95,7 +102,7 @@ class TfdsSource(Checked):
       np.array(captions, object)
     ).tolist()
 
-  def _index(self):
+  def _index(self) -> tuple[np.ndarray, dict[str, str]]:
     """(int64 rows [n, 3]: record, caption, shorter side; {name: problem})."""
     location = f'{self.folder.resolve()} {self.split}'
     state = [
@@ -106,7 +113,7 @@ class TfdsSource(Checked):
     if cached is not None and cached[0]['state'] == state:
       return cached[1].reshape(-1, 3), cached[0]['bad']
 
-    def examine(i):
+    def examine(i: int) -> list[list[int]]:
       data, captions = self._record(i)
       side = min(inspect(data))
       problem, good = BadSample('it has no caption'), []
@@ -120,19 +127,20 @@ class TfdsSource(Checked):
         raise problem
       return good
 
-    rows, bad = [], {}
+    rows: list[list[int]] = []
+    bad: dict[str, str] = {}
     found = survey(len(self._records), examine, f'checking {self.folder}')
     for i, result in enumerate(found):
       if isinstance(result, BadSample):
         bad[f'record {i}'] = str(result)
       else:
         rows += result
-    rows = np.array(rows, np.int64).reshape(-1, 3)
-    index_cache.save('tfds', location, {'state': state, 'bad': bad}, rows)
-    return rows, bad
+    table = np.array(rows, np.int64).reshape(-1, 3)
+    index_cache.save('tfds', location, {'state': state, 'bad': bad}, table)
+    return table, bad
 
 
-def find_build(path):
+def find_build(path: str | os.PathLike[str]) -> pathlib.Path:
   """The folder of a build, by path or by name.
 
   Raises:
@@ -173,13 +181,13 @@ def find_build(path):
   return folder
 
 
-def _version(folder):
+def _version(folder: pathlib.Path) -> tuple[list[int], str]:
   """Sorts 1.10.0 after 1.9.0, and configs by name."""
   parts = folder.name.split('.')
   return [int(p) if p.isdigit() else -1 for p in parts], str(folder)
 
 
-def _open(folder, split):
+def _open(folder: pathlib.Path, split: str) -> tuple[Any, str, str, str]:
   """(the records, key of the image, key of the caption, the split)."""
   import tensorflow_datasets as tfds
 

@@ -16,6 +16,7 @@ import pathlib
 import re
 import tarfile
 import zlib
+from typing import IO
 
 import numpy as np
 
@@ -53,9 +54,18 @@ class WebDatasetSource(Checked):
 
   path_is = "tars, such as 'shards/*.tar'"
 
-  def __init__(self, path, size, *, resize='area', max_bad=MAX_BAD):
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    resize: str = 'area',
+    max_bad: float = MAX_BAD,
+  ) -> None:
     self.shards = find_shards(path)
-    bad, small, rows = {}, [], []
+    bad: dict[str, str] = {}
+    small: list[str] = []
+    rows: list[np.ndarray] = []
     for number, shard in enumerate(self.shards):
       found, wrong = _index(shard)
       tar = os.path.basename(shard)
@@ -75,18 +85,18 @@ class WebDatasetSource(Checked):
       'Its tars need images with a .txt or .json of the same name.',
     )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.rows)
 
   @property
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     """sha256 of where everything is, and of every image's checksum."""
     return hashlib.sha256(self.rows.tobytes()).hexdigest()
 
-  def name(self, i):
+  def name(self, i: int) -> str:
     return _name(self.shards[self.rows[i][0]], self.rows[i][1])
 
-  def read(self, i):
+  def read(self, i: int) -> tuple[bytes, str]:
     shard, image, image_size, text, text_size, is_json, *_, crc = self.rows[i]
     with open(self.shards[shard], 'rb') as file:
       data = _read_at(file, image, image_size)
@@ -96,7 +106,7 @@ class WebDatasetSource(Checked):
     return data, caption
 
 
-def find_shards(path):
+def find_shards(path: str | os.PathLike[str]) -> tuple[str, ...]:
   """The tars that a path or pattern means, as a sorted tuple of names.
 
   Raises:
@@ -126,7 +136,7 @@ def find_shards(path):
   return tuple(found)
 
 
-def _braces(pattern):
+def _braces(pattern: str) -> list[str]:
   """'a{00..02}' -> a00, a01, a02, as a shell would."""
   match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
   if not match:
@@ -141,7 +151,7 @@ def _braces(pattern):
   )
 
 
-def _index(shard):
+def _index(shard: str) -> tuple[np.ndarray, dict[str, str]]:
   """(int64 rows [n, len(COLUMNS)], {key: what is wrong}) of one tar."""
   stat = os.stat(shard)
   state = [stat.st_size, stat.st_mtime_ns]
@@ -152,7 +162,7 @@ def _index(shard):
   samples, bad = _members(shard, stat.st_size)
   keys = [key for key in samples if key not in bad]
 
-  def examine(i):
+  def examine(i: int) -> list[int]:
     sample = samples[keys[i]]
     image = [sample[s] for s in SUFFIXES if s in sample]
     text = [(sample[s], s == '.json') for s in TEXTS if s in sample]
@@ -167,24 +177,28 @@ def _index(shard):
     sides = inspect(data)
     return [offset, size, where, length, is_json, *sides, zlib.crc32(data)]
 
-  rows = []
+  rows: list[list[int]] = []
   found = survey(len(keys), examine, f'indexing {shard}')
   for key, row in zip(keys, found):
     if isinstance(row, BadSample):
       bad[key] = str(row)
     else:
       rows.append(row)
-  rows = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
-  index_cache.save('tar', location, {'state': state, 'bad': bad}, rows)
-  return rows, bad
+  table = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+  index_cache.save('tar', location, {'state': state, 'bad': bad}, table)
+  return table, bad
 
 
-def _members(shard, size):
+def _members(
+  shard: str, size: int
+) -> tuple[dict[str, dict[str, tuple[int, int]]], dict[str, str]]:
   """({key: {suffix: (offset, size)}}, {key: what is wrong}) by headers alone.
 
   A key is a name up to the first dot of its last part.
   """
-  samples, bad, last = {}, {}, None
+  samples: dict[str, dict[str, tuple[int, int]]] = {}
+  bad: dict[str, str] = {}
+  last = None
   try:
     # 'r:' takes no compressed tars, in which there is no seeking.
     with tarfile.open(shard, 'r:', errorlevel=0) as tar:
@@ -205,7 +219,7 @@ def _members(shard, size):
         else:
           place = member.offset_data, member.size
           samples.setdefault(key, {})[suffix] = place
-        tar.members.clear()  # a tar of a million members would keep them all
+        vars(tar)['members'].clear()  # a million would all be kept
       # tarfile takes a broken header for the end; the end is zeros, or none.
       tar.fileobj.seek(tar.offset)
       if tar.fileobj.read(512).strip(b'\0'):
@@ -221,7 +235,7 @@ def _members(shard, size):
   return samples, bad
 
 
-def _problem(member, size):
+def _problem(member: tarfile.TarInfo, size: int) -> str | None:
   """Why a member is not read, or None."""
   parts = pathlib.PurePosixPath(member.name).parts
   if member.name.startswith('/') or '..' in parts or '\\' in member.name:
@@ -235,7 +249,7 @@ def _problem(member, size):
   return None
 
 
-def _name(shard, offset):
+def _name(shard: str, offset: int) -> str:
   """'tar/name in it' of a member, by its header, which stands before it."""
   tar = os.path.basename(shard)
   try:
@@ -247,7 +261,7 @@ def _name(shard, offset):
     return f'{tar} at byte {offset}'
 
 
-def _read_at(file, offset, size):
+def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
   file.seek(int(offset))
   data = file.read(int(size))
   if len(data) < size:
@@ -255,7 +269,7 @@ def _read_at(file, offset, size):
   return data
 
 
-def _caption(data, is_json):
+def _caption(data: bytes, is_json: bool) -> str:
   if len(data) > MAX_TEXT:
     raise BadSample('its caption is longer than a megabyte')
   if is_json:

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 
 from imagen_jax.errors import ModelError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import files
 
 WHAT = (
   "a DeepFloyd IF U-Net is a folder in diffusers' layout: config.json, "
@@ -136,7 +136,7 @@ def read(folder):
     ModelError: there is no config.json, or one of another network.
   """
   path = pathlib.Path(folder) / 'config.json'
-  return parse(hub_folder.read_json(path, WHAT), path)
+  return parse(files.read_json(path, missing=WHAT), path)
 
 
 def parse(raw, path='config.json'):

@@ -29,7 +29,7 @@ from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
-from imagen_jax.io import model_folder
+from imagen_jax.io import files, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training.experiment import (
   Experiment,
@@ -231,7 +231,9 @@ class IFExperiment(Experiment):
       raise UsageError(
         f'{request.out} exists; choose another, or remove it.', key='out'
       )
-    record = model_folder.read_json(request.workdir / 'config.json')
+    record = files.read_json(
+      request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
+    )
     config = ConfigDict(record['config'])
     run = make_experiment(config, request.workdir)
     program = make_program(run, run.mesh)

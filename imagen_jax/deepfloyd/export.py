@@ -1,12 +1,11 @@
 """A stage's folder with new weights, as diffusers has it."""
 
 import dataclasses
-import json
 import shutil
 
 from imagen_jax.deepfloyd import weights
 from imagen_jax.deepfloyd.unet import IFUNet
-from imagen_jax.io import hub_folder
+from imagen_jax.io import files
 
 
 def without_variance(module):
@@ -30,7 +29,7 @@ def export_stage(folder, params, stage, *, drop):
     stage: the `Stage` that the weights come from.
     drop: whether the network has no variance any more.
   """
-  raw = hub_folder.read_json(stage.folder / 'unet' / 'config.json', '')
+  raw = files.read_json(stage.folder / 'unet' / 'config.json')
   if folder.exists():  # of a run that went on
     shutil.rmtree(folder)
   weights.save(
@@ -43,5 +42,5 @@ def export_stage(folder, params, stage, *, drop):
     shutil.copy(stage.folder / 'model_index.json', folder)
   if drop:
     path = folder / 'scheduler' / 'scheduler_config.json'
-    made = hub_folder.read_json(path, '') | {'variance_type': 'fixed_small'}
-    path.write_text(json.dumps(made, indent=2) + '\n', encoding='utf-8')
+    made = files.read_json(path) | {'variance_type': 'fixed_small'}
+    files.write_json(path, made)

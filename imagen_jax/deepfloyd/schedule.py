@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import files
 
 WHAT = (
   "an IF stage is a folder in diffusers' layout, with "
@@ -85,7 +85,7 @@ def read(folder, name='scheduler'):
     ModelError: the file is missing, or asks for what is not built here.
   """
   path = pathlib.Path(folder) / name / 'scheduler_config.json'
-  return parse(hub_folder.read_json(path, WHAT), path)
+  return parse(files.read_json(path, missing=WHAT), path)
 
 
 def parse(raw, path='scheduler_config.json'):

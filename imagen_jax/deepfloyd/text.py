@@ -15,7 +15,7 @@ import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import files
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import load_tokenizer
 
@@ -76,9 +76,8 @@ def store(prompts, folder, *, dtype, cache, batch_size=4):
     return
   for prompt, value in _encode(missing, folder, dtype, batch_size):
     path = _file(prompt, folder, dtype, cache)
-    temporary = path.with_name(f'.{path.name}')
-    np.save(temporary, value, allow_pickle=False)
-    temporary.replace(path)
+    with files.replacing(path) as temporary, temporary.open('wb') as file:
+      np.save(file, value, allow_pickle=False)
 
 
 def stored(prompt, folder, *, dtype, cache):
@@ -134,9 +133,9 @@ def _encoder_key(folder, dtype):
   files' names and sizes and the config stand for them.
   """
   path = folder / 'text_encoder'
-  config = hub_folder.read_json(path / 'config.json', weights.WHAT)
-  files = sorted((f.name, f.stat().st_size) for f in path.glob('*.safetensors'))
-  return f'{sorted(config.items())}\n{files}\n{dtype}\n{MAX_LEN}'
+  config = files.read_json(path / 'config.json', missing=weights.WHAT)
+  sizes = sorted((f.name, f.stat().st_size) for f in path.glob('*.safetensors'))
+  return f'{sorted(config.items())}\n{sizes}\n{dtype}\n{MAX_LEN}'
 
 
 def check_reference(folder, reference, dtype='bfloat16'):

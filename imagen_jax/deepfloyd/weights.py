@@ -7,7 +7,6 @@ or merged: exporting undoes it to the byte.
 """
 
 import functools
-import json
 import math
 import pathlib
 import re
@@ -18,8 +17,8 @@ import numpy as np
 
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd.unet import IFUNet
-from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import hub_folder
+from imagen_jax.errors import UsageError
+from imagen_jax.io import files, hub_folder, safetensors
 
 STEM = 'diffusion_pytorch_model'
 CONVERT = (
@@ -119,17 +118,13 @@ def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
     torch_name(path): (path, leaf.shape)
     for path, leaf in leaves(abstract_params(module.config))
   }
-  check_names(folder, tensors, wanted)
+  hub_folder.check_names(folder, tensors, wanted)
   params = {}
   for name, (path, shape) in wanted.items():
-    expected = stored_shape(name, shape)
-    if tensors[name].shape != expected:
-      raise ModelError(
-        f'{folder}: tensor {name!r} has shape {tensors[name].shape} where '
-        f'config.json asks for {expected}; the weights and the config belong '
-        'to different models.'
-      )
-    array = from_torch(name, tensors[name].read())
+    stored = hub_folder.read_shaped(
+      folder, name, tensors[name], stored_shape(name, shape)
+    )
+    array = from_torch(name, stored)
     array = np.ascontiguousarray(array, weights_dtype or array.dtype)
     branch = params
     for key in path[:-1]:
@@ -138,23 +133,6 @@ def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
     # Waiting keeps the host from reading ahead of the devices.
     branch[path[-1]] = jax.block_until_ready(leaf)
   return module, params
-
-
-def check_names(folder, tensors, wanted):
-  """Refuses a checkpoint with tensors too few or too many."""
-  for name in tensors:
-    if name not in wanted:
-      raise ModelError(
-        f'{folder} holds a tensor {name!r} that no U-Net of its config.json '
-        'has; the weights and the config belong to different models.'
-      )
-  missing = [name for name in wanted if name not in tensors]
-  if missing:
-    raise ModelError(
-      f'{folder} lacks the tensor {missing[0]!r}'
-      + (f' and {len(missing) - 1} more' if missing[1:] else '')
-      + ', which its config.json asks for; download the folder again.'
-    )
 
 
 def save(folder, params, *, source, dtype=None):
@@ -177,29 +155,23 @@ def save(folder, params, *, source, dtype=None):
   raw = source
   if not isinstance(source, dict):
     path = pathlib.Path(source) / 'config.json'
-    raw = hub_folder.read_json(path, configs.WHAT)
+    raw = files.read_json(path, missing=configs.WHAT)
   config = configs.parse(raw, folder / 'config.json')
   wanted = {torch_name(p): x.shape for p, x in leaves(abstract_params(config))}
   given = {torch_name(path): leaf for path, leaf in leaves(params)}
-  check_names(folder, given, wanted)
+  hub_folder.check_names(folder, given, wanted)
   tensors = {
-    name: hub_folder.Tensor(
+    name: safetensors.Tensor(
       np.dtype(dtype or leaf.dtype),
       stored_shape(name, leaf.shape),
       _exporter(name, leaf, dtype),
     )
     for name, leaf in given.items()
   }
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ModelError(
-      f'{folder} could not be made ({error.strerror or error}); check space '
-      'and permissions.'
-    ) from error
-  hub_folder.write_file(folder / f'{STEM}.safetensors', tensors)
-  text = json.dumps(raw, indent=2) + '\n'
-  (folder / 'config.json').write_text(text, encoding='utf-8')
+  safetensors.write_file(
+    folder / f'{STEM}.safetensors', tensors, metadata=hub_folder.METADATA
+  )
+  files.write_json(folder / 'config.json', raw)
 
 
 def _exporter(name, leaf, dtype):

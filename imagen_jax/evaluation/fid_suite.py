@@ -28,6 +28,7 @@ from imagen_jax.evaluation.features import (
 )
 from imagen_jax.evaluation.scores import Categories, Score
 from imagen_jax.evaluation.suite import Item, Records, Suite, digest, number
+from imagen_jax.io import files
 
 NEIGHBOURS = 10_000  # images of either set for precision and recall
 
@@ -134,9 +135,8 @@ class Fid(Suite):
     features = image_features(
       extractor, (self.source[i]['image'] for i in range(len(self.source)))
     )
-    temporary = path.with_name(f'.{name}')
-    np.save(temporary, features)
-    temporary.replace(path)
+    with files.replacing(path) as temporary, temporary.open('wb') as file:
+      np.save(file, features)
     return features
 
   def provenance(self) -> dict[str, typing.Any]:

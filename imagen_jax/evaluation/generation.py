@@ -27,9 +27,10 @@ from PIL import Image
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation.suite import Item, Record, Records, Suite
+from imagen_jax.io import files
 from imagen_jax.io import images as image_io
-from imagen_jax.io import model_folder
 
+FORMAT_VERSION = 1  # of run.json
 # Batches that one stage generates before the next stage's weights replace it.
 BATCHES = 4
 
@@ -71,7 +72,9 @@ def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
   path = folder / 'run.json'
   identity = json.loads(json.dumps(identity))
   if path.exists():
-    before = model_folder.read_json(path, error=DataError)['identity']
+    before = files.read_json(path, error=DataError, version=FORMAT_VERSION)[
+      'identity'
+    ]
     for key in {**before, **identity}:
       if before.get(key) != identity.get(key):
         raise UsageError(
@@ -87,8 +90,8 @@ def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
     raise UsageError(
       f'out: {folder} cannot be a folder: {error}.', key='out'
     ) from error
-  record = {'format_version': model_folder.FORMAT_VERSION, 'identity': identity}
-  model_folder.write_json(path, record)
+  record = {'format_version': FORMAT_VERSION, 'identity': identity}
+  files.write_json(path, record)
 
 
 def _short(value: typing.Any) -> str:
@@ -187,10 +190,9 @@ def read_image(
 
 def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:
   # Whole or not at all: a record may only name a good image.
-  temporary = path.with_name(f'.{os.getpid()}.{path.name}')
   metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}
-  image_io.save_png(temporary, image, metadata)
-  temporary.replace(path)
+  with files.replacing(path) as temporary:
+    image_io.save_png(temporary, image, metadata)
 
 
 class _Lines:

@@ -16,7 +16,7 @@ from imagen_jax.evaluation import charts, page, scores
 from imagen_jax.evaluation.generation import read_records
 from imagen_jax.evaluation.suite import Records, Suite
 from imagen_jax.evaluation.sweep_report import keys, sweep_section
-from imagen_jax.io import model_folder
+from imagen_jax.io import files
 
 SHOWN = 24  # images of a category on the page
 SECTION = 'section.json'
@@ -46,11 +46,11 @@ def save_section(suite: Suite, folder: pathlib.Path, records: Records) -> None:
     confusions=suite.confusions(records),
   )
   value = {'format_version': 1} | vars(section)
-  model_folder.write_json(folder / SECTION, value)
+  files.write_json(folder / SECTION, value)
 
 
 def _read_section(folder: pathlib.Path) -> Section:
-  value = model_folder.read_json(folder / SECTION, error=DataError)
+  value = files.read_json(folder / SECTION, error=DataError, version=1)
   try:
     return Section(**{k: v for k, v in value.items() if k != 'format_version'})
   except TypeError as error:

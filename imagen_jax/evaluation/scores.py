@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from imagen_jax.errors import DataError
-from imagen_jax.io import model_folder
+from imagen_jax.io import files
 
 FILE = 'scores.json'
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -102,4 +102,4 @@ def add_scores(
   notes = scores.pop('provenance', {})
   scores[suite] = categories
   scores['provenance'] = notes | {suite: provenance}
-  model_folder.write_json(pathlib.Path(folder) / FILE, scores)
+  files.write_json(pathlib.Path(folder) / FILE, scores)

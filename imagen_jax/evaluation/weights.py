@@ -3,7 +3,6 @@
 Read from safetensors or npz, never unpickled.
 """
 
-import hashlib
 import os
 import pathlib
 import typing
@@ -13,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io import files, safetensors
 
 
 def read_tensors(
@@ -33,14 +32,13 @@ def read_tensors(
       'when they are read: convert it with a tool that you trust.'
     )
   try:
-    with path.open('rb') as file:
-      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    digest = files.digest(path)['sha256']
     if path.suffix == '.npz':
       with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}, digest
-    with safetensors.safe_open(path, 'np') as tensors:
-      return {x: tensors.get_tensor(x) for x in tensors.keys()}, digest
-  except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    opened = safetensors.open_file(path)
+    return {name: tensor.read() for name, tensor in opened.items()}, digest
+  except (OSError, ValueError, TypeError) as error:
     raise ModelError(
       f'{path} cannot be read ({error}); copy it again from where it came.'
     ) from error

@@ -14,6 +14,8 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +25,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import manifest
+from imagen_jax.io import files, manifest
 
 _log = logging.getLogger(__name__)
-# What a file system says when it is to blame; orbax wraps it in pages.
-_STORAGE = (
-  'No space left on device',
-  'Disk quota exceeded',
-  'Read-only file system',
-  'Permission denied',
-)
 
 
 class Checkpoints:
@@ -42,7 +37,14 @@ class Checkpoints:
   leaving the `with` block.
   """
 
-  def __init__(self, directory, *, keep_last=3, keep_every=None, warn=None):
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    keep_last: int = 3,
+    keep_every: int | None = None,
+    warn: Callable[[str], None] | None = None,
+  ) -> None:
     """Opens a directory, which need not exist before the first save.
 
     Args:
@@ -62,9 +64,9 @@ class Checkpoints:
     self.keep_last = keep_last
     self.keep_every = keep_every
     self._warn = warn or _log.warning
-    self._bad = set()
-    self._last_saved = None
-    self._pending = None
+    self._bad: set[int] = set()
+    self._last_saved: int | None = None
+    self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
     # Its threads log with a traceback what is raised here in one sentence.
     # So do writes that were queued behind a failed one, on their event loop.
@@ -74,21 +76,28 @@ class Checkpoints:
       ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
     )
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.close()
 
-  def all_steps(self):
+  def all_steps(self) -> list[int]:
     """The complete steps, in order; their digests are not compared here."""
     return [s for s in self._steps() if manifest.is_whole(self._path(s))]
 
-  def latest_step(self):
+  def latest_step(self) -> int | None:
     """The newest complete step, or None."""
     return max(self.all_steps(), default=None)
 
-  def save(self, step, state, extra=None, *, wait=False):
+  def save(
+    self,
+    step: int,
+    state: Any,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    wait: bool = False,
+  ) -> None:
     """Saves a state in the background; its buffers may be donated right away.
 
     An error of the save before surfaces here, in `wait` or in `close`. Saving
@@ -121,7 +130,7 @@ class Checkpoints:
     if wait:
       self.wait()
 
-  def wait(self):
+  def wait(self) -> None:
     """Returns when the last save is on disk and digested.
 
     Raises:
@@ -132,7 +141,7 @@ class Checkpoints:
       with self._saving(step):
         finished.result()
 
-  def close(self):
+  def close(self) -> None:
     """Waits for the last save and gives the threads back."""
     try:
       self.wait()
@@ -140,7 +149,7 @@ class Checkpoints:
       self._worker.shutdown()
       self._orbax.close()
 
-  def verify(self, step):
+  def verify(self, step: int) -> dict[str, Any]:
     """Compares every file of a step with its digest.
 
     Returns:
@@ -151,7 +160,7 @@ class Checkpoints:
     """
     return self._verified(step)['extra']
 
-  def newest_good(self):
+  def newest_good(self) -> tuple[int, str]:
     """(step, digest) of the newest step whose every file is good.
 
     Raises:
@@ -160,7 +169,9 @@ class Checkpoints:
     step, body = self._newest_good(None)
     return step, body['digest']
 
-  def restore(self, abstract_state, step=None):
+  def restore(
+    self, abstract_state: Any, step: int | None = None
+  ) -> tuple[Any, dict[str, Any], int]:
     """Reads the newest good step, onto any mesh.
 
     A step whose files are incomplete or damaged is named and skipped.
@@ -200,7 +211,9 @@ class Checkpoints:
     )
     return state, body['extra'], step
 
-  def restore_subtree(self, name, step=None):
+  def restore_subtree(
+    self, name: str, step: int | None = None
+  ) -> tuple[Any, dict[str, Any], int]:
     """Reads one part of the state, such as 'ema_params', and nothing else.
 
     Every file's digest is still compared.
@@ -216,7 +229,7 @@ class Checkpoints:
       ModelError: no step is good, or the state has no such part.
     """
     step, body = self._newest_good(step)
-    wanted = {}
+    wanted: dict[str, Any] = {}
     for leaf, kind in body['leaves'].items():
       keys = leaf.split('/')
       if keys[0] == name:
@@ -244,18 +257,19 @@ class Checkpoints:
     )
     return tree[name], body['extra'], step
 
-  # ---- Directories ---------------------------------------------------------
-  def _path(self, step):
+  # Directories.
+
+  def _path(self, step: int) -> epath.Path:
     return self.directory / str(step)
 
-  def _steps(self):
+  def _steps(self) -> list[int]:
     """Every step that has a directory, complete or not, in order."""
     if not self.directory.exists():
       return []
     names = (path.name for path in self.directory.iterdir())
     return sorted(int(name) for name in names if name.isdecimal())
 
-  def _make_room(self, step):
+  def _make_room(self, step: int) -> None:
     """Clears away what a killed run left in the place of this step."""
     later = [s for s in self.all_steps() if s >= step and s not in self._bad]
     if later:
@@ -271,7 +285,7 @@ class Checkpoints:
             path.rmtree()
         self._remove(step)
 
-  def _remove(self, step):
+  def _remove(self, step: int) -> None:
     path = self._path(step)
     if path.exists():
       # Manifests first: half a removal must not look like a whole step.
@@ -280,7 +294,7 @@ class Checkpoints:
       path.rmtree()
     self._bad.discard(step)
 
-  def _finish(self, step, fields):
+  def _finish(self, step: int, fields: Mapping[str, Any]) -> None:
     """In the background: commit, then manifest, then old steps away."""
     self._orbax.wait_until_finished()
     first = jax.process_index() == 0
@@ -299,17 +313,16 @@ class Checkpoints:
         if old not in keep:
           self._remove(old)
 
-  # ---- Reading and writing -------------------------------------------------
+  # Reading and writing.
+
   @contextlib.contextmanager
-  def _saving(self, step):
+  def _saving(self, step: int) -> Iterator[None]:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
       text = str(error).strip() or type(error).__name__
-      reason = next(
-        (words for words in _STORAGE if words in text),
-        text.splitlines()[0][:200],
-      )
+      # orbax wraps what the file system said in pages.
+      reason = files.storage_reason(error) or text.splitlines()[0][:200]
       last = self.latest_step()
       # What orbax had not begun to write when this failed, it just drops.
       warnings.filterwarnings(
@@ -321,7 +334,7 @@ class Checkpoints:
         + 'check space and permissions, then run the same command again.'
       ) from error
 
-  def _read(self, step, args):
+  def _read(self, step: int, args: Any) -> Any:
     try:
       return self._orbax.restore(
         self._path(step), args=ocp.args.Composite(state=args)
@@ -331,7 +344,7 @@ class Checkpoints:
       manifest.verify(self._path(step))
       raise
 
-  def _verified(self, step):
+  def _verified(self, step: int) -> dict[str, Any]:
     """The first process's manifest of a step whose every file is good."""
     path = self._path(step)
     body = manifest.verify(path)[0]
@@ -339,7 +352,7 @@ class Checkpoints:
       raise manifest.Damaged(f'{path} is a copy of step {body["step"]}.')
     return body
 
-  def _newest_good(self, step):
+  def _newest_good(self, step: int | None) -> tuple[int, dict[str, Any]]:
     self.wait()
     if step is not None:
       return step, self._verified(step)
@@ -361,17 +374,17 @@ class Checkpoints:
     )
 
 
-def _not_of_a_thread(record):
+def _not_of_a_thread(record: logging.LogRecord) -> bool:
   message = record.getMessage()
   if 'exception was never retrieved' in message and record.exc_info:
-    return not any(words in str(record.exc_info[1]) for words in _STORAGE)
+    return files.storage_reason(record.exc_info[1]) is None
   return '_SignalingThread' not in message and 'save thread' not in message
 
 
-def _leaves(tree):
+def _leaves(tree: Any) -> dict[str, str]:
   """{'params/down_0/kernel': 'float32[3,3,8,8]'} for every leaf."""
 
-  def kind(x):
+  def kind(x: Any) -> str:
     shape = ','.join(map(str, np.shape(x)))
     return f'{getattr(x, "dtype", jax.dtypes.result_type(x))}[{shape}]'
 
@@ -382,10 +395,10 @@ def _leaves(tree):
   }
 
 
-def _arrays(tree):
+def _arrays(tree: Any) -> Any:
   """Numbers as arrays of the type that jax gives them."""
 
-  def array(x):
+  def array(x: Any) -> jax.Array | np.ndarray:
     if isinstance(x, jax.Array):
       return x
     return np.asarray(x, getattr(x, 'dtype', jax.dtypes.result_type(x)))
@@ -393,7 +406,9 @@ def _arrays(tree):
   return jax.tree.map(array, tree)
 
 
-def _check_leaves(path, saved, wanted):
+def _check_leaves(
+  path: epath.Path, saved: Mapping[str, str], wanted: Mapping[str, str]
+) -> None:
   for name in sorted(saved.keys() | wanted.keys()):
     there, here = saved.get(name), wanted.get(name)
     if there != here:

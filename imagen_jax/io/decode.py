@@ -7,10 +7,16 @@ file which would unpack to gigabytes is refused before it does.
 """
 
 import io
+import os
 import warnings
+from typing import IO, TypeAlias
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
+
+# An image file: its bytes, its path, or itself, open.
+Encoded: TypeAlias = bytes | str | os.PathLike[str] | IO[bytes]
 
 # Pillow knows more formats, some of which start other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
@@ -31,8 +37,10 @@ class BadSample(Exception):
   """An image or caption cannot be used; the message completes 'because'."""
 
 
-def decode(data, size, resize='area'):
-  """An image as uint8 [size, size, 3]: upright, on white, square.
+def decode(
+  data: Encoded, size: int, resize: str = 'area'
+) -> UInt8[np.ndarray, '{size} {size} 3']:
+  """An image as pixels: upright, on white, square.
 
   Args:
     data: the file's bytes, its path, or an open file.
@@ -49,7 +57,7 @@ def decode(data, size, resize='area'):
     return resize_square(_load(image), size, resize)
 
 
-def inspect(data):
+def inspect(data: Encoded) -> tuple[int, int]:
   """(width, height) of an image that decodes from beginning to end.
 
   Raises:
@@ -61,8 +69,10 @@ def inspect(data):
   return size
 
 
-def resize_square(image, size, resize='area'):
-  """The central square of an RGB Pillow image, as uint8 [size, size, 3]."""
+def resize_square(
+  image: Image.Image, size: int, resize: str = 'area'
+) -> UInt8[np.ndarray, '{size} {size} 3']:
+  """The central square of an RGB Pillow image, as pixels."""
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   # Pillow widens each kernel by the ratio, so none of the three aliases; BOX
@@ -75,7 +85,7 @@ def resize_square(image, size, resize='area'):
   return np.asarray(square)
 
 
-def _open(data):
+def _open(data: Encoded) -> Image.Image:
   """A Pillow image of which only the header is read yet, checked."""
   if isinstance(data, bytes):
     if not data:
@@ -103,7 +113,7 @@ def _open(data):
   return image
 
 
-def _load(image):
+def _load(image: Image.Image) -> Image.Image:
   """A Pillow image decoded, upright, RGB."""
   try:
     # Cameras store the sensor's rows and say in EXIF how they were held.
@@ -112,7 +122,7 @@ def _load(image):
     raise BadSample('it cannot be decoded') from error
 
 
-def _rgb(image):
+def _rgb(image: Image.Image) -> Image.Image:
   """Any Pillow mode as RGB, without the traps of a bare convert('RGB')."""
   if image.mode.startswith('I'):
     # 16-bit grey; convert would clip everything above 255 to white.

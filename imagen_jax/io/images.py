@@ -1,18 +1,28 @@
-"""Images on disk: grids, PNG files that remember how they were made."""
+"""Images on disk: PNG files that carry how they were made, and grids."""
 
 import json
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 
 from imagen_jax.errors import DataError, UsageError
 
+AnyPath: TypeAlias = str | os.PathLike[str]
 METADATA_KEY = 'imagen_jax'
 
 
-def grid(images, columns=None, *, pad=2):
-  """Images side by side on white: uint8 [N, H, W, 3] -> [H', W', 3]."""
+def grid(
+  images: UInt8[np.ndarray, 'b h w c'],
+  columns: int | None = None,
+  *,
+  pad: int = 2,
+) -> UInt8[np.ndarray, 'grid_h grid_w c']:
+  """Images side by side on white, `pad` pixels apart."""
   count, height, width, channels = images.shape
   columns = columns or int(np.ceil(np.sqrt(count)))
   rows = -(-count // columns)
@@ -29,14 +39,20 @@ def grid(images, columns=None, *, pad=2):
   return canvas
 
 
-def upsample(images, min_side):
-  """Repeats pixels until the side is at least `min_side`: [N, H, W, 3]."""
+def upsample(
+  images: UInt8[np.ndarray, 'b h w c'], min_side: int
+) -> UInt8[np.ndarray, 'b big_h big_w c']:
+  """Repeats pixels until images are at least `min_side` wide."""
   factor = -(-min_side // images.shape[2])
   return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def save_png(path, image, metadata=None):
-  """Writes uint8 [H, W, 3] with `metadata` (a JSON object) in a tEXt chunk.
+def save_png(
+  path: AnyPath,
+  image: UInt8[np.ndarray, 'h w 3'],
+  metadata: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes an image with `metadata` (a JSON object) in a tEXt chunk.
 
   The prompt stands in its own chunk too, so that other programs show it.
   """
@@ -47,10 +63,10 @@ def save_png(path, image, metadata=None):
     info.add_text(METADATA_KEY, json.dumps(metadata))
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(image).save(path, pnginfo=info)
+  Image.fromarray(image).save(path, 'PNG', pnginfo=info)
 
 
-def read_metadata(path):
+def read_metadata(path: AnyPath) -> dict[str, Any]:
   """The JSON object that `save_png` put into an image.
 
   Raises:
@@ -69,8 +85,10 @@ def read_metadata(path):
   return json.loads(record)
 
 
-def read_image(path, size):
-  """A user's image as uint8 [size, size, 3], squared and box-resized.
+def read_image(
+  path: AnyPath, size: int
+) -> UInt8[np.ndarray, '{size} {size} 3']:
+  """A user's image: its central square, box-resized.
 
   Raises:
     DataError: when the file is no image or smaller than `size`.
@@ -85,8 +103,10 @@ def read_image(path, size):
     ) from error
 
 
-def read_low_res(path, side, multiple):
-  """A user's image for a stage to upsample: uint8 [h, w, 3].
+def read_low_res(
+  path: AnyPath, side: int, multiple: int
+) -> UInt8[np.ndarray, 'h w 3']:
+  """A user's image for a stage to upsample.
 
   Its shape is kept, but for what is cut off to make both sides whole
   multiples.
@@ -111,7 +131,7 @@ def read_low_res(path, side, multiple):
   return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BOX))
 
 
-def open_image(path, mode='RGB'):
+def open_image(path: AnyPath, mode: str = 'RGB') -> Image.Image:
   """An image file as a PIL image of any shape.
 
   Raises:
@@ -124,7 +144,9 @@ def open_image(path, mode='RGB'):
     raise DataError(f'{path} cannot be read as an image ({error}).') from error
 
 
-def shaped(width, height, side, multiple=8):
+def shaped(
+  width: int, height: int, side: int, multiple: int = 8
+) -> tuple[int, int]:
   """(width, height) with `side` as the short one, both in whole multiples."""
   ratio = width / height
   if ratio >= 1:
@@ -132,8 +154,10 @@ def shaped(width, height, side, multiple=8):
   return side, round(side / multiple / ratio) * multiple
 
 
-def to_float(image, width, height):
-  """A PIL image as float32 [height, width, 3] in [−1, 1].
+def to_float(
+  image: Image.Image, width: int, height: int
+) -> Float32[np.ndarray, '{height} {width} 3']:
+  """A PIL image as numbers in [−1, 1].
 
   Bicubic where its size changes, every pixel kept where not.
   """
@@ -142,8 +166,10 @@ def to_float(image, width, height):
   return np.asarray(image.convert('RGB'), np.float32) / 127.5 - 1
 
 
-def to_mask(image, width, height):
-  """A PIL image as float32 [height, width, 1]: 1 where it is bright."""
+def to_mask(
+  image: Image.Image, width: int, height: int
+) -> Float32[np.ndarray, '{height} {width} 1']:
+  """A PIL image as an inpaint mask: 1 where it is bright, 0 elsewhere."""
   image = image.convert('L')
   if image.size != (width, height):
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -10,10 +10,14 @@ so on; a directory that lacks one of them is incomplete.
 import concurrent.futures
 import hashlib
 import json
-import os
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io import files
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r'manifest-(\d{5})-of-(\d{5})\.json')
@@ -24,12 +28,18 @@ class Damaged(ModelError):
   """The files are not those that were written, or not all of them."""
 
 
-def name(process, processes):
+def name(process: int, processes: int) -> str:
   """File name of one process's manifest."""
   return f'manifest-{process:05d}-of-{processes:05d}.json'
 
 
-def write(directory, fields, *, process=0, processes=1):
+def write(
+  directory: epath.Path,
+  fields: Mapping[str, Any],
+  *,
+  process: int = 0,
+  processes: int = 1,
+) -> None:
   """Digests the files that `process` wrote, and adds its manifest.
 
   Args:
@@ -40,7 +50,7 @@ def write(directory, fields, *, process=0, processes=1):
   """
   own = [f for f in _files(directory) if _owner(f, processes) == process]
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    digests = list(pool.map(lambda f: _digest(directory / f), own))
+    digests = list(pool.map(lambda f: files.digest(directory / f), own))
   body = {
     **fields,
     'format_version': FORMAT_VERSION,
@@ -49,17 +59,10 @@ def write(directory, fields, *, process=0, processes=1):
     'files': dict(zip(own, digests)),
   }
   text = _text({**body, 'digest': _self_digest(body)})
-  path = directory / name(process, processes)
-  temporary = directory / (path.name + '.tmp')
-  with temporary.open('w') as f:
-    f.write(text)
-    f.flush()
-    if hasattr(f, 'fileno'):  # a file system, not a bucket
-      os.fsync(f.fileno())
-  temporary.replace(path)
+  files.write_text(directory / name(process, processes), text)
 
 
-def is_whole(directory):
+def is_whole(directory: epath.Path) -> bool:
   """Whether the manifest of every process is there; nothing is read."""
   found = [m for m in map(_NAME.fullmatch, _names(directory)) if m]
   return any(
@@ -68,7 +71,7 @@ def is_whole(directory):
   )
 
 
-def read(directory):
+def read(directory: epath.Path) -> list[dict[str, Any]]:
   """The checked manifests of a directory, in the order of the processes.
 
   Raises:
@@ -81,7 +84,7 @@ def read(directory):
   return [_read(directory / n) for n in found]
 
 
-def verify(directory):
+def verify(directory: epath.Path) -> list[dict[str, Any]]:
   """Compares every file with its digest; returns `read(directory)`.
 
   Raises:
@@ -89,12 +92,12 @@ def verify(directory):
     ModelError: as `read`.
   """
   manifests = read(directory)
-  files = {f: d for m in manifests for f, d in m['files'].items()}
+  described = {f: d for m in manifests for f, d in m['files'].items()}
 
-  def check(item):
+  def check(item: tuple[str, files.Digest]) -> str | None:
     file, written = item
     try:
-      found = _digest(directory / file)
+      found = files.digest(directory / file)
     except OSError as error:
       return f'{directory / file} cannot be read ({error.strerror}).'
     if found['bytes'] != written['bytes']:
@@ -104,15 +107,16 @@ def verify(directory):
       )
     if found != written:
       return f'{directory / file} has changed since it was written.'
+    return None
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    for problem in pool.map(check, files.items()):
+    for problem in pool.map(check, described.items()):
       if problem:
         raise Damaged(problem)
   return manifests
 
 
-def _read(path):
+def _read(path: epath.Path) -> dict[str, Any]:
   try:
     raw = path.read_bytes()
   except OSError as error:
@@ -137,35 +141,31 @@ def _read(path):
   return {**body, 'digest': digest}
 
 
-def _text(body):
+def _text(body: Mapping[str, Any]) -> str:
   return json.dumps(body, indent=1, sort_keys=True) + '\n'
 
 
-def _self_digest(body):
+def _self_digest(body: Mapping[str, Any]) -> str:
   return hashlib.sha256(_text(body).encode('ascii')).hexdigest()
 
 
-def _digest(path):
-  """{'bytes': …, 'sha256': …} of a file."""
-  with path.open('rb') as f:
-    digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    return {'bytes': f.tell(), 'sha256': digest}
-
-
-def _names(directory):
+def _names(directory: epath.Path) -> list[str]:
   return [p.name for p in directory.iterdir()] if directory.exists() else []
 
 
-def _files(directory, prefix=''):
-  """Every file below, by relative path, but for the manifests themselves."""
+def _files(directory: epath.Path, prefix: str = '') -> Iterator[str]:
+  """Every file below, by relative path, but for the manifests themselves.
+
+  Those that another process is writing now begin with a dot.
+  """
   for path in sorted(directory.iterdir()):
     if path.is_dir():
       yield from _files(path, f'{prefix}{path.name}/')
-    elif prefix or not path.name.startswith('manifest-'):
+    elif prefix or not path.name.lstrip('.').startswith('manifest-'):
       yield prefix + path.name
 
 
-def _owner(file, processes):
+def _owner(file: str, processes: int) -> int:
   """The process that wrote a file, as Orbax names them; the first if shared."""
   owners = [m for m in map(_OWNER.search, file.split('/')) if m]
   owner = int(owners[0][1]) if owners else 0

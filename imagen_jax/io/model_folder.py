@@ -16,18 +16,24 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import files, safetensors
+from imagen_jax.io.safetensors import Tensor
+
+if TYPE_CHECKING:
+  from imagen_jax.io.checkpoint import Checkpoints
+
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 FORMAT_VERSION = 2
-DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
+RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
+DTYPES: dict[str, Any] = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,31 +49,39 @@ class StageRecord:
   """
 
   path: pathlib.Path
-  config: dict
-  text: dict
-  weights: dict | None = None
-  provenance: dict = dataclasses.field(default_factory=dict)
+  config: dict[str, Any]
+  text: dict[str, Any]
+  weights: dict[str, Any] | None = None
+  provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
-  def name(self):
+  def name(self) -> str:
     return self.config['stage']['name']
 
   @property
-  def resolution(self):
+  def resolution(self) -> int:
     return self.config['stage']['resolution']
 
   @property
-  def low_resolution(self):
+  def low_resolution(self) -> int | None:
     return self.config['stage']['low_resolution']
 
   @functools.cached_property
-  def checkpoint(self):
+  def checkpoint(self) -> tuple[int, str]:
     """(step, digest) of a workdir's newest good checkpoint, found once."""
     with _checkpoints(self) as checkpoints:
       return checkpoints.newest_good()
 
 
-def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
+def save_stage(
+  path: AnyPath,
+  params: Mapping[str, Any],
+  *,
+  config: Mapping[str, Any],
+  text: Mapping[str, Any],
+  provenance: Mapping[str, Any],
+  dtype: str = 'bfloat16',
+) -> None:
   """Writes one stage; it appears complete or not at all.
 
   Args:
@@ -87,20 +101,14 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
     raise UsageError(f'dtype {dtype!r} is unknown; use {" or ".join(DTYPES)}.')
   if path.exists():
     raise UsageError(f'{path} exists and is not overwritten; choose another.')
-  temporary = None
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent)
-    )
-    temporary.chmod(0o755)  # mkdtemp makes it private, and so is the file
-    file = temporary / 'weights.safetensors'
-    flat = {
-      name: np.asarray(leaf).astype(DTYPES[dtype], order='C')
-      for name, leaf in _flatten(params)
-    }
-    safetensors.numpy.save_file(flat, file)
-    file.chmod(0o644)
+  tensors = {
+    name: Tensor(np.dtype(DTYPES[dtype]), np.shape(leaf), _cast(leaf, dtype))
+    for name, leaf in _flatten(params)
+  }
+  with files.replacing(path, error=ModelError) as temporary:
+    temporary.mkdir()
+    file = temporary / WEIGHTS
+    safetensors.write_file(file, tensors)
     record = {
       'format_version': FORMAT_VERSION,
       'name': config['stage']['name'],
@@ -108,41 +116,28 @@ def save_stage(path, params, *, config, text, provenance, dtype='bfloat16'):
       'low_resolution': config['stage']['low_resolution'],
       'config': config,
       'text': text,
-      'weights': {
-        'dtype': dtype,
-        'bytes': file.stat().st_size,
-        'sha256': _sha256(file),
-      },
+      'weights': {'dtype': dtype, **files.digest(file)},
       'provenance': provenance,
     }
-    write_json(temporary / 'stage.json', record)
-    temporary.rename(path)
-  except OSError as error:
-    raise ModelError(
-      f'{path} could not be written ({error.strerror or error}); check space '
-      'and permissions.'
-    ) from error
-  finally:
-    if temporary is not None and temporary.exists():
-      shutil.rmtree(temporary)
+    files.write_json(temporary / RECORD, record)
 
 
-def load_stage(path):
+def load_stage(path: AnyPath) -> StageRecord:
   """The `StageRecord` of one directory, exported stage or training workdir.
 
   Raises:
     ModelError: it is neither, half of one, or of a newer format.
   """
   path = pathlib.Path(path)
-  exported = (path / 'stage.json').exists()
-  file = path / ('stage.json' if exported else 'config.json')
+  exported = (path / RECORD).exists()
+  file = path / (RECORD if exported else 'config.json')
   if not file.exists():
     raise ModelError(
       f'{path} is no stage: it has neither stage.json nor config.json; give a '
       'model folder, a training workdir, or export one with imagen-export.'
     )
-  record = read_json(file)
-  if exported and not (path / 'weights.safetensors').exists():
+  record = files.read_json(file, version=FORMAT_VERSION)
+  if exported and not (path / WEIGHTS).exists():
     raise ModelError(
       f'{path} has no weights.safetensors; copy the whole folder again.'
     )
@@ -166,7 +161,9 @@ def load_stage(path):
   return stage
 
 
-def find_stages(path, names=None):
+def find_stages(
+  path: AnyPath, names: Sequence[str] | None = None
+) -> list[StageRecord]:
   """The stages of a model folder, from the base model up.
 
   Args:
@@ -215,7 +212,13 @@ def find_stages(path, names=None):
   return found
 
 
-def load_params(record, *, weights='ema', step=None, put=None):
+def load_params(
+  record: StageRecord,
+  *,
+  weights: str = 'ema',
+  step: int | None = None,
+  put: Callable[[np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
   """A stage's parameters, checked against their digest.
 
   Args:
@@ -237,33 +240,32 @@ def load_params(record, *, weights='ema', step=None, put=None):
     if step is None:
       step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
-      params, _, _ = checkpoints.restore_subtree(part, step)
-    return params if put is None else _map(put, params)
-  file = record.path / 'weights.safetensors'
+      tree, _, _ = checkpoints.restore_subtree(part, step)
+    return tree if put is None else _map(put, tree)
+  file = record.path / WEIGHTS
   try:
-    intact = _sha256(file) == record.weights['sha256']
-    if intact:
-      params = {}
-      with safetensors.safe_open(file, 'np') as tensors:
-        for name in tensors.keys():
-          *branches, leaf = name.split('/')
-          branch = params
-          for key in branches:
-            branch = branch.setdefault(key, {})
-          array = tensors.get_tensor(name).astype(np.float32, copy=False)
-          branch[leaf] = array if put is None else put(array)
-      return params
-  except (OSError, TypeError, safetensors.SafetensorError) as error:
+    intact = files.digest(file)['sha256'] == record.weights['sha256']
+  except OSError as error:
     raise ModelError(
-      f'{file} cannot be read ({error}); copy it again from where it came.'
+      f'{file} cannot be read ({error}); {files.COPY_AGAIN}.'
     ) from error
-  raise ModelError(
-    f'{file} is damaged: its sha256 is not the one in stage.json; copy it '
-    'again from where it came.'
-  )
+  if not intact:
+    raise ModelError(
+      f'{file} is damaged: its sha256 is not the one in {RECORD}; '
+      f'{files.COPY_AGAIN}.'
+    )
+  params: dict[str, Any] = {}
+  for name, tensor in safetensors.open_file(file).items():
+    *branches, leaf = name.split('/')
+    branch = params
+    for key in branches:
+      branch = branch.setdefault(key, {})
+    array = tensor.read().astype(np.float32, copy=False)
+    branch[leaf] = array if put is None else put(array)
+  return params
 
 
-def float32_bytes(record):
+def float32_bytes(record: StageRecord) -> int:
   """Bytes of an exported stage's parameters; 0 of a workdir, whose are unknown.
 
   A network that must be split over devices is therefore sampled from its
@@ -275,25 +277,25 @@ def float32_bytes(record):
   return record.weights['bytes'] * 4 // size
 
 
-def weights_digest(record):
+def weights_digest(record: StageRecord) -> str:
   """The sha256 that stands for a stage's weights."""
   if record.weights is None:
     return record.checkpoint[1]
   return record.weights['sha256']
 
 
-def model_digest(records):
+def model_digest(records: Sequence[StageRecord]) -> str:
   """16 hex digits that stand for all the weights, text encoder included."""
   digests = [weights_digest(r) + r.text['digest'] for r in records]
   return hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]
 
 
-def demo_path():
+def demo_path() -> pathlib.Path:
   """The folder of the model that comes with the package."""
   return pathlib.Path(__file__).parents[1] / 'assets' / 'demo'
 
 
-def text_folder(configured):
+def text_folder(configured: str) -> pathlib.Path:
   """The folder of weights that a config's `text.path` names.
 
   Args:
@@ -307,7 +309,7 @@ def text_folder(configured):
   return exported if (exported / 'config.json').exists() else path
 
 
-def text_path(path, record):
+def text_path(path: AnyPath, record: StageRecord) -> pathlib.Path:
   """Where a stage's text encoder lies.
 
   The folder `text` beside the stage wins over the path in the stage's config,
@@ -329,45 +331,7 @@ def text_path(path, record):
   )
 
 
-def read_json(path, *, error=ModelError):
-  """A JSON object that imagen_jax wrote.
-
-  Raises:
-    error: it cannot be read, is not JSON, or is of another format version.
-  """
-  path = pathlib.Path(path)
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as problem:
-    raise error(
-      f'{path} cannot be read as JSON ({problem}); copy it again from where '
-      'it came.'
-    ) from problem
-  version = value.get('format_version') if isinstance(value, dict) else None
-  if version != FORMAT_VERSION:
-    raise error(
-      f'{path} has format {version} and this version of imagen_jax reads '
-      f'{FORMAT_VERSION}: upgrade, or check that the file is the right one.'
-    )
-  return value
-
-
-def write_json(path, value):
-  """Writes a JSON object so that a reader sees the old or the new, whole."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    with temporary.open('w', encoding='utf-8') as f:
-      json.dump(value, f, indent=2)
-      f.write('\n')
-      f.flush()
-      os.fsync(f.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _checkpoints(record):
+def _checkpoints(record: StageRecord) -> 'Checkpoints':
   # Orbax takes a third of a second to import, and finished models need none.
   from imagen_jax.io.checkpoint import Checkpoints
 
@@ -375,7 +339,7 @@ def _checkpoints(record):
   return Checkpoints(elsewhere or record.path / 'checkpoints')
 
 
-def _is_stage(path):
+def _is_stage(path: pathlib.Path) -> bool:
   """Whether a directory looks like a stage, even half of one."""
   if path.name.startswith('.'):  # what a killed export left
     return False
@@ -387,18 +351,24 @@ def _is_stage(path):
   return any((path / part).exists() for part in parts)
 
 
-def _span(record):
+def _span(record: StageRecord) -> str:
   low = record.low_resolution
   return f'{"text" if low is None else low}→{record.resolution}'
 
 
-def _map(function, tree):
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
   if isinstance(tree, dict):
     return {key: _map(function, value) for key, value in tree.items()}
   return function(tree)
 
 
-def _flatten(tree, prefix=''):
+def _cast(leaf: Any, dtype: str) -> Callable[[], np.ndarray]:
+  return lambda: np.asarray(leaf).astype(DTYPES[dtype])
+
+
+def _flatten(
+  tree: Mapping[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, Any]]:
   for key, value in tree.items():
     if '/' in key:
       raise ValueError(f'parameter name {key!r} contains a slash')
@@ -406,8 +376,3 @@ def _flatten(tree, prefix=''):
       yield from _flatten(value, f'{prefix}{key}/')
     else:
       yield prefix + key, value
-
-
-def _sha256(path):
-  with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -11,12 +11,22 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float
 
 from imagen_jax.nets.dense import DenseGeneral
 from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.typing import Array, TextEmb, TextMask
 
 
-def attention(q, k, v, mask=None, *, implementation='xla'):
+def attention(
+  q: Float[Array, 'b t heads size'],
+  k: Float[Array, 'b s heads size'],
+  v: Float[Array, 'b s heads size'],
+  mask: Bool[Array, 'b s'] | None = None,
+  *,
+  implementation: str = 'xla',
+) -> Float[Array, 'b t heads size']:
   """Scaled dot-product attention in which masked keys contribute nothing.
 
   Args:
@@ -38,18 +48,17 @@ def attention(q, k, v, mask=None, *, implementation='xla'):
   """
   if implementation not in ('xla', 'cudnn'):
     raise ValueError(f'attention implementation {implementation!r}')
-  if implementation == 'cudnn' and not _cudnn_can(q):
-    implementation = 'xla'
+  fused = implementation == 'cudnn' and _cudnn_can(q)
   keys_mask = None if mask is None else mask[:, None, None, :]
   out = jax.nn.dot_product_attention(
-    q, k, v, mask=keys_mask, implementation=implementation
+    q, k, v, mask=keys_mask, implementation='cudnn' if fused else 'xla'
   )
   if mask is not None:
     out = jnp.where(jnp.any(mask, axis=-1)[:, None, None, None], out, 0)
   return out.astype(q.dtype)
 
 
-def _cudnn_can(q):
+def _cudnn_can(q: Float[Array, 'b t heads size']) -> bool:
   """Whether cuDNN's fused attention takes these queries on this backend."""
   half = q.dtype in (jnp.bfloat16, jnp.float16)
   return (
@@ -87,11 +96,13 @@ class TextAttention(nn.Module):
   text: bool = True
   norm_groups: int = 32
   implementation: str = 'xla'
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x, text, mask):
-    """x [B, H, W, C], text [B, L, D], mask [B, L] bool -> [B, H, W, C]."""
+  def __call__(
+    self, x: Float[Array, 'b h w c'], text: TextEmb, mask: TextMask
+  ) -> Float[Array, 'b h w c']:
+    """Adds to the pixels x what they see of the text and of one another."""
     batch, height, width, channels = x.shape
     inner = self.inner or channels
     heads = self.num_heads or inner // self.head_dim
@@ -102,7 +113,9 @@ class TextAttention(nn.Module):
     )
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm')(x)
     h = h.reshape(batch, height * width, channels)
-    keys, values, masks = [], [], []
+    keys: list[jax.Array] = []
+    values: list[jax.Array] = []
+    masks: list[Array] = []
     if self.text:
       t = nn.LayerNorm(dtype=self.dtype, name='text_norm')(text)
       keys.append(dense(name='text_key')(t))
@@ -149,11 +162,13 @@ class TextPool(nn.Module):
   head_dim: int = 64
   inner: int | None = None
   implementation: str = 'xla'
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, text, mask):
-    """text [B, L, D], mask [B, L] bool -> [B, features]."""
+  def __call__(
+    self, text: TextEmb, mask: TextMask
+  ) -> Float[Array, 'b {self.features}']:
+    """Pools the tokens where the mask is True into one vector."""
     inner = self.inner or text.shape[-1]
     heads = max(1, inner // self.head_dim)
     dense = functools.partial(

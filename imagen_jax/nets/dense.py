@@ -7,20 +7,24 @@ gathered a whole batch of 2,048 images on every chip.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from imagen_jax import sharding
+from imagen_jax.typing import Array
 
 
-def _promote(x, *params, **options):
-  """Flax's `promote_dtype` of a layer's input and parameters, these whole."""
-  x, *promoted = promote_dtype(x, *params, **options)
-  return x, *[
-    new if old is None else sharding.gather(old, new.dtype)
-    for old, new in zip(params, promoted)
-  ]
+def _promote(
+  *args: Array | None, dtype: Any = None, inexact: bool = True
+) -> list[Any]:
+  """Flax's `promote_dtype` of a layer's input and its gathered parameters."""
+  whole = promote_dtype(*args, dtype=dtype, inexact=inexact)
+  for i, param in enumerate(args[1:], start=1):
+    if param is not None:
+      whole[i] = sharding.gather(param, whole[i].dtype)
+  return whole
 
 
 Dense = functools.partial(nn.Dense, promote_dtype=_promote)

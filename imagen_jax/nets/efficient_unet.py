@@ -9,11 +9,14 @@ with stacked parameters, which keeps compilation short.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from imagen_jax.nets.attention import TextAttention
 from imagen_jax.nets.dense import Dense
@@ -25,15 +28,29 @@ from imagen_jax.nets.layers import (
   upsample,
 )
 from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.typing import (
+  Array,
+  AugLevel,
+  Image,
+  LogSNR,
+  TextEmb,
+  TextMask,
+)
 
 
 class _DownStep(nn.Module):
   """One residual block of a run in the encoder; its result is also a skip."""
 
-  block: functools.partial
+  block: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, h, _, emb, train):
+  def __call__(
+    self,
+    h: Float[Array, 'b h w c'],
+    _: None,
+    emb: Float[Array, 'b e'],
+    train: bool,
+  ) -> tuple[Float[Array, 'b h w out'], Float[Array, 'b h w out']]:
     h = self.block(name='res')(h, emb, train)
     return h, h
 
@@ -41,10 +58,16 @@ class _DownStep(nn.Module):
 class _UpStep(nn.Module):
   """One residual block of a run in the decoder, fed with one skip."""
 
-  block: functools.partial
+  block: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, h, skip, emb, train):
+  def __call__(
+    self,
+    h: Float[Array, 'b h w c'],
+    skip: Float[Array, 'b h w skip'],
+    emb: Float[Array, 'b e'],
+    train: bool,
+  ) -> tuple[Float[Array, 'b h w out'], None]:
     h = jnp.concatenate([h, skip], axis=-1)
     return self.block(name='res')(h, emb, train), None
 
@@ -56,7 +79,8 @@ class EfficientUNet(nn.Module):
 
   Attributes:
     channels: width of each block.
-    num_res_blocks: residual blocks in each block, down and up alike.
+    num_res_blocks: residual blocks in each block, of the encoder and of the
+      decoder alike.
     strides: 2 where a block first halves the resolution, 1 where not.
     self_attention: whether the attention at a block's end sees pixels.
     text_attention: whether it sees the text; a block with neither has none.
@@ -91,12 +115,19 @@ class EfficientUNet(nn.Module):
   unroll: bool | None = None
   attention: str = 'xla'
   out_channels: int = 3
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
-    self, z, logsnr, text, mask, low_res=None, aug_level=None, train=False
-  ):
+    self,
+    z: Image,
+    logsnr: LogSNR,
+    text: TextEmb,
+    mask: TextMask,
+    low_res: Image | None = None,
+    aug_level: AugLevel | None = None,
+    train: bool = False,
+  ) -> Float[Array, 'b h w {self.out_channels}']:
     """Predicts eps, v or x; arguments and result as `UNet.__call__`.
 
     H and W are any multiple of the product of the strides: a model without
@@ -115,7 +146,13 @@ class EfficientUNet(nn.Module):
     if unroll is None:
       unroll = jax.default_backend() == 'cpu'
 
-    def run(step, h, skips, b, name):
+    def run(
+      step: type[nn.Module],
+      h: Float[Array, 'b h w c'],
+      skips: Float[Array, 'n b h w skip'] | None,
+      b: int,
+      name: str,
+    ) -> tuple[Float[Array, 'b h w out'], Float[Array, 'n b h w out'] | None]:
       """`num_res_blocks[b]` equal residual blocks as one scan."""
       length = self.num_res_blocks[b]
       block = functools.partial(
@@ -138,7 +175,9 @@ class EfficientUNet(nn.Module):
       )
       return scanned(block, name=name)(h, skips, emb, train)
 
-    def attend(h, b, name):
+    def attend(
+      h: Float[Array, 'b h w c'], b: int, name: str
+    ) -> Float[Array, 'b h w c']:
       if not (self.self_attention[b] or self.text_attention[b]):
         return h
       return remat(TextAttention, self.remat)(
@@ -154,7 +193,7 @@ class EfficientUNet(nn.Module):
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
     h = conv(self.channels[0], dtype=self.dtype, name='conv_in')(h)
-    skips = []
+    skips: list[Any] = []
     for b, width in enumerate(self.channels):
       if self.strides[b] > 1 or h.shape[-1] != width:
         h = conv(

@@ -1,18 +1,24 @@
 """The blocks that both U-Nets of Imagen are made of (Appendix F, A.27)."""
 
 import math
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from imagen_jax.nets.attention import TextPool
 from imagen_jax.nets.dense import Conv, Dense
 from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.typing import Array, AugLevel, LogSNR, TextEmb, TextMask
+
+Module = TypeVar('Module', bound=type[nn.Module])
 
 
-def sinusoidal(x, dim):
-  """Sine and cosine features of a number in [0, 1]: [B] -> [B, dim], fp32.
+def sinusoidal(x: Float[Array, ' b'], dim: int) -> Float[Array, 'b {dim}']:
+  """Sine and cosine features of a number in [0, 1], in float32.
 
   Frequencies fall geometrically from 1000 to 0.1, the Transformer's for
   positions 0…1000; `dim` is even.
@@ -24,12 +30,12 @@ def sinusoidal(x, dim):
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def noise_angle(logsnr):
-  """A log-SNR as the angle atan(sigma/alpha)·2/π in [0, 1], fp32.
+def noise_angle(logsnr: LogSNR) -> LogSNR:
+  """A log-SNR as the angle atan(sigma/alpha)·2/π in [0, 1], in float32.
 
   This is the time of the untruncated cosine schedule at that noise, whatever
-  schedule is in use; the networks are conditioned on the noise, not on the time
-  (A).
+  the schedule: the networks are conditioned on the noise, not on the time
+  (Appendix A).
   """
   return jnp.arctan2(
     jnp.exp(-0.5 * jnp.clip(logsnr.astype(jnp.float32), -20, 20)), 1.0
@@ -43,24 +49,25 @@ class Conditioning(nn.Module):
     features: width of the vector (4 × channels in the base model).
     sinusoid: number of sinusoidal features (the model's channels).
     pool_head_dim: head size of the text pooler.
-    pool_inner: width of the text pooler, None the text's.
     dtype: computation type.
   """
 
   features: int
   sinusoid: int
   pool_head_dim: int = 64
-  pool_inner: int | None = None
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, logsnr, text, mask, aug_level=None):
-    """logsnr [B], text [B, L, D], mask [B, L], aug_level [B] -> [B, features].
+  def __call__(
+    self,
+    logsnr: LogSNR,
+    text: TextEmb,
+    mask: TextMask,
+    aug_level: AugLevel | None = None,
+  ) -> Float[Array, 'b {self.features}']:
+    """`aug_level` is None for a model without low-resolution input."""
 
-    `aug_level` is None for a model without low-resolution input.
-    """
-
-    def mlp(x, name):
+    def mlp(x: Float[Array, ' b'], name: str) -> Float[Array, 'b features']:
       h = sinusoidal(x, self.sinusoid).astype(self.dtype)
       h = Dense(self.features, dtype=self.dtype, name=f'{name}_in')(h)
       return Dense(self.features, dtype=self.dtype, name=f'{name}_out')(
@@ -73,13 +80,20 @@ class Conditioning(nn.Module):
     return emb + TextPool(
       self.features,
       head_dim=self.pool_head_dim,
-      inner=self.pool_inner,
       dtype=self.dtype,
       name='text_pool',
     )(text, mask)
 
 
-def conv(features, *, kernel=3, strides=1, zero=False, dtype, name):
+def conv(
+  features: int,
+  *,
+  kernel: int = 3,
+  strides: int = 1,
+  zero: bool = False,
+  dtype: DTypeLike,
+  name: str,
+) -> nn.Module:
   """A SAME convolution; zero-initialised where a block starts as identity."""
   return Conv(
     features,
@@ -94,13 +108,13 @@ def conv(features, *, kernel=3, strides=1, zero=False, dtype, name):
   )
 
 
-def downsample(x):
-  """2×2 average pooling: [B, H, W, C] -> [B, H/2, W/2, C]."""
+def downsample(x: Float[Array, 'b h w c']) -> Float[Array, 'b h//2 w//2 c']:
+  """2×2 average pooling."""
   return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
-def upsample(x):
-  """Nearest-neighbour doubling: [B, H, W, C] -> [B, 2H, 2W, C]."""
+def upsample(x: Float[Array, 'b h w c']) -> Float[Array, 'b 2*h 2*w c']:
+  """Nearest-neighbour doubling."""
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -129,11 +143,16 @@ class ResBlock(nn.Module):
   conv_shortcut: bool = False
   dropout: float = 0.0
   norm_groups: int = 32
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x, emb, train=False):
-    """x [B, H, W, C], emb [B, E] -> [B, H', W', features]."""
+  def __call__(
+    self,
+    x: Float[Array, 'b h w c'],
+    emb: Float[Array, 'b e'],
+    train: bool = False,
+  ) -> Float[Array, 'b h2 w2 {self.features}']:
+    """The block's result for pixels x and the conditioning vector."""
     resample = {None: lambda h: h, 'down': downsample, 'up': upsample}[
       self.resample
     ]
@@ -154,7 +173,9 @@ class ResBlock(nn.Module):
     return (x + h) * jnp.asarray(self.residual_scale, h.dtype)
 
 
-def remat(module, policy, static=()):
+def remat(
+  module: Module, policy: str | None, static: tuple[int, ...] = ()
+) -> Module:
   """`module` recomputed in the backward pass (None: not).
 
   Args:

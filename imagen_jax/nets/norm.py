@@ -1,12 +1,15 @@
-"""Group normalisation, the norm of both U-Nets."""
+"""Group normalisation, the norm of both U-Nets (Figure A.27)."""
 
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from imagen_jax import sharding
+from imagen_jax.typing import Array
 
 
 class GroupNorm(nn.Module):
@@ -23,16 +26,19 @@ class GroupNorm(nn.Module):
   """
 
   num_groups: int = 32
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   epsilon: float = 1e-6
 
   @nn.compact
-  def __call__(self, x):
-    """[B, H, W, C] -> [B, H, W, C] of `dtype`."""
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
+    """Normalises each group of channels over its pixels, to `dtype`."""
     channels = x.shape[-1]
-    scale = self.param('scale', nn.initializers.ones, (channels,))
-    bias = self.param('bias', nn.initializers.zeros, (channels,))
-    scale, bias = sharding.gather(scale), sharding.gather(bias)
+    scale = sharding.gather(
+      self.param('scale', nn.initializers.ones, (channels,))
+    )
+    bias = sharding.gather(
+      self.param('bias', nn.initializers.zeros, (channels,))
+    )
     x = x.astype(jnp.float32)
 
     # To groups and back by products with a matrix of zeros and ones: a reshape
@@ -42,7 +48,9 @@ class GroupNorm(nn.Module):
     member = jnp.repeat(jnp.eye(self.num_groups), size, axis=1)
     dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
-    def over_groups(per_channel):
+    def over_groups(
+      per_channel: Float[Array, 'b c'],
+    ) -> Float[Array, 'b c']:
       return dot(dot(per_channel, member.T) / size, member)
 
     mean = over_groups(jnp.mean(x, axis=(1, 2)))

@@ -1,4 +1,4 @@
-"""The T5 encoder, Imagen's frozen reader of captions (Section 2.1).
+"""The T5 encoder, Imagen's frozen text encoder (Section 2.1).
 
 One module is all three families: v1.0 (ReLU), v1.1 and Flan (gated GELU). Its
 layers are one `nn.scan` over stacked parameters, so that XXL's 24 compile like
@@ -13,8 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from imagen_jax import sharding
+from imagen_jax.typing import Array, TextEmb, TextMask
 
 # T5 v1.1 and Flan by name, as `T5Encoder(**SIZES['xxl'])`: Imagen's own and
 # the smaller ones of its ablation (Appendix D.1).
@@ -27,8 +30,10 @@ SIZES = {
 }
 
 
-def distance_buckets(length, *, num_buckets, max_distance):
-  """The bucket of each (query, key) distance: int32 [length, length].
+def distance_buckets(
+  length: int, *, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, '{length} {length}']:
+  """The bucket of the distance of each query and key.
 
   Half of the buckets are for keys after the query, half for the others. Of
   each half, one half holds one distance per bucket; the other grows
@@ -51,7 +56,9 @@ def distance_buckets(length, *, num_buckets, max_distance):
   return (bucket + half * (distance > 0)).astype(np.int32)
 
 
-def _rms_norm(x, scale, epsilon):
+def _rms_norm(
+  x: Float[Array, 'b l d'], scale: Float[Array, ' d'], epsilon: float
+) -> Float[Array, 'b l d']:
   """x / rms(x) · scale in float32: T5's LayerNorm has no mean and no bias."""
   mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(mean_square + epsilon) * scale
@@ -65,36 +72,42 @@ class _Block(nn.Module):
   mlp_dim: int
   gated: bool
   epsilon: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x, bias):
-    """x [B, L, D] and bias [B, N, L, L], both float32 -> (x, None)."""
+  def __call__(
+    self,
+    x: Float[Array, 'b l d'],
+    bias: Float[Array, 'b heads l l'],
+  ) -> tuple[Float[Array, 'b l d'], None]:
+    """The stream x after this layer, float32 as the bias is."""
     width, heads, size = x.shape[-1], self.num_heads, self.head_dim
     # 'highest', because TPUs and recent GPUs otherwise shorten float32.
     precision = 'highest' if self.dtype == jnp.float32 else None
 
-    def weight(name, shape, fan):
+    def weight(name: str, shape: tuple[int, ...], fan: int) -> Array:
       init = nn.initializers.normal(fan**-0.5)
       param = self.param(name, init, shape)
       return sharding.gather(param, self.dtype)
 
-    def product(equation, a, b, out=self.dtype):
+    def product(
+      equation: str, a: Array, b: Array, out: DTypeLike = self.dtype
+    ) -> jax.Array:
       return jnp.einsum(
         equation, a, b, precision=precision, preferred_element_type=out
       )
 
-    def norm(name, x):
+    def norm(name: str, x: Float[Array, 'b l d']) -> Float[Array, 'b l d']:
       scale = self.param(name, nn.initializers.ones, (width,))
       x = _rms_norm(x, sharding.gather(scale), self.epsilon)
       return x.astype(self.dtype)
 
+    heads_in = width, heads, size
     h = norm('attention_norm', x)
-    shape = (width, heads, size)
     # The missing 1/√size of the logits lives in the query's initial scale.
-    q = product('btd,dnh->btnh', h, weight('query', shape, width * size))
-    k = product('btd,dnh->btnh', h, weight('key', shape, width))
-    v = product('btd,dnh->btnh', h, weight('value', shape, width))
+    q = product('btd,dnh->btnh', h, weight('query', heads_in, width * size))
+    k = product('btd,dnh->btnh', h, weight('key', heads_in, width))
+    v = product('btd,dnh->btnh', h, weight('value', heads_in, width))
     logits = product('btnh,bsnh->bnts', q, k, jnp.float32) + bias
     seen = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
     h = product('bnts,bsnh->btnh', seen, v)
@@ -102,15 +115,15 @@ class _Block(nn.Module):
     x = x + product('btnh,nhd->btd', h, w, jnp.float32)
 
     h = norm('mlp_norm', x)
-    shape = (width, self.mlp_dim)
+    mlp_in = width, self.mlp_dim
     if self.gated:
       # Both families were trained with the tanh approximation of GELU.
-      gate = product('btd,df->btf', h, weight('gate', shape, width))
-      h = product('btd,df->btf', h, weight('in', shape, width))
+      gate = product('btd,df->btf', h, weight('gate', mlp_in, width))
+      h = product('btd,df->btf', h, weight('in', mlp_in, width))
       h = jax.nn.gelu(gate, approximate=True) * h
     else:
-      h = jax.nn.relu(product('btd,df->btf', h, weight('in', shape, width)))
-    w = weight('mlp_out', shape[::-1], self.mlp_dim)
+      h = jax.nn.relu(product('btd,df->btf', h, weight('in', mlp_in, width)))
+    w = weight('mlp_out', mlp_in[::-1], self.mlp_dim)
     return x + product('btf,fd->btd', h, w, jnp.float32), None
 
 
@@ -126,7 +139,7 @@ class T5Encoder(nn.Module):
     mlp_dim: width of the feed-forward (`d_ff`).
     gated: gated GELU (v1.1, Flan) instead of ReLU (v1.0).
     num_buckets: of the distance bias.
-    max_distance: from which on distances fraction a bucket.
+    max_distance: from here on, distances share a bucket.
     epsilon: of the norms.
     dtype: of the matrix products. The residual stream, the norms, the
       attention's logits and its softmax are float32 always.
@@ -142,11 +155,13 @@ class T5Encoder(nn.Module):
   num_buckets: int = 32
   max_distance: int = 128
   epsilon: float = 1e-6
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, ids, mask, keep_padding=False):
-    """Reads captions.
+  def __call__(
+    self, ids: Int[Array, 'b l'], mask: TextMask, keep_padding: bool = False
+  ) -> TextEmb:
+    """Contextual embeddings of captions.
 
     Args:
       ids: [B, L] int32 tokens, each < vocab_size.

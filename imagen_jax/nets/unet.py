@@ -9,11 +9,21 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from imagen_jax.nets.attention import TextAttention
 from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import Conditioning, ResBlock, conv, remat
 from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.typing import (
+  Array,
+  AugLevel,
+  Image,
+  LogSNR,
+  TextEmb,
+  TextMask,
+)
 
 
 class UNet(nn.Module):
@@ -24,8 +34,8 @@ class UNet(nn.Module):
       which levels `attention_resolutions` lie, other sizes run too.
     channels: width of the first level (`embed_dim`).
     channel_mults: width of each level over `channels`.
-    num_res_blocks: residual blocks a level in the encoder; one more on the
-      decoder, each taking one skip. A number, or one per level.
+    num_res_blocks: residual blocks of a level in the encoder; the decoder has
+      one more, and each takes one skip. A number, or one per level.
     attention_resolutions: where attention follows every residual block.
     head_dim: size of an attention head.
     emb_channels: width of the conditioning vector; None is 4 × channels.
@@ -52,12 +62,19 @@ class UNet(nn.Module):
   remat: str | None = None
   attention: str = 'xla'
   out_channels: int = 3
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
-    self, z, logsnr, text, mask, low_res=None, aug_level=None, train=False
-  ):
+    self,
+    z: Image,
+    logsnr: LogSNR,
+    text: TextEmb,
+    mask: TextMask,
+    low_res: Image | None = None,
+    aug_level: AugLevel | None = None,
+    train: bool = False,
+  ) -> Float[Array, 'b h w {self.out_channels}']:
     """Predicts eps, v or x, whichever it was trained for.
 
     Args:
@@ -90,7 +107,12 @@ class UNet(nn.Module):
     block = remat(ResBlock, self.remat, static=(3,))
     attention = remat(TextAttention, self.remat)
 
-    def res(h, width, name, resample=None):
+    def res(
+      h: Float[Array, 'b h w c'],
+      width: int,
+      name: str,
+      resample: str | None = None,
+    ) -> Float[Array, 'b h2 w2 {width}']:
       return block(
         width,
         resample=resample,
@@ -100,7 +122,9 @@ class UNet(nn.Module):
         name=name,
       )(h, emb, train)
 
-    def attend(h, level, name):
+    def attend(
+      h: Float[Array, 'b h w c'], level: int, name: str
+    ) -> Float[Array, 'b h w c']:
       if self.resolution >> level not in self.attention_resolutions:
         return h
       return attention(

@@ -1,13 +1,17 @@
-"""Sentences to CLIP's token ids, for the CLIP score."""
+"""Sentences to CLIP's token ids, for the CLIP score (Section 4.1)."""
 
+import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from imagen_jax.errors import ModelError
 
 
-def load(folder, length):
+def load(
+  folder: str | os.PathLike[str], length: int
+) -> Callable[[Sequence[str]], np.ndarray]:
   """A function of N sentences to int32 ids [N, length].
 
   Longer sentences are cut, with their end mark kept.
@@ -31,7 +35,7 @@ def load(folder, length):
       f'the tokenizer in {folder} cannot be read ({error}); copy it again.'
     ) from None
 
-  def tokenize(prompts):
+  def tokenize(prompts: Sequence[str]) -> np.ndarray:
     ids = tokenizer(
       list(prompts), padding='max_length', truncation=True, max_length=length
     )

@@ -3,24 +3,34 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import Tokenizer, load_tokenizer
+from imagen_jax.text.weights import Place
+from imagen_jax.typing import Array, TextEmb, TextMask
+
+Params: TypeAlias = Mapping[str, Any]
 
 # The paper does not say how many tokens it keeps; 128 cuts no PartiPrompt.
 MAX_LEN = 128
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_tokens(module, params, ids, mask):
+def encode_tokens(
+  module: T5Encoder, params: Params, ids: Int[Array, 'b l'], mask: TextMask
+) -> TextEmb:
   """Embeddings of tokens; to be used inside a jitted training step as well.
 
   Args:
@@ -32,7 +42,8 @@ def encode_tokens(module, params, ids, mask):
   Returns:
     [B, L, D] float32, exact zeros at padding.
   """
-  return module.apply({'params': params}, ids, mask)
+  emb: Any = module.apply({'params': params}, ids, mask)
+  return emb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +61,31 @@ class TextEncoder:
   """
 
   module: T5Encoder
-  params: dict
+  params: Params
   tokenizer: Tokenizer
   dim: int
   max_len: int
   digest: str
 
-  def tokenize(self, prompts, *, max_len=None):
+  def tokenize(
+    self, prompts: Sequence[str], *, max_len: int | None = None
+  ) -> tuple[
+    Int[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int[np.ndarray, ' b']
+  ]:
     """See `Tokenizer.__call__`; returns (ids, mask, cut)."""
     return self.tokenizer(prompts, max_len or self.max_len)
 
-  def encode(self, prompts, *, max_len=None, batch_size=8):
+  def encode(
+    self,
+    prompts: Sequence[str],
+    *,
+    max_len: int | None = None,
+    batch_size: int = 8,
+  ) -> tuple[Float[np.ndarray, 'b l d'], Bool[np.ndarray, 'b l']]:
     """Embeds prompts, `batch_size` at a time.
 
     The last batch is filled up with padding, so that there is one compiled
-    program and a prompt's embedding does not depend on its company.
+    program and a prompt's embedding does not depend on the other prompts.
 
     Args:
       prompts: list of B strings.
@@ -89,7 +110,13 @@ class TextEncoder:
     return emb, mask
 
 
-def load_text_encoder(path, dtype='float32', *, max_len=None, place=None):
+def load_text_encoder(
+  path: str | os.PathLike[str],
+  dtype: str = 'float32',
+  *,
+  max_len: int | None = None,
+  place: Place | None = None,
+) -> TextEncoder:
   """Loads a T5 in Hugging Face layout: the demo's, or t5-v1_1-xxl itself.
 
   Args:
@@ -137,6 +164,6 @@ def load_text_encoder(path, dtype='float32', *, max_len=None, place=None):
     params=params,
     tokenizer=tokenizer,
     dim=module.width,
-    max_len=max_len or min(MAX_LEN, weights.model_max_length(path)),
+    max_len=max_len or int(min(MAX_LEN, weights.model_max_length(path))),
     digest=hashlib.sha256(whole.encode()).hexdigest(),
   )

@@ -1,10 +1,13 @@
 """Captions to T5 token ids: sentencepiece's pieces, then </s>, then padding."""
 
 import hashlib
+import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece
+from jaxtyping import Bool, Int32
 
 from imagen_jax.errors import ModelError
 
@@ -14,14 +17,14 @@ PAD, EOS = 0, 1
 
 
 class Tokenizer:
-  """Token ids as T5 was trained with; picklable, for workers of a data set.
+  """Token ids as T5 was trained with; picklable, for data workers.
 
   Attributes:
     size: number of pieces; every id is below.
     digest: sha256 of the vocabulary file.
   """
 
-  def __init__(self, path):
+  def __init__(self, path: str | os.PathLike[str]) -> None:
     """Reads a `spiece.model`, or a `tokenizer.json` where only that exists.
 
     Raises:
@@ -31,7 +34,9 @@ class Tokenizer:
     data = path.read_bytes()
     self.digest = hashlib.sha256(data).hexdigest()
     try:
-      self._pieces = _Fast(path) if path.name == FAST else _Pieces(data)
+      self._pieces: _Fast | _Pieces = (
+        _Fast(path) if path.name == FAST else _Pieces(data)
+      )
     except Exception as error:  # each library has its own
       raise ModelError(
         f'{path} cannot be read as a T5 vocabulary ({error}); download it '
@@ -39,7 +44,11 @@ class Tokenizer:
       ) from None
     self.size = self._pieces.size
 
-  def __call__(self, prompts, max_len):
+  def __call__(
+    self, prompts: Sequence[str], max_len: int
+  ) -> tuple[
+    Int32[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int32[np.ndarray, ' b']
+  ]:
     """Token ids of a list of prompts.
 
     Args:
@@ -61,7 +70,7 @@ class Tokenizer:
       cut[row] = len(pieces) + 1 - len(kept)
     return ids, mask, cut
 
-  def pieces(self, prompt):
+  def pieces(self, prompt: str) -> list[int]:
     """The ids of one prompt, without </s>."""
     return self._pieces(prompt)
 
@@ -69,21 +78,21 @@ class Tokenizer:
 class _Pieces:
   """sentencepiece itself; 20 times faster to import than transformers."""
 
-  def __init__(self, data):
+  def __init__(self, data: bytes) -> None:
     self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
     self.size = self._model.vocab_size()
     special = self._model.pad_id(), self._model.eos_id()
     if special != (PAD, EOS):
       raise ValueError(f'<pad>, </s> are {special}, not {PAD, EOS}')
 
-  def __call__(self, prompt):
+  def __call__(self, prompt: str) -> list[int]:
     return self._model.encode(prompt)
 
 
 class _Fast:
   """The pieces of a folder that has only a `tokenizer.json`."""
 
-  def __init__(self, path):
+  def __init__(self, path: pathlib.Path) -> None:
     from transformers import AutoTokenizer  # slow to import: only here
 
     self._model = AutoTokenizer.from_pretrained(
@@ -93,11 +102,11 @@ class _Fast:
     if (self._model.pad_token_id, self._model.eos_token_id) != (PAD, EOS):
       raise ValueError('<pad> and </s> are not 0 and 1')
 
-  def __call__(self, prompt):
+  def __call__(self, prompt: str) -> list[int]:
     return self._model.encode(prompt, add_special_tokens=False)
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
   """The `Tokenizer` of a Hugging Face folder.
 
   Raises:

@@ -8,20 +8,28 @@ holds more than one of them. Nothing is unpickled, ever.
 
 import functools
 import hashlib
-import json
 import math
+import os
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
+from jax.typing import DTypeLike
 
 from imagen_jax.errors import ModelError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import hub_folder, safetensors
+from imagen_jax.io.files import read_json, write_bytes, write_json
+from imagen_jax.io.safetensors import Tensor
 from imagen_jax.nets.t5 import T5Encoder
 
 SINGLE = 'model.safetensors'
+
+# The sharding of a leaf, which is an array or describes one.
+Place: TypeAlias = Callable[[Any], jax.sharding.Sharding]
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 # Flax name: Hugging Face name, of a parameter that all layers have.
 LAYER = {
@@ -56,24 +64,33 @@ WHAT = (
 CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)'
 
 
-def read_config(folder):
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   """A folder's `config.json` as a dictionary.
 
   Raises:
     ModelError: the file is missing or no JSON.
   """
-  return hub_folder.read_json(pathlib.Path(folder) / 'config.json', WHAT)
+  return read_json(
+    pathlib.Path(folder) / 'config.json',
+    advice=hub_folder.AGAIN,
+    missing=WHAT,
+  )
 
 
-def model_max_length(folder):
+def model_max_length(folder: str | os.PathLike[str]) -> float:
   """The most tokens a folder's `tokenizer_config.json` allows, or infinity."""
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
     return math.inf
-  return hub_folder.read_json(path, WHAT).get('model_max_length') or math.inf
+  return read_json(path).get('model_max_length') or math.inf
 
 
-def module_from_config(folder, config, *, dtype=jnp.float32):
+def module_from_config(
+  folder: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  dtype: DTypeLike = jnp.float32,
+) -> T5Encoder:
   """The `T5Encoder` that a Hugging Face `config.json` describes.
 
   Args:
@@ -99,7 +116,7 @@ def module_from_config(folder, config, *, dtype=jnp.float32):
       'gated-gelu (v1.1, Flan) are known.'
     )
 
-  def size(key, default=None):
+  def size(key: str, default: int | None = None) -> int:
     value = config.get(key, default)
     if not isinstance(value, int) or value < 1:
       raise ModelError(
@@ -123,7 +140,12 @@ def module_from_config(folder, config, *, dtype=jnp.float32):
   )
 
 
-def load_params(folder, module, *, place=None):
+def load_params(
+  folder: str | os.PathLike[str],
+  module: T5Encoder,
+  *,
+  place: Place | None = None,
+) -> tuple[dict[str, Any], str]:
   """Reads a folder's weights for `module`, tensor by tensor.
 
   Matrices come in `module.dtype`, norms and the distance bias in float32.
@@ -143,50 +165,20 @@ def load_params(folder, module, *, place=None):
       config; the sentence names the file and the tensor.
   """
   folder = pathlib.Path(folder)
-  tensors = hub_folder.open_tensors(folder, 'model', what=WHAT, convert=CONVERT)
-  layer, top = _names(module)
-  wanted = {
-    _torch_name(name, i, module): ()
-    for name in layer
-    for i in range(module.num_layers)
-  } | {TOP[name]: () for name in top}
-  if ALIAS in tensors:
-    alias = tensors.pop(ALIAS)
-    tensors.setdefault(TOP['embedding'], alias)
-  for name in tensors:
-    if name not in wanted and not name.startswith(IGNORED):
-      raise ModelError(
-        f'{folder} holds a tensor {name!r} that no T5 encoder of its '
-        'config.json has; the weights and the config belong to different '
-        'models.'
-      )
-  missing = [name for name in wanted if name not in tensors]
-  if missing:
-    raise ModelError(
-      f'{folder} lacks the tensor {missing[0]!r}'
-      + (f' and {len(missing) - 1} more' if missing[1:] else '')
-      + ', which its config.json asks for; download the folder again.'
-    )
+  tensors = _open(folder, module)
+  digests: dict[str, str] = {}
 
-  digests = {}
-
-  def read(name, shape):
+  def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor in the Flax orientation, of the given shape."""
-    array = tensors[name].read()
+    stored = _torch_shape(shape, name)
+    array = hub_folder.read_shaped(folder, name, tensors[name], stored)
     digests[name] = _sha256(array)
-    expected = _torch_shape(shape, name)
-    if array.shape != expected:
-      raise ModelError(
-        f'{folder}: tensor {name!r} has shape {array.shape} where '
-        f'config.json asks for {expected}; the weights and the config '
-        'belong to different models.'
-      )
     return array.T.reshape(shape) if _turned(name) else array
 
-  def dtype(name):
+  def dtype(name: str) -> DTypeLike:
     return np.float32 if name in PRECISE else np.dtype(module.dtype)
 
-  def layers(name, shape):
+  def layers(name: str, shape: tuple[int, ...]) -> jax.Array:
     leaf = jax.ShapeDtypeStruct((module.num_layers, *shape), dtype(name))
     parts = (
       read(_torch_name(name, i, module), shape).astype(leaf.dtype)
@@ -196,26 +188,46 @@ def load_params(folder, module, *, place=None):
       _stack_on_device(leaf, parts, place) if place else _stack(leaf, parts)
     )
 
-  def whole(name, shape):
+  def whole(name: str, shape: tuple[int, ...]) -> jax.Array:
     array = read(TOP[name], shape).astype(dtype(name))
     return jax.device_put(array, place(array)) if place else jnp.asarray(array)
 
-  params = {name: whole(name, shape) for name, shape in top.items()}
-  params['layers'] = {
-    name: layers(name, shape) for name, shape in layer.items()
-  }
+  layer, top = _names(module)
+  params: dict[str, Any] = {n: whole(n, shape) for n, shape in top.items()}
+  params['layers'] = {n: layers(n, shape) for n, shape in layer.items()}
   listed = ''.join(f'{name} {digests[name]}\n' for name in sorted(digests))
   return params, hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _stack(leaf, parts):
+def _open(folder: pathlib.Path, module: T5Encoder) -> dict[str, Tensor]:
+  """A folder's tensors, which are those of the module and a decoder's."""
+  tensors = hub_folder.open_tensors(folder, 'model', what=WHAT, convert=CONVERT)
+  if ALIAS in tensors:
+    alias = tensors.pop(ALIAS)
+    tensors.setdefault(TOP['embedding'], alias)
+  layer, top = _names(module)
+  wanted = [
+    _torch_name(name, i, module)
+    for name in layer
+    for i in range(module.num_layers)
+  ] + [TOP[name] for name in top]
+  given = [name for name in tensors if not name.startswith(IGNORED)]
+  hub_folder.check_names(folder, given, wanted)
+  return tensors
+
+
+def _stack(
+  leaf: jax.ShapeDtypeStruct, parts: Iterator[np.ndarray]
+) -> jax.Array:
   stack = np.empty(leaf.shape, leaf.dtype)
   for i, part in enumerate(parts):
     stack[i] = part
   return jnp.asarray(stack)
 
 
-def _stack_on_device(leaf, parts, place):
+def _stack_on_device(
+  leaf: jax.ShapeDtypeStruct, parts: Iterator[np.ndarray], place: Place
+) -> jax.Array:
   """Fills a sharded stack layer by layer, in place."""
   sharding = place(leaf)
   stack = jax.jit(
@@ -228,11 +240,19 @@ def _stack_on_device(leaf, parts, place):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_layer(stack, part, i):
+def _put_layer(stack: jax.Array, part: np.ndarray, i: int) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(stack, part, i, 0)
 
 
-def save_folder(folder, module, params, *, files, dtype=None, **config):
+def save_folder(
+  folder: str | os.PathLike[str],
+  module: T5Encoder,
+  params: Mapping[str, Any],
+  *,
+  files: Mapping[str, bytes],
+  dtype: DTypeLike | None = None,
+  **config: Any,
+) -> None:
   """Writes an encoder as a Hugging Face folder that transformers can load.
 
   Args:
@@ -244,64 +264,72 @@ def save_folder(folder, module, params, *, files, dtype=None, **config):
     **config: further keys for `config.json`.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   layer, top = _names(module)
-  tensors = {}
+  leaves = {TOP[name]: params[name] for name in top} | {
+    _torch_name(name, i, module): params['layers'][name][i]
+    for name in layer
+    for i in range(module.num_layers)
+  }
+  safetensors.write_file(
+    folder / SINGLE,
+    {name: _exported(name, leaf, dtype) for name, leaf in leaves.items()},
+    metadata=hub_folder.METADATA,
+  )
+  write_json(folder / 'config.json', _config(module) | config)
+  for name, data in files.items():
+    write_bytes(folder / name, data)
 
-  def put(name, array):
-    array = np.asarray(array if dtype is None else array.astype(dtype))
+
+def _exported(name: str, leaf: jax.Array, dtype: DTypeLike | None) -> Tensor:
+  """A parameter as torch keeps it, made when it is written."""
+  kind = np.dtype(leaf.dtype if dtype is None else dtype)
+
+  def read() -> np.ndarray:
+    array = np.asarray(leaf).astype(kind)
     if _turned(name):
       array = array.reshape(_torch_shape(array.shape, name)[::-1]).T
-    tensors[name] = np.ascontiguousarray(array)
+    return array
 
-  for name in layer:
-    for i in range(module.num_layers):
-      put(_torch_name(name, i, module), params['layers'][name][i])
-  for name in top:
-    put(TOP[name], params[name])
-  # transformers takes files without this mark for TensorFlow's or refuses.
-  (folder / SINGLE).write_bytes(save(tensors, metadata={'format': 'pt'}))
-  text = json.dumps(
-    {
-      'architectures': ['T5EncoderModel'],
-      'model_type': 't5',
-      'vocab_size': module.vocab_size,
-      'd_model': module.width,
-      'num_layers': module.num_layers,
-      'num_heads': module.num_heads,
-      'd_kv': module.head_dim,
-      'd_ff': module.mlp_dim,
-      'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
-      'relative_attention_num_buckets': module.num_buckets,
-      'relative_attention_max_distance': module.max_distance,
-      'layer_norm_epsilon': module.epsilon,
-      'pad_token_id': 0,
-      'eos_token_id': 1,
-      'tie_word_embeddings': False,
-      **config,
-    },
-    indent=2,
-  )
-  (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
-  for name, data in files.items():
-    (folder / name).write_bytes(data)
+  return Tensor(kind, _torch_shape(leaf.shape, name), read)
 
 
-def _names(module):
+def _config(module: T5Encoder) -> dict[str, Any]:
+  """What transformers calls a module's hyper-parameters."""
+  return {
+    'architectures': ['T5EncoderModel'],
+    'model_type': 't5',
+    'vocab_size': module.vocab_size,
+    'd_model': module.width,
+    'num_layers': module.num_layers,
+    'num_heads': module.num_heads,
+    'd_kv': module.head_dim,
+    'd_ff': module.mlp_dim,
+    'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
+    'relative_attention_num_buckets': module.num_buckets,
+    'relative_attention_max_distance': module.max_distance,
+    'layer_norm_epsilon': module.epsilon,
+    'pad_token_id': 0,
+    'eos_token_id': 1,
+    'tie_word_embeddings': False,
+  }
+
+
+def _names(module: T5Encoder) -> tuple[Shapes, Shapes]:
   """({Flax name: shape} of one layer, {Flax name: shape} of the rest)."""
   ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  tree = jax.eval_shape(module.init, jax.random.key(0), ids, ids)['params']
+  mask = jax.ShapeDtypeStruct((1, 2), bool)
+  tree = jax.eval_shape(module.init, jax.random.key(0), ids, mask)['params']
   layer = {k: v.shape[1:] for k, v in tree.pop('layers').items()}
   return layer, {k: v.shape for k, v in tree.items()}
 
 
-def _torch_name(name, i, module):
+def _torch_name(name: str, i: int, module: T5Encoder) -> str:
   if name == 'in' and not module.gated:
     return f'encoder.block.{i}.layer.1.DenseReluDense.wi.weight'
   return f'encoder.block.{i}.{LAYER[name]}'
 
 
-def _turned(name):
+def _turned(name: str) -> bool:
   """Whether a tensor is a Linear's, which torch keeps as [out, in]."""
   return name.endswith(
     tuple(f'.{w}.weight' for w in ('q', 'k', 'v', 'o'))
@@ -309,7 +337,7 @@ def _turned(name):
   )
 
 
-def _torch_shape(shape, name):
+def _torch_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
   if not _turned(name):
     return tuple(shape)
   # [D, N, H] -> [N·H, D], but the way out, [N, H, D], -> [D, N·H].
@@ -317,7 +345,7 @@ def _torch_shape(shape, name):
   return math.prod(shape[split:]), math.prod(shape[:split])
 
 
-def _sha256(array):
+def _sha256(array: np.ndarray) -> str:
   digest = hashlib.sha256(f'{array.dtype} {array.shape} '.encode())
-  digest.update(np.ascontiguousarray(array).view(np.uint8))
+  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()

@@ -3,13 +3,12 @@
 import json
 import pathlib
 import shutil
-import subprocess
 import time
 
 import jax
 
 from imagen_jax.errors import UsageError
-from imagen_jax.io import model_folder
+from imagen_jax.io import files, model_folder
 from imagen_jax.training.experiment import Export
 
 
@@ -62,7 +61,7 @@ def provenance(command: str) -> dict:
   """What is recorded of how an export came to be."""
   return {
     'command': command,
-    'commit': _commit(),
+    'commit': files.git_commit(),
     'exported': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     'jax': jax.__version__,
   }
@@ -86,17 +85,3 @@ def _not_the_model(_, names):
   """Files beside an encoder that are not part of it."""
   suffixes = ('.json', '.safetensors', '.model')
   return [n for n in names if not n.endswith(suffixes)]
-
-
-def _commit():
-  """The commit that is checked out here, or None."""
-  try:
-    result = subprocess.run(
-      ['git', 'rev-parse', 'HEAD'],
-      capture_output=True,
-      text=True,
-      cwd=pathlib.Path(__file__).parent,
-    )
-  except OSError:
-    return None
-  return result.stdout.strip() or None

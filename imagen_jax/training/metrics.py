@@ -9,6 +9,8 @@ import time
 import jax
 import numpy as np
 
+from imagen_jax.io import files
+
 
 class Metrics:
   """Writes `metrics.jsonl`, progress lines and loggers (process 0 only).
@@ -173,6 +175,4 @@ def _drop_after(path, step):
         kept.append(line + '\n')
     except (ValueError, KeyError, TypeError):
       continue  # a line cut short by a kill
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(kept), encoding='utf-8')
-  temporary.replace(path)
+  files.write_text(path, ''.join(kept))

@@ -9,7 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imagen_jax.errors import UsageError
-from imagen_jax.io.model_folder import FORMAT_VERSION, read_json, write_json
+from imagen_jax.io import files
+from imagen_jax.io.model_folder import FORMAT_VERSION
 
 # Keys and sections that may change between two starts of one run: the numbers
 # that it computes do not depend on them.
@@ -68,7 +69,7 @@ def claim(
   }
   path = workdir / 'config.json'
   if path.exists():
-    old = read_json(path)
+    old = files.read_json(path, version=FORMAT_VERSION)
     record['init_from'] = old['init_from']
     changed = differences(old, record)
     if changed and not force:
@@ -81,7 +82,7 @@ def claim(
       logging.getLogger(__name__).warning('--force: %s', change)
   if write:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    files.write_json(path, record)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Prepared data: nothing lost, nothing half-written, no wrong embeddings."""
 
+import dataclasses
 import json
 import pickle
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import prepare
+from imagen_jax.cli import prepare as command_line
 from imagen_jax.data import arrayrecord
 from imagen_jax.data.arrayrecord import ArrayRecordSource
 from imagen_jax.data.folder import FolderSource
+from imagen_jax.data.prepare import Recipe, prepare
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 
@@ -50,15 +52,11 @@ def embed(captions):
 
 def write(folder, out, text=False, size=16, **options):
   source = FolderSource(folder, size)
-  return arrayrecord.write(
-    source,
-    out,
-    settings={'fingerprint': source.fingerprint},
-    size=size,
-    text=TEXT if text else None,
-    embed=embed if text else None,
-    **{'part_size': 4} | options,
-  )
+  settings = {'fingerprint': source.fingerprint}
+  recipe = Recipe(size, settings, **{'part_size': 4} | options)
+  if text:
+    recipe = dataclasses.replace(recipe, text=TEXT)
+  return prepare(source, out, recipe, embed=embed if text else None)
 
 
 def test_what_was_prepared_is_what_the_source_gave(images, tmp_path):
@@ -236,9 +234,7 @@ def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
 def test_what_fails_while_writing_is_left_out_and_listed(images, tmp_path):
   source = FolderSource(images, 16, max_bad=0.5)
   (images / '3.png').write_bytes(b'')
-  header, dropped = arrayrecord.write(
-    source, tmp_path / 'out', settings={}, size=16
-  )
+  header, dropped = prepare(source, tmp_path / 'out', Recipe(16, {}))
   assert header['count'] == 9
   assert dropped == [('3.png', 'it is empty')]
   line = json.loads((tmp_path / 'out' / 'dropped.jsonl').read_text())
@@ -249,7 +245,7 @@ def test_too_much_that_fails_ends_the_writing_unfinished(images, tmp_path):
   source = FolderSource(images, 16)
   (images / '3.png').write_bytes(b'')
   with pytest.raises(DataError, match='1 of 10 samples are bad'):
-    arrayrecord.write(source, tmp_path / 'out', settings={}, size=16)
+    prepare(source, tmp_path / 'out', Recipe(16, {}))
   assert not (tmp_path / 'out' / 'dataset.json').exists()
 
 
@@ -273,18 +269,18 @@ def test_imagen_prepare_writes_reports_and_repeats(images, tmp_path, capsys):
   (images / 'small.txt').write_text('small')
   out = tmp_path / 'out'
   command = f'--source folder --path {images} --size 16 --out {out}'.split()
-  assert prepare.main(command) == 3
+  assert command_line.main(command) == 3
   assert 'samples are bad, 8.33%' in capsys.readouterr().err
   assert not out.exists()
   for _ in range(2):
-    assert prepare.main([*command, '--max_bad', '0.1']) == 0
+    assert command_line.main([*command, '--max_bad', '0.1']) == 0
     printed = capsys.readouterr().out
     assert '10 images of 16 pixels' in printed
     assert '2 were left out' in printed
     assert 'it has no caption (mute.png)' in printed
   assert len((out / 'dropped.jsonl').read_text().splitlines()) == 2
   again = ['--size', '8', '--out', str(out)]
-  assert prepare.main([*command[:4], *again, '--max_bad', '1']) == 2
+  assert command_line.main([*command[:4], *again, '--max_bad', '1']) == 2
 
 
 def test_imagen_prepare_stores_what_the_encoder_says(model, images, tmp_path):
@@ -293,7 +289,7 @@ def test_imagen_prepare_stores_what_the_encoder_says(model, images, tmp_path):
   out, folder = tmp_path / 'out', model / 'text'
   command = f'--source folder --path {images} --size 16 --out {out}'.split()
   command += ['--text', str(folder), '--max_len', '12']
-  assert prepare.main(command) == 0
+  assert command_line.main(command) == 0
   source = ArrayRecordSource(out, 16)
   encoder = load_text_encoder(folder)
   source.check_text(
@@ -322,14 +318,14 @@ def test_imagen_prepare_stores_what_the_encoder_says(model, images, tmp_path):
 )
 def test_imagen_prepare_explains_mistakes(words, code, said, tmp_path, capsys):
   out = ['--out', str(tmp_path / 'out')]
-  assert prepare.main([*words.split(), *out]) == code
+  assert command_line.main([*words.split(), *out]) == code
   assert said in capsys.readouterr().err
 
 
 def test_shapes_can_be_prepared(tmp_path):
   out = tmp_path / 'out'
   command = f'--source shapes --num 5 --size 16 --out {out}'.split()
-  assert prepare.main(command) == 0
+  assert command_line.main(command) == 0
   shapes = make_source(kind='shapes', size=16)
   prepared = make_source(kind='arrayrecord', path=out, size=16)
   assert [e['caption'] for e in prepared] == [

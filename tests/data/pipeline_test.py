@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data import arrayrecord
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.pipeline import batches, flip
+from imagen_jax.data.prepare import Recipe, prepare
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 
@@ -148,9 +148,7 @@ def sets(tmp_path_factory):
         info = tarfile.TarInfo(file.name)
         info.size = file.stat().st_size
         tar.addfile(info, io.BytesIO(file.read_bytes()))
-  arrayrecord.write(
-    FolderSource(folder, 8), prepared, settings={}, size=8, part_size=3
-  )
+  prepare(FolderSource(folder, 8), prepared, Recipe(8, {}, part_size=3))
   return {'folder': folder, 'webdataset': root, 'arrayrecord': prepared}
 
 

@@ -21,7 +21,7 @@ import pytest
 from imagen_jax import sharding
 from imagen_jax.deepfloyd import config, unet, weights
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import hub_folder
+from imagen_jax.io import hub_folder, safetensors
 from imagen_jax.nets import layers
 from tests import tiny_if
 
@@ -322,11 +322,11 @@ def test_import_and_export_give_the_same_bytes(folder, tmp_path):
 def test_shards_and_variants_are_read(folder):
   whole = stored(folder)
   file = folder / f'{weights.STEM}.safetensors'
-  tensors = hub_folder.open_file(file)
+  tensors = safetensors.open_file(file)
   index = {}
   for i, names in enumerate(np.array_split(sorted(tensors), 2)):
     part = f'{weights.STEM}.fp16-{i}.safetensors'
-    hub_folder.write_file(folder / part, {n: tensors[n] for n in names})
+    safetensors.write_file(folder / part, {n: tensors[n] for n in names})
     index |= dict.fromkeys(names.tolist(), part)
   file.unlink()
   text = json.dumps({'weight_map': index})
@@ -388,8 +388,8 @@ def test_the_host_holds_little_more_than_the_checkpoint(tmp_path):
     name = weights.torch_name(path)
     shape = weights.stored_shape(name, leaf.shape)
     full = lambda shape=shape: np.ones(shape, np.float16)
-    tensors[name] = hub_folder.Tensor(np.dtype('float16'), shape, full)
-  hub_folder.write_file(folder / f'{weights.STEM}.safetensors', tensors)
+    tensors[name] = safetensors.Tensor(np.dtype('float16'), shape, full)
+  safetensors.write_file(folder / f'{weights.STEM}.safetensors', tensors)
   assert weights.num_bytes(folder) > 2e8
   out = subprocess.run(
     [sys.executable, '-c', LOADS, folder],
@@ -403,12 +403,12 @@ def test_the_host_holds_little_more_than_the_checkpoint(tmp_path):
 
 def _change(folder, change):
   file = folder / f'{weights.STEM}.safetensors'
-  tensors = {k: v.read() for k, v in hub_folder.open_file(file).items()}
+  tensors = {k: v.read() for k, v in safetensors.open_file(file).items()}
   change(tensors)
-  hub_folder.write_file(
+  safetensors.write_file(
     file,
     {
-      name: hub_folder.Tensor(x.dtype, x.shape, lambda x=x: x)
+      name: safetensors.Tensor(x.dtype, x.shape, lambda x=x: x)
       for name, x in tensors.items()
     },
   )

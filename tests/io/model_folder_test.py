@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.errors import DataError, ModelError, UsageError
-from imagen_jax.io import model_folder
+from imagen_jax.io import files, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 
 TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
@@ -50,7 +50,7 @@ def save_workdir(path, name, resolution, low=None, steps=(1,)):
   workdir.mkdir(parents=True)
   record = {'config': config(name, resolution, low), 'text': TEXT}
   record['format_version'] = model_folder.FORMAT_VERSION
-  model_folder.write_json(workdir / 'config.json', record)
+  files.write_json(workdir / 'config.json', record)
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     for step in steps:
       state = {'params': params(step), 'ema_params': params(step + 100)}
@@ -176,7 +176,7 @@ def test_a_json_that_is_damaged_or_newer_is_refused(model):
     with pytest.raises(ModelError, match=words):
       model_folder.load_stage(model / 'base')
   with pytest.raises(DataError, match='cannot be read'):
-    model_folder.read_json(model / 'absent.json', error=DataError)
+    files.read_json(model / 'absent.json', error=DataError)
 
 
 def test_nothing_is_overwritten_and_no_half_stage_appears(model, monkeypatch):
@@ -189,7 +189,7 @@ def test_nothing_is_overwritten_and_no_half_stage_appears(model, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   before = sorted(model.iterdir())
-  monkeypatch.setattr(model_folder, 'write_json', full)
+  monkeypatch.setattr(files, 'write_json', full)
   with pytest.raises(ModelError, match='No space left'):
     save(model, 'new', 16)
   assert sorted(model.iterdir()) == before
@@ -249,16 +249,3 @@ def test_the_text_encoder_beside_the_stages_wins(model, tmp_path):
     model_folder.text_path(model, record)
   record.config['text']['path'] = str(model / 't5')
   assert model_folder.text_path(model, record) == model / 't5'
-
-
-def test_json_is_replaced_whole(tmp_path):
-  file, version = tmp_path / 'x.json', model_folder.FORMAT_VERSION
-  model_folder.write_json(file, {'format_version': version, 'a': (1, 2)})
-  assert model_folder.read_json(file) == {
-    'format_version': version,
-    'a': [1, 2],
-  }
-  with pytest.raises(TypeError):
-    model_folder.write_json(file, {'format_version': version, 'a': object()})
-  assert model_folder.read_json(file)['a'] == [1, 2]
-  assert [p.name for p in tmp_path.iterdir()] == ['x.json']

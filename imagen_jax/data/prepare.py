@@ -1,0 +1,207 @@
+"""From any source to prepared data, which `arrayrecord` reads.
+
+A set is written in parts. Each part's .json comes last and says that it is
+whole, so the same call continues where an earlier one was cut off.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from imagen_jax.data.arrayrecord import (
+  DATASET,
+  FORMAT_VERSION,
+  UNFINISHED,
+  pack,
+  short,
+  write_records,
+)
+from imagen_jax.data.checked import CLEANING
+from imagen_jax.data.progress import Progress
+from imagen_jax.data.source import Source
+from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import files
+from imagen_jax.io.decode import BadSample
+
+DROPPED = 'dropped.jsonl'
+BATCH = 64  # samples read, and captions embedded, at a time
+
+Embed = Callable[[Sequence[str]], Sequence[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a prepared set is made of; another recipe is another set.
+
+  Attributes:
+    size: side of the images in pixels.
+    settings: JSON-ready dict of what else tells this set from another.
+    text: what the header says of the embeddings; None for none.
+    number: how many of the source's samples to write; all by default.
+    part_size: samples of a part.
+  """
+
+  size: int
+  settings: Mapping[str, Any]
+  text: Mapping[str, Any] | None = None
+  number: int | None = None
+  part_size: int = 2048
+
+  def header(self, number: int) -> dict[str, Any]:
+    """The beginning of `dataset.json`, for `number` samples."""
+    return {
+      'format_version': FORMAT_VERSION,
+      'size': self.size,
+      'cleaning': CLEANING,
+      'text': self.text,
+      'of': number,
+      'part_size': self.part_size,
+      'settings': self.settings,
+    }
+
+
+def prepare(
+  source: Source,
+  out: str | os.PathLike[str],
+  recipe: Recipe,
+  *,
+  embed: Embed | None = None,
+  progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+  """Writes a source as prepared data, or continues where that was cut off.
+
+  Args:
+    source: of examples at `recipe.size`.
+    out: folder, new, or with the beginning of the same set.
+    recipe: what the set is made of.
+    embed: list of captions -> list of bfloat16 [tokens, dim], where the
+      recipe has text.
+    progress: counts samples.
+
+  Returns:
+    (the header, [(name, reason)] of what was left out).
+
+  Raises:
+    UsageError: `out` holds something else.
+    DataError: a part could not be written or too much is bad.
+  """
+  out, size = pathlib.Path(out), recipe.part_size
+  number = min(recipe.number or len(source), len(source))
+  header = recipe.header(number)
+  _claim(out, header)
+  parts: list[dict[str, Any]] = []
+  for start in range(0, number, size):
+    indices = range(start, min(start + size, number))
+    file = out / f'part-{len(parts):05d}.array_record'
+    part = _finished(file)
+    if part is None:
+      part = _write_part(file, source, indices, embed, progress)
+    elif progress is not None:
+      progress.add(len(indices))
+    parts.append(part)
+  dropped = [*source.skipped]
+  dropped += [entry for part in parts for entry in part.pop('dropped')]
+  lines = [json.dumps({'name': n, 'reason': r}) + '\n' for n, r in dropped]
+  files.write_text(out / DROPPED, ''.join(lines))
+  header |= {'count': sum(part['count'] for part in parts), 'parts': parts}
+  files.write_json(out / DATASET, header)
+  (out / UNFINISHED).unlink(missing_ok=True)
+  return header, dropped
+
+
+def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
+  """Marks a folder as the beginning of this set, or sees that it is."""
+  for name in (DATASET, UNFINISHED):
+    if (out / name).exists():
+      old = files.read_json(out / name, error=DataError, version=FORMAT_VERSION)
+      before, now = _flat(old), _flat(header)
+      wrong = [key for key in now if before.get(key) != now[key]]
+      if wrong:
+        key = wrong[0]
+        raise UsageError(
+          f'{out} holds another prepared set, of {key} '
+          f'{short(before.get(key))!r} where this is {short(now[key])!r}; '
+          'choose another --out.'
+        )
+      for cut in out.glob('.part-*.tmp'):  # what a kill left
+        cut.unlink()
+      return
+  if out.exists() and any(out.iterdir()):
+    raise UsageError(f'{out} is not empty; choose another --out.')
+  out.mkdir(parents=True, exist_ok=True)
+  files.write_json(out / UNFINISHED, header)
+
+
+def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
+  """A header with the entries of its sections beside the others."""
+  return {
+    **header,
+    'settings': None,
+    'text': None,
+    **header['settings'],
+    **{f'text {k}': v for k, v in (header['text'] or {}).items()},
+    'embeddings': header['text'] is not None,
+  }
+
+
+def _finished(file: pathlib.Path) -> dict[str, Any] | None:
+  """The record of a part that is written and whole, or None."""
+  try:
+    part = files.read_json(
+      file.with_suffix('.json'), error=DataError, version=FORMAT_VERSION
+    )
+    return part if part['sha256'] == files.digest(file)['sha256'] else None
+  except (DataError, OSError, KeyError):
+    return None
+
+
+def _write_part(
+  file: pathlib.Path,
+  source: Source,
+  indices: range,
+  embed: Embed | None,
+  progress: Progress | None,
+) -> dict[str, Any]:
+  """Writes one part; the part's .json, which says it is whole, comes last."""
+  dropped: list[tuple[str, str]] = []
+
+  def attempt(i: int) -> dict[str, Any] | Exception:
+    try:
+      return source.example(i)
+    except (BadSample, OSError) as error:
+      return error
+
+  def records(pool: concurrent.futures.Executor) -> Iterator[bytes]:
+    for start in range(indices.start, indices.stop, BATCH):
+      some = range(start, min(start + BATCH, indices.stop))
+      good = []
+      for i, example in zip(some, pool.map(attempt, some)):
+        if isinstance(example, Exception):
+          dropped.append((source.name(i), str(example)))
+          source.note(*dropped[-1])
+        else:
+          good.append(example)
+      captions = [example['caption'] for example in good]
+      texts = embed(captions) if embed and good else [None] * len(good)
+      yield from map(pack, good, texts)
+      if progress is not None:
+        progress.add(len(some))
+
+  threads = min(16, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    count = write_records(file, records(pool))
+  part = {
+    'format_version': FORMAT_VERSION,
+    'name': file.name,
+    'count': count,
+    **files.digest(file),
+    'dropped': dropped,
+  }
+  files.write_text(file.with_suffix('.json'), json.dumps(part) + '\n')
+  return part

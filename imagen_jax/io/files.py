@@ -1,0 +1,188 @@
+"""Files: written whole or not at all, read with one sentence for what fails.
+
+A reader sees the old file or the new one, never half of one: what is written
+goes to a temporary file in the same directory, is synced, and then renamed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any, Protocol, Self, TypedDict, TypeVar
+
+from imagen_jax.errors import ImagenError, ModelError
+
+COPY_AGAIN = 'copy it again from where it came'
+# The file system is to blame for these; {} is the file.
+STORAGE = {
+  errno.ENOSPC: 'the disk is full at {}; free space, or write elsewhere.',
+  errno.EDQUOT: 'the disk quota is used up at {}; free space there.',
+  errno.EROFS: '{} is on a read-only file system; write elsewhere.',
+  errno.EACCES: 'permission is denied at {}; check who owns it.',
+  errno.EPERM: 'permission is denied at {}; check who owns it.',
+}
+
+
+class Path(Protocol):
+  """What is used here of a `pathlib.Path` or, in a bucket, an `epath.Path`."""
+
+  @property
+  def name(self) -> str: ...
+
+  def with_name(self, name: str, /) -> Self: ...
+
+  def open(self, mode: Any, /) -> Any: ...
+
+  def replace(self, target: Any, /) -> Any: ...
+
+  def unlink(self) -> None: ...
+
+
+P = TypeVar('P', bound=Path)
+
+
+class Digest(TypedDict):
+  """Size and content of a file."""
+
+  bytes: int
+  sha256: str
+
+
+@contextlib.contextmanager
+def replacing(
+  path: str | os.PathLike[str], *, error: type[ImagenError] | None = None
+) -> Iterator[pathlib.Path]:
+  """A new path beside `path`, renamed to it when the block ends well.
+
+  The block writes a file there, or makes a directory; a directory takes the
+  place of nothing or of an empty one. When the block raises, what it wrote is
+  removed.
+
+  Args:
+    path: what appears, complete; its directory is made if need be.
+    error: raised in place of an `OSError`; None lets that through.
+  """
+  path = pathlib.Path(path)
+  temporary = _beside(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    if not temporary.is_dir():
+      with temporary.open('rb+') as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+  except OSError as problem:
+    if error is None:
+      raise
+    raise error(
+      f'{path} could not be written ({problem.strerror or problem}); check '
+      'space and permissions.'
+    ) from problem
+  finally:
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    with contextlib.suppress(OSError):  # renamed, or never made
+      temporary.unlink()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+  """Writes a file, on a file system or in a bucket."""
+  temporary = _beside(path)
+  try:
+    with temporary.open('wb') as file:
+      file.write(data)
+      file.flush()
+      if hasattr(file, 'fileno'):  # a file system, not a bucket
+        os.fsync(file.fileno())
+    temporary.replace(path)
+  finally:
+    with contextlib.suppress(OSError):  # renamed, or never made
+      temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a text file in UTF-8."""
+  write_bytes(path, text.encode('utf-8'))
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON value, indented."""
+  write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def read_json(
+  path: str | os.PathLike[str],
+  *,
+  error: type[ImagenError] = ModelError,
+  advice: str = COPY_AGAIN,
+  missing: str | None = None,
+  version: int | None = None,
+) -> dict[str, Any]:
+  """A JSON object as a dictionary.
+
+  Args:
+    path: the file.
+    error: what is raised.
+    advice: what to do about a file that cannot be read, for the message.
+    missing: what to do where there is no file; None is `advice`.
+    version: the `format_version` that the object must have; None: any.
+
+  Raises:
+    error: the file is missing, no JSON object, or of another version.
+  """
+  path = pathlib.Path(path)
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError as problem:
+    raise error(f'{path} does not exist; {missing or advice}.') from problem
+  except (OSError, ValueError, RecursionError) as problem:
+    raise error(
+      f'{path} cannot be read as JSON ({problem}); {advice}.'
+    ) from problem
+  if not isinstance(value, dict):
+    raise error(f'{path} holds no JSON object; {advice}.')
+  found = value.get('format_version')
+  if version is not None and found != version:
+    raise error(
+      f'{path} has format {found} and this version of imagen_jax reads '
+      f'{version}: upgrade, or check that the file is the right one.'
+    )
+  return value
+
+
+def digest(path: Path) -> Digest:
+  """The size and sha256 of a file, which is read in pieces."""
+  with path.open('rb') as file:
+    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    return {'bytes': file.tell(), 'sha256': sha256}
+
+
+def storage_reason(error: BaseException | None) -> str | None:
+  """What the file system said, however deep a library wrapped it; or None."""
+  text = str(error)
+  return next((w for w in map(os.strerror, STORAGE) if w in text), None)
+
+
+def git_commit() -> str | None:
+  """The commit of this checkout; None where the package is installed."""
+  try:
+    return subprocess.run(
+      ['git', 'rev-parse', 'HEAD'],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def _beside(path: P) -> P:
+  """A name that no other writer of `path` uses; hidden, so no one reads it."""
+  return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')

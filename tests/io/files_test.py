@@ -1,0 +1,105 @@
+"""Files appear whole or not at all, and are read or named."""
+
+import errno
+import hashlib
+import os
+
+import pytest
+
+from imagen_jax.errors import DataError, ModelError
+from imagen_jax.io import files
+
+
+def make(path, text='new'):
+  """Replaces a file."""
+  with files.replacing(path) as temporary:
+    temporary.write_text('half')
+    temporary.write_text(text)
+
+
+def make_folder(path, text='new'):
+  """Makes a folder with a file."""
+  with files.replacing(path) as temporary:
+    temporary.mkdir()
+    (temporary / 'file').write_text(text)
+
+
+def test_what_is_replaced_is_seen_old_or_new_and_nothing_is_left(tmp_path):
+  path = tmp_path / 'deep' / 'file'
+  make(path, 'old')
+  with files.replacing(path) as temporary:
+    temporary.write_text('new')
+    assert path.read_text() == 'old' and temporary.name.startswith('.')
+  assert path.read_text() == 'new'
+  make_folder(tmp_path / 'folder')
+  assert (tmp_path / 'folder' / 'file').read_text() == 'new'
+  names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*')}
+  assert names == {'deep', 'deep/file', 'folder', 'folder/file'}
+
+
+@pytest.mark.parametrize('kind', [make, make_folder])
+def test_what_fails_leaves_the_old_and_no_temporary(kind, tmp_path):
+  (tmp_path / 'file').write_text('old')
+  with pytest.raises(TypeError):
+    kind(tmp_path / 'file', 3)
+  assert [p.name for p in tmp_path.iterdir()] == ['file']
+  assert (tmp_path / 'file').read_text() == 'old'
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path):
+  with files.replacing(tmp_path / 'file') as one:
+    with files.replacing(tmp_path / 'file') as other:
+      one.write_text('one')
+      other.write_text('other')
+    assert (tmp_path / 'file').read_text() == 'other'
+  assert (tmp_path / 'file').read_text() == 'one'
+
+
+def test_a_place_that_cannot_be_written_is_the_asked_error(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(OSError):
+    make(tmp_path / 'file' / 'below')
+  with pytest.raises(ModelError, match='file/below'):
+    with files.replacing(tmp_path / 'file' / 'below', error=ModelError):
+      pass
+
+
+def test_json_is_replaced_whole(tmp_path):
+  path = tmp_path / 'x.json'
+  files.write_json(path, {'a': (1, 'ü')})
+  assert files.read_json(path) == {'a': [1, 'ü']}
+  with pytest.raises(TypeError):
+    files.write_json(path, {'a': object()})
+  assert files.read_json(path) == {'a': [1, 'ü']}
+  assert [p.name for p in tmp_path.iterdir()] == ['x.json']
+
+
+@pytest.mark.parametrize(
+  'text', [None, '', '{', '[]', '3', '[' * 10**5, '{"format_version": 2}']
+)
+def test_json_that_is_no_object_of_this_version_is_named(tmp_path, text):
+  path = tmp_path / 'x.json'
+  if text is not None:
+    path.write_text(text)
+  for error in (ModelError, DataError):
+    with pytest.raises(error, match='x.json'):
+      files.read_json(path, error=error, version=1)
+
+
+def test_a_digest_is_of_the_bytes(tmp_path):
+  path = tmp_path / 'file'
+  path.write_bytes(b'12345')
+  sha256 = hashlib.sha256(b'12345').hexdigest()
+  assert files.digest(path) == {'bytes': 5, 'sha256': sha256}
+
+
+def test_the_file_systems_reason_is_found_in_what_wraps_it():
+  for number in files.STORAGE:
+    wrapped = RuntimeError(f'pages of {OSError(number, os.strerror(number))}…')
+    assert files.storage_reason(wrapped) == os.strerror(number)
+  assert files.storage_reason(OSError(errno.ENOENT, 'No such file')) is None
+
+
+def test_the_commit_is_this_checkouts():
+  commit = files.git_commit()
+  assert commit is None or len(commit) == 40
