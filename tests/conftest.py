@@ -30,7 +30,7 @@ TYPED = [
   'imagen_jax.training.step',
 ]
 if os.environ.get('IMAGEN_CHECK_TYPES', '1') == '1':
-  install_import_hook(TYPED, 'beartype.beartype')
+  install_import_hook(TYPED, 'tests.checker.checked')
 
 
 @pytest.fixture(scope='session')

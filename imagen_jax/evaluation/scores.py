@@ -60,7 +60,7 @@ def cell(verdicts: Iterable[bool]) -> str:
   return f'{p:.0f} % ({low:.0f} to {high:.0f})'
 
 
-def mean(values: Iterable[float]) -> Score:
+def mean(values: Iterable[float | np.floating]) -> Score:
   """{'mean', 'n', 'ci95'} of real numbers, by the normal approximation."""
   x = np.asarray(list(values), np.float64)
   half = Z95 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0

@@ -166,7 +166,7 @@ def test_a_json_that_is_damaged_or_newer_is_refused(model):
   whole = json.loads(file.read_text())
   for text, words in [
     ('{', 'base/stage.json cannot be read as JSON'),
-    ('[]', 'has format None'),
+    ('[]', 'base/stage.json'),
     (json.dumps({**whole, 'format_version': 9}), 'format 9'),
     (json.dumps({**whole, 'text': {}}), "lacks.*'dim'"),
     (json.dumps({**whole, 'config': {}}), "lacks.*'stage'"),
