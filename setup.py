@@ -36,6 +36,7 @@ setuptools.setup(
     'grain>=0.2.15',
     'importlib_resources',  # tensorflow-datasets needs it and omits it
     'jax>=0.10',
+    'jaxtyping>=0.3',
     'ml-collections>=1.1',
     'ml_dtypes',
     'numpy>=2',

@@ -13,9 +13,18 @@ class ImagenError(Exception):
 
 
 class UsageError(ImagenError):
-  """A flag, config key or argument is wrong (exit code 2)."""
+  """A flag, config key or argument is wrong (exit code 2).
+
+  Attributes:
+    key: the argument's name, such as 'low_res'; None where the message names
+      it. The command line says it in its own words.
+  """
 
   exit_code = 2
+
+  def __init__(self, message: str, *, key: str | None = None):
+    super().__init__(message)
+    self.key = key
 
 
 class DataError(ImagenError):

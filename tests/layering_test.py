@@ -11,8 +11,9 @@ ROOT = pathlib.Path(imagen_jax.__file__).parent
 # the top and may import everything.
 BELOW = {
   'errors': set(),
-  'diffusion': set(),
-  'nets': {'sharding'},
+  'typing': set(),
+  'diffusion': {'typing'},
+  'nets': {'sharding', 'typing'},
   'dtypes': {'errors'},
   'sharding': {'errors'},
   'io': {'errors'},
@@ -20,7 +21,8 @@ BELOW = {
   'kinds': {'errors'},
   'data': {'errors', 'io', 'kinds'},
   'cascade': {
-    'errors', 'diffusion', 'dtypes', 'io', 'nets', 'sharding', 'text'
+    'errors', 'diffusion', 'dtypes', 'io', 'kinds', 'nets', 'sharding', 'text',
+    'typing',
   },
   'training': {
     'errors', 'cascade', 'data', 'deepfloyd', 'dtypes', 'io', 'sharding',
@@ -95,6 +97,9 @@ def test_heavy_libraries_have_one_door():
 
 
 def test_diffusion_needs_jax_alone():
-  allowed = {'jax', 'math', 'functools', 'hashlib', 'imagen_jax'}
+  allowed = {
+    'jax', 'jaxtyping', 'math', 'functools', 'dataclasses', 'typing',
+    'collections', 'imagen_jax',
+  }  # fmt: skip
   for path in (ROOT / 'diffusion').glob('*.py'):
     assert {m.split('.')[0] for m in modules(path)} <= allowed

@@ -68,7 +68,8 @@ def _unraisable(problem):
 def _sentence(error):
   """What to tell the user, or None for a bug."""
   if isinstance(error, ImagenError):
-    return str(error)
+    key = getattr(error, 'key', None)
+    return f'--{key}: {error}' if key else str(error)
   if isinstance(error, OSError) and error.errno in _STORAGE:
     return _STORAGE[error.errno].format(error.filename or 'an unnamed file')
   # jax's error is known by name: importing jax here would slow --help.

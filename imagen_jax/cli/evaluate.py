@@ -6,13 +6,12 @@ import sys
 import time
 
 import imagen_jax
-from imagen_jax.cli import errors, runtime
-from imagen_jax.cli.sample import PER_STAGE as SAMPLING
-from imagen_jax.cli.sample import per_stage
+from imagen_jax.cli import errors, runtime, sampling_flags
+from imagen_jax.cli.sampling_flags import per_stage
 from imagen_jax.errors import UsageError
 
 # Nothing here starts from an image, which `strength` is about.
-PER_STAGE = tuple(key for key in SAMPLING if key != 'strength')
+PER_STAGE = tuple(k for k in sampling_flags.PER_STAGE if k != 'strength')
 
 SUITES = ('shapes', 'prompts', 'clip', 'fid')
 
@@ -61,11 +60,7 @@ def _parser():
   add('--source', default='folder', help='fid: what --data is, as in prepare')
   add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
   add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
-  add('--sampler', help='ddpm, ddim or dpmpp')
-  add('--steps', help='network evaluations; lists have one value a stage')
-  add('--guidance', help='w in w·cond + (1−w)·uncond; 1 is none')
-  add('--aug_level', help='noise on the low-resolution input, 0 to 1')
-  add('--threshold', help='dynamic, static or none')
+  sampling_flags.add_flags(parser, PER_STAGE)
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; 4, or 32 on a GPU')
   add(
@@ -173,7 +168,7 @@ def _default_batch():
 
 def _runs(cascade, args):
   """[(name, choices)]: one run, or one for each combination of the sweeps."""
-  choices = {k: per_stage(k, getattr(args, k)) for k in PER_STAGE}
+  choices = sampling_flags.choices(args, PER_STAGE)
   settings = cascade.settings(**choices)  # refuse bad ones before any work
   full = {
     key: [

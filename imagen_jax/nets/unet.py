@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from imagen_jax.nets.attention import TextAttention
 from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import Conditioning, ResBlock, conv, remat
+from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
 
 
-class UNet(nn.Module):
+class UNet(Network):
   """The 64×64 text-to-image U-Net of F.1; the defaults are the paper's.
 
   Attributes:
@@ -53,6 +54,10 @@ class UNet(nn.Module):
   attention: str = 'xla'
   out_channels: int = 3
   dtype: jnp.dtype = jnp.float32
+
+  @property
+  def multiple(self) -> int:
+    return 2 ** (len(self.channel_mults) - 1)
 
   @nn.compact
   def __call__(

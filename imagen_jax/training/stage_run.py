@@ -117,20 +117,17 @@ class StageRun(Run):
     return state, f'starts from the weights of {init_from.path}'
 
   def make_preview(self):
-    settings = self.stage.sampling
+    config = self.stage.sampling
 
     def sample(params, given, frozen):
-      return sampling.sample(
-        self.stage,
-        params,
-        jax.random.wrap_key_data(given['keys']),
-        given['text'],
-        given['mask'],
-        given.get('low'),
-        settings.guidance,
-        settings.aug_level,
-        settings=settings,
+      inputs = sampling.SampleInputs(
+        keys=jax.random.wrap_key_data(given['keys']),
+        text=given['text'],
+        mask=given['mask'],
+        low_res=given.get('low'),
+        **config.scalars,
       )
+      return sampling.sample(self.stage, params, config.spec, inputs)
 
     sample = jax.jit(sample, out_shardings=sharding.batch_sharding(self.mesh))
     return make_preview(self, sample, self.stage.low_resolution)

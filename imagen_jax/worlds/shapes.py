@@ -337,6 +337,15 @@ class ShapesSource(Source):
     if mixture is not None:
       _check_mixture(mixture)
 
+  @classmethod
+  def prompt_notes(cls, prompts):
+    words = [word for prompt in prompts for word in captions.words(prompt)]
+    unknown = [word for word in words if word not in vocabulary()]
+    if not unknown:
+      return ()
+    named = ', '.join(dict.fromkeys(unknown))
+    return (f'the model has never seen {named} in a caption. {describe()}',)
+
   def __len__(self):
     return self.num
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from imagen_jax.cascade import conditioning, objective, sampling
-from imagen_jax.cascade import stage as stages
 from imagen_jax.cli import prepare
+from imagen_jax.diffusion import samplers
 from imagen_jax.errors import DataError
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop, stage_run, step
@@ -153,17 +153,17 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   objective.loss(
     replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
   )
-  settings = stages.Sampling(sampler='ddim', steps=1, guidance=1.0)
   sampling.sample(
     replace(net=Spy('sampling')),
     {},
-    jax.random.split(jax.random.key(1), 2),
-    text,
-    mask,
-    low,
-    1.0,
-    0.2,
-    settings=settings,
+    samplers.SamplerSpec(sampler='ddim', steps=1),
+    sampling.SampleInputs(
+      keys=jax.random.split(jax.random.key(1), 2),
+      text=text,
+      mask=mask,
+      low_res=low,
+      aug_level=0.2,
+    ),
   )
   for mine, theirs in zip(given['training'], given['sampling']):
     np.testing.assert_allclose(mine, theirs, atol=1e-6)
