@@ -31,7 +31,7 @@ BELOW = {
   'evaluation': {'errors', 'data', 'io', 'text', 'worlds'},
   'worlds': {'data', 'errors', 'evaluation', 'nets', 'text'},
   'deepfloyd': {
-    'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets',
+    'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets', 'typing',
     'sharding', 'text', 'training',
   },
   'planning': {
