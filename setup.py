@@ -5,7 +5,7 @@ import pathlib
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
-TEST = ['fonttools', 'pytest>=8', 'pytest-xdist>=3.2']
+TEST = ['beartype', 'fonttools', 'pytest>=8', 'pytest-xdist>=3.2']
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
 PARITY = ['torch', 'diffusers', 'scipy', *DEEPFLOYD]
 

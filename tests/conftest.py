@@ -18,6 +18,14 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 jax.config.update('jax_disable_most_optimizations', True)
 
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+from tests import typecheck  # noqa: E402
+
+# Shapes and types of these are checked wherever a test calls them.
+TYPED = ['imagen_jax.diffusion', 'imagen_jax.cascade']
+if os.environ.get('IMAGEN_CHECK_TYPES', '1') == '1':
+  install_import_hook(TYPED, f'{typecheck.__name__}.check')
 
 
 @pytest.fixture(scope='session')

@@ -27,7 +27,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.typing import Image, TextEmb, TextMask, Uint8Image
+from imagen_jax.typing import Image, TextEmb, TextMask
 
 
 def load(
@@ -192,13 +192,13 @@ class Cascade:
     seed: int = 0,
     num_images: int = 1,
     indices: Sequence[int] | None = None,
-    low_res: Uint8Image | None = None,
+    low_res: np.ndarray | None = None,
     image: PIL.Image.Image | None = None,
     mask: PIL.Image.Image | None = None,
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     **choices,
-  ) -> dict[str, Uint8Image]:
+  ) -> dict[str, np.ndarray]:
     """Samples images of prompts.
 
     Image i of a prompt depends on (seed, prompt, i) and the settings, not on

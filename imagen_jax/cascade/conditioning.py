@@ -6,7 +6,7 @@ The same functions serve training and sampling.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, UInt8
 
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion import process
@@ -17,7 +17,6 @@ from imagen_jax.typing import (
   LowRes,
   TextEmb,
   TextMask,
-  Uint8Image,
 )
 
 
@@ -44,7 +43,7 @@ def upsample(image: LowRes, factor: int) -> Image:
   )
 
 
-def to_uint8(image: Image) -> Uint8Image:
+def to_uint8(image: Float[Array, '*b h w c']) -> UInt8[np.ndarray, '*b h w c']:
   """float [..., 3] in [−1, 1] -> numpy uint8, rounded to nearest."""
   image = (np.asarray(image, np.float32) + 1) * 127.5
   return np.clip(np.rint(image), 0, 255).astype(np.uint8)
