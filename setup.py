@@ -5,7 +5,7 @@ import pathlib
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
-TEST = ['fonttools', 'pytest>=8', 'pytest-xdist>=3.2']
+TEST = ['beartype', 'fonttools', 'pytest>=8', 'pytest-xdist>=3.2']
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
 PARITY = ['torch', 'diffusers', 'scipy', *DEEPFLOYD]
 
@@ -36,6 +36,7 @@ setuptools.setup(
     'grain>=0.2.15',
     'importlib_resources',  # tensorflow-datasets needs it and omits it
     'jax>=0.10',
+    'jaxtyping>=0.3',
     'ml-collections>=1.1',
     'ml_dtypes',
     'numpy>=2',

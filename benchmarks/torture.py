@@ -98,7 +98,8 @@ def states(workdir):
   from imagen_jax.cascade import stage
   from imagen_jax.io import model_folder
   from imagen_jax.io.checkpoint import Checkpoints
-  from imagen_jax.training.state import init_state, make_optimizer
+  from imagen_jax.training.optimizer import make_optimizer
+  from imagen_jax.training.state import init_state
 
   record = model_folder.load_stage(workdir)
   config = ml_collections.ConfigDict(record.config)

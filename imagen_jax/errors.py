@@ -16,8 +16,8 @@ class UsageError(ImagenError):
   """A flag, config key or argument is wrong (exit code 2).
 
   Attributes:
-    key: the argument's name, with which the message begins; None where there
-      is none. The command line says its flag instead.
+    key: the argument's name, such as 'low_res'; None where there is none. The
+      command line says its flag instead.
   """
 
   exit_code = 2

@@ -20,6 +20,8 @@ jax.config.update('jax_disable_most_optimizations', True)
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+from tests import typecheck  # noqa: E402
+
 # Shapes and types of these are checked wherever a test calls them.
 TYPED = [
   'imagen_jax.diffusion',
@@ -27,10 +29,11 @@ TYPED = [
   'imagen_jax.cascade',
   'imagen_jax.evaluation',
   'imagen_jax.training.state',
+  'imagen_jax.training.optimizer',
   'imagen_jax.training.step',
 ]
 if os.environ.get('IMAGEN_CHECK_TYPES', '1') == '1':
-  install_import_hook(TYPED, 'tests.checker.checked')
+  install_import_hook(TYPED, f'{typecheck.__name__}.check')
 
 
 @pytest.fixture(scope='session')

@@ -1,30 +1,43 @@
 """The cascade: prompts in, images out (Sections 2 and 4.1, Figure A.4).
 
 A frozen text encoder, a base model, and super-resolution models, each of which
-upsamples what the one before it drew. Only one of them is on the device at a
-time: the text encoder leaves before the base model comes.
+upsamples what the one before it generated. Only one of them is on the device at
+a time: the text encoder leaves before the base model comes.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 
 from imagen_jax import sharding
-from imagen_jax.cascade import conditioning, sampling
+from imagen_jax.cascade import batching, conditioning, sampling
 from imagen_jax.cascade import stage as stages
-from imagen_jax.diffusion.samplers import image_key
+from imagen_jax.cascade.batching import Request
+from imagen_jax.cascade.sampling import SampleInputs
+from imagen_jax.cascade.stage import SamplingConfig, Stage
+from imagen_jax.diffusion.samplers import SAMPLERS, SettingError
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
+from imagen_jax.typing import Image, TextEmb, TextMask
 
 
-def load(path=None, *, dtype='auto', stages=None, fsdp=None, devices=None):
+def load(
+  path: str | pathlib.Path | None = None,
+  *,
+  dtype: str = 'auto',
+  stages: Sequence[str] | None = None,
+  fsdp: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> 'Cascade':
   """Opens a model: its stages' shapes now, their weights when sampling.
 
   Args:
@@ -36,9 +49,6 @@ def load(path=None, *, dtype='auto', stages=None, fsdp=None, devices=None):
       that holds it.
     devices: those to generate on, all of them by default; of several processes
       each then generates the same images.
-
-  Returns:
-    a `Cascade`.
 
   Raises:
     ModelError: the folder is missing, incomplete, corrupted, or its stages do
@@ -62,8 +72,8 @@ class Embedding:
   """
 
   prompts: tuple[str, ...]
-  text: np.ndarray
-  mask: np.ndarray
+  text: TextEmb
+  mask: TextMask
   cut: tuple[int, ...]
 
 
@@ -73,17 +83,24 @@ class Cascade:
   Attributes:
     path: the folder.
     stages: `Stage`s, in order.
-    digest: one string for all the weights, recorded in every image.
+    dtype: activations' type.
   """
 
-  def __init__(self, path, records, dtype, fsdp=None, devices=None):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    records: Sequence[model_folder.StageRecord],
+    dtype: jax.typing.DTypeLike,
+    fsdp: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
     self.path = path
     self._mesh = functools.partial(
       sharding.sampling_mesh, fsdp=fsdp, devices=devices
     )
     self.dtype = jnp.dtype(dtype)
     self._records = records
-    self.stages = [
+    self.stages: list[Stage] = [
       stages.from_config(
         record.config['stage'],
         text_dim=record.text['dim'],
@@ -100,20 +117,17 @@ class Cascade:
       )
 
   @functools.cached_property
-  def digest(self):
+  def digest(self) -> str:
     """sha256 over the stages' digests, 16 hex digits."""
     return model_folder.model_digest(self._records)
 
   @property
-  def trained_on_shapes(self):
-    """Whether the model knows the words of the shapes world only."""
-    return all(r.config['data']['kind'] == 'shapes' for r in self._records)
+  def data_kinds(self) -> set[str]:
+    """The `data.kind`s of the sources that its stages were trained on."""
+    return {record.config['data']['kind'] for record in self._records}
 
-  def embed(self, prompts):
+  def embed(self, prompts: Sequence[str]) -> Embedding:
     """Encodes prompts; the text encoder leaves the device afterwards.
-
-    Args:
-      prompts: a list of strings.
 
     Raises:
       ModelError: the text encoder is missing, or not the one that the stages
@@ -145,72 +159,67 @@ class Cascade:
       cut=tuple(int(n) for n in cut),
     )
 
-  def settings(self, **choices):
-    """`Sampling` of every stage: its own defaults, changed by `choices`.
+  def settings(self, **choices) -> list[SamplingConfig]:
+    """How every stage is sampled: its own defaults, changed by `choices`.
 
     Each choice is one value for all stages or a list with one per stage; None
     keeps the stage's default. `threshold='none'` is no thresholding.
 
     Raises:
       UsageError: a list's length is not the number of stages, or a value
-        cannot work.
+        cannot work or has no effect.
     """
+    names = [stage.name for stage in self.stages]
     result = []
-    for i, stage in enumerate(self.stages):
-      changes = {}
-      for name, value in choices.items():
-        if value is None:
-          continue
-        if isinstance(value, list | tuple) and name != 'guidance_interval':
-          if len(value) != len(self.stages):
-            names = ', '.join(s.name for s in self.stages)
-            raise UsageError(
-              f'{name} has {len(value)} values for {len(self.stages)} '
-              f'stages ({names}); give one, or one for each.'
-            )
-          value = value[i]
-        changes[name] = None if value == 'none' else value
-      setting = dataclasses.replace(stage.sampling, **changes)
-      sampling.check_sampling(stage, setting)
-      result.append(setting)
+    for stage, chosen in zip(self.stages, batching.per_stage(choices, names)):
+      if chosen.get('threshold') == 'none':
+        chosen['threshold'] = None
+      try:
+        config = dataclasses.replace(stage.sampling, **chosen)
+      except SettingError as error:
+        raise UsageError(
+          f'stage {stage.name}: {error}', key=error.field
+        ) from error
+      sampling.check_sampling(stage, config)
+      result.append(config)
+    _check_effects(self.stages, result, choices)
     return result
 
   def sample(
     self,
-    prompts,
+    prompts: str | Sequence[str] | Embedding,
     *,
-    seed=0,
-    num_images=1,
-    indices=None,
-    low_res=None,
-    image=None,
-    mask=None,
-    batch_size=None,
-    callback=None,
+    seed: int = 0,
+    num_images: int = 1,
+    indices: Sequence[int] | None = None,
+    low_res: np.ndarray | None = None,
+    image: PIL.Image.Image | None = None,
+    mask: PIL.Image.Image | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
     **choices,
-  ):
-    """Generates images of prompts.
+  ) -> dict[str, np.ndarray]:
+    """Samples images of prompts.
 
     Image i of a prompt depends on (seed, prompt, i) and the settings, not on
-    what else is generated: the compiled batch has a fixed size and the last one
-    is padded.
+    what else is generated.
 
     Args:
-      prompts: a list of strings, or an `Embedding`. An empty string is
-        unconditional: guidance does nothing there.
-      seed: an int.
+      prompts: strings, or their `Embedding`. An empty string is unconditional:
+        guidance does nothing there.
+      seed: in [0, 2³²).
       num_images: images of each prompt.
       indices: their numbers, instead of 0 … num_images − 1.
       low_res: uint8 [N, h, w, 3], the images that the first selected stage
-        upsamples, when that is not the base; one per image generated.
-      image: a PIL image of any shape to start from, see `Sampling.strength`,
-        or to repaint.
-      mask: a PIL image of the same shape, white where to inpaint; elsewhere
-        every stage keeps `image`, resized, to the bit.
+        upsamples, when that is not the base; one per image, or one for all.
+      image: an image of any shape to start from, see `SamplerSpec.strength`,
+        or to inpaint.
+      mask: of the same shape, white where to inpaint; elsewhere every stage
+        keeps `image`, resized, to the bit.
       batch_size: images generated at a time, all of them up to 4 by default.
       callback: called as callback(stage_name, done, total) as images come.
-      **choices: fields of `Sampling` (sampler, steps, guidance, aug_level, …),
-        one value or one per stage.
+      **choices: fields of `SamplingConfig` (sampler, steps, guidance, …), one
+        value or a list with one per stage.
 
     Returns:
       {stage name: uint8 [N, H, W, 3]}, in the order of the stages; images of
@@ -219,173 +228,118 @@ class Cascade:
     Raises:
       UsageError, ModelError: as `settings`, `embed` and `load`.
     """
-    settings = self.settings(**choices)
+    configs = self.settings(**choices)
     embedding = prompts if isinstance(prompts, Embedding) else None
+    if embedding is not None:
+      prompts = embedding.prompts
+    request = Request(
+      prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+      seed=seed,
+      indices=tuple(range(num_images) if indices is None else indices),
+      batch_size=batch_size,
+      callback=callback,
+    )
+    first = self.stages[0]
+    batching.check_images(
+      first.name,
+      first.low_resolution is not None,
+      low_res=low_res,
+      image=image,
+      mask=mask,
+      strength=choices.get('strength'),
+    )
+    low = None if low_res is None else _from_uint8(low_res, len(request.rows))
     if embedding is None:
-      prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-      embedding = self.embed(prompts)
-    if not 0 <= seed < 2**32:
-      raise UsageError(f'seed is {seed}; it lies in 0 … 2³² − 1.')
-    indices = list(range(num_images)) if indices is None else list(indices)
-    rows = [(p, i) for p in range(len(embedding.prompts)) for i in indices]
-    if not rows:
-      raise UsageError(
-        'there is nothing to generate: give a prompt, and num_images ≥ 1.'
-      )
-    image_io.check_pair(image, mask)
-    low = self._first_input(low_res, len(rows))
+      embedding = self.embed(request.prompts)
     results = {}
-    for stage, record, setting in zip(self.stages, self._records, settings):
-      low = self._run_stage(
-        stage,
-        record,
-        setting,
-        embedding,
-        rows,
-        low,
-        _start(stage, low, image, mask),
-        seed,
-        batch_size or min(4, len(rows)),
-        callback,
-      )
+    for stage, record, config in zip(self.stages, self._records, configs):
+      width, height = _size(stage, low, image)
+      start = batching.start_from(image, mask, width, height)
+      inputs = _stage_inputs(stage, request, embedding, low, start)
+      low = self._run_stage(stage, record, config, request, inputs)
       results[stage.name] = conditioning.to_uint8(low)
     return results
 
-  def _first_input(self, low_res, count):
-    first = self.stages[0]
-    if first.low_resolution is None:
-      if low_res is not None:
-        raise UsageError(
-          f'stage {first.name} generates from text alone and takes no '
-          'low-resolution image; choose a later stage with --stages.'
-        )
-      return None
-    if low_res is None:
-      raise UsageError(
-        f'stage {first.name} upsamples images: give it one with --low_res, '
-        'or start with the base stage.'
-      )
-    low = np.asarray(low_res, np.float32) / 127.5 - 1
-    if low.shape[0] != count:
-      low = np.broadcast_to(low, (count, *low.shape[1:]))
-    return low
-
-  def _run_stage(
-    self,
-    stage,
-    record,
-    setting,
-    embedding,
-    rows,
-    low,
-    start_from,
-    seed,
-    batch,
-    callback,
-  ):
-    """One stage for every row, `batch` rows at a time, the last one padded."""
+  def _run_stage(self, stage, record, config, request, inputs):
+    """One stage for every row: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(model_folder.float32_bytes(record))
-    batch = -(-batch // mesh.size) * mesh.size
     params = model_folder.load_params(
       record,
       put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
     )
     shardings = sharding.batch_sharding(mesh)
-    generate = compiled(stage, _static(setting), shardings)
-    generated = []
-    for start in range(0, len(rows), batch):
-      chosen = rows[start : start + batch]
-      padded = chosen + [chosen[-1]] * (batch - len(chosen))
-      prompts = np.array([p for p, _ in padded])
-      text, mask = embedding.text[prompts], embedding.mask[prompts]
-      # An empty prompt is the null condition: both branches are then equal.
-      empty = np.array([not embedding.prompts[p].strip() for p in prompts])
-      text = np.where(empty[:, None, None], 0, text)
-      mask = mask & ~empty[:, None]
-      arrays = {
-        'keys': _stack_keys(
-          stage, seed, [(embedding.prompts[p], i) for p, i in padded]
-        ),
-        'text': text,
-        'mask': mask,
-      }
-      if low is not None:
-        lows = low[start : start + batch]
-        fill = np.repeat(lows[-1:], batch - len(lows), axis=0)
-        arrays['low'] = np.concatenate([lows, fill])
-      for name, array in start_from.items():
-        arrays[name] = np.broadcast_to(array, (batch, *array.shape))
-      arrays = sharding.put_whole_batch(arrays, mesh)
-      with jax.set_mesh(mesh):
-        out = generate(
-          params,
-          arrays['keys'],
-          arrays['text'],
-          arrays['mask'],
-          arrays.get('low'),
-          jnp.float32(setting.guidance),
-          jnp.float32(setting.aug_level),
-          arrays.get('image'),
-          arrays.get('inpaint_mask'),
-        )
-      generated.append(sharding.fetch(out)[: len(chosen)])
-      if callback is not None:
-        callback(stage.name, start + len(chosen), len(rows))
-    jax.tree.map(lambda leaf: leaf.delete(), params)
-    return np.concatenate(generated)
+    compiled = sampling.compiled(stage, config.spec, shardings)
+    sample = lambda arrays: compiled(params, arrays._replace(**config.scalars))
+    images = batching.generate(request, stage.name, mesh, inputs, sample)
+    batching.free(params)
+    return images
 
 
-def _start(stage, low, image, mask):
-  """{'image', 'inpaint_mask'} of a stage: the user's image and mask, resized.
+def _check_effects(stages, configs, choices):
+  """Refuses choices that change nothing in any of the stages."""
+  options = {name for s in SAMPLERS.values() for name in s.options}
+  for name in sorted(options.intersection(choices)):
+    used = any(name in SAMPLERS[c.sampler].options for c in configs)
+    if choices[name] is not None and not used:
+      raise UsageError(
+        f'{name} has no effect with sampler {configs[0].sampler}.', key=name
+      )
+  if choices.get('aug_level') is not None:
+    upsample = any(stage.low_resolution is not None for stage in stages)
+    if not upsample and any(config.aug_level for config in configs):
+      raise UsageError(
+        'aug_level has no effect without a super-resolution stage.',
+        key='aug_level',
+      )
+
+
+def _from_uint8(low_res, count):
+  low = np.asarray(low_res, np.float32) / 127.5 - 1
+  if len(low) not in (1, count):
+    raise UsageError(
+      f'there are {len(low)} low-resolution images for {count} images; give '
+      'one, or one for each.',
+      key='low_res',
+    )
+  return np.broadcast_to(low, (count, *low.shape[1:]))
+
+
+def _size(stage, low, image):
+  """(width, height) of a stage's images.
 
   Raises:
     UsageError: the network cannot generate that shape.
   """
-  if image is None:
-    return {}
-  if low is None:
+  width = height = stage.resolution
+  if low is not None:
+    height, width = (side * stage.factor for side in low.shape[1:3])
+  elif image is not None:
     width, height = image_io.shaped(*image.size, stage.resolution)
-  else:
-    factor = stage.resolution // stage.low_resolution
-    height, width = (side * factor for side in low.shape[1:3])
-  multiple = stages.multiple(stage)
-  if height % multiple or width % multiple:
-    raise UsageError(
-      f'stage {stage.name} cannot generate {width}×{height} pixels: it takes '
-      f'multiples of {multiple}; crop the image.'
+  batching.check_size(stage.name, width, height, stage.net.multiple)
+  return width, height
+
+
+def _stage_inputs(
+  stage: Stage,
+  request: Request,
+  embedding: Embedding,
+  low: Image | None,
+  start: dict[str, np.ndarray],
+) -> Callable[[np.ndarray], SampleInputs]:
+  """Numbers of rows -> `SampleInputs` on the host, but for the scalars."""
+  # An empty prompt is the null condition: both branches are then equal.
+  empty = np.array([not prompt.strip() for prompt in embedding.prompts])
+  text = np.where(empty[:, None, None], 0, embedding.text)
+  mask = embedding.mask & ~empty[:, None]
+
+  def inputs(rows):
+    prompts = np.array([request.rows[row][0] for row in rows])
+    return SampleInputs(
+      keys=request.key_data(rows, stage.resolution),
+      text=text[prompts],
+      mask=mask[prompts],
+      low_res=None if low is None else low[rows],
+      **batching.repeated(start, len(rows)),
     )
-  start = {'image': image_io.to_float(image, width, height)}
-  if mask is not None:
-    start['inpaint_mask'] = image_io.to_mask(mask, width, height)
-  return start
 
-
-def _static(setting):
-  """What of the settings is compiled in: not the weight, only whether any."""
-  guided = 1.0 if setting.guidance == 1 else 2.0
-  return dataclasses.replace(setting, guidance=guided, aug_level=0.0)
-
-
-@functools.lru_cache(maxsize=32)
-def compiled(stage, settings, shardings=None):
-  """The jitted call that generates one batch of images with a stage."""
-
-  def generate(params, keys, *given):
-    keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
-    return sampling.sample(stage, params, keys, *given, settings=settings)
-
-  return jax.jit(generate, out_shardings=shardings)
-
-
-def _stack_keys(stage, seed, images):
-  """uint32 [B, 2]: key data of (seed, prompt, i), another for each stage."""
-  return np.stack(
-    [
-      np.asarray(
-        jax.random.key_data(
-          jax.random.fold_in(image_key(seed, prompt, i), stage.resolution)
-        )
-      )
-      for prompt, i in images
-    ]
-  )
+  return inputs

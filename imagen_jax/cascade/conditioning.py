@@ -6,11 +6,21 @@ The same functions serve training and sampling.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 
+from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion import process
+from imagen_jax.typing import (
+  Array,
+  AugLevel,
+  Image,
+  LowRes,
+  TextEmb,
+  TextMask,
+)
 
 
-def box_downsample(image, size):
+def box_downsample(image: Image, size: int) -> LowRes:
   """The one way this project makes an image smaller: the mean of each box.
 
   Args:
@@ -25,7 +35,7 @@ def box_downsample(image, size):
   return jnp.mean(image, axis=(2, 4))
 
 
-def upsample(image, factor):
+def upsample(image: LowRes, factor: int) -> Image:
   """Bilinear upsampling of the low-resolution input: [B, h, w, C]."""
   batch, height, width, channels = image.shape
   return jax.image.resize(
@@ -33,13 +43,15 @@ def upsample(image, factor):
   )
 
 
-def to_uint8(image):
+def to_uint8(image: Float[Array, '*b h w c']) -> UInt8[np.ndarray, '*b h w c']:
   """float [..., 3] in [−1, 1] -> numpy uint8, rounded to nearest."""
   image = (np.asarray(image, np.float32) + 1) * 127.5
   return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def low_res_input(stage, eps, low, level):
+def low_res_input(
+  stage: Stage, eps: LowRes, low: LowRes, level: AugLevel
+) -> Image:
   """The low-resolution condition (2.4): noise first, then upsample.
 
   Args:
@@ -51,11 +63,12 @@ def low_res_input(stage, eps, low, level):
   Returns:
     [B, H, W, 3] at the stage's scale.
   """
-  factor = stage.resolution // stage.low_resolution
-  return upsample(process.augment(eps, low, level), factor)
+  return upsample(process.augment(eps, low, level), stage.factor)
 
 
-def null_where(dropped, text, mask):
+def null_where(
+  dropped: Bool[Array, ' b'], text: TextEmb, mask: TextMask
+) -> tuple[TextEmb, TextMask]:
   """The null condition where `dropped` [B] says so, in training and sampling.
 
   Zeros for the sequence and every position masked, so that neither the words

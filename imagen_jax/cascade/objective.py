@@ -11,10 +11,27 @@ from imagen_jax.cascade.conditioning import (
   low_res_input,
   null_where,
 )
+from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion.loss import diffusion_loss
+from imagen_jax.typing import (
+  Image,
+  LogSNR,
+  LowRes,
+  PixelMask,
+  TextEmb,
+  TextMask,
+  Uint8Image,
+)
 
 
-def loss(stage, params, key, image, text, mask):
+def loss(
+  stage: Stage,
+  params: dict,
+  key: jax.Array,
+  image: Uint8Image,
+  text: TextEmb,
+  mask: TextMask,
+) -> tuple[LogSNR, dict[str, LogSNR]]:
   """The loss of each image of a batch (Appendix A; Sections 2.2 to 2.4).
 
   Args:
@@ -64,14 +81,12 @@ def loss(stage, params, key, image, text, mask):
     x,
     predict,
     logsnr_fn=stage.logsnr_fn,
-    prediction=stage.prediction,
-    weighting=stage.weighting,
-    stratified=stage.stratified,
+    spec=stage.loss_spec,
     pixel_weight=weight,
   )
 
 
-def contrast_weight(low, floor, size):
+def contrast_weight(low: LowRes, floor: float, size: int) -> PixelMask:
   """Weights that make faint things count in the loss of a large image.
 
   A blurred edge costs the square of its contrast, so that white things on a
@@ -103,10 +118,11 @@ def contrast_weight(low, floor, size):
   return weight.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def crop(stage, key, x, low):
+def crop(
+  stage: Stage, key: jax.Array, x: Image, low: LowRes
+) -> tuple[Image, LowRes]:
   """The same random square of the image and of its small version."""
-  factor = stage.resolution // stage.low_resolution
-  side = stage.crop // factor
+  side = stage.crop // stage.factor
   corners = jax.random.randint(key, (x.shape[0], 2), 0, low.shape[1] - side + 1)
 
   def cut(image, corner, size):
@@ -114,5 +130,6 @@ def crop(stage, key, x, low):
     return jax.lax.dynamic_slice(image, start, (size, size, 3))
 
   low = jax.vmap(functools.partial(cut, size=side))(low, corners)
-  x = jax.vmap(functools.partial(cut, size=stage.crop))(x, corners * factor)
+  corners = corners * stage.factor
+  x = jax.vmap(functools.partial(cut, size=stage.crop))(x, corners)
   return x, low

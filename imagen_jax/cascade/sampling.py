@@ -1,28 +1,85 @@
 """Images from a stage."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from imagen_jax.cascade.conditioning import low_res_input, null_where
+from imagen_jax.cascade.stage import SamplingConfig, Stage
 from imagen_jax.diffusion import guidance, process, samplers
+from imagen_jax.diffusion.samplers import Inpaint, SamplerSpec, Trajectory
 from imagen_jax.errors import UsageError
+from imagen_jax.typing import (
+  AugLevel,
+  Image,
+  KeyData,
+  Keys,
+  LowRes,
+  PixelMask,
+  Scalars,
+  TextEmb,
+  TextMask,
+)
 
 
-def network(stage, params, text, mask, extra=()):
+class SampleInputs(NamedTuple):
+  """What images are sampled from; None for what plays no part.
+
+  Attributes:
+    keys: [B] keys, one per image; `compiled` takes their data, uint32 [B, 2].
+    text: [B, L, D] embeddings.
+    mask: [B, L] bool, True at real tokens.
+    low_res: [B, h, w, 3] in [−1, 1], of a super-resolution stage.
+    guidance: w, a scalar; None computes no unconditional branch.
+    aug_level: noise on `low_res`, a scalar in [0, 1].
+    image: [B, H, W, 3] in [−1, 1], an image to start from at
+      `SamplerSpec.strength`; its shape is the result's.
+    inpaint_mask: [B, H, W, 1], with `image`: 1 where to inpaint, 0 where to
+      keep it.
+  """
+
+  keys: Keys | KeyData
+  text: TextEmb
+  mask: TextMask
+  low_res: LowRes | None = None
+  guidance: Scalars | None = None
+  aug_level: Scalars | None = None
+  image: Image | None = None
+  inpaint_mask: PixelMask | None = None
+
+
+def network(
+  stage: Stage,
+  params: dict,
+  text: TextEmb,
+  mask: TextMask,
+  low_res: tuple[Image, AugLevel] | tuple[()] = (),
+) -> Callable:
   """`f(z, logsnr, branch)` for `diffusion.guidance.guided`.
 
   branch: 'cond', or 'both', which runs the conditional model and the null
   condition as one batch of 2B rows and returns the pair.
+
+  Args:
+    stage: the stage.
+    params: its parameters.
+    text: [B, L, D] embeddings.
+    mask: [B, L] bool.
+    low_res: of a super-resolution stage the upsampled low-resolution images
+      [B, H, W, 3] and their augmentation levels [B].
   """
 
   def apply(z, logsnr, branch):
     if branch == 'both':
-      both = _twice((z, logsnr, text, mask, *extra))
+      both = _twice((z, logsnr, text, mask, *low_res))
       dropped = jnp.arange(2 * z.shape[0]) >= z.shape[0]
       hidden = null_where(dropped, both[2], both[3])
       out = stage.net.apply({'params': params}, *both[:2], *hidden, *both[4:])
       return out[: z.shape[0]], out[z.shape[0] :]
-    return stage.net.apply({'params': params}, z, logsnr, text, mask, *extra)
+    return stage.net.apply({'params': params}, z, logsnr, text, mask, *low_res)
 
   return apply
 
@@ -32,133 +89,122 @@ def _twice(arrays):
 
 
 def sample(
-  stage,
-  params,
-  keys,
-  text,
-  mask,
-  low,
-  weight,
-  level,
-  image=None,
-  inpaint_mask=None,
-  *,
-  settings,
-):
-  """Generates images from a stage; one compiled loop over the steps.
+  stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
+) -> Image:
+  """Samples images from a stage; one compiled loop over the steps.
 
   Args:
     stage: the stage.
     params: its parameters.
-    keys: [B] keys, one per image.
-    text: [B, L, D] embeddings.
-    mask: [B, L] bool.
-    low: [B, h, w, 3] in [−1, 1] for a super-resolution stage, else None.
-    weight: guidance w, a scalar; ignored unless `settings.guidance` ≠ 1.
-    level: augmentation level, a scalar.
-    image: [B, H, W, 3] in [−1, 1], an image to start from at
-      `settings.strength`; its shape is the result's.
-    inpaint_mask: [B, H, W, 1], with `image`: 1 where to inpaint, 0 where to
-      keep it.
-    settings: `Sampling`; all but its guidance and aug_level are compiled in.
+    spec: how.
+    inputs: from what.
 
   Returns:
-    [B, R, R, 3] float32 in [−1, 1]; H and W of `image` or of an upsampled
-    `low` that is no square.
+    [B, H, W, 3] float32 in [−1, 1], of the shape of `inputs.image`, or of
+    `inputs.low_res` upsampled, or square.
   """
-  batch = text.shape[0]
+  arguments = _arguments(stage, params, spec, inputs)
+  return jnp.clip(samplers.sample(**arguments), -1, 1)
+
+
+def trajectory(
+  stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
+) -> Trajectory:
+  """The noisy images and the predictions that `sample` goes through."""
+  return samplers.trajectory(**_arguments(stage, params, spec, inputs))
+
+
+def _arguments(stage, params, spec, inputs):
+  """Of `samplers.sample`: the first z, the log-SNRs and the denoiser."""
+  keys, image = inputs.keys, inputs.image
   height = width = stage.resolution
   if image is not None:
     height, width = image.shape[1:3]
-  extra = ()
-  if low is not None:
-    factor = stage.resolution // stage.low_resolution
-    height, width = low.shape[1] * factor, low.shape[2] * factor
-    level = jnp.full((batch,), level, jnp.float32)
-    eps = jax.vmap(
-      lambda key: jax.random.normal(
-        jax.random.fold_in(key, 1), low.shape[1:], jnp.float32
-      )
-    )(keys)
+  low_res = ()
+  if inputs.low_res is not None:
+    height, width = (side * stage.factor for side in inputs.low_res.shape[1:3])
+    level = jnp.full(keys.shape[:1], inputs.aug_level, jnp.float32)
+    eps = _normal(keys, 1, inputs.low_res.shape[1:])
     # Noised once, before the loop: every step sees the same low-res image.
-    extra = (low_res_input(stage, eps, low, level), level)
+    low_res = low_res_input(stage, eps, inputs.low_res, level), level
   denoise = guidance.guided(
-    network(stage, params, text, mask, extra),
-    weight=weight if settings.guidance != 1 else None,
+    network(stage, params, inputs.text, inputs.mask, low_res),
+    weight=inputs.guidance,
     prediction=stage.prediction,
-    threshold=settings.threshold,
-    percentile=settings.percentile,
-    interval=settings.guidance_interval,
+    threshold=spec.threshold,
+    percentile=spec.percentile,
+    interval=spec.guidance_interval,
   )
-  z, start, steps = None, 1.0, settings.steps
-  if image is not None and settings.strength < 1:
-    start = settings.strength
-    steps = max(1, round(steps * start))
-    eps = jax.vmap(
-      lambda key: jax.random.normal(
-        jax.random.fold_in(key, 2), image.shape[1:], jnp.float32
-      )
-    )(keys)
+  step_keys, start = _fold(keys, 0), 1.0
+  if image is not None and spec.strength < 1:
+    start = spec.strength
+    eps = _normal(keys, 2, image.shape[1:])
     z = process.diffuse(image, eps, stage.logsnr_fn(jnp.float32(start)))
-  x = samplers.sample(
-    jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys),
-    denoise,
-    (height, width, 3),
-    logsnr_fn=stage.logsnr_fn,
-    steps=steps,
-    z=z,
-    start=start,
-    known=image,
-    mask=inpaint_mask,
-    sampler=settings.sampler,
-    gamma=settings.gamma,
-    eta=settings.eta,
-  )
-  return jnp.clip(x, -1, 1)
+  else:
+    z = samplers.initial_noise(step_keys, (height, width, 3))
+  inpaint = None
+  if inputs.inpaint_mask is not None:
+    inpaint = Inpaint(image, inputs.inpaint_mask)
+  return {
+    'keys': step_keys,
+    'z': z,
+    'logsnr': samplers.logsnr_grid(stage.logsnr_fn, spec, start=start),
+    'denoise': denoise,
+    'spec': spec,
+    'inpaint': inpaint,
+  }
 
 
-def check_sampling(stage, settings):
-  """Refuses settings that cannot work, in one sentence each.
+def _fold(keys, number):
+  return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def _normal(keys, number, shape):
+  row = lambda key: jax.random.normal(key, shape, jnp.float32)
+  return jax.vmap(row)(_fold(keys, number))
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(
+  stage: Stage,
+  spec: SamplerSpec,
+  shardings: jax.sharding.Sharding | None = None,
+) -> Callable[[dict, SampleInputs], Image]:
+  """The jitted `sample` of one stage, which a process makes once.
+
+  Args:
+    stage: the stage.
+    spec: how.
+    shardings: where the images go.
+
+  Returns:
+    (params, inputs with key data for keys) -> images.
+  """
+
+  def run(params, inputs):
+    keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
+    return sample(stage, params, spec, inputs._replace(keys=keys))
+
+  return jax.jit(run, out_shardings=shardings)
+
+
+def check_sampling(stage: Stage, config: SamplingConfig) -> None:
+  """Refuses what cannot work with this stage, in one sentence each.
 
   Raises:
-    UsageError: steps < 1, an unknown sampler, guidance without dropout, an
-      augmentation level outside [0, max_level], a percentile outside (1, 100].
+    UsageError: guidance without dropout, or an augmentation level outside
+      [0, max_level].
   """
-  where = f'stage {stage.name}'
-  if settings.steps < 1:
+  if config.guidance != 1 and stage.cond_drop == 0:
     raise UsageError(
-      f'{where}: steps is {settings.steps}; sampling takes at least 1, and '
-      f'this stage was tuned for {stage.sampling.steps}.'
+      f'stage {stage.name}: guidance {config.guidance:g} needs a model trained '
+      'with caption dropout, and this one had stage.cond_drop = 0; use 1.',
+      key='guidance',
     )
-  if settings.sampler not in ('ddpm', 'ddim', 'dpmpp'):
+  if not 0 <= config.aug_level <= stage.max_level:
     raise UsageError(
-      f'{where}: sampler {settings.sampler!r} is unknown; choose ddpm, ddim '
-      'or dpmpp.'
-    )
-  if settings.guidance != 1 and stage.cond_drop == 0:
-    raise UsageError(
-      f'{where}: guidance {settings.guidance:g} needs a model trained with '
-      'caption dropout, and this one had stage.cond_drop = 0; use '
-      '--guidance 1.'
-    )
-  if not 0 <= settings.aug_level <= stage.max_level:
-    raise UsageError(
-      f'{where}: aug_level is {settings.aug_level:g}; it lies in '
+      f'stage {stage.name}: aug_level is {config.aug_level:g}; it lies in '
       f'[0, {stage.max_level:g}], and 0.1 to 0.3 give the best-looking '
-      'images.'
-    )
-  if not 0 < settings.strength <= 1:
-    raise UsageError(
-      f'{where}: strength is {settings.strength:g}; it lies above 0 and up to '
-      '1, which forgets the image.'
-    )
-  if not 1 < settings.percentile <= 100:
-    raise UsageError(
-      f'{where}: percentile is {settings.percentile:g}; it is on a '
-      'scale of 0 to 100, above 1; the paper uses 99.5.'
-    )
-  if settings.threshold not in ('dynamic', 'static', None):
-    raise UsageError(
-      f'{where}: threshold {settings.threshold!r} is unknown; choose dynamic, '
-      'static or none.'
+      'images.',
+      key='aug_level',
     )

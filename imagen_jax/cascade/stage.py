@@ -1,19 +1,60 @@
 """What a stage is: its network, schedule and defaults, and its parameters."""
 
 import dataclasses
+import difflib
 import functools
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from imagen_jax import kinds
 from imagen_jax.diffusion import schedule
+from imagen_jax.diffusion.loss import WEIGHTINGS, LossSpec
+from imagen_jax.diffusion.process import PREDICTIONS
+from imagen_jax.diffusion.samplers import SamplerSpec, SettingError
 from imagen_jax.errors import UsageError
-from imagen_jax.nets.efficient_unet import EfficientUNet
-from imagen_jax.nets.unet import UNet
+from imagen_jax.nets.network import Network
+
+# The networks of the paper; 'my_module:MyNet' is one of the user's own.
+NETS = {
+  'unet': 'imagen_jax.nets.unet:UNet',
+  'efficient_unet': 'imagen_jax.nets.efficient_unet:EfficientUNet',
+}
+SCHEDULES = {
+  'cosine': schedule.cosine_logsnr,
+  'linear': schedule.linear_logsnr,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(SamplerSpec):
+  """How a stage is sampled: `stage.sampling`; all can be chosen per call.
+
+  Attributes:
+    guidance: w in w·cond + (1 − w)·uncond; 1 is none.
+    aug_level: noise added to the low-resolution image, in [0, 1] (2.4).
+  """
+
+  guidance: float = 1.0
+  aug_level: float = 0.0
+
+  @property
+  def spec(self) -> SamplerSpec:
+    """What of it is compiled in."""
+    fields = dataclasses.fields(SamplerSpec)
+    return SamplerSpec(**{f.name: getattr(self, f.name) for f in fields})
+
+  @property
+  def scalars(self) -> dict[str, np.float32 | None]:
+    """The rest of it, as `sampling.SampleInputs` has it."""
+    return {
+      'guidance': None if self.guidance == 1 else np.float32(self.guidance),
+      'aug_level': np.float32(self.aug_level),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +70,10 @@ class Stage:
     text_dim: width of the text embeddings.
     text_len: number of text positions.
     prediction: 'eps' (the paper's), 'v' or 'x'.
-    weighting: see `diffusion.loss.diffusion_loss`; None is the MSE of the
-      prediction itself.
-    min_snr_gamma, sigmoid_bias: of the weightings 'min_snr' and 'sigmoid'.
+    weighting: see `diffusion.loss`; None is the MSE of the prediction itself.
     stratified: spread the training times evenly over the batch.
+    min_snr_gamma: γ of weighting 'min_snr'.
+    sigmoid_bias: b of weighting 'sigmoid'.
     cond_drop: fraction of captions dropped in training (0.1); 0 forbids
       guidance.
     max_level: training samples augmentation levels from U(0, max_level); the
@@ -41,69 +82,51 @@ class Stage:
       `objective.contrast_weight`; None, as in the paper, weighs all alike.
     crop: side of the training crops, None for whole images. The paper
       trains 256→1024 on 256-pixel crops.
-    sampling: defaults of `sample` for this stage.
+    sampling: how it is sampled unless a call says otherwise.
   """
 
   name: str
   resolution: int
   low_resolution: int | None
-  net: nn.Module
-  logsnr_fn: Callable
+  net: Network
+  logsnr_fn: Callable[[jax.Array], jax.Array]
   text_dim: int
   text_len: int
   prediction: str = 'eps'
   weighting: str | None = None
-  min_snr_gamma: float = 5.0
-  sigmoid_bias: float = 0.0
   stratified: bool = False
+  min_snr_gamma: float = LossSpec.min_snr_gamma
+  sigmoid_bias: float = LossSpec.sigmoid_bias
   cond_drop: float = 0.1
   max_level: float = 1.0
   contrast_floor: float | None = None
   crop: int | None = None
-  sampling: 'Sampling' = None
+  sampling: SamplingConfig = SamplingConfig()
+
+  @property
+  def factor(self) -> int:
+    """How many times larger its images are than those it upsamples."""
+    return self.resolution // self.low_resolution
+
+  @property
+  def loss_spec(self) -> LossSpec:
+    """Which error it is trained on."""
+    fields = dataclasses.fields(LossSpec)
+    return LossSpec(**{f.name: getattr(self, f.name) for f in fields})
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How one stage is sampled; every field can be chosen at call time.
-
-  Attributes:
-    sampler: 'ddpm', 'ddim' or 'dpmpp'.
-    steps: network evaluations (each of two branches when guided).
-    guidance: w in w·cond + (1 − w)·uncond; 1 is none.
-    guidance_interval: (lowest, highest) log-SNR at which to guide, or None.
-    threshold: 'dynamic', 'static' or None.
-    percentile: of dynamic thresholding, on a 0–100 scale.
-    aug_level: noise added to the low-resolution image, in [0, 1].
-    gamma: of DDPM, between the two variances of eq. 6.
-    eta: of DDIM, 0 is deterministic.
-    strength: when starting from an image, how far back to noise, in (0, 1];
-      the steps taken shrink with it.
-    grid: steps evenly spaced in 'time' or in 'logsnr'.
-  """
-
-  sampler: str = 'dpmpp'
-  steps: int = 32
-  guidance: float = 1.0
-  guidance_interval: tuple[float, float] | None = None
-  threshold: str | None = 'dynamic'
-  percentile: float = 99.5
-  aug_level: float = 0.0
-  gamma: float = 0.3
-  eta: float = 0.0
-  strength: float = 1.0
-  grid: str = 'time'
-
-
-NETS = {'unet': UNet, 'efficient_unet': EfficientUNet}
-
-
-def from_config(config, *, text_dim, text_len, dtype=jnp.float32):
-  """Builds a `Stage` from a config's `stage` section (a plain mapping).
+def from_config(
+  config: Mapping[str, Any],
+  *,
+  text_dim: int,
+  text_len: int,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Stage:
+  """Builds a `Stage` from a config's `stage` section.
 
   Args:
     config: name, resolution, low_resolution, net {kind, …}, schedule {kind,
-      …}, and any other field of `Stage`; `sampling` holds `Sampling`'s.
+      …}, and any other field of `Stage`; `sampling` holds `SamplingConfig`'s.
     text_dim: width of the text encoder's embeddings.
     text_len: its number of positions.
     dtype: activations' type.
@@ -111,21 +134,77 @@ def from_config(config, *, text_dim, text_len, dtype=jnp.float32):
   Raises:
     UsageError: naming the key that is wrong.
   """
-  config = {k: v for k, v in config.items()}
-  net = dict(config.pop('net'))
-  kind = net.pop('kind')
-  if kind not in NETS:
-    raise UsageError(
-      f'stage.net.kind is {kind!r}; it can be {" or ".join(NETS)}.'
-    )
-  net = {k: _tuples(v) for k, v in net.items()}
-  if kind == 'unet':
-    net.setdefault('resolution', config['resolution'])
-  sampling = {k: _tuples(v) for k, v in dict(config.pop('sampling')).items()}
-  _known('stage.net', net, NETS[kind])
-  _known('stage.sampling', sampling, Sampling)
-  logsnr_fn = make_schedule(**dict(config.pop('schedule')))
-  _known('stage', config, Stage)
+  config = dict(config)
+  net, sampling = _section(config, 'net'), _section(config, 'sampling')
+  cls = kinds.find(
+    net.pop('kind', None), NETS, key='stage.net.kind', base=Network
+  )
+  _check_names('stage.net', net, cls)
+  _check_names('stage.sampling', sampling, SamplingConfig)
+  logsnr_fn = make_schedule(**_section(config, 'schedule'))
+  _check_names('stage', config, Stage)
+  _check_values(config)
+  filled = {'resolution': config['resolution'], 'dtype': dtype}
+  fields = {field.name for field in dataclasses.fields(cls)}
+  net = {k: v for k, v in filled.items() if k in fields} | net
+  try:
+    sampling = SamplingConfig(**sampling)
+  except SettingError as error:
+    raise UsageError(f'stage.sampling.{error}') from error
+  return Stage(
+    net=cls(**net),
+    logsnr_fn=logsnr_fn,
+    sampling=sampling,
+    text_dim=text_dim,
+    text_len=text_len,
+    **config,
+  )
+
+
+def _section(config, name):
+  """Takes a section out of a config; lists become tuples, which hash."""
+  return {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in dict(config.pop(name)).items()
+  }
+
+
+def _check_names(where, given, cls):
+  fields = {field.name for field in dataclasses.fields(cls)}
+  for key in given:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      raise UsageError(
+        f'{where} has no key {key!r}'
+        + (f'; did you mean {near[0]}?' if near else '.')
+        + f' It knows {", ".join(sorted(fields - {"parent"}))}.'
+      )
+
+
+def _check_values(config):
+  """Refuses values of `stage` that cannot work or would have no effect."""
+  weighting = config.get('weighting')
+  for key, choices in (
+    ('prediction', PREDICTIONS),
+    ('weighting', (None, *WEIGHTINGS)),
+  ):
+    value = config.get(key, choices[0])
+    if value not in choices:
+      names = ', '.join(map(str, choices))
+      raise UsageError(f'stage.{key} is {value!r}; choose of {names}.')
+  for key, needs in (
+    ('min_snr_gamma', 'min_snr'),
+    ('sigmoid_bias', 'sigmoid'),
+  ):
+    default = getattr(LossSpec, key)
+    if config.get(key, default) != default and weighting != needs:
+      raise UsageError(
+        f'stage.{key} has no effect with stage.weighting={weighting!r}; set '
+        f'that to {needs!r}, or leave {key} out.'
+      )
+  if not config.get('min_snr_gamma', 1.0) > 0:
+    gamma = config['min_snr_gamma']
+    raise UsageError(f'stage.min_snr_gamma is {gamma:g}; it is positive.')
   level = config.get('max_level', 1.0)
   if not 0 <= level <= 1:
     raise UsageError(f'stage.max_level is {level:g}; it lies in [0, 1].')
@@ -137,55 +216,38 @@ def from_config(config, *, text_dim, text_len, dtype=jnp.float32):
       'stage.contrast_floor is for stages with a stage.low_resolution; '
       'set it to None.'
     )
-  return Stage(
-    net=NETS[kind](**net, dtype=dtype),
-    logsnr_fn=logsnr_fn,
-    sampling=Sampling(**sampling),
-    text_dim=text_dim,
-    text_len=text_len,
-    **config,
-  )
 
 
-def _tuples(value):
-  return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _known(where, given, cls):
-  fields = {field.name for field in dataclasses.fields(cls)}
-  for key in given:
-    if key not in fields:
-      raise UsageError(
-        f'{where} has no key {key!r}; it knows {", ".join(sorted(fields))}.'
-      )
-
-
-def make_schedule(kind, shift_from=None, resolution=None, **options):
-  """A log-SNR function of t: kind 'cosine' or 'linear', optionally shifted.
+def make_schedule(
+  kind: str,
+  shift_from: int | None = None,
+  resolution: int | None = None,
+  **options,
+) -> Callable[[jax.Array], jax.Array]:
+  """A log-SNR function of t, optionally shifted.
 
   Args:
-    kind: 'cosine' or 'linear'.
+    kind: a name in `SCHEDULES`.
     shift_from: resolution at which the schedule holds unshifted; None: no
       shift. At `resolution` the log-SNR moves by 2·log(shift_from/resolution).
     resolution: the stage's, with `shift_from`.
     **options: of the schedule's function.
+
+  Raises:
+    UsageError: the kind is unknown.
   """
-  functions = {
-    'cosine': schedule.cosine_logsnr,
-    'linear': schedule.linear_logsnr,
-  }
-  if kind not in functions:
+  if kind not in SCHEDULES:
     raise UsageError(
-      f"stage.schedule.kind is {kind!r}; it can be 'cosine' or 'linear'."
+      f'stage.schedule.kind is {kind!r}; it can be {" or ".join(SCHEDULES)}.'
     )
-  known = inspect.signature(functions[kind]).parameters
+  known = inspect.signature(SCHEDULES[kind]).parameters
   for key in options:
     if key not in known:
       raise UsageError(
         f'stage.schedule has no key {key!r}; {kind!r} knows '
         f'{", ".join(name for name in known if name != "t")}.'
       )
-  plain = functools.partial(functions[kind], **options)
+  plain = functools.partial(SCHEDULES[kind], **options)
   if shift_from is None:
     return plain
   return lambda t: schedule.shifted_logsnr(
@@ -193,7 +255,7 @@ def make_schedule(kind, shift_from=None, resolution=None, **options):
   )
 
 
-def init_params(stage, key):
+def init_params(stage: Stage, key: jax.Array) -> dict:
   """Fresh float32 parameters; `param_shapes` gives their shapes alone."""
   side = stage.crop or stage.resolution
   z = jnp.zeros((1, side, side, 3))
@@ -204,7 +266,7 @@ def init_params(stage, key):
   return stage.net.init(key, z, level, text, mask, *extra)['params']
 
 
-def param_shapes(stage):
+def param_shapes(stage: Stage) -> dict:
   """The shapes of `init_params`' result.
 
   Raises:
@@ -223,13 +285,6 @@ def param_shapes(stage):
     ) from error
 
 
-def num_params(params):
+def num_params(params: Any) -> int:
   """How many numbers a parameter tree holds."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def multiple(stage):
-  """Heights and widths of a stage's images are multiples of this."""
-  if isinstance(stage.net, UNet):
-    return 2 ** (len(stage.net.channel_mults) - 1)
-  return math.prod(stage.net.strides)

@@ -6,8 +6,7 @@ import signal
 import sys
 import time
 
-from imagen_jax.cli import errors, runtime
-from imagen_jax.cli.sample import per_stage
+from imagen_jax.cli import errors, runtime, sampling_flags
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig
 from imagen_jax.evaluation.listener import Listener
@@ -72,11 +71,7 @@ def _parser():
   )
   add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
   add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
-  add('--sampler', help='ddpm, ddim or dpmpp')
-  add('--steps', help='network evaluations; lists have one value a stage')
-  add('--guidance', help='w in w·cond + (1−w)·uncond; 1 is none')
-  add('--aug_level', help='noise on the low-resolution input, 0 to 1')
-  add('--threshold', help='dynamic, static or none')
+  sampling_flags.add_flags(parser, SAMPLING)
   add('--dtype', default=EvalConfig.dtype, help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; 4, or 32 on a GPU')
   add(
@@ -118,9 +113,9 @@ def _config(args):
     'sweep': _sweep(args.sweep),
     'shard': args.shard and _shard(args.shard),
     'sampling': {
-      key: per_stage(key, getattr(args, key))
-      for key in SAMPLING
-      if getattr(args, key) is not None
+      key: value
+      for key, value in sampling_flags.choices(args, SAMPLING).items()
+      if value is not None
     },
   }
   fields = dataclasses.fields(EvalConfig)
@@ -138,7 +133,9 @@ def _sweep(texts):
         f'KEY one of {", ".join(SAMPLING)}, or STAGE.KEY.'
       )
     key = target.rpartition('.')[2]
-    sweep[target] = tuple(per_stage(key, value) for value in values.split(','))
+    sweep[target] = tuple(
+      sampling_flags.per_stage(key, value) for value in values.split(',')
+    )
   return sweep
 
 

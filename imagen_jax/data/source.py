@@ -61,6 +61,15 @@ class Source(abc.ABC):
   def note(self, name: str, reason: str) -> None:
     """Counts an example that turned out bad; may raise `DataError`."""
 
+  @classmethod
+  def prompt_notes(cls, prompts: typing.Sequence[str]) -> typing.Sequence[str]:
+    """What a user should know of prompts for a model trained on this source.
+
+    Returns:
+      sentences, such as one that names words which no caption contains.
+    """
+    return ()
+
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
     """Refuses stored embeddings that are not of this text encoder."""
 

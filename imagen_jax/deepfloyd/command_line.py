@@ -1,11 +1,21 @@
 """sample.py with a DeepFloyd IF folder as its --model."""
 
+import argparse
 import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from imagen_jax.cli import output, sampling_flags
 from imagen_jax.errors import UsageError
 
+if TYPE_CHECKING:
+  import numpy as np
 
-def add_flags(parser):
+# One value per stage, beside `steps`, which have a form of their own.
+SAMPLING = ('sampler', 'guidance', 'aug_level', 'strength', 'style_fraction')
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags that only IF knows."""
   group = parser.add_argument_group(
     'DeepFloyd IF', 'With an IF folder as --model; see the README.'
@@ -27,40 +37,14 @@ def add_flags(parser):
   )
 
 
-def is_folder(path):
+def is_folder(path: str | pathlib.Path) -> bool:
   """Whether --model is an IF folder; imports nothing heavy."""
-  if path is None:
-    return False
   folder = pathlib.Path(path)
   parts = [folder, *(folder.iterdir() if folder.is_dir() else [])]
   return any((part / 'unet' / 'config.json').exists() for part in parts)
 
 
-ONLY_HERE = (
-  'negative_prompt',
-  'style_prompt',
-  'style_fraction',
-  'aspect_ratio',
-  'clean_caption',
-  'text_cache',
-  'upsample_with',
-)
-
-
-def check_unused(args):
-  """Refuses IF's flags where the model is none of IF's.
-
-  Raises:
-    UsageError: naming the flag.
-  """
-  for name in ONLY_HERE:
-    if getattr(args, name):
-      raise UsageError(
-        f'--{name} works with a DeepFloyd IF folder as --model only.'
-      )
-
-
-def steps_per_stage(text):
+def steps_per_stage(text: str | None) -> str | list[str] | None:
   """'smart50,50' as ['smart50', '50']; a respacing's numbers need ':'.
 
   '10:10:3:2:2,50' is IF's '10,10,3,2,2' for the first stage.
@@ -71,103 +55,103 @@ def steps_per_stage(text):
   return values[0] if len(values) == 1 else values
 
 
-def generate(args, prompts, *, per_stage, write, progress):
-  """Generates what `sample.py`'s arguments ask for.
+def generate(
+  args: argparse.Namespace, prompts: Sequence[str]
+) -> tuple['np.ndarray', list[dict]]:
+  """(images, records) of what `sample.py`'s arguments ask for.
 
-  Args:
-    args: parsed arguments.
-    prompts: list of strings.
-    per_stage, write, progress: sample.py's own.
-
-  Returns:
-    the exit code.
+  Raises:
+    UsageError: a flag cannot work, or has no effect.
   """
-  import jax
-
-  import imagen_jax
   from imagen_jax.cascade import conditioning
+  from imagen_jax.cascade.batching import Request
   from imagen_jax.deepfloyd import cleaning, images, pipeline
-  from imagen_jax.io.images import open_image
 
-  if args.threshold is not None:
-    raise UsageError(
-      "--threshold is fixed by an IF stage's scheduler_config.json; leave it "
-      'out.'
-    )
+  _check_flags(args)
+  request = Request(prompts, args.seed, range(args.num_images), args.batch_size)
   model = pipeline.load(
     args.model,
     dtype=args.dtype,
-    stages=args.stages.split(',') if args.stages else None,
+    stages=sampling_flags.stage_names(args),
     fsdp=args.fsdp,
   )
   third = _third_stage(args, model)
-  choices = {
-    'sampler': per_stage('sampler', args.sampler),
-    'steps': steps_per_stage(args.steps),
-    'guidance': per_stage('guidance', args.guidance),
-    'aug_level': per_stage('aug_level', args.aug_level),
-    'strength': per_stage('strength', args.strength),
-    'mixer': per_stage('style_fraction', args.style_fraction),
-  }
+  choices = sampling_flags.choices(args, SAMPLING)
+  choices['steps'] = steps_per_stage(args.steps)
   clean = cleaning.cleaner(args.clean_caption)
-  cleaned = [clean(prompt) for prompt in prompts]
-  opened = {
-    name: open_image(path, mode)
-    for name, path, mode in (
-      ('image', args.init_image, 'RGB'),
-      ('mask', args.mask, 'L'),
-      ('low_res', args.low_res, 'RGB'),
-    )
-    if path is not None
-  }
-  batch = args.batch_size or min(4, len(prompts) * args.num_images)
   style = args.style_prompt
+  again = {
+    'seed': args.seed,
+    'num_images': args.num_images,
+    'batch_size': request.batch,
+  }
   generated = model.sample(
-    cleaned,
-    seed=args.seed,
-    num_images=args.num_images,
+    [clean(prompt) for prompt in prompts],
     negative_prompt=clean(args.negative_prompt or ''),
     style_prompt=None if style is None else clean(style),
     aspect=images.parse_aspect(args.aspect_ratio or '1:1'),
     cache=args.text_cache,
-    batch_size=batch,
-    callback=progress(),
-    **opened,
+    callback=output.progress(),
+    **_open_images(args),
+    **again,
     **choices,
   )
-  record = {
+  last = conditioning.to_uint8(list(generated.values())[-1])
+  if third is not None:
+    callback = output.progress()
+    generated = third.sample(prompts, low_res=last, callback=callback, **again)
+    last = list(generated.values())[-1]
+  record = _record(args, model, choices) | {'batch_size': request.batch}
+  return last, [
+    record | {'prompt': prompts[p], 'index': i} for p, i in request.rows
+  ]
+
+
+def _check_flags(args):
+  """Refuses flags that cannot work with IF, or change nothing in this call."""
+  for name in ('threshold', 'grid'):
+    if getattr(args, name) is not None:
+      raise UsageError(
+        "is fixed by an IF stage's scheduler_config.json; leave it out.",
+        key=name,
+      )
+  if args.aspect_ratio and (args.init_image or args.low_res):
+    raise UsageError(
+      "has no effect: the image's own shape is kept; leave it out.",
+      key='aspect_ratio',
+    )
+
+
+def _open_images(args):
+  """{'image', 'mask', 'low_res'} as PIL images, of those that are given."""
+  from imagen_jax.io.images import open_image
+
+  given = (
+    ('image', args.init_image, 'RGB'),
+    ('mask', args.mask, 'L'),
+    ('low_res', args.low_res, 'RGB'),
+  )
+  return {name: open_image(path, mode) for name, path, mode in given if path}
+
+
+def _record(args, model, choices):
+  """What made the images of a call, for their PNGs."""
+  import jax
+
+  import imagen_jax
+
+  settings = {k: str(v) for k, v in choices.items() if v is not None}
+  return {
+    'format': 'DeepFloyd IF',
     'seed': args.seed,
-    'batch_size': batch,
-    'devices': f'{len(jax.devices())} {jax.devices()[0].platform}',
+    'devices': output.devices(),
     'dtype': model.dtype.name,
     'jax': jax.__version__,
     'model': str(args.model),
-    'if_stages': {
-      part.name: {k: str(v) for k, v in choices.items() if v is not None}
-      for part in model.stages
-    },
+    'stages': {part.name: settings for part in model.stages},
     'upsample_with': args.upsample_with,
     'version': imagen_jax.__version__,
   }
-  records = [
-    record | {'prompt': prompt, 'index': i}
-    for prompt in prompts
-    for i in range(args.num_images)
-  ]
-  last = conditioning.to_uint8(list(generated.values())[-1])
-  if third is not None:
-    generated = third.sample(
-      prompts,
-      seed=args.seed,
-      num_images=args.num_images,
-      low_res=last,
-      batch_size=batch,
-      callback=progress(),
-    )
-    last = list(generated.values())[-1]
-  for path in write(pathlib.Path(args.out), last, records):
-    print(path)
-  return 0
 
 
 def _third_stage(args, model):
@@ -180,14 +164,15 @@ def _third_stage(args, model):
   takes, last = third.stages[0].low_resolution, model.stages[-1]
   if takes is None:
     raise UsageError(
-      f'--upsample_with names {args.upsample_with}, whose stage '
-      f'{third.stages[0].name} generates from text alone; name the folder of a '
-      'super-resolution stage.'
+      f'stage {third.stages[0].name} of {args.upsample_with} generates from '
+      'text alone; name the folder of a super-resolution stage.',
+      key='upsample_with',
     )
   if takes != last.resolution:
     raise UsageError(
       f'{last.name} generates {last.resolution} pixels a side and stage '
       f'{third.stages[0].name} of {args.upsample_with} upsamples {takes}; '
-      'choose others with --stages or --upsample_with.'
+      'choose another, or other --stages.',
+      key='upsample_with',
     )
   return third

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from imagen_jax.errors import UsageError
+from imagen_jax.typing import Image, LowRes
 
 
-def upsample(image, height, width):
+def upsample(image: LowRes, height: int, width: int) -> Image:
   """Bilinear, corners on corners: [B, h, w, C] -> [B, height, width, C].
 
   torch's align_corners=True, which IF's stage II was trained with;
@@ -24,7 +25,7 @@ def upsample(image, height, width):
   return image
 
 
-def parse_aspect(text):
+def parse_aspect(text: str) -> tuple[int, int]:
   """'16:9' as (16, 9).
 
   Raises:
@@ -36,6 +37,7 @@ def parse_aspect(text):
       raise ValueError
   except ValueError:
     raise UsageError(
-      f'aspect ratio {text!r} is not understood; give width:height such as 3:2.'
+      f'{text!r} is not understood; give width:height such as 3:2.',
+      key='aspect_ratio',
     ) from None
   return width, height

@@ -1,27 +1,27 @@
 """DeepFloyd IF from prompts to images: T5, stage I, stage II, one at a time.
 
 Text to image, image to image, inpainting, upsampling an image of one's own,
-and IF's style transfer are one function with more or fewer arguments: a
-image to start from, a mask, a second prompt.
+and IF's style transfer are one function with more or fewer arguments: an image
+to start from, a mask, a second prompt.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 
 from imagen_jax import sharding
-from imagen_jax.deepfloyd import (
-  schedule,
-  settings,
-  stage,
-  text,
-  weights,
-)
-from imagen_jax.diffusion.samplers import image_key
+from imagen_jax.cascade import batching
+from imagen_jax.cascade.batching import Request
+from imagen_jax.deepfloyd import settings, stage, text, weights
+from imagen_jax.deepfloyd.settings import Settings
+from imagen_jax.deepfloyd.stage import SampleInputs, Stage
+from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
@@ -34,7 +34,13 @@ def _stage_folders(path):
   return [p for p in places if (p / 'unet' / 'config.json').exists()]
 
 
-def load(path, *, dtype='auto', stages=None, fsdp=None):
+def load(
+  path: str | pathlib.Path,
+  *,
+  dtype: str = 'auto',
+  stages: Sequence[str] | None = None,
+  fsdp: int | None = None,
+) -> 'IF':
   """Opens IF: the configs now, the weights when generating.
 
   Args:
@@ -62,14 +68,15 @@ def load(path, *, dtype='auto', stages=None, fsdp=None):
     for name in stages:
       if name not in names:
         raise UsageError(
-          f'{path} has no stage {name!r}; it has {", ".join(names)}.'
+          f'{path} has no stage {name!r}; it has {", ".join(names)}.',
+          key='stages',
         )
     found = [s for s in found if s.name in stages]
   for lower, upper in zip(found, found[1:]):
     if not upper.upsamples or upper.resolution <= lower.resolution:
       raise ModelError(
         f'{lower.name} and {upper.name} in {path} do the same thing; choose '
-        'one of them with --stages.'
+        'one of them as the stages to use.'
       )
   return IF(path, found, resolve_dtype(dtype), fsdp)
 
@@ -83,13 +90,19 @@ class IF:
     dtype: of activations and weights.
   """
 
-  def __init__(self, path, stages, dtype, fsdp):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    stages: Sequence[Stage],
+    dtype: jax.typing.DTypeLike,
+    fsdp: int | None,
+  ):
     self.path = path
     self.stages = stages
     self.dtype = jnp.dtype(dtype)
     self._mesh = functools.partial(sharding.sampling_mesh, fsdp=fsdp)
 
-  def settings(self, task, **choices):
+  def settings(self, task: str, **choices) -> list[Settings]:
     """`Settings` of every stage: the task's defaults, changed by `choices`.
 
     Args:
@@ -102,7 +115,9 @@ class IF:
     """
     return settings.choose(self.stages, task, choices)
 
-  def embed(self, prompts, *, cache=None):
+  def embed(
+    self, prompts: Sequence[str], *, cache: str | pathlib.Path | None = None
+  ) -> dict[str, np.ndarray]:
     """{prompt: [77, D]}; T5 leaves the device afterwards. See `text.embed`."""
     prompts = list(dict.fromkeys(prompts))
     folders = [self.path, *(s.folder for s in self.stages)]
@@ -117,22 +132,22 @@ class IF:
 
   def sample(
     self,
-    prompts,
+    prompts: str | Sequence[str],
     *,
-    seed=0,
-    num_images=1,
-    negative_prompt='',
-    style_prompt=None,
-    low_res=None,
-    image=None,
-    mask=None,
-    aspect=(1, 1),
-    cache=None,
-    batch_size=None,
-    callback=None,
+    seed: int = 0,
+    num_images: int = 1,
+    negative_prompt: str = '',
+    style_prompt: str | None = None,
+    low_res: PIL.Image.Image | None = None,
+    image: PIL.Image.Image | None = None,
+    mask: PIL.Image.Image | None = None,
+    aspect: tuple[int, int] = (1, 1),
+    cache: str | pathlib.Path | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
     **choices,
-  ):
-    """Generates images of prompts.
+  ) -> dict[str, np.ndarray]:
+    """Samples images of prompts.
 
     Image i of a prompt depends on (seed, prompt, i) and the settings, not
     on what else is generated.
@@ -143,11 +158,12 @@ class IF:
       num_images: images per prompt.
       negative_prompt: what guidance steers away from, in place of nothing.
       style_prompt: its pooled text is used for the time embedding, and its
-        prediction is mixed in by `mixer`: IF's dream and style transfer.
-      low_res: a PIL image for a first stage that upsamples.
-      image: a PIL image to start from (`strength`), or to repaint.
-      mask: a PIL image of the same shape, white where to repaint; the rest
-        is kept to the bit.
+        prediction is mixed in by `style_fraction`: IF's dream and style
+        transfer.
+      low_res: an image for a first stage that upsamples.
+      image: an image to start from (`strength`), or to inpaint.
+      mask: of the same shape, white where to inpaint; the rest is kept to the
+        bit.
       aspect: (width, height), without `image` or `low_res`.
       cache: a directory of embeddings, see `text.embed`.
       batch_size: images at a time, 4 at most by default.
@@ -161,144 +177,121 @@ class IF:
     Raises:
       UsageError, ModelError: see `settings`, `embed` and `Stage.load`.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     task = 'text' if image is None else 'image' if mask is None else 'mask'
     chosen = self.settings(task, **choices)
-    image_io.check_pair(image, mask)
-    if not 0 <= seed < 2**32:
-      raise UsageError(f'seed is {seed}; it lies in 0 … 2³² − 1.')
-    rows = [(p, i) for p in prompts for i in range(num_images)]
-    if not rows:
+    request = Request(
+      prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+      seed=seed,
+      indices=tuple(range(num_images)),
+      batch_size=batch_size,
+      callback=callback,
+    )
+    first = self.stages[0]
+    batching.check_images(
+      first.name,
+      first.upsamples,
+      low_res=low_res,
+      image=image,
+      mask=mask,
+      strength=choices.get('strength'),
+    )
+    if style_prompt is None and choices.get('style_fraction') is not None:
       raise UsageError(
-        'there is nothing to generate: give a prompt, and num_images ≥ 1.'
+        'style_fraction has no effect without a style prompt.',
+        key='style_fraction',
       )
-    low = self._first_input(low_res, len(rows))
-    wanted = [*prompts, negative_prompt]
+    if negative_prompt and all(setting.guidance <= 1 for setting in chosen):
+      raise UsageError(
+        'the negative prompt has no effect without guidance above 1.',
+        key='negative_prompt',
+      )
+    low = None
+    if low_res is not None:
+      low = image_io.to_float(low_res, *low_res.size)
+      low = np.broadcast_to(low, (len(request.rows), *low.shape))
+    wanted = [*request.prompts, negative_prompt]
     wanted += [style_prompt] if style_prompt is not None else []
     texts = self.embed(wanted, cache=cache)
     results = {}
     for part, setting in zip(self.stages, chosen):
-      shape = self._shape(part, low, image, aspect)
-      rest = {
-        'image': image and image_io.to_float(image, shape[1], shape[0]),
-        'mask': mask and image_io.to_mask(mask, shape[1], shape[0]),
-        'style': None if style_prompt is None else texts[style_prompt],
-        'uncond': texts[negative_prompt],
-      }
-      low = self._run_stage(
+      width, height = _size(part, low, image, aspect)
+      shared = batching.start_from(image, mask, width, height)
+      if setting.guidance > 1:
+        shared['uncond'] = texts[negative_prompt]
+      if style_prompt is not None:
+        shared['pooled'] = shared['mixed'] = texts[style_prompt]
+      inputs = _stage_inputs(part, request, texts, low, shared)
+      run = functools.partial(
+        _generate,
         part,
         setting,
-        [(texts[p], image_key(seed, p, i)) for p, i in rows],
-        low,
-        rest,
-        shape,
-        batch_size or min(4, len(rows)),
-        callback,
+        plan=settings.plan(part, setting, image is not None),
+        shape=(height, width, 3),
       )
+      low = self._run_stage(part, request, inputs, run)
       results[part.name] = low
     return results
 
-  def _first_input(self, low_res, count):
-    first = self.stages[0]
-    if not first.upsamples:
-      if low_res is not None:
-        raise UsageError(
-          f'stage {first.name} generates from text alone and takes no '
-          'low-resolution image; choose a later stage with --stages.'
-        )
-      return None
-    if low_res is None:
-      raise UsageError(
-        f'stage {first.name} upsamples images: give it one with --low_res, '
-        'or add a first stage.'
-      )
-    low = image_io.to_float(low_res, *low_res.size)
-    return np.broadcast_to(low, (count, *low.shape))
-
-  def _shape(self, part, low, image, aspect):
-    """(H, W, 3) of what a stage generates."""
-    if image is not None:
-      width, height = image_io.shaped(*image.size, part.resolution)
-    elif low is not None:
-      # As IF: four times what came in, in whole units of 32 pixels.
-      height, width = (side * 4 // 32 * 32 for side in low.shape[1:3])
-    else:
-      width, height = image_io.shaped(*aspect, part.resolution)
-    multiple = part.config.multiple
-    if height < multiple or height % multiple or width % multiple or not width:
-      raise UsageError(
-        f'stage {part.name} cannot generate {width}×{height} pixels: it takes '
-        f'multiples of {multiple}; crop the image or change the aspect '
-        'ratio.'
-      )
-    return height, width, 3
-
-  def _run_stage(self, part, setting, rows, low, rest, shape, batch, callback):
-    """One stage for every row, `batch` rows at a time, the last one padded."""
-    plan = schedule.plan(
-      part.schedule,
-      settings.steps_of(part, setting, rest['image'] is not None),
-      setting.sampler,
-    )
-    size = weights.num_bytes(part.folder / 'unet')
-    mesh = self._mesh(size)
-    batch = -(-batch // mesh.size) * mesh.size
+  def _run_stage(self, part, request, inputs, run):
+    """One stage for every row: float32 [N, H, W, 3] in [−1, 1]."""
+    mesh = self._mesh(weights.num_bytes(part.folder / 'unet'))
     module, params = part.load(
       dtype=self.dtype,
       weights_dtype=self.dtype,
       place=functools.partial(sharding.leaf_sharding, mesh=mesh),
     )
-    scalars = {'weight': np.float32(setting.guidance)}
-    if low is not None:
-      level = min(round(setting.aug_level * 1000), 999)
-      scalars |= stage.noise_terms(part.noising, level)
-    if rest['style'] is not None:
-      scalars['mixer'] = np.float32(setting.mixer)
-    generated = []
-    for start in range(0, len(rows), batch):
-      chosen = rows[start : start + batch]
-      padded = chosen + [chosen[-1]] * (batch - len(chosen))
-      arrays = {'text': np.stack([emb for emb, _ in padded])}
-      every = lambda x: np.broadcast_to(x, (batch, *x.shape))
-      if setting.guidance > 1:
-        arrays['uncond'] = every(rest['uncond'])
-      for name in ('image', 'mask'):
-        if rest[name] is not None:
-          arrays[name] = every(rest[name])
-      if rest['style'] is not None:
-        arrays['pooled'] = arrays['mixed'] = every(rest['style'])
-      if low is not None:
-        lows = low[start : start + batch]
-        fill = np.repeat(lows[-1:], batch - len(lows), axis=0)
-        arrays['low'] = np.concatenate([lows, fill])
-      keys = [jax.random.fold_in(key, part.resolution) for _, key in padded]
-      arrays['keys'] = np.stack(
-        [np.asarray(jax.random.key_data(k)) for k in keys]
-      )
-      arrays = sharding.put_whole_batch(arrays, mesh)
-      keys = arrays.pop('keys')
-      with jax.set_mesh(mesh):
-        out = stage.generate(
-          params,
-          plan,
-          stage.Given(**arrays, **scalars),
-          keys,
-          module=module,
-          made=part.schedule,
-          shape=shape,
-        )
-      generated.append(np.asarray(out)[: len(chosen)])
-      if callback is not None:
-        callback(part.name, start + len(chosen), len(rows))
-    jax.tree.map(lambda leaf: leaf.delete(), params)
-    return np.concatenate(generated)
+    sample = functools.partial(run, module, params)
+    images = batching.generate(request, part.name, mesh, inputs, sample)
+    batching.free(params)
+    return images
 
 
-def previewer(part, module, shape):
-  """A function that generates as a stage does when not told how.
+def _generate(part, setting, module, params, inputs, *, plan, shape):
+  """`stage.generate` of inputs on a mesh, which lack the scalars."""
+  made = part.schedule
+  if module.config.out_channels == 3:  # a network without the variance
+    made = dataclasses.replace(made, variance_type='fixed_small')
+  inputs = inputs._replace(**settings.scalars(part, setting))
+  return stage.generate(
+    params, inputs, plan, module=module, made=made, shape=shape
+  )
+
+
+def _size(part, low, image, aspect):
+  """(width, height) of a stage's images."""
+  if image is not None:
+    width, height = image_io.shaped(*image.size, part.resolution)
+  elif low is not None:
+    # As IF: four times what came in, in whole units of 32 pixels.
+    height, width = (side * 4 // 32 * 32 for side in low.shape[1:3])
+  else:
+    width, height = image_io.shaped(*aspect, part.resolution)
+  batching.check_size(part.name, width, height, part.config.multiple)
+  return width, height
+
+
+def _stage_inputs(part, request, texts, low, shared):
+  """Numbers of rows -> `SampleInputs` on the host, but for the scalars."""
+
+  def inputs(rows):
+    prompts = [request.prompts[request.rows[row][0]] for row in rows]
+    return SampleInputs(
+      keys=request.key_data(rows, part.resolution),
+      text=np.stack([texts[prompt] for prompt in prompts]),
+      low_res=None if low is None else low[rows],
+      **batching.repeated(shared, len(rows)),
+    )
+
+  return inputs
+
+
+def previewer(
+  part: Stage, module: IFUNet, shape: tuple[int, int, int]
+) -> Callable:
+  """A function that generates with a stage's own settings.
 
   Args:
-    part: the `stage.Stage`.
+    part: the stage.
     module: its network, perhaps without the variance.
     shape: (H, W, 3).
 
@@ -308,23 +301,17 @@ def previewer(part, module, shape):
     stage, `low` [B, h, w, 3].
   """
   (setting,) = settings.choose([part], 'text', {})
-  made = part.schedule
-  if module.config.out_channels == 3:
-    made = dataclasses.replace(made, variance_type='fixed_small')
-  plan = schedule.plan(
-    made, settings.steps_of(part, setting, False), setting.sampler
-  )
-  scalars = {'weight': np.float32(setting.guidance)}
-  if part.upsamples:
-    scalars |= stage.noise_terms(part.noising, round(setting.aug_level * 1000))
+  plan = settings.plan(part, setting, from_image=False)
 
   def generate(params, arrays, empty):
-    arrays = dict(arrays)
-    keys = arrays.pop('keys')
-    empty = jnp.broadcast_to(empty, arrays['text'].shape)
-    given = stage.Given(**arrays, uncond=empty, **scalars)
-    return stage.generate(
-      params, plan, given, keys, module=module, made=made, shape=shape
+    inputs = SampleInputs(
+      keys=arrays['keys'],
+      text=arrays['text'],
+      uncond=jnp.broadcast_to(empty, arrays['text'].shape),
+      low_res=arrays.get('low'),
+    )
+    return _generate(
+      part, setting, module, params, inputs, plan=plan, shape=shape
     )
 
   return generate

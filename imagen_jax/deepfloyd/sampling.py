@@ -1,12 +1,20 @@
 """From noise to an image with an IF network: guidance, and one loop."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from imagen_jax.deepfloyd.schedule import Plan, Schedule
 from imagen_jax.diffusion.guidance import magnitude_percentile
+from imagen_jax.typing import Array, Image, PixelMask, Scalars, TextEmb
+
+Predictor = Callable[[Array, Array], tuple[Array, Array | None]]
 
 
-def threshold(x, schedule):
+def threshold(x: Image, schedule: Schedule) -> Image:
   """The predicted image brought back into range, as the schedule says.
 
   Dynamic thresholding with a cap: the quantile s of |x| over an image's
@@ -25,19 +33,34 @@ def threshold(x, schedule):
   return x
 
 
+class Texts(NamedTuple):
+  """What a network's branches read.
+
+  Attributes:
+    text: [B, L, D] embeddings of the prompts.
+    uncond: [B, L, D] embeddings of what to steer away from; None: no guidance.
+    guidance: w, a number or a traced scalar.
+    pooled: [B, L, D] for the pooled vector of c and p; None is each one's own.
+    mixed: [B, L, D], the text of p.
+    mixer: m, a number or a traced scalar.
+  """
+
+  text: TextEmb
+  uncond: TextEmb | None = None
+  guidance: Scalars | None = None
+  pooled: TextEmb | None = None
+  mixed: TextEmb | None = None
+  mixer: Scalars | None = None
+
+
 def predictor(
-  module,
-  params,
-  text,
+  module: nn.Module,
+  params: dict,
+  given: Texts,
   *,
-  uncond=None,
-  weight=None,
-  low_res=None,
-  noise_level=None,
-  pooled_text=None,
-  mixed_text=None,
-  mixer=0.0,
-):
+  low_res: Image | None = None,
+  noise_level: Scalars | None = None,
+) -> Predictor:
   """`predict(z, t) -> (eps, v)`, guided, for `sample`; v is None without one.
 
   eps = u + w (c − u) with the empty (or negative) prompt's u. With a second
@@ -47,54 +70,56 @@ def predictor(
   Args:
     module: `IFUNet`.
     params: its parameters.
-    text: [B, L, D] embeddings.
-    uncond: [B, L, D] embeddings of what to steer away from; None: no guidance.
-    weight: w, a number or a traced scalar.
+    given: the texts and their weights.
     low_res: [B, H, W, 3], upsampled and noised, of a super-resolution stage.
     noise_level: its noise, a step number.
-    pooled_text: [B, L, D] for the pooled vector of c and p; None is each
-      one's own.
-    mixed_text: [B, L, D], the text of p.
-    mixer: m, a number or a traced scalar.
   """
-  texts = [text]
-  pooled = [text if pooled_text is None else pooled_text]
-  if mixed_text is not None:
-    texts.append(mixed_text)
-    pooled.append(mixed_text)
-  if uncond is not None:
-    texts.append(uncond)
-    pooled.append(uncond)
-  count, batch = len(texts), text.shape[0]
+  texts = [given.text]
+  pooled = [given.text if given.pooled is None else given.pooled]
+  for other in (given.mixed, given.uncond):
+    if other is not None:
+      texts.append(other)
+      pooled.append(other)
+  batch = given.text.shape[0]
+  plain = given.pooled is None and given.mixed is None
+  count = len(texts)
   texts, pooled = jnp.concatenate(texts), jnp.concatenate(pooled)
 
   def predict(z, t):
-    sample = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
+    seen = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
     levels = None
     if noise_level is not None:
       levels = jnp.full((count * batch,), noise_level)
     out = module.apply(
       {'params': params},
-      jnp.concatenate([sample] * count),
+      jnp.concatenate([seen] * count),
       jnp.full((count * batch,), t),
       texts,
       levels,
-      None if pooled_text is None and mixed_text is None else pooled,
+      None if plain else pooled,
     )
     channels = z.shape[-1]
     parts = jnp.split(out[..., :channels], count)
     eps = parts[0]
-    if mixed_text is not None:
-      eps = eps * (1 - mixer) + parts[1] * mixer
-    if uncond is not None:
-      eps = parts[-1] + weight * (eps - parts[-1])
+    if given.mixed is not None:
+      eps = eps * (1 - given.mixer) + parts[1] * given.mixer
+    if given.uncond is not None:
+      eps = parts[-1] + given.guidance * (eps - parts[-1])
     learned = out.shape[-1] > channels
     return eps, out[:batch, ..., channels:] if learned else None
 
   return predict
 
 
-def sample(predict, plan, z, noise, schedule, *, mask=None):
+def sample(
+  predict: Predictor,
+  plan: Plan,
+  z: Image,
+  noise: Callable[[jax.Array], Image],
+  schedule: Schedule,
+  *,
+  mask: PixelMask | None = None,
+) -> Image:
   """Runs a `Plan`: all its steps as one lax.scan.
 
   Args:
@@ -138,7 +163,9 @@ def sample(predict, plan, z, noise, schedule, *, mask=None):
   return z
 
 
-def add_noise(image, noise, plan, mask=None):
+def add_noise(
+  image: Image, noise: Image, plan: Plan, mask: PixelMask | None = None
+) -> Image:
   """An image as noisy as a plan's first step expects it (q(z_t | x))."""
   z = plan.alpha[0] * image + plan.sigma[0] * noise
   return z if mask is None else mask * z + (1 - mask) * image

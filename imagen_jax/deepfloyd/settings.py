@@ -1,14 +1,20 @@
-"""How IF's stages generate: its defaults, and what a caller changes."""
+"""How IF's stages are sampled: its defaults, and what a caller changes."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from imagen_jax.cascade import batching
 from imagen_jax.deepfloyd import schedule
+from imagen_jax.deepfloyd.stage import Stage, noise_terms
 from imagen_jax.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How one stage generates; every field can be chosen at call time.
+  """How one stage is sampled; every field can be chosen at call time.
 
   Attributes:
     sampler: 'ddpm', 'ddim' or 'dpmpp'.
@@ -16,7 +22,7 @@ class Settings:
     guidance: w; up to 1 is none.
     aug_level: noise on the upsampled image, in [0, 1).
     strength: fraction of the steps taken when starting from an image.
-    mixer: fraction of the style prompt's prediction.
+    style_fraction: of the style prompt's prediction in the whole.
   """
 
   sampler: str = 'ddpm'
@@ -24,32 +30,36 @@ class Settings:
   guidance: float = 7.0
   aug_level: float = 0.0
   strength: float = 1.0
-  mixer: float = 0.0
+  style_fraction: float = 0.0
 
 
-# What diffusers' pipelines do when not told, stage I and stage II; the mixers
-# are IF's own.
+# What diffusers' pipelines do when not told, stage I and stage II; the style
+# fractions are IF's own.
 DEFAULTS = {
   'text': (
-    Settings(steps=100, guidance=7.0, mixer=0.25),
-    Settings(steps=50, guidance=4.0, aug_level=0.25, mixer=0.5),
+    Settings(steps=100, guidance=7.0, style_fraction=0.25),
+    Settings(steps=50, guidance=4.0, aug_level=0.25, style_fraction=0.5),
   ),
   'image': (
-    Settings(steps=80, guidance=10.0, strength=0.7, mixer=0.25),
-    Settings(steps=50, guidance=4.0, aug_level=0.25, strength=0.8, mixer=0.5),
+    Settings(steps=80, guidance=10.0, strength=0.7, style_fraction=0.25),
+    Settings(
+      steps=50, guidance=4.0, aug_level=0.25, strength=0.8, style_fraction=0.5
+    ),
   ),
   'mask': (
-    Settings(steps=50, guidance=7.0, mixer=0.25),
-    Settings(steps=100, guidance=4.0, strength=0.8, mixer=0.5),
+    Settings(steps=50, guidance=7.0, style_fraction=0.25),
+    Settings(steps=100, guidance=4.0, strength=0.8, style_fraction=0.5),
   ),
 }
 
 
-def choose(stages, task, choices):
+def choose(
+  stages: Sequence[Stage], task: str, choices: Mapping[str, Any]
+) -> list[Settings]:
   """`Settings` of every stage: the task's defaults, changed by `choices`.
 
   Args:
-    stages: `stage.Stage`s.
+    stages: the stages.
     task: 'text', 'image' or 'mask'.
     choices: {field: one value, or a list with one per stage}; None changes
       nothing.
@@ -57,45 +67,52 @@ def choose(stages, task, choices):
   Raises:
     UsageError: a list of another length, or a value that cannot work.
   """
+  names = [part.name for part in stages]
   result = []
-  for i, part in enumerate(stages):
-    changes = {}
-    for name, value in choices.items():
-      if isinstance(value, list | tuple):
-        if len(value) != len(stages):
-          raise UsageError(
-            f'{name} has {len(value)} values for {len(stages)} stages '
-            f'({", ".join(s.name for s in stages)}); give one, or one '
-            'for each.'
-          )
-        value = value[i]
-      if value is not None:
-        changes[name] = value
-    setting = dataclasses.replace(
-      DEFAULTS[task][int(part.upsamples)], **changes
-    )
+  for part, chosen in zip(stages, batching.per_stage(choices, names)):
+    default = DEFAULTS[task][int(part.upsamples)]
+    setting = dataclasses.replace(default, **chosen)
     check(part, setting)
     result.append(setting)
   return result
 
 
-def check(part, setting):
+def check(part: Stage, setting: Settings) -> None:
   """Refuses settings that cannot work, in one sentence each."""
   if not 0 <= setting.aug_level < 1:
     raise UsageError(
       f'stage {part.name}: aug_level is {setting.aug_level:g}; it lies in '
-      '[0, 1), and 0.25 is what IF uses.'
+      '[0, 1), and 0.25 is what IF uses.',
+      key='aug_level',
     )
-  if not 0 <= setting.mixer <= 1:
+  fraction = setting.style_fraction
+  if not 0 <= fraction <= 1:
     raise UsageError(
-      f"stage {part.name}: the style's fraction is {setting.mixer:g}; it lies "
-      'in [0, 1].'
+      f'stage {part.name}: style_fraction is {fraction:g}; it lies in [0, 1].',
+      key='style_fraction',
     )
-  steps = steps_of(part, setting, True)
-  schedule.plan(part.schedule, steps, setting.sampler)
+  plan(part, setting, from_image=True)
 
 
-def steps_of(part, setting, from_image):
-  """The step numbers that a stage runs, fewer when starting from an image."""
+def plan(part: Stage, setting: Settings, from_image: bool) -> schedule.Plan:
+  """The steps that a stage runs, fewer when starting from an image.
+
+  Raises:
+    UsageError: there are no such steps, or no such sampler.
+  """
   steps = schedule.timesteps(part.schedule, setting.steps, setting.sampler)
-  return schedule.later(steps, setting.strength) if from_image else steps
+  if from_image:
+    steps = schedule.later(steps, setting.strength)
+  return schedule.plan(part.schedule, steps, setting.sampler)
+
+
+def scalars(part: Stage, setting: Settings) -> dict[str, np.float32]:
+  """The scalars of `SampleInputs` that a stage's settings say."""
+  result = {
+    'guidance': np.float32(setting.guidance),
+    'mixer': np.float32(setting.style_fraction),
+  }
+  if part.upsamples:
+    level = min(round(setting.aug_level * 1000), 999)
+    result |= noise_terms(part.noising, level)
+  return result

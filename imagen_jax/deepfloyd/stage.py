@@ -12,6 +12,16 @@ import numpy as np
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd import sampling, schedule, weights
 from imagen_jax.deepfloyd.images import upsample
+from imagen_jax.deepfloyd.unet import IFUNet
+from imagen_jax.typing import (
+  Image,
+  KeyData,
+  Keys,
+  LowRes,
+  PixelMask,
+  Scalars,
+  TextEmb,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +42,25 @@ class Stage:
   noising: schedule.Schedule | None
 
   @property
-  def name(self):
+  def name(self) -> str:
     return self.folder.name
 
   @property
-  def upsamples(self):
+  def upsamples(self) -> bool:
     return self.config.in_channels == 6
 
   @property
-  def resolution(self):
+  def resolution(self) -> int:
     """Side of its square images."""
     return self.config.sample_size or (256 if self.upsamples else 64)
 
-  def load(self, *, dtype, weights_dtype=None, place=None):
+  def load(
+    self,
+    *,
+    dtype: jax.typing.DTypeLike,
+    weights_dtype: jax.typing.DTypeLike | None = None,
+    place: Callable | None = None,
+  ) -> tuple[IFUNet, dict]:
     """(module, params); see `weights.load`."""
     return weights.load(
       self.folder / 'unet',
@@ -54,7 +70,7 @@ class Stage:
     )
 
 
-def read(folder):
+def read(folder: str | pathlib.Path) -> Stage:
   """The `Stage` in a folder.
 
   Raises:
@@ -69,35 +85,37 @@ def read(folder):
   return Stage(folder, config, schedule.read(folder), noising)
 
 
-class Given(NamedTuple):
-  """What an image is generated from; B images, None for what plays no part.
+class SampleInputs(NamedTuple):
+  """What images are sampled from; None for what plays no part.
 
   Attributes:
     text: [B, L, D] embeddings of the prompts.
+    keys: uint32 [B, 2], key data, one key per image.
     uncond: [B, L, D], of the empty or negative prompt; None: no guidance.
-    weight: of the guidance.
-    low: [B, h, w, 3] in [−1, 1], to be upsampled.
-    low_alpha, low_sigma: signal and noise in it.
+    guidance: w, a scalar.
+    low_res: [B, h, w, 3] in [−1, 1], to be upsampled.
+    low_alpha, low_sigma: signal and noise in it, scalars.
     noise_level: the step number that says the same.
     image: [B, H, W, 3] in [−1, 1] to start from.
-    mask: [B, H, W, 1], 1 where to inpaint, with `image`.
+    inpaint_mask: [B, H, W, 1], 1 where to inpaint, with `image`.
     pooled: [B, L, D], a style for the pooled text.
     mixed: [B, L, D], a second prompt.
-    mixer: its fraction.
+    mixer: its fraction, a scalar.
   """
 
-  text: jax.Array
-  uncond: jax.Array | None = None
-  weight: float = 1.0
-  low: jax.Array | None = None
-  low_alpha: float = 1.0
-  low_sigma: float = 0.0
-  noise_level: float = 0.0
-  image: jax.Array | None = None
-  mask: jax.Array | None = None
-  pooled: jax.Array | None = None
-  mixed: jax.Array | None = None
-  mixer: float = 0.0
+  text: TextEmb
+  keys: KeyData | None = None
+  uncond: TextEmb | None = None
+  guidance: Scalars | None = None
+  low_res: LowRes | None = None
+  low_alpha: Scalars | None = None
+  low_sigma: Scalars | None = None
+  noise_level: Scalars | None = None
+  image: Image | None = None
+  inpaint_mask: PixelMask | None = None
+  pooled: TextEmb | None = None
+  mixed: TextEmb | None = None
+  mixer: Scalars | None = None
 
 
 class Noise(NamedTuple):
@@ -109,15 +127,15 @@ class Noise(NamedTuple):
     step: function of a step's (traced) index.
   """
 
-  start: jax.Array
-  low: jax.Array
-  step: Callable
+  start: Image
+  low: Image
+  step: Callable[[jax.Array], Image]
 
 
-def noise_from_keys(keys, shape):
+def noise_from_keys(keys: Keys, shape: tuple[int, int, int]) -> Noise:
   """The `Noise` of images [H, W, 3], one key each, whatever the batch."""
 
-  def generate(use, index=None):
+  def noise(use, index=None):
     def one(key):
       key = jax.random.fold_in(key, use)
       if index is not None:
@@ -126,70 +144,79 @@ def noise_from_keys(keys, shape):
 
     return jax.vmap(one)(keys)
 
-  return Noise(generate(0), generate(1), functools.partial(generate, 2))
+  return Noise(noise(0), noise(1), functools.partial(noise, 2))
 
 
-def run(module, params, plan, given, noise, made):
-  """Generates B images with one network; one scan over the steps.
+def run(
+  module: IFUNet,
+  params: dict,
+  plan: schedule.Plan,
+  inputs: SampleInputs,
+  noise: Noise,
+  made: schedule.Schedule,
+) -> Image:
+  """Samples B images with one network; one scan over the steps.
 
   Args:
-    module: `IFUNet`.
+    module: the network.
     params: its parameters.
-    plan: `schedule.Plan`.
-    given: `Given`.
-    noise: `Noise`.
-    made: the stage's `Schedule`.
+    plan: the steps.
+    inputs: from what; its keys play no part.
+    noise: of the whole run.
+    made: the stage's schedule.
 
   Returns:
     [B, H, W, 3] float32 in [−1, 1], as the last step left it.
   """
   low = level = None
-  if given.low is not None:
-    low = upsample(given.low, *noise.start.shape[1:3])
-    low = given.low_alpha * low + given.low_sigma * noise.low
-    level = given.noise_level
+  if inputs.low_res is not None:
+    low = upsample(inputs.low_res, *noise.start.shape[1:3])
+    low = inputs.low_alpha * low + inputs.low_sigma * noise.low
+    level = inputs.noise_level
+  fields = sampling.Texts._fields
+  texts = sampling.Texts(*(getattr(inputs, field) for field in fields))
   predict = sampling.predictor(
-    module,
-    params,
-    given.text,
-    uncond=given.uncond,
-    weight=given.weight,
-    low_res=low,
-    noise_level=level,
-    pooled_text=given.pooled,
-    mixed_text=given.mixed,
-    mixer=given.mixer,
+    module, params, texts, low_res=low, noise_level=level
   )
-  z = noise.start
-  if given.image is not None:
-    z = sampling.add_noise(given.image, noise.start, plan, given.mask)
-  return sampling.sample(predict, plan, z, noise.step, made, mask=given.mask)
+  z, mask = noise.start, inputs.inpaint_mask
+  if inputs.image is not None:
+    z = sampling.add_noise(inputs.image, noise.start, plan, mask)
+  return sampling.sample(predict, plan, z, noise.step, made, mask=mask)
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'made', 'shape'))
-def generate(params, plan, given, keys, *, module, made, shape):
+def generate(
+  params: dict,
+  inputs: SampleInputs,
+  plan: schedule.Plan,
+  *,
+  module: IFUNet,
+  made: schedule.Schedule,
+  shape: tuple[int, int, int],
+) -> Image:
   """`run` with noise from keys, compiled once per shape and number of steps.
 
   Args:
     params: the network's.
-    plan: `schedule.Plan`; the sampler is in its numbers.
-    given: `Given`.
-    keys: uint32 [B, 2], key data.
-    module: `IFUNet`.
-    made: `Schedule`.
+    inputs: from what.
+    plan: the steps; the sampler is in its numbers.
+    module: the network.
+    made: the stage's schedule.
     shape: (H, W, 3).
   """
-  keys = jax.random.wrap_key_data(keys, impl='threefry2x32')
+  keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
   noise = noise_from_keys(keys, shape)
-  out = run(module, params, plan, given, noise, made)
+  out = run(module, params, plan, inputs, noise, made)
   if jax.sharding.get_abstract_mesh().empty:
     return out
   # Every process holds every image.
   return jax.lax.with_sharding_constraint(out, jax.sharding.PartitionSpec())
 
 
-def noise_terms(noising, level):
-  """`Given`'s fields for noise on the upsampled image.
+def noise_terms(
+  noising: schedule.Schedule, level: int
+) -> dict[str, np.float32]:
+  """The fields of `SampleInputs` for noise on the upsampled image.
 
   Args:
     noising: `Schedule` of that noise.

@@ -8,21 +8,25 @@ it is loaded for the prompts that the disk does not know yet, and then freed.
 import functools
 import hashlib
 import pathlib
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files
+from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import load_tokenizer
+from imagen_jax.typing import TextEmb
 
 MAX_LEN = 77
 
 
-def find(folders):
+def find(folders: Iterable[str | pathlib.Path]) -> pathlib.Path:
   """The first of the stages' folders that holds a text encoder.
 
   Raises:
@@ -38,7 +42,14 @@ def find(folders):
   )
 
 
-def embed(prompts, folder, *, dtype='float32', cache=None, batch_size=4):
+def embed(
+  prompts: Sequence[str],
+  folder: str | pathlib.Path,
+  *,
+  dtype: str = 'float32',
+  cache: str | pathlib.Path | None = None,
+  batch_size: int = 4,
+) -> TextEmb:
   """Embeddings of prompts, padding included.
 
   Args:
@@ -64,7 +75,14 @@ def embed(prompts, folder, *, dtype='float32', cache=None, batch_size=4):
   return np.stack([stored(prompt, folder, **options) for prompt in prompts])
 
 
-def store(prompts, folder, *, dtype, cache, batch_size=4):
+def store(
+  prompts: Iterable[str],
+  folder: str | pathlib.Path,
+  *,
+  dtype: str,
+  cache: str | pathlib.Path,
+  batch_size: int = 4,
+) -> None:
   """Makes the embeddings that a cache lacks; arguments as `embed`'s.
 
   However many there are, a batch of them is in memory at a time.
@@ -80,7 +98,13 @@ def store(prompts, folder, *, dtype, cache, batch_size=4):
       np.save(file, value, allow_pickle=False)
 
 
-def stored(prompt, folder, *, dtype, cache):
+def stored(
+  prompt: str,
+  folder: str | pathlib.Path,
+  *,
+  dtype: str,
+  cache: str | pathlib.Path,
+) -> Float[np.ndarray, 'l d']:
   """The embedding of one prompt that a cache holds, [77, D]."""
   path = _file(prompt, folder, dtype, cache)
   return np.load(path, allow_pickle=False)
@@ -92,7 +116,7 @@ def _file(prompt, folder, dtype, cache):
   return pathlib.Path(cache) / f'{name}.npy'
 
 
-def encoder(folder, dtype):
+def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
   """(module, params) of a stage's T5, split over the devices if it must be."""
   path = folder / 'text_encoder'
   size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
@@ -138,7 +162,11 @@ def _encoder_key(folder, dtype):
   return f'{sorted(config.items())}\n{sizes}\n{dtype}\n{MAX_LEN}'
 
 
-def check_reference(folder, reference, dtype='bfloat16'):
+def check_reference(
+  folder: str | pathlib.Path,
+  reference: str | pathlib.Path,
+  dtype: str = 'bfloat16',
+) -> dict[str, float]:
   """How far T5's reading of the empty prompt is from a vector kept elsewhere.
 
   The public IF repository stores T5-XXL's output for "" (its unconditional

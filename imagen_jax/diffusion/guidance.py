@@ -6,14 +6,18 @@ knows nothing of either: `guided` turns a network into denoise(z, logsnr) -> x.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from imagen_jax.diffusion.process import over, to_x
+from imagen_jax.typing import Array, LogSNR, Sample, Scalars
+
+THRESHOLDS = ('dynamic', 'static', None)
 
 
-def guide(cond, uncond, weight):
+def guide(cond: Sample, uncond: Sample, weight: Scalars) -> Sample:
   """Classifier-free guidance: w · cond + (1 − w) · uncond (eq. 2).
 
   w = 1 is the conditional model, w = 0 the unconditional one. The weights add
@@ -28,12 +32,12 @@ def guide(cond, uncond, weight):
   return weight * cond + (1 - weight) * uncond
 
 
-def static_threshold(x):
+def static_threshold(x: Sample) -> Sample:
   """Clips the predicted image to [−1, 1] (Section 2.3)."""
   return jnp.clip(x, -1, 1)
 
 
-def dynamic_threshold(x, *, percentile=99.5):
+def dynamic_threshold(x: Sample, *, percentile: float = 99.5) -> Sample:
   """Clips to the percentile s of |x| and divides by it, if s > 1 (A.31).
 
   Per sample, over all its pixels and channels: x is [B, H, W, C]. Pixels near
@@ -44,7 +48,7 @@ def dynamic_threshold(x, *, percentile=99.5):
   return jnp.clip(x, -s, s) / s
 
 
-def magnitude_percentile(x, percentile):
+def magnitude_percentile(x: Sample, percentile: float) -> LogSNR:
   """The percentile of |x| per sample, [B, ...] -> [B], without sorting.
 
   The same number as jnp.percentile(|x|, percentile) with its linear
@@ -92,14 +96,14 @@ def magnitude_percentile(x, percentile):
 
 
 def guided(
-  network,
+  network: Callable,
   *,
-  weight=None,
-  prediction='eps',
-  threshold='dynamic',
-  percentile=99.5,
-  interval=None,
-):
+  weight: Scalars | None = None,
+  prediction: str = 'eps',
+  threshold: str | None = 'dynamic',
+  percentile: float = 99.5,
+  interval: tuple[float, float] | None = None,
+) -> Callable[[Array, Array], Array]:
   """denoise(z, logsnr) -> x, guided and thresholded, for a sampler.
 
   All arithmetic outside the network has z's dtype, float32 or wider. The
@@ -108,8 +112,8 @@ def guided(
   Args:
     network: (z [B, ...], logsnr [B], branch) -> output; `branch` is 'cond',
       or 'both' for the pair (cond, uncond), best from one call with 2B rows.
-    weight: w of `guide`, a number or [B]. None or the Python number 1 is the
-      conditional model alone, one branch; any array costs both.
+    weight: w of `guide`, a number or [B]; None is the conditional model alone,
+      one branch.
     prediction: what the network returns, 'eps', 'v' or 'x'.
     threshold: 'dynamic', 'static' or None.
     percentile: of dynamic thresholding, on a scale of 0 to 100.
@@ -117,11 +121,8 @@ def guided(
       (Kynkäänniemi et al. 2024); elsewhere the conditional branch alone is
       computed. None is everywhere.
   """
-  if threshold not in ('dynamic', 'static', None):
-    raise ValueError(
-      f"threshold is 'dynamic', 'static' or None, not {threshold!r}"
-    )
-  alone = weight is None or (isinstance(weight, int | float) and weight == 1)
+  if threshold not in THRESHOLDS:
+    raise ValueError(f'threshold is one of {THRESHOLDS}, not {threshold!r}')
 
   def cond(z, logsnr):
     return network(z, logsnr, 'cond').astype(z.dtype)
@@ -137,7 +138,7 @@ def guided(
     return (low <= logsnr) & (logsnr <= high)
 
   def denoise(z, logsnr):
-    if alone:
+    if weight is None:
       output = cond(z, logsnr)
     elif interval is None:
       output = both(z, logsnr)

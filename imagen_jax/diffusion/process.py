@@ -15,52 +15,57 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.diffusion.schedule import alpha_sigma
+from imagen_jax.typing import LowRes, Scalars
+
+PREDICTIONS = ('eps', 'v', 'x')
 
 
-def over(x, per_sample):
+def over(x: Scalars, per_sample: Scalars) -> Scalars:
   """[B] or a scalar as [B, 1, ..., 1], to broadcast over x's other axes."""
   per_sample = jnp.asarray(per_sample)
   missing = (1,) * (x.ndim - per_sample.ndim)
   return per_sample.reshape(per_sample.shape + missing)
 
 
-def diffuse(x, eps, logsnr):
+def diffuse(x: Scalars, eps: Scalars, logsnr: Scalars) -> Scalars:
   """z ~ q(z_t | x) = N(alpha x, sigma² I), from standard noise eps (App. A)."""
   alpha, sigma = alpha_sigma(over(x, logsnr))
   return alpha * x + sigma * eps
 
 
-def x_from_eps(z, eps, logsnr):
+def x_from_eps(z: Scalars, eps: Scalars, logsnr: Scalars) -> Scalars:
   """x = (z − sigma eps) / alpha."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return (z - sigma * eps) / alpha
 
 
-def x_from_v(z, v, logsnr):
+def x_from_v(z: Scalars, v: Scalars, logsnr: Scalars) -> Scalars:
   """x = alpha z − sigma v."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return alpha * z - sigma * v
 
 
-def eps_from_x(z, x, logsnr):
+def eps_from_x(z: Scalars, x: Scalars, logsnr: Scalars) -> Scalars:
   """eps = (z − alpha x) / sigma."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return (z - alpha * x) / sigma
 
 
-def eps_from_v(z, v, logsnr):
+def eps_from_v(z: Scalars, v: Scalars, logsnr: Scalars) -> Scalars:
   """eps = sigma z + alpha v."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return sigma * z + alpha * v
 
 
-def v_from_x_eps(x, eps, logsnr):
+def v_from_x_eps(x: Scalars, eps: Scalars, logsnr: Scalars) -> Scalars:
   """v = alpha eps − sigma x (Salimans and Ho 2022, Section 4)."""
   alpha, sigma = alpha_sigma(over(x, logsnr))
   return alpha * eps - sigma * x
 
 
-def target(prediction, x, eps, logsnr):
+def target(
+  prediction: str, x: Scalars, eps: Scalars, logsnr: Scalars
+) -> Scalars:
   """What a network with this prediction ('eps', 'v' or 'x') should return."""
   match prediction:
     case 'eps':
@@ -69,10 +74,12 @@ def target(prediction, x, eps, logsnr):
       return v_from_x_eps(x, eps, logsnr)
     case 'x':
       return x
-  raise ValueError(f"prediction is 'eps', 'v' or 'x', not {prediction!r}")
+  raise ValueError(f'prediction is one of {PREDICTIONS}, not {prediction!r}')
 
 
-def to_x(prediction, output, z, logsnr):
+def to_x(
+  prediction: str, output: Scalars, z: Scalars, logsnr: Scalars
+) -> Scalars:
   """The image a network's output stands for, given what it saw."""
   output = output.astype(jnp.promote_types(output.dtype, z.dtype))
   match prediction:
@@ -82,10 +89,17 @@ def to_x(prediction, output, z, logsnr):
       return x_from_v(z, output, logsnr)
     case 'x':
       return output
-  raise ValueError(f"prediction is 'eps', 'v' or 'x', not {prediction!r}")
+  raise ValueError(f'prediction is one of {PREDICTIONS}, not {prediction!r}')
 
 
-def posterior(z, x, *, logsnr_t, logsnr_s, gamma=0.0):
+def posterior(
+  z: Scalars,
+  x: Scalars,
+  *,
+  logsnr_t: Scalars,
+  logsnr_s: Scalars,
+  gamma: Scalars = 0.0,
+) -> tuple[Scalars, Scalars]:
   """(mean, variance) of a step back from z_t to z_s, s < t (App. A, eq. 5–6).
 
     mean     = e^(λt−λs) (alpha_s / alpha_t) z + (1 − e^(λt−λs)) alpha_s x
@@ -116,7 +130,7 @@ def posterior(z, x, *, logsnr_t, logsnr_s, gamma=0.0):
   return mean, variance
 
 
-def augment(eps, x_low, level):
+def augment(eps: LowRes, x_low: LowRes, level: Scalars) -> LowRes:
   """Noise-conditioning augmentation of a low-resolution image (2.4, A.32).
 
   Gaussian noise that resembles the forward process, added once, at the low

@@ -3,24 +3,41 @@
 A sampler sees only denoise(z, logsnr) -> x. One step of each of them is a
 function with the same arguments,
 
-  step(z, x, noise, *, logsnr_t, logsnr_s, last) -> z_s
+  step(z, x, noise, *, logsnr_t, logsnr_s, last, **options) -> z_s
 
 where z is z_t, x = denoise(z_t), noise is standard and fresh, and last =
-(x, logsnr) of the step before, for those that remember. Before the first step
+(x, logsnr) of the step before, for multistep solvers. Before the first step
 `last` lies at a log-SNR of −inf. z, x and noise are [B, ...], log-SNRs scalar.
+A new sampler is such a function and its line in `SAMPLERS`.
 """
 
+import dataclasses
 import functools
-import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from imagen_jax.diffusion.guidance import THRESHOLDS
 from imagen_jax.diffusion.process import diffuse, eps_from_x, posterior
 from imagen_jax.diffusion.schedule import alpha_sigma
+from imagen_jax.typing import Array, Image, Keys, PixelMask, Scalars
+
+Past = tuple[Scalars, Scalars]
 
 
-def ddpm_step(z, x, noise, *, logsnr_t, logsnr_s, last=None, gamma=0.0):
+def ddpm_step(
+  z: Scalars,
+  x: Scalars,
+  noise: Scalars,
+  *,
+  logsnr_t: Scalars,
+  logsnr_s: Scalars,
+  last: Past | None = None,
+  gamma: float = 0.0,
+) -> Scalars:
   """The ancestral sampler, its variance interpolated by gamma (eq. 6)."""
   del last
   mean, variance = posterior(
@@ -29,7 +46,16 @@ def ddpm_step(z, x, noise, *, logsnr_t, logsnr_s, last=None, gamma=0.0):
   return mean + jnp.sqrt(variance) * noise
 
 
-def ddim_step(z, x, noise, *, logsnr_t, logsnr_s, last=None, eta=0.0):
+def ddim_step(
+  z: Scalars,
+  x: Scalars,
+  noise: Scalars,
+  *,
+  logsnr_t: Scalars,
+  logsnr_s: Scalars,
+  last: Past | None = None,
+  eta: float = 0.0,
+) -> Scalars:
   """DDIM: keep the image, shrink the noise (eq. 5; Song et al. 2021).
 
   eta in [0, 1] replaces that much of the noise's standard deviation by fresh
@@ -44,7 +70,15 @@ def ddim_step(z, x, noise, *, logsnr_t, logsnr_s, last=None, eta=0.0):
   )
 
 
-def dpmpp_step(z, x, noise, *, logsnr_t, logsnr_s, last):
+def dpmpp_step(
+  z: Scalars,
+  x: Scalars,
+  noise: Scalars | None,
+  *,
+  logsnr_t: Scalars,
+  logsnr_s: Scalars,
+  last: Past,
+) -> Scalars:
   """DPM-Solver++(2M): extrapolate x over the step (Lu et al. 2022, alg. 2).
 
   With h = (logsnr_s − logsnr_t) / 2, the exact solution for constant x is
@@ -63,128 +97,240 @@ def dpmpp_step(z, x, noise, *, logsnr_t, logsnr_s, last):
   return (sigma_s / sigma_t) * z - alpha_s * jnp.expm1(-h) * middle
 
 
-def sample(
-  keys,
-  denoise,
-  shape,
-  *,
-  logsnr_fn,
-  steps,
-  sampler='ddpm',
-  gamma=0.0,
-  eta=0.0,
-  grid='time',
-  z=None,
-  start=1.0,
-  known=None,
-  mask=None,
-  dtype=jnp.float32,
-  return_trajectory=False,
-):
-  """Images [B, *shape], from noise, in `steps` evaluations of `denoise`.
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """One line of `SAMPLERS`.
 
-  Step i goes from the i-th of `steps` + 1 points to the next; the last one
-  returns the predicted x itself, without noise. All is one lax.scan, so the
-  network is compiled once for any number of steps.
+  Attributes:
+    step: see the top of this file.
+    options: the fields of `SamplerSpec` that `step` takes.
+    stochastic: whether it uses fresh noise with a given spec.
+  """
 
-  Args:
-    keys: [B], one key per image (`image_key`). Row b's noise depends on
-      keys[b] and the step alone, not on the batch it is sampled in.
-    denoise: (z [B, *shape], logsnr [B]) -> x [B, *shape].
-    shape: of one image, (H, W, C).
-    logsnr_fn: the schedule, t -> logsnr.
-    steps: a Python int, at least 1.
-    sampler: 'ddpm' (with `gamma`), 'ddim' (with `eta`) or 'dpmpp'.
-    grid: points evenly spaced in 'time' (the paper) or in 'logsnr'.
-    z: [B, *shape], a noisy image to start from; None is pure noise.
-    start: the time that z is at, in (0, 1].
-    known: [B, *shape], an image to keep where `mask` is 0. There every step
-      gets it with the noise that the step expects, and the result has it as
-      it is.
-    mask: [B, H, W, 1], 1 where to inpaint; None inpaints everywhere.
-    dtype: of z and all arithmetic, float32 or wider; z's own if it is given.
-    return_trajectory: return (x, {'z': z before each step [steps, B, *shape],
-      'x': its prediction, likewise, 'logsnr': [steps]}) instead of x.
+  step: Callable
+  options: tuple[str, ...] = ()
+  stochastic: Callable[['SamplerSpec'], bool] = lambda spec: True
+
+
+SAMPLERS = {
+  'ddpm': Sampler(ddpm_step, options=('gamma',)),
+  'ddim': Sampler(
+    ddim_step, options=('eta',), stochastic=lambda spec: spec.eta != 0
+  ),
+  'dpmpp': Sampler(dpmpp_step, stochastic=lambda spec: False),
+}
+GRIDS = ('time', 'logsnr')
+
+
+class SettingError(ValueError):
+  """A field of `SamplerSpec` has a value that cannot work.
+
+  Attributes:
+    field: its name, with which the message starts.
+  """
+
+  def __init__(self, field: str, value: object, rule: str):
+    super().__init__(f'{field} is {value!r}; {rule}')
+    self.field = field
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+  """How to sample: all that is compiled in, so that it can be a cache's key.
+
+  Attributes:
+    sampler: a name in `SAMPLERS`.
+    steps: evaluations of the network (each of two branches when guided).
+    threshold: 'dynamic', 'static' or None (Section 2.3).
+    percentile: of dynamic thresholding, on a scale of 0 to 100.
+    guidance_interval: (lowest, highest) log-SNR at which to guide, or None for
+      everywhere.
+    gamma: of 'ddpm', between the two variances of eq. 6.
+    eta: of 'ddim'; 0 is deterministic.
+    strength: when starting from an image, how far back to noise, in (0, 1];
+      the number of steps shrinks with it.
+    grid: the steps are evenly spaced in 'time' (the paper) or in 'logsnr'.
 
   Raises:
-    ValueError: steps below 1, or an unknown sampler or grid.
+    SettingError: a value cannot work.
   """
-  if steps < 1:
-    raise ValueError(f'steps is at least 1, not {steps}')
-  match sampler:
-    case 'ddpm':
-      step, stochastic = functools.partial(ddpm_step, gamma=gamma), True
-    case 'ddim':
-      step = functools.partial(ddim_step, eta=eta)
-      stochastic = not (isinstance(eta, int | float) and eta == 0)
-    case 'dpmpp':
-      step, stochastic = dpmpp_step, False
-    case _:
-      raise ValueError(f"sampler is 'ddpm', 'ddim' or 'dpmpp', not {sampler!r}")
 
-  def normal(index):
-    row = lambda key: jax.random.normal(
-      jax.random.fold_in(key, index), shape, dtype
-    )
-    return jax.vmap(row)(keys)
+  sampler: str = 'dpmpp'
+  steps: int = 32
+  threshold: str | None = 'dynamic'
+  percentile: float = 99.5
+  guidance_interval: tuple[float, float] | None = None
+  gamma: float = 0.3
+  eta: float = 0.0
+  strength: float = 1.0
+  grid: str = 'time'
 
-  if z is None:
-    z = normal(0)
-  dtype = z.dtype
-  logsnr = _grid(logsnr_fn, start, steps, grid, dtype)
+  def __post_init__(self):
+    for field, choices in (
+      ('sampler', tuple(SAMPLERS)),
+      ('threshold', THRESHOLDS),
+      ('grid', GRIDS),
+    ):
+      if getattr(self, field) not in choices:
+        names = ', '.join(str(choice).lower() for choice in choices)
+        raise SettingError(field, getattr(self, field), f'choose of {names}.')
+    interval = self.guidance_interval
+    for field, works, rule in (
+      ('steps', self.steps >= 1, 'sampling takes at least 1.'),
+      (
+        'percentile',
+        1 < self.percentile <= 100,
+        'it is on a scale of 0 to 100, above 1; the paper uses 99.5.',
+      ),
+      (
+        'guidance_interval',
+        interval is None or len(interval) == 2 and interval[0] <= interval[1],
+        'it is the lowest log-SNR at which to guide, then the highest.',
+      ),
+      (
+        'strength',
+        0 < self.strength <= 1,
+        'it lies above 0 and up to 1, which forgets the image.',
+      ),
+      ('gamma', 0 <= self.gamma <= 1, 'it lies in [0, 1].'),
+      ('eta', 0 <= self.eta <= 1, 'it lies in [0, 1].'),
+    ):
+      if not works:
+        raise SettingError(field, getattr(self, field), rule)
+
+
+class Inpaint(NamedTuple):
+  """An image to keep in part.
+
+  There every step gets it with the noise that the step expects, and the result
+  has it as it is.
+
+  Attributes:
+    known: [B, H, W, C], the image.
+    mask: [B, H, W, 1], 1 where to inpaint, 0 where to keep `known`.
+  """
+
+  known: Image
+  mask: PixelMask
+
+
+class Trajectory(NamedTuple):
+  """What a sampler went through, step by step.
+
+  Attributes:
+    z: [N, B, H, W, C], the noisy image before each step.
+    x: [N, B, H, W, C], its prediction; the last one is the result.
+    logsnr: [N], where the network was evaluated.
+  """
+
+  z: Float[Array, 'n b h w c']
+  x: Float[Array, 'n b h w c']
+  logsnr: Float[Array, ' n']
+
+
+def initial_noise(
+  keys: Keys, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
+) -> Image:
+  """z at t = 1: standard noise [B, *shape], row b from keys[b] alone."""
+  return _noise(keys, 0, shape, dtype)
+
+
+def _noise(keys, index, shape, dtype):
+  row = lambda key: jax.random.normal(
+    jax.random.fold_in(key, index), shape, dtype
+  )
+  return jax.vmap(row)(keys)
+
+
+def logsnr_grid(
+  logsnr_fn: Callable[[Array], Array],
+  spec: SamplerSpec,
+  *,
+  start: float = 1.0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Float[Array, ' n']:
+  """The log-SNRs from time `start` down to the data, rising.
+
+  Args:
+    logsnr_fn: the schedule, t -> logsnr.
+    spec: its `steps` would go all the way from t = 1; `start` takes its
+      fraction of them, at least 1, and the result has one number more.
+    start: a time in (0, 1].
+    dtype: float32 or wider.
+  """
+  steps = max(1, round(spec.steps * start))
+  if spec.grid == 'time':
+    return logsnr_fn(jnp.linspace(start, 0.0, steps + 1, dtype=dtype))
+  first, final = logsnr_fn(jnp.asarray([start, 0.0], dtype))
+  return jnp.linspace(first, final, steps + 1)
+
+
+def sample(
+  keys: Keys,
+  z: Image,
+  logsnr: Float[Array, ' n'],
+  denoise: Callable[[Array, Array], Array],
+  *,
+  spec: SamplerSpec,
+  inpaint: Inpaint | None = None,
+) -> Image:
+  """An image from noise, in one evaluation of `denoise` per step.
+
+  Step i goes from logsnr[i] to logsnr[i + 1]; the last one returns the
+  predicted x itself, without noise. All is one lax.scan, so the network is
+  compiled once for any number of steps.
+
+  Args:
+    keys: [B], one key per image. Row b's noise depends on keys[b] and the step
+      alone, not on the batch it is sampled in.
+    z: [B, H, W, C], noisy as at logsnr[0]; all arithmetic has its dtype,
+      float32 or wider.
+    logsnr: see `logsnr_grid`.
+    denoise: (z [B, H, W, C], logsnr [B]) -> x [B, H, W, C].
+    spec: its sampler and the options of that.
+    inpaint: what to keep; None inpaints everywhere.
+  """
+  return _run(keys, z, logsnr, denoise, spec, inpaint, record=False)[0]
+
+
+def trajectory(
+  keys: Keys,
+  z: Image,
+  logsnr: Float[Array, ' n'],
+  denoise: Callable[[Array, Array], Array],
+  *,
+  spec: SamplerSpec,
+  inpaint: Inpaint | None = None,
+) -> Trajectory:
+  """All that `sample` goes through, from the same arguments."""
+  _, (z, x) = _run(keys, z, logsnr, denoise, spec, inpaint, record=True)
+  return Trajectory(z, x, logsnr[:-1])
+
+
+def _run(keys, z, logsnr, denoise, spec, inpaint, *, record):
+  sampler, steps, dtype = SAMPLERS[spec.sampler], len(logsnr) - 1, z.dtype
+  options = {name: getattr(spec, name) for name in sampler.options}
+  step = functools.partial(sampler.step, **options)
+  fresh = sampler.stochastic(spec)
+  normal = lambda index: _noise(keys, index, z.shape[1:], dtype)
 
   def body(carry, step_input):
     z, last = carry
     i, logsnr_t, logsnr_s = step_input
     x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
-    noise = normal(i + 1) if stochastic else jnp.zeros_like(z)
+    noise = normal(i + 1) if fresh else jnp.zeros_like(z)
     z_next = step(z, x, noise, logsnr_t=logsnr_t, logsnr_s=logsnr_s, last=last)
-    if mask is not None:
+    if inpaint is not None:
       # Noise of its own number, so that an image without a mask stays what
       # it was.
-      kept = diffuse(known, normal(steps + 1 + i), logsnr_s)
-      z_next = jnp.where(mask > 0, z_next, kept)
-      x = jnp.where((mask > 0) | (i < steps - 1), x, known)
-    return (z_next, (x, logsnr_t)), (z, x) if return_trajectory else None
+      kept = diffuse(inpaint.known, normal(steps + 1 + i), logsnr_s)
+      z_next = jnp.where(inpaint.mask > 0, z_next, kept)
+      x = jnp.where((inpaint.mask > 0) | (i < steps - 1), x, inpaint.known)
+    return (z_next, (x, logsnr_t)), (z, x) if record else None
 
   past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
   # The last prediction is the result, whatever the step after it would be.
-  (_, (x, _)), trajectory = jax.lax.scan(
+  (_, (x, _)), seen = jax.lax.scan(
     body, (z, past), (jnp.arange(steps), logsnr[:-1], logsnr[1:])
   )
-  if return_trajectory:
-    return x, dict(z=trajectory[0], x=trajectory[1], logsnr=logsnr[:-1])
-  return x
-
-
-def _grid(logsnr_fn, start, steps, grid, dtype):
-  """The `steps` + 1 log-SNRs from time `start` down to the data, rising."""
-  match grid:
-    case 'time':
-      return logsnr_fn(jnp.linspace(start, 0.0, steps + 1, dtype=dtype))
-    case 'logsnr':
-      first, final = logsnr_fn(jnp.asarray([start, 0.0], dtype))
-      return jnp.linspace(first, final, steps + 1)
-  raise ValueError(f"grid is 'time' or 'logsnr', not {grid!r}")
-
-
-def image_key(seed, prompt, i):
-  """The key of image i of a prompt: the same in every batch and session.
-
-  Threefry by name, not jax's default, so that a seed means the same image
-  on every device and in later versions.
-
-  Args:
-    seed: in [0, 2³²); jax would drop higher bits without a word.
-    prompt: the caption, exactly as given; its first 4 bytes of SHA-256 count.
-    i: number of the image among those of the prompt.
-
-  Raises:
-    ValueError: the seed is out of range.
-  """
-  if not 0 <= seed < 2**32:
-    raise ValueError(f'a seed is in [0, 2**32), not {seed}')
-  key = jax.random.key(seed, impl='threefry2x32')
-  digest = hashlib.sha256(prompt.encode('utf-8')).digest()
-  key = jax.random.fold_in(key, int.from_bytes(digest[:4], 'big'))
-  return jax.random.fold_in(key, i)
+  return x, seen

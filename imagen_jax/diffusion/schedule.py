@@ -16,8 +16,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from imagen_jax.typing import Scalars
 
-def alpha_sigma(logsnr):
+
+def alpha_sigma(logsnr: Scalars) -> tuple[Scalars, Scalars]:
   """(alpha, sigma) of the variance-preserving process at a log-SNR (App. A).
 
   alpha² = sigmoid(logsnr), sigma² = sigmoid(−logsnr): alpha² + sigma² = 1 for
@@ -26,7 +28,9 @@ def alpha_sigma(logsnr):
   return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
-def cosine_logsnr(t, *, logsnr_min=-15.0, logsnr_max=15.0):
+def cosine_logsnr(
+  t: Scalars, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0
+) -> Scalars:
   """The cosine schedule: alpha = cos(πt/2), its two ends cut off (F.1, F.2).
 
   t in [0, 1], any shape, gives logsnr from `logsnr_max` down to `logsnr_min`:
@@ -50,8 +54,13 @@ def cosine_logsnr(t, *, logsnr_min=-15.0, logsnr_max=15.0):
 
 
 def linear_logsnr(
-  t, *, beta_start=1e-4, beta_end=0.02, num_steps=1000, logsnr_max=15.0
-):
+  t: Scalars,
+  *,
+  beta_start: float = 1e-4,
+  beta_end: float = 0.02,
+  num_steps: int = 1000,
+  logsnr_max: float = 15.0,
+) -> Scalars:
   """The "1000 step linear schedule" of 256→1024, in continuous time (F.3).
 
   t in [0, 1], any shape. The discrete process shrinks the signal's square by
@@ -71,7 +80,9 @@ def linear_logsnr(
   return -jnp.log(jnp.expm1(jnp.maximum(integral, floor)))
 
 
-def shifted_logsnr(logsnr, *, resolution, base_resolution=64):
+def shifted_logsnr(
+  logsnr: Scalars, *, resolution: int, base_resolution: int = 64
+) -> Scalars:
   """The log-SNR that hides as much of a larger image (simple diffusion).
 
   Averaging over a (resolution / base_resolution)² block, what an image's

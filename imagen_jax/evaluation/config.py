@@ -8,7 +8,7 @@ from imagen_jax.errors import UsageError
 
 # How a stage is sampled. Nothing here starts from an image, which `strength`
 # is about.
-SAMPLING = ('sampler', 'steps', 'guidance', 'aug_level', 'threshold')
+SAMPLING = ('sampler', 'steps', 'guidance', 'aug_level', 'threshold', 'grid')
 
 Value = str | int | float
 

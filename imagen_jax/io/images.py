@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 
-from imagen_jax.errors import DataError, UsageError
+from imagen_jax.errors import DataError
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 METADATA_KEY = 'imagen_jax'
@@ -174,21 +174,3 @@ def to_mask(
   if image.size != (width, height):
     image = image.resize((width, height), Image.Resampling.BICUBIC)
   return (np.asarray(image)[..., None] >= 127.5).astype(np.float32)
-
-
-def check_pair(image, mask):
-  """Refuses a mask without an image, or of another shape.
-
-  Args:
-    image, mask: PIL images or None.
-
-  Raises:
-    UsageError: they do not belong together.
-  """
-  if mask is not None and image is None:
-    raise UsageError('a mask needs the image it is for: add --init_image.')
-  if mask is not None and mask.size != image.size:
-    raise UsageError(
-      f'the mask has {mask.size} pixels and the image {image.size}; they '
-      'must have the same shape.'
-    )

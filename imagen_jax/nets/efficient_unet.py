@@ -27,6 +27,7 @@ from imagen_jax.nets.layers import (
   remat,
   upsample,
 )
+from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
 from imagen_jax.typing import (
   Array,
@@ -72,7 +73,7 @@ class _UpStep(nn.Module):
     return self.block(name='res')(h, emb, train), None
 
 
-class EfficientUNet(nn.Module):
+class EfficientUNet(Network):
   """The super-resolution U-Net; the defaults are 64→256's (F.2).
 
   Every sequence has one entry per block, the highest resolution first.
@@ -116,6 +117,10 @@ class EfficientUNet(nn.Module):
   attention: str = 'xla'
   out_channels: int = 3
   dtype: DTypeLike = jnp.float32
+
+  @property
+  def multiple(self) -> int:
+    return math.prod(self.strides)
 
   @nn.compact
   def __call__(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from imagen_jax.nets.attention import TextAttention
 from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import Conditioning, ResBlock, conv, remat
+from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
 from imagen_jax.typing import (
   Array,
@@ -26,7 +27,7 @@ from imagen_jax.typing import (
 )
 
 
-class UNet(nn.Module):
+class UNet(Network):
   """The 64×64 text-to-image U-Net of F.1; the defaults are the paper's.
 
   Attributes:
@@ -63,6 +64,10 @@ class UNet(nn.Module):
   attention: str = 'xla'
   out_channels: int = 3
   dtype: DTypeLike = jnp.float32
+
+  @property
+  def multiple(self) -> int:
+    return 2 ** (len(self.channel_mults) - 1)
 
   @nn.compact
   def __call__(

@@ -15,16 +15,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
-from imagen_jax.cascade import cascade
+from imagen_jax.cascade import sampling
 from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
 from imagen_jax.io import model_folder
 from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import make_program, train_step
 from imagen_jax.training.stage_experiment import StageExperiment
-from imagen_jax.training.state import init_state, make_optimizer
+from imagen_jax.training.state import init_state
 
 TEXTS = ('auto', *SIZES, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -225,24 +226,25 @@ def sample_arguments(job, batch_size, shardings=None):
     job: the `Job`.
     batch_size: images.
     shardings: where the images go.
+
+  Returns:
+    `sampling.compiled`, and (parameters, `SampleInputs`) for it.
   """
-  stage = job.stage
-  generate = cascade.compiled(stage, stage.sampling, shardings)
+  stage, config = job.stage, job.stage.sampling
   shape = jax.ShapeDtypeStruct
-  params = stages.param_shapes(stage)
   low = None
   if stage.low_resolution is not None:
     side = stage.low_resolution
     low = shape((batch_size, side, side, 3), jnp.float32)
-  return generate, (
-    params,
-    shape((batch_size, 2), jnp.uint32),
-    shape((batch_size, stage.text_len, stage.text_dim), jnp.float32),
-    shape((batch_size, stage.text_len), bool),
-    low,
-    shape((), jnp.float32),
-    shape((), jnp.float32),
+  inputs = sampling.SampleInputs(
+    keys=shape((batch_size, 2), jnp.uint32),
+    text=shape((batch_size, stage.text_len, stage.text_dim), jnp.float32),
+    mask=shape((batch_size, stage.text_len), bool),
+    low_res=low,
+    **config.scalars,
   )
+  generate = sampling.compiled(stage, config.spec, shardings)
+  return generate, (stages.param_shapes(stage), inputs)
 
 
 def sample_jaxpr(job, batch_size):
@@ -253,15 +255,17 @@ def sample_jaxpr(job, batch_size):
 
 def lower_sample(job, mesh):
   """The sampling call lowered for a mesh, as the cascade places things."""
-  generate, (params, *arrays, weight, level) = sample_arguments(
-    job, job.batch_size, sharding.batch_sharding(mesh)
-  )
   split = sharding.batch_sharding(mesh)
-  shardings = jax.tree.map(lambda _: split, arrays)
+  generate, (params, inputs) = sample_arguments(job, job.batch_size, split)
   with jax.set_mesh(mesh):
     return generate.lower(
       sharding.with_shardings(params, sharding.state_shardings(params, mesh)),
-      *sharding.with_shardings(arrays, shardings),
-      weight,
-      level,
+      jax.tree.map(
+        lambda x: (
+          jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+          if x.shape
+          else x
+        ),
+        inputs,
+      ),
     )

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from imagen_jax import sharding
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.flops import count_flops
-from imagen_jax.training.state import TrainState, init_state, make_optimizer
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.state import TrainState, init_state
 from imagen_jax.training.step import make_train_step
 
 

@@ -143,20 +143,18 @@ class StageExperiment(Experiment):
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
   def make_preview(self, frozen):
-    settings = self.stage.sampling
+    config = self.stage.sampling
 
     def sample(params, given, frozen):
-      return sampling.sample(
-        self.stage,
-        params,
-        jax.random.wrap_key_data(given['keys']),
-        given['text'],
-        given['mask'],
-        given.get('low'),
-        settings.guidance,
-        settings.aug_level,
-        settings=settings,
+      del frozen
+      inputs = sampling.SampleInputs(
+        keys=jax.random.wrap_key_data(given['keys']),
+        text=given['text'],
+        mask=given['mask'],
+        low_res=given.get('low'),
+        **config.scalars,
       )
+      return sampling.sample(self.stage, params, config.spec, inputs)
 
     def embed(captions):
       text, mask = self.text.encode(captions, max_len=self.config.text.max_len)

@@ -13,7 +13,7 @@ import importlib.resources
 import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_jax.errors import UsageError
@@ -346,6 +346,15 @@ class ShapesSource(World):
     self.mixture = mixture
     if mixture is not None:
       _check_mixture(mixture)
+
+  @classmethod
+  def prompt_notes(cls, prompts: Sequence[str]) -> Sequence[str]:
+    words = [word for prompt in prompts for word in captions.words(prompt)]
+    unknown = [word for word in words if word not in vocabulary()]
+    if not unknown:
+      return ()
+    named = ', '.join(dict.fromkeys(unknown))
+    return (f'the model has never seen {named} in a caption. {describe()}',)
 
   def __len__(self) -> int:
     return self.num

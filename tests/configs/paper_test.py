@@ -8,7 +8,7 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import SIZES, T5Encoder
-from imagen_jax.training.state import learning_rate
+from imagen_jax.training.optimizer import learning_rate
 
 COUNTS = {
   'imagen_base64': 2_263_427_075,

@@ -358,12 +358,14 @@ def test_pipeline(name, monkeypatch, lent):
   fields = {}
   if 'super' in name:
     noising = schedule.Schedule(beta_schedule='squaredcos_cap_v2')
-    fields = dict(low=low, **stage.noise_terms(noising, extra['noise_level']))
+    fields = dict(
+      low_res=low, **stage.noise_terms(noising, extra['noise_level'])
+    )
   if 'strength' in extra:
     fields['image'] = image
   if 'Inpainting' in kind:
-    fields['mask'] = mask
-  given = stage.Given(text=text, uncond=uncond, weight=7.0, **fields)
+    fields['inpaint_mask'] = mask
+  given = stage.SampleInputs(text, uncond=uncond, guidance=7.0, **fields)
   noise = noises.noise()
   plan = schedule.plan(made, chosen)
   run = jax.jit(lambda p, g: stage.run(net, p, plan, g, noise, made))

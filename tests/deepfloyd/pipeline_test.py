@@ -123,7 +123,7 @@ def test_a_second_stage_upsamples_ones_own_image(folder):
   model = pipeline.load(folder, dtype='float32', stages=[SECOND])
   out = model.sample('a star', low_res=photo(), steps=2, aug_level=0.1)
   assert out[SECOND].shape == (1, 32, 64, 3)
-  with pytest.raises(UsageError, match='--low_res'):
+  with pytest.raises(UsageError):
     model.sample('a star')
 
 
@@ -131,7 +131,9 @@ def test_a_second_stage_upsamples_ones_own_image(folder):
 def test_a_style_changes_the_image(first):
   plain = first.sample('a star', steps=2)[FIRST]
   style = first.sample('a star', style_prompt='blue', steps=2)[FIRST]
-  pooled = first.sample('a star', style_prompt='blue', steps=2, mixer=0.0)
+  pooled = first.sample(
+    'a star', style_prompt='blue', steps=2, style_fraction=0.0
+  )
   assert np.abs(plain - style).max() > 1e-3
   assert np.abs(plain - pooled[FIRST]).max() > 1e-3
   assert np.abs(style - pooled[FIRST]).max() > 1e-3
@@ -167,46 +169,47 @@ def test_reference_vector_is_compared(folder, tmp_path, capsys):
   assert 'cosine similarity of a position 1.0000' in capsys.readouterr().out
   assert check_t5_xxl.main([*argv, str(tmp_path / 'other.npy')]) == 4
   np.save(tmp_path / 'short.npy', exact[:5])
-  with pytest.raises(ModelError, match=r'has shape \(5, 32\)'):
+  with pytest.raises(ModelError):
     text.check_reference(where, tmp_path / 'short.npy', 'float32')
 
 
 @pytest.mark.parametrize(
-  'asked, says',
+  'key, asked',
   [
-    ({'steps': [4]}, 'steps has 1 values for 2 stages'),
-    ({'steps': 'smart28'}, 'smart28'),
-    ({'sampler': 'euler'}, 'euler'),
-    ({'aug_level': 1.0}, 'aug_level is 1'),
-    ({'strength': 0.0}, 'strength is 0'),
-    ({'mixer': 2.0}, 'fraction is 2'),
-    ({'mask': photo().convert('L')}, 'a mask needs the image'),
-    (
-      {'image': photo(), 'mask': photo(8, 4).convert('L')},
-      'must have the same shape',
-    ),
-    ({'low_res': photo()}, 'takes no low-resolution'),
-    ({'num_images': 0}, 'nothing to generate'),
-    ({'seed': -1}, 'seed is -1'),
+    ('steps', {'steps': [4]}),
+    (None, {'steps': 'smart28'}),
+    (None, {'sampler': 'euler'}),
+    ('aug_level', {'aug_level': 1.0}),
+    (None, {'strength': 0.0}),
+    ('strength', {'strength': 0.5}),
+    ('style_fraction', {'style_prompt': 'blue', 'style_fraction': 2.0}),
+    ('style_fraction', {'style_fraction': 0.5}),
+    ('negative_prompt', {'negative_prompt': 'a circle', 'guidance': 1.0}),
+    ('mask', {'mask': photo().convert('L')}),
+    ('mask', {'image': photo(), 'mask': photo(8, 4).convert('L')}),
+    ('low_res', {'low_res': photo()}),
+    ('num_images', {'num_images': 0}),
+    ('seed', {'seed': -1}),
   ],
 )
-def test_impossible_requests_are_refused(model, asked, says):
-  with pytest.raises(UsageError, match=says):
+def test_impossible_requests_are_refused(model, key, asked):
+  with pytest.raises(UsageError) as caught:
     model.sample('a star', **asked)
+  assert caught.value.key == key
 
 
 def test_folders_that_cannot_work_are_refused(folder, tmp_path):
-  with pytest.raises(ModelError, match='holds no DeepFloyd IF stage'):
+  with pytest.raises(ModelError):
     pipeline.load(tmp_path)
-  with pytest.raises(UsageError, match="no stage 'IF-III'.*IF-I-S-v1.0"):
+  with pytest.raises(UsageError):
     pipeline.load(folder, stages=['IF-III'])
   shutil.copytree(folder, tmp_path / 'IF')
   shutil.copytree(folder / FIRST, tmp_path / 'IF' / 'IF-I-M-v1.0')
-  with pytest.raises(ModelError, match='do the same thing'):
+  with pytest.raises(ModelError):
     pipeline.load(tmp_path / 'IF')
   shutil.rmtree(tmp_path / 'IF' / FIRST / 'text_encoder')
   one = pipeline.load(tmp_path / 'IF' / FIRST, dtype='float32')
-  with pytest.raises(ModelError, match='no text_encoder'):
+  with pytest.raises(ModelError):
     one.embed(['a star'])
 
 
@@ -221,7 +224,7 @@ def test_aspect_ratios():
   assert image_io.shaped(*images.parse_aspect('3:2'), 64) == (96, 64)
   assert image_io.shaped(*images.parse_aspect('9:16'), 64) == (64, 112)
   for text_ in ('3x2', '3', '0:1'):
-    with pytest.raises(UsageError, match='aspect'):
+    with pytest.raises(UsageError):
       images.parse_aspect(text_)
 
 
@@ -240,10 +243,11 @@ def test_sample_py_generates_with_an_if_folder(folder, tmp_path, capsys):
   assert record['prompt'] == 'A star' and record['seed'] == 3
   assert len(list((tmp_path / 'cache').glob('*.npy'))) == 2
   assert sample.main(['--from_image', files[0]]) == 2
-  assert 'generated with DeepFloyd IF' in capsys.readouterr().err
 
 
-def test_a_stage_of_our_own_upsamples_what_if_drew(folder, tmp_path, capsys):
+def test_a_stage_of_our_own_upsamples_what_if_generated(
+  folder, tmp_path, capsys
+):
   ours = tiny_model.write(tmp_path / 'ours')
   argv = ['--model', str(folder), '--prompt', 'a star', '--steps', 'super27']
   argv += ['--dtype', 'float32', '--guidance', '1', '--out', str(tmp_path)]
@@ -251,18 +255,35 @@ def test_a_stage_of_our_own_upsamples_what_if_drew(folder, tmp_path, capsys):
   assert sample.main([*argv, *first, '--upsample_with', f'{ours}/sr1']) == 0
   with Image.open(capsys.readouterr().out.split()[0]) as image:
     assert image.size == (16, 16)  # 8 by IF, twice as many by sr1
-  for folder_of_ours, stages_, says in (
-    (ours, first, 'whose stage base generates from text alone'),
-    (f'{ours}/sr1', [], f'{SECOND} generates 32 pixels a side and stage sr1'),
-  ):
+  # One that generates from text alone, one that takes another size.
+  for folder_of_ours, stages_ in ((ours, first), (f'{ours}/sr1', [])):
     more = [*stages_, '--upsample_with', str(folder_of_ours)]
     assert sample.main([*argv, *more]) == 2
-    assert says in capsys.readouterr().err
+    assert '--upsample_with' in capsys.readouterr().err
 
 
 def test_flags_of_if_are_refused_elsewhere(capsys):
   assert sample.main(['--prompt', 'a star', '--style_prompt', 'blue']) == 2
-  assert '--style_prompt works with a DeepFloyd IF' in capsys.readouterr().err
+  assert '--style_prompt' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'flag, more',
+  [
+    ('threshold', ['static']),
+    ('grid', ['logsnr']),
+    ('strength', ['0.5']),
+    ('style_fraction', ['0.5']),
+    ('aspect_ratio', ['3:2', '--init_image', 'in.png']),
+    ('aspect_ratio', ['3x2']),
+  ],
+)
+def test_flags_without_effect_are_refused(folder, tmp_path, capsys, flag, more):
+  photo().save(tmp_path / 'in.png')
+  more = [str(tmp_path / word) if word == 'in.png' else word for word in more]
+  argv = ['--model', str(folder), '--prompt', 'a star', f'--{flag}', *more]
+  assert sample.main(argv) == 2
+  assert f'--{flag}' in capsys.readouterr().err
 
 
 def test_cleaning_falls_back_where_packages_are_missing(monkeypatch, capsys):

@@ -214,16 +214,14 @@ def test_guidance_and_mixing_weigh_the_branches():
   predict = sampling.predictor(
     Net(),
     {},
-    text[0],
-    uncond=text[2],
-    weight=7.0,
-    mixed_text=text[1],
-    mixer=0.25,
+    sampling.Texts(
+      text[0], uncond=text[2], guidance=7.0, mixed=text[1], mixer=0.25
+    ),
   )
   eps, v = predict(jnp.zeros((2, 8, 8, 3)), jnp.asarray(5.0))
   np.testing.assert_allclose(eps, 1 + 7 * (3 * 0.75 + 5 * 0.25 - 1))
   np.testing.assert_allclose(v, 3.0)  # the conditional half's, unguided
-  alone = sampling.predictor(Net(), {}, text[0])
+  alone = sampling.predictor(Net(), {}, sampling.Texts(text[0]))
   np.testing.assert_allclose(alone(jnp.zeros((2, 8, 8, 3)), 5.0)[0], 3.0)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import loss, process, schedule
+from imagen_jax.diffusion.loss import WEIGHTINGS, LossSpec
+from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.schedule import alpha_sigma
 
 COSINE = schedule.cosine_logsnr
-PREDICTIONS = ('eps', 'v', 'x')
-WEIGHTINGS = ('eps', 'v', 'x', 'min_snr', 'sigmoid')
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_unweighted_loss_is_the_predictions_own_error(prediction):
     x,
     denoiser(prediction),
     logsnr_fn=COSINE,
-    prediction=prediction,
+    spec=LossSpec(prediction=prediction),
   )
   assert (aux['weight'] == 1).all()
   assert (value == aux['mse']).all()
@@ -102,8 +102,7 @@ def test_a_weighting_is_the_same_loss_under_any_prediction(float64, weighting):
       x,
       denoiser(prediction),
       logsnr_fn=mild,
-      prediction=prediction,
-      weighting=weighting,
+      spec=LossSpec(prediction=prediction, weighting=weighting),
     )[0]
     for prediction in PREDICTIONS
   ]
@@ -118,10 +117,13 @@ def test_a_weighting_named_as_a_prediction_is_its_plain_error(
   x = images()
   arguments = jax.random.key(3), x
   crossed, _ = loss.diffusion_loss(
-    *arguments, denoiser('eps'), logsnr_fn=mild, weighting=weighting
+    *arguments,
+    denoiser('eps'),
+    logsnr_fn=mild,
+    spec=LossSpec(weighting=weighting),
   )
   plain, _ = loss.diffusion_loss(
-    *arguments, denoiser(weighting), logsnr_fn=mild, prediction=weighting
+    *arguments, denoiser(weighting), logsnr_fn=mild, spec=LossSpec(weighting)
   )
   np.testing.assert_allclose(crossed, plain, rtol=1e-9)
 
@@ -133,8 +135,7 @@ def test_weights_on_the_eps_error_are_the_published_ones(float64):
       images(),
       denoiser('eps'),
       logsnr_fn=mild,
-      weighting=weighting,
-      **options,
+      spec=LossSpec(weighting=weighting, **options),
     )[1]
 
   logsnr, t = (weight('eps')[name] for name in ('logsnr', 't'))
@@ -155,7 +156,7 @@ def test_weights_on_the_eps_error_are_the_published_ones(float64):
   ends = np.arctan(np.exp([4.0, -4.0]))
   slope = 2 * (ends[0] - ends[1]) / (alpha * sigma)
   np.testing.assert_allclose(
-    weight('sigmoid', bias=-1.0)['weight'],
+    weight('sigmoid', sigmoid_bias=-1.0)['weight'],
     slope / (1 + np.exp(logsnr + 1)),
     rtol=1e-7,
   )
@@ -194,7 +195,7 @@ def stratified_times(key, batch=8):
     jnp.zeros((batch, 1, 1, 1)),
     lambda z, logsnr: z,
     logsnr_fn=COSINE,
-    stratified=True,
+    spec=LossSpec(stratified=True),
   )
   return aux['t']
 
@@ -231,7 +232,7 @@ def test_bfloat16_network_has_a_float32_loss():
     images(dtype=jnp.bfloat16),
     lambda z, logsnr: z.astype(jnp.bfloat16),
     logsnr_fn=COSINE,
-    weighting='min_snr',
+    spec=LossSpec(weighting='min_snr'),
   )
   assert value.dtype == jnp.float32
   assert all(part.dtype == jnp.float32 for part in aux.values())
@@ -262,7 +263,7 @@ def test_pixel_weights_are_factors_of_the_squared_errors(float64):
       x,
       lambda z, logsnr: jnp.zeros_like(z),
       logsnr_fn=COSINE,
-      prediction='x',
+      spec=LossSpec(prediction='x'),
       **more,
     )
 

@@ -74,7 +74,7 @@ def test_network_output_in_bfloat16_is_converted_in_float32():
   np.testing.assert_allclose(x.ravel(), 1.001 * np.sqrt(2) - 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize('wrong', ['epsilon', None])
+@pytest.mark.parametrize('wrong', ['epsilon', ''])
 def test_unknown_prediction_is_named(wrong):
   x, eps = images(1)
   with pytest.raises(ValueError, match='prediction'):

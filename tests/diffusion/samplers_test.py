@@ -18,11 +18,11 @@ import pytest
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.diffusion.guidance import static_threshold
 from imagen_jax.diffusion.process import over
+from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec
 from imagen_jax.diffusion.schedule import alpha_sigma, cosine_logsnr
 
 MU, S = 0.3, 2.0
 SHAPE = (2, 2, 3)
-SAMPLERS = ('ddpm', 'ddim', 'dpmpp')
 
 
 def gaussian_denoise(z, logsnr, *, mu=MU, s=S):
@@ -41,30 +41,28 @@ def keys(num, seed=0):
   return jax.random.split(jax.random.key(seed), num)
 
 
+def sampled(
+  keys, denoise, *, z=None, start=1.0, inpaint=None, seen=False, **options
+):
+  """`samplers.sample` with the spec that the options make."""
+  spec = SamplerSpec(**{'sampler': 'ddpm', 'gamma': 0.0} | options)
+  if z is None:
+    shape = SHAPE if inpaint is None else inpaint.known.shape[1:]
+    z = samplers.initial_noise(keys, shape)
+  logsnr = samplers.logsnr_grid(cosine_logsnr, spec, start=start, dtype=z.dtype)
+  run = samplers.trajectory if seen else samplers.sample
+  return run(keys, z, logsnr, denoise, spec=spec, inpaint=inpaint)
+
+
 @functools.partial(jax.jit, static_argnames=('steps', 'options'))
 def run(keys, z=None, *, steps, options=()):
-  return samplers.sample(
-    keys,
-    gaussian_denoise,
-    SHAPE if z is None else z.shape[1:],
-    logsnr_fn=cosine_logsnr,
-    steps=steps,
-    z=z,
-    **dict(options),
-  )
+  return sampled(keys, gaussian_denoise, z=z, steps=steps, **dict(options))
 
 
 def trajectory(denoise, num=2, **options):
-  return jax.jit(
-    lambda keys: samplers.sample(
-      keys,
-      denoise,
-      SHAPE,
-      logsnr_fn=cosine_logsnr,
-      return_trajectory=True,
-      **options,
-    )
-  )(keys(num))
+  return jax.jit(lambda keys: sampled(keys, denoise, seen=True, **options))(
+    keys(num)
+  )
 
 
 # Accuracy.
@@ -232,23 +230,22 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
 def test_the_network_sees_every_point_but_the_last(grid):
   """The points run from pure noise towards the data, each seen once."""
   told = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
-  _, path = trajectory(told, steps=5, grid=grid)
+  path = trajectory(told, steps=5, grid=grid)
   times = jnp.linspace(1, 0, 6)
   expected = (
     cosine_logsnr(times) if grid == 'time' else jnp.linspace(-15, 15, 6)
   )
-  np.testing.assert_allclose(
-    path['logsnr'], expected[:-1], rtol=1e-3, atol=1e-4
-  )
+  np.testing.assert_allclose(path.logsnr, expected[:-1], rtol=1e-3, atol=1e-4)
   for i in range(5):
-    assert (path['x'][i] == path['logsnr'][i]).all()
+    assert (path.x[i] == path.logsnr[i]).all()
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_the_last_step_returns_the_prediction_itself(sampler):
-  images, path = trajectory(gaussian_denoise, steps=4, sampler=sampler)
-  np.testing.assert_array_equal(images, path['x'][-1])
-  expected = gaussian_denoise(path['z'][-1], path['logsnr'][-1])
+  path = trajectory(gaussian_denoise, steps=4, sampler=sampler)
+  images = run(keys(2), steps=4, options=(('sampler', sampler),))
+  np.testing.assert_array_equal(images, path.x[-1])
+  expected = gaussian_denoise(path.z[-1], path.logsnr[-1])
   np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -261,14 +258,14 @@ def test_one_step_is_one_denoising(sampler):
 
 def test_ddim_derives_eps_anew_from_a_thresholded_image():
   denoise = lambda z, logsnr: static_threshold(gaussian_denoise(z, logsnr))
-  _, path = trajectory(denoise, steps=4, sampler='ddim')
-  assert np.abs(path['x']).max() == 1, 'nothing was clipped'
-  alpha, sigma = (np.asarray(a) for a in alpha_sigma(path['logsnr']))
+  path = trajectory(denoise, steps=4, sampler='ddim')
+  assert np.abs(path.x).max() == 1, 'nothing was clipped'
+  alpha, sigma = (np.asarray(a) for a in alpha_sigma(path.logsnr))
   for i in range(3):
-    z, x = path['z'][i], path['x'][i]
+    z, x = path.z[i], path.x[i]
     eps = (z - alpha[i] * x) / sigma[i]
     np.testing.assert_allclose(
-      path['z'][i + 1],
+      path.z[i + 1],
       alpha[i + 1] * x + sigma[i + 1] * eps,
       rtol=1e-4,
       atol=1e-4,
@@ -277,16 +274,16 @@ def test_ddim_derives_eps_anew_from_a_thresholded_image():
 
 def test_noise_is_fresh_at_every_step_and_standard():
   """With x = 0 what each step adds is its noise alone."""
-  _, path = trajectory(lambda z, logsnr: 0 * z, num=512, steps=4)
-  noises = [path['z'][0]]
+  path = trajectory(lambda z, logsnr: 0 * z, num=512, steps=4)
+  noises = [path.z[0]]
   for i in range(3):
     mean, variance = process.posterior(
-      path['z'][i],
-      0 * path['z'][i],
-      logsnr_t=path['logsnr'][i],
-      logsnr_s=path['logsnr'][i + 1],
+      path.z[i],
+      0 * path.z[i],
+      logsnr_t=path.logsnr[i],
+      logsnr_s=path.logsnr[i + 1],
     )
-    noises.append((path['z'][i + 1] - mean) / jnp.sqrt(variance))
+    noises.append((path.z[i + 1] - mean) / jnp.sqrt(variance))
   flat = np.stack([np.ravel(noise) for noise in noises])
   np.testing.assert_allclose(flat.std(axis=1), 1, atol=0.05)
   assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 0.06
@@ -326,22 +323,21 @@ def test_sampling_can_start_from_a_noisy_image():
   z = process.diffuse(
     image, jax.random.normal(jax.random.key(4), z_shape(2)), logsnr
   )
-  found, path = jax.jit(
-    lambda z: samplers.sample(
+  path = jax.jit(
+    lambda z: sampled(
       keys(2),
       gaussian_denoise,
-      SHAPE,
-      logsnr_fn=cosine_logsnr,
-      steps=64,
+      steps=160,  # 64 of them
       sampler='dpmpp',
       z=z,
       start=start,
-      return_trajectory=True,
+      seen=True,
     )
   )(z)
-  np.testing.assert_array_equal(path['z'][0], z)
-  np.testing.assert_allclose(path['logsnr'][0], logsnr, rtol=1e-5)
-  np.testing.assert_allclose(found, gaussian_flow(z, logsnr), atol=0.01)
+  np.testing.assert_array_equal(path.z[0], z)
+  assert len(path.logsnr) == 64
+  np.testing.assert_allclose(path.logsnr[0], logsnr, rtol=1e-5)
+  np.testing.assert_allclose(path.x[-1], gaussian_flow(z, logsnr), atol=0.01)
 
 
 def z_shape(num):
@@ -350,8 +346,8 @@ def z_shape(num):
 
 def test_a_bfloat16_denoiser_is_stepped_in_float32():
   low = lambda z, logsnr: gaussian_denoise(z, logsnr).astype(jnp.bfloat16)
-  images, path = trajectory(low, steps=3)
-  assert images.dtype == path['z'].dtype == jnp.float32
+  path = trajectory(low, steps=3)
+  assert path.x.dtype == path.z.dtype == jnp.float32
 
 
 def test_float64_stays_float64():
@@ -370,61 +366,48 @@ def test_the_network_is_traced_once_for_any_number_of_steps():
       count.append(1)
       return z
 
-    jax.eval_shape(
-      lambda keys: samplers.sample(
-        keys, denoise, SHAPE, logsnr_fn=cosine_logsnr, steps=steps
-      ),
-      keys(1),
-    )
+    jax.eval_shape(lambda keys: sampled(keys, denoise, steps=steps), keys(1))
     return len(count)
 
   assert traces(2) == traces(200) == 1
 
 
 @pytest.mark.parametrize(
-  'wrong',
-  [dict(steps=0), dict(sampler='euler'), dict(grid='sigma')],
+  'field, value',
+  [
+    ('steps', 0),
+    ('sampler', 'euler'),
+    ('grid', 'sigma'),
+    ('threshold', 'hard'),
+    ('percentile', 0.995),
+    ('guidance_interval', (3.0, -2.0)),
+    ('strength', 0.0),
+    ('strength', 1.5),
+    ('gamma', 1.5),
+    ('eta', -1.0),
+  ],
 )
-def test_wrong_arguments_are_named(wrong):
-  options = dict(steps=2) | wrong
-  with pytest.raises(ValueError, match=next(iter(wrong))):
-    samplers.sample(
-      keys(1), gaussian_denoise, SHAPE, logsnr_fn=cosine_logsnr, **options
-    )
+def test_impossible_settings_are_named(field, value):
+  with pytest.raises(samplers.SettingError) as caught:
+    SamplerSpec(**{field: value})
+  assert caught.value.field == field
 
 
-# Keys.
+def test_a_new_sampler_is_a_function_and_a_line_in_the_table(monkeypatch):
+  """One that ignores the prediction and keeps eta of the noise."""
+
+  def step(z, x, noise, *, logsnr_t, logsnr_s, last, eta):
+    return eta * z
+
+  with pytest.raises(samplers.SettingError):
+    SamplerSpec(sampler='mine')
+  mine = samplers.Sampler(step, options=('eta',), stochastic=lambda _: False)
+  monkeypatch.setitem(SAMPLERS, 'mine', mine)
+  path = trajectory(gaussian_denoise, steps=3, sampler='mine', eta=0.5)
+  np.testing.assert_allclose(path.z[1:], 0.5 * path.z[:-1])
 
 
-def test_image_keys_differ_by_seed_prompt_and_number():
-  arguments = [(0, 'a', 0), (1, 'a', 0), (0, 'b', 0), (0, 'a', 1), (0, 'é', 0)]
-  data = {
-    tuple(np.asarray(jax.random.key_data(samplers.image_key(*a))))
-    for a in arguments
-  }
-  assert len(data) == len(arguments)
-
-
-def test_image_keys_are_threefry_whatever_the_default():
-  """A golden key: were it to change, every seed would mean new images."""
-  with jax.default_prng_impl('rbg'):
-    key = samplers.image_key(7, 'a red circle', 3)
-  assert jax.random.key_impl(key) == 'threefry2x32'
-  assert jax.random.key_data(key).tolist() == [3303254978, 343842836]
-
-
-@pytest.mark.parametrize('seed', [0, 2**31, 2**32 - 1])
-def test_every_32_bit_seed_is_a_seed(seed):
-  key = samplers.image_key(seed, 'a', 0)
-  with jax.enable_x64(True):
-    wide = samplers.image_key(seed, 'a', 0)
-  assert (jax.random.key_data(key) == jax.random.key_data(wide)).all()
-
-
-@pytest.mark.parametrize('seed', [-1, 2**32])
-def test_seeds_that_jax_would_cut_are_refused(seed):
-  with pytest.raises(ValueError, match='seed'):
-    samplers.image_key(seed, 'a', 0)
+# Inpainting.
 
 
 def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
@@ -432,19 +415,17 @@ def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
   mask = jnp.zeros((2, 8, 8, 1)).at[:, 2:6, 3:].set(1)
 
   def run(mask, sampler='ddpm'):
-    return samplers.sample(
+    return sampled(
       keys(2),
       lambda z, logsnr: jnp.tanh(z),
-      (8, 8, 3),
-      logsnr_fn=cosine_logsnr,
+      z=samplers.initial_noise(keys(2), (8, 8, 3)),
       steps=4,
       sampler=sampler,
-      known=known,
-      mask=mask,
+      inpaint=None if mask is None else samplers.Inpaint(known, mask),
     )
 
   kept = np.broadcast_to(mask == 0, known.shape)
-  for sampler in ('ddpm', 'ddim', 'dpmpp'):
+  for sampler in SAMPLERS:
     out = run(mask, sampler)
     np.testing.assert_array_equal(out[kept], known[kept])
     assert np.abs(out - known)[~kept].min() > 1e-5
@@ -456,17 +437,14 @@ def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
 def test_kept_pixels_enter_with_the_noise_that_the_step_expects():
   known = jnp.full((64, 8, 8, 3), 0.5)
   mask = jnp.zeros((64, 8, 8, 1))
-  _, seen = samplers.sample(
+  seen = sampled(
     keys(64),
     lambda z, logsnr: jnp.zeros_like(z),
-    (8, 8, 3),
-    logsnr_fn=cosine_logsnr,
     steps=4,
-    known=known,
-    mask=mask,
-    return_trajectory=True,
+    inpaint=samplers.Inpaint(known, mask),
+    seen=True,
   )
-  for z, logsnr in list(zip(seen['z'], seen['logsnr']))[1:]:
+  for z, logsnr in list(zip(seen.z, seen.logsnr))[1:]:
     alpha, sigma = alpha_sigma(logsnr)
     assert np.mean(z) == pytest.approx(0.5 * float(alpha), abs=0.02)
     assert np.std(z) == pytest.approx(float(sigma), rel=0.02)

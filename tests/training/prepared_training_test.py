@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from imagen_jax.cascade import conditioning, objective, sampling
-from imagen_jax.cascade import stage as stages
 from imagen_jax.cli import prepare
+from imagen_jax.diffusion import samplers
 from imagen_jax.errors import DataError
+from imagen_jax.nets.network import Network
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop, program
+from imagen_jax.training.optimizer import optimizer
 from imagen_jax.training.stage_experiment import StageExperiment
-from imagen_jax.training.state import init_state, optimizer
+from imagen_jax.training.state import init_state
 from imagen_jax.training.step import make_train_step
 from tests import tiny_model
 
@@ -113,11 +115,10 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   made = tiny_model.build(tiny_model.config('sr1'), encoder)
   given = {}
 
-  class Spy:
-    def __init__(self, where):
-      self.where = where
+  class Spy(Network):
+    where: str
 
-    def apply(self, variables, z, logsnr, text, mask, low, level, **_):
+    def __call__(self, z, logsnr, text, mask, low, level, train=False):
       given[self.where] = low, level
       return jnp.zeros_like(z)
 
@@ -149,17 +150,17 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   objective.loss(
     replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
   )
-  settings = stages.Sampling(sampler='ddim', steps=1, guidance=1.0)
   sampling.sample(
     replace(net=Spy('sampling')),
     {},
-    jax.random.split(jax.random.key(1), 2),
-    text,
-    mask,
-    low,
-    1.0,
-    0.2,
-    settings=settings,
+    samplers.SamplerSpec(sampler='ddim', steps=1),
+    sampling.SampleInputs(
+      keys=jax.random.split(jax.random.key(1), 2),
+      text=text,
+      mask=mask,
+      low_res=low,
+      aug_level=0.2,
+    ),
   )
   for mine, theirs in zip(given['training'], given['sampling']):
     np.testing.assert_allclose(mine, theirs, atol=1e-6)

@@ -18,14 +18,9 @@ from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
 from imagen_jax.training.guard import check_finite
+from imagen_jax.training.optimizer import learning_rate, matrix_axes, optimizer
 from imagen_jax.training.stage_experiment import StageExperiment
-from imagen_jax.training.state import (
-  ema_decay,
-  init_state,
-  learning_rate,
-  matrix_axes,
-  optimizer,
-)
+from imagen_jax.training.state import ema_decay, init_state
 from imagen_jax.training.step import make_train_step
 from imagen_jax.training.workdir import differences
 from tests import tiny_model

@@ -20,8 +20,9 @@ from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import chips, loop, report, workdir
 from imagen_jax.training.loggers import make_loggers
 from imagen_jax.training.metrics import Metrics
+from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.profiling import Profiler
-from imagen_jax.training.state import init_state, make_optimizer
+from imagen_jax.training.state import init_state
 from imagen_jax.training.watchdog import Watchdog
 from tests import tiny_model
 

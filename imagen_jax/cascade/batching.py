@@ -1,0 +1,250 @@
+"""Many images from a stage, a batch of one size at a time.
+
+Image i of a prompt has a key of its own, and every batch the same shape, the
+last one being padded: an image does not depend on what else is generated.
+Nothing here knows which model it is.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import PIL.Image
+
+from imagen_jax import sharding
+from imagen_jax.errors import UsageError
+from imagen_jax.io import images as image_io
+from imagen_jax.typing import KeyData
+
+SEEDS = 2**32  # jax would drop higher bits without a word
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Which images to generate.
+
+  Attributes:
+    prompts: what to generate; images of one prompt stand together.
+    seed: in [0, 2³²).
+    indices: the numbers of the images of each prompt.
+    batch_size: images generated at a time; None: all of them up to 4.
+    callback: called as callback(stage's name, images done, images in all).
+
+  Raises:
+    UsageError: there is nothing to generate, or a number is out of range.
+  """
+
+  prompts: Sequence[str]
+  seed: int = 0
+  indices: Sequence[int] = (0,)
+  batch_size: int | None = None
+  callback: Callable[[str, int, int], None] | None = None
+
+  def __post_init__(self):
+    if not 0 <= self.seed < SEEDS:
+      raise UsageError(f'seed is {self.seed}; it lies in [0, 2³²).', key='seed')
+    if not self.prompts:
+      raise UsageError('there is nothing to generate: give a prompt.')
+    if not self.indices:
+      raise UsageError(
+        'there is nothing to generate: ask for at least 1 image of a prompt.',
+        key='num_images',
+      )
+    if self.batch_size is not None and self.batch_size < 1:
+      raise UsageError(
+        f'batch_size is {self.batch_size}; it is at least 1.', key='batch_size'
+      )
+
+  @functools.cached_property
+  def rows(self) -> list[tuple[int, int]]:
+    """(number of its prompt, number among the prompt's images) per image."""
+    return [(p, i) for p in range(len(self.prompts)) for i in self.indices]
+
+  @property
+  def batch(self) -> int:
+    """Images at a time."""
+    return self.batch_size or min(4, len(self.rows))
+
+  def key_data(self, rows: np.ndarray, resolution: int) -> KeyData:
+    """uint32 [B, 2]: of a stage's keys for some of `rows`."""
+    keys = [
+      jax.random.fold_in(image_key(self.seed, self.prompts[p], i), resolution)
+      for p, i in (self.rows[row] for row in rows)
+    ]
+    return np.stack([np.asarray(jax.random.key_data(key)) for key in keys])
+
+
+def image_key(seed: int, prompt: str, i: int) -> jax.Array:
+  """The key of image i of a prompt: the same in every batch and session.
+
+  Threefry by name, not jax's default, so that a seed means the same image
+  on every device and in later versions.
+
+  Args:
+    seed: in [0, 2³²).
+    prompt: the caption, exactly as given; its first 4 bytes of SHA-256 count.
+    i: number of the image among those of the prompt.
+  """
+  key = jax.random.key(seed, impl='threefry2x32')
+  digest = hashlib.sha256(prompt.encode('utf-8')).digest()
+  key = jax.random.fold_in(key, int.from_bytes(digest[:4], 'big'))
+  return jax.random.fold_in(key, i)
+
+
+def generate(
+  request: Request,
+  name: str,
+  mesh: jax.sharding.Mesh,
+  inputs: Callable[[np.ndarray], Any],
+  sample: Callable[[Any], jax.Array],
+) -> np.ndarray:
+  """One stage's images of all rows of a request.
+
+  Args:
+    request: which images.
+    name: of the stage, for the callback.
+    mesh: to generate on.
+    inputs: numbers of rows [B] -> tree of host arrays [B, ...].
+    sample: that tree, on the mesh -> [B, H, W, 3].
+
+  Returns:
+    [N, H, W, 3] on the host.
+  """
+  count, generated = len(request.rows), []
+  batch = -(-request.batch // mesh.size) * mesh.size
+  for start in range(0, count, batch):
+    # Copies of the last row fill the last batch.
+    rows = np.minimum(np.arange(start, start + batch), count - 1)
+    arrays = sharding.put_whole_batch(inputs(rows), mesh)
+    with jax.set_mesh(mesh):
+      images = sample(arrays)
+    generated.append(sharding.fetch(images)[: count - start])
+    if request.callback is not None:
+      request.callback(name, min(start + batch, count), count)
+  return np.concatenate(generated)
+
+
+def free(params: Any) -> None:
+  """Removes a stage's parameters from the devices: the next one needs room."""
+  jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def per_stage(
+  choices: Mapping[str, Any], names: Sequence[str]
+) -> list[dict[str, Any]]:
+  """The choices of each stage, from one value for all or a list with one each.
+
+  None leaves the stage's own; a tuple counts as a list, but for an interval.
+
+  Raises:
+    UsageError: a list of another length.
+  """
+  result = [{} for _ in names]
+  for key, value in choices.items():
+    listed = isinstance(value, list)
+    listed |= isinstance(value, tuple) and key != 'guidance_interval'
+    if listed and len(value) != len(names):
+      raise UsageError(
+        f'{key} has {len(value)} values for {len(names)} stages '
+        f'({", ".join(names)}); give one, or one for each.',
+        key=key,
+      )
+    for chosen, own in zip(result, value if listed else [value] * len(names)):
+      if own is not None:
+        chosen[key] = own
+  return result
+
+
+def check_images(
+  stage: str,
+  upsamples: bool,
+  *,
+  low_res: Any = None,
+  image: PIL.Image.Image | None = None,
+  mask: PIL.Image.Image | None = None,
+  strength: Any = None,
+) -> None:
+  """Refuses images that the first stage cannot start from.
+
+  Args:
+    stage: its name.
+    upsamples: whether it needs `low_res`.
+    low_res: the image or images to upsample.
+    image: the image to start from.
+    mask: where to inpaint it.
+    strength: what the caller chose, which is of no use without `image`.
+
+  Raises:
+    UsageError: one is missing, without effect or of another shape.
+  """
+  if upsamples and low_res is None:
+    raise UsageError(
+      f'stage {stage} upsamples images: give it one, or start with a stage '
+      'that generates from text alone.',
+      key='low_res',
+    )
+  if low_res is not None and not upsamples:
+    raise UsageError(
+      f'stage {stage} generates from text alone and takes no low-resolution '
+      'image; choose a later stage.',
+      key='low_res',
+    )
+  if strength is not None and image is None:
+    raise UsageError(
+      'strength has no effect without an image to start from.', key='strength'
+    )
+  if mask is not None and image is None:
+    raise UsageError('a mask needs the image that it is for.', key='mask')
+  if mask is not None and mask.size != image.size:
+    raise UsageError(
+      f'the mask has {mask.size} pixels and the image {image.size}; they '
+      'must have the same shape.',
+      key='mask',
+    )
+
+
+def check_size(stage: str, width: int, height: int, multiple: int) -> None:
+  """Refuses a shape that a stage's network cannot generate.
+
+  Raises:
+    UsageError: a side is 0 or no multiple of `multiple`.
+  """
+  if min(width, height) < 1 or width % multiple or height % multiple:
+    raise UsageError(
+      f'stage {stage} cannot generate {width}×{height} pixels: it takes '
+      f'multiples of {multiple}; crop the image or change its aspect ratio.'
+    )
+
+
+def start_from(
+  image: PIL.Image.Image | None,
+  mask: PIL.Image.Image | None,
+  width: int,
+  height: int,
+) -> dict[str, np.ndarray]:
+  """The image to start from and its mask, at a stage's size.
+
+  Returns:
+    {'image': [H, W, 3] in [−1, 1], 'inpaint_mask': [H, W, 1] of 0 and 1}, of
+    those that are given.
+  """
+  start = {}
+  if image is not None:
+    start['image'] = image_io.to_float(image, width, height)
+  if mask is not None:
+    start['inpaint_mask'] = image_io.to_mask(mask, width, height)
+  return start
+
+
+def repeated(
+  arrays: Mapping[str, np.ndarray], batch: int
+) -> dict[str, np.ndarray]:
+  """The same arrays for every image of a batch: [...] -> [batch, ...]."""
+  return {
+    name: np.broadcast_to(array, (batch, *array.shape))
+    for name, array in arrays.items()
+  }

@@ -1,0 +1,93 @@
+"""What sampling leaves behind: PNG files, a grid, progress on stderr."""
+
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from imagen_jax.errors import UsageError
+
+
+def write(
+  out: str | pathlib.Path, images, records: Sequence[dict], *, grid: bool = True
+) -> list[pathlib.Path]:
+  """Writes 000_a-red-circle.png, …, and grid_000.png.
+
+  Numbers go on from what is there, so that nothing is overwritten. Of several
+  processes, which all hold the images, the first one writes.
+
+  Args:
+    out: the directory, made if it is missing.
+    images: uint8 [N, H, W, 3].
+    records: what made each of them, its `prompt` included.
+    grid: whether to write all of them as one image too.
+
+  Raises:
+    UsageError: `out` is a file.
+  """
+  import jax
+
+  from imagen_jax.io import images as image_io
+
+  if jax.process_index() != 0:
+    return []
+  out = pathlib.Path(out)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except FileExistsError as error:
+    raise UsageError(
+      f'{out} is a file; give a directory.', key='out'
+    ) from error
+  paths, first = [], _next(out, r'(\d+)_.*\.png$')
+  for n, (image, record) in enumerate(zip(images, records), first):
+    path = out / f'{n:03d}_{_slug(record["prompt"])}.png'
+    image_io.save_png(path, image, record)
+    paths.append(path)
+  if grid:
+    number = _next(out, r'grid_(\d+)')
+    path = out / f'grid_{number:03d}.png'
+    num_prompts = len({record['prompt'] for record in records})
+    columns = len(records) // num_prompts if num_prompts > 1 else None
+    whole = image_io.grid(
+      image_io.upsample(images, 256), None if columns == 1 else columns
+    )
+    image_io.save_png(path, whole)
+    paths.append(path)
+  return paths
+
+
+def _next(out, pattern):
+  """The first number that no file of this pattern has, nor any after it."""
+  found = (re.match(pattern, path.name) for path in out.iterdir())
+  return 1 + max([int(match[1]) for match in found if match], default=-1)
+
+
+def _slug(prompt):
+  slug = re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')
+  return slug[:48].rstrip('-') or 'unconditional'
+
+
+def progress() -> Callable[[str, int, int], None]:
+  """Overwrites one line on a terminal, prints a line per stage otherwise."""
+  terminal = sys.stderr.isatty()
+
+  def show(stage, done, total):
+    if terminal:
+      end = '\n' if done == total else ''
+      print(f'\r{stage}: {done}/{total}', end=end, file=sys.stderr, flush=True)
+    elif done == total:
+      print(f'{stage}: {total} generated', file=sys.stderr)
+
+  return show
+
+
+def note(text: str) -> None:
+  """Tells the user something on stderr."""
+  print(f'note: {text}', file=sys.stderr)
+
+
+def devices() -> str:
+  """Such as '1 cpu' or '8 tpu', for an image's record."""
+  import jax
+
+  return f'{len(jax.devices())} {jax.devices()[0].platform}'

@@ -1,0 +1,63 @@
+"""The flags that say how to sample: one value, or a list with one per stage."""
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from imagen_jax.errors import UsageError
+
+# Fields of `SamplingConfig`: the type of a value, and the flag's help.
+PER_STAGE = {
+  'sampler': (str, 'how to go from noise to an image, such as ddpm or dpmpp'),
+  'steps': (int, 'network evaluations'),
+  'guidance': (float, 'w in w·cond + (1−w)·uncond; 1 is none'),
+  'aug_level': (float, 'noise on the low-resolution input, 0 to 1'),
+  'strength': (float, 'fraction of the way back to noise, above 0, up to 1'),
+  'threshold': (str, 'dynamic, static or none'),
+  'grid': (str, 'steps evenly spaced in time or in logsnr'),
+}
+
+
+def add_flags(
+  parser: argparse.ArgumentParser, names: Iterable[str] = tuple(PER_STAGE)
+) -> None:
+  """Adds the flags of some of `PER_STAGE`."""
+  for name in names:
+    parser.add_argument(f'--{name}', help=PER_STAGE[name][1])
+
+
+def choices(
+  args: argparse.Namespace, names: Iterable[str] = tuple(PER_STAGE)
+) -> dict[str, Any]:
+  """{name: what `per_stage` makes of its flag}."""
+  return {name: per_stage(name, getattr(args, name)) for name in names}
+
+
+def per_stage(name: str, text: str | None) -> Any:
+  """'32,16,8' as [32, 16, 8], '32' as 32; None stays.
+
+  Args:
+    name: of the flag; one that is not in `PER_STAGE` holds numbers.
+    text: what the user gave.
+
+  Raises:
+    UsageError: a value is not of the flag's type.
+  """
+  if text is None:
+    return None
+  kind, _ = PER_STAGE.get(name, (float, ''))
+  try:
+    values = [kind(part) for part in text.split(',')]
+  except ValueError as error:
+    what = 'whole numbers' if kind is int else 'numbers'
+    raise UsageError(
+      f'{text} is not understood; give {what} such as '
+      f'{"32,16,8" if kind is int else "3,2,1"}.',
+      key=name,
+    ) from error
+  return values[0] if len(values) == 1 else values
+
+
+def stage_names(args: argparse.Namespace) -> list[str] | None:
+  """What --stages names; None is all of them."""
+  return args.stages.split(',') if args.stages else None
