@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import prepare
+from imagen_jax.cli.configs import load_config
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
 
@@ -66,3 +67,11 @@ def test_a_network_of_the_users_own_predicts_0_at_the_start(folder):
       jax.random.key(0), z, level, text, mask, *extra
     )
     np.testing.assert_array_equal(out, np.zeros(z.shape))
+
+
+def test_a_config_of_the_users_own_names_the_network(folder):
+  config = load_config(str(folder / 'my_config.py'))
+  assert config.stage.net.to_dict() == {
+    'kind': 'my_net:FlatNet',
+    'channels': 128,
+  }
