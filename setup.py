@@ -1,21 +1,36 @@
 """Packaging of imagen_jax; tool settings live in pyproject.toml."""
 
 import pathlib
+import re
 
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
-TEST = ['beartype', 'fonttools', 'pytest>=8', 'pytest-xdist>=3.2']
+INIT = (HERE / 'imagen_jax' / '__init__.py').read_text(encoding='utf-8')
+README = HERE / 'README.md'
+# TFDS and what it needs and omits; only `data.kind=tfds` imports it.
+TFDS = ['importlib_resources', 'tensorflow-datasets>=4.9.10']
+# A checkout has tests beside this file and installs TFDS, so that all of them
+# run. An sdist has none: what is built from it leaves TFDS to the extra.
+CHECKOUT = (HERE / 'tests').is_dir()
+TEST = [
+  'beartype',
+  'fonttools',
+  'pytest>=8',
+  'pytest-cov>=6',
+  'pytest-xdist>=3.2',
+]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
 PARITY = ['torch', 'diffusers', 'scipy', *DEEPFLOYD]
 
 setuptools.setup(
   name='imagen_jax',
-  version='0.1.0',
+  # The one place of the version, read as text: nothing is imported.
+  version=re.search(r"^__version__ = '(.+)'$", INIT, re.M)[1],
   description='Imagen (Saharia et al. 2022) in JAX and Flax: text in, '
   'images out, through a cascade of diffusion models.',
-  long_description=(HERE / 'README.md').read_text(encoding='utf-8')
-  if (HERE / 'README.md').exists()
+  long_description=README.read_text(encoding='utf-8')
+  if README.exists()
   else '',
   long_description_content_type='text/markdown',
   license='Apache-2.0',
@@ -34,7 +49,6 @@ setuptools.setup(
     'etils[epath]',
     'flax>=0.12',
     'grain>=0.2.15',
-    'importlib_resources',  # tensorflow-datasets needs it and omits it
     'jax>=0.10',
     'jaxtyping>=0.3',
     'ml-collections>=1.1',
@@ -43,14 +57,23 @@ setuptools.setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12,<1',  # 1.0 changes the top-level API
     'pillow>=11',
+    'protobuf',  # sentencepiece's models, edited
     'safetensors>=0.8',  # reads a tensor at a time, not mapped
     'sentencepiece>=0.2',
-    'tensorflow-datasets>=4.9.10',
     'transformers>=5',
+    *(TFDS if CHECKOUT else []),
   ],
   extras_require={
     'test': TEST,
     'parity': TEST + PARITY,
+    'dev': [*TEST, 'mypy==2.4.1', 'pre-commit', 'ruff==0.17.6'],
+    # mkdocs 2 drops plugins, on which mkdocstrings rests.
+    'docs': [
+      'mkdocs>=1.6,<2',
+      'mkdocs-material>=9.5,<10',
+      'mkdocstrings[python]',
+    ],
+    'tfds': TFDS,
     'tpu': ['jax[tpu]'],
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],

@@ -16,7 +16,7 @@ import numpy as np
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io.decode import BadSample, inspect
 
 CAPTION_KEYS = ('caption', 'captions', 'text', 'title', 'description')
@@ -39,6 +39,7 @@ class TfdsSource(Checked):
   Raises:
     DataError: there is no such build, it is stored as TFRecord, it has no
       images or captions, or too many are bad.
+    UsageError: tensorflow-datasets is not installed.
   """
 
   path_is = 'the name or folder of a prepared TFDS build'
@@ -189,8 +190,13 @@ def _version(folder: pathlib.Path) -> tuple[list[int], str]:
 
 def _open(folder: pathlib.Path, split: str) -> tuple[Any, str, str, str]:
   """(the records, key of the image, key of the caption, the split)."""
-  import tensorflow_datasets as tfds
-
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise UsageError(
+      'data.kind=tfds needs a package that is not installed '
+      f"({error.name}): pip install 'imagen_jax[tfds]'."
+    ) from error
   try:
     builder = tfds.builder_from_directory(str(folder))
     features, splits = builder.info.features, builder.info.splits

@@ -11,7 +11,7 @@ from PIL import Image
 
 from imagen_jax.data.sources import make_source
 from imagen_jax.data.tfds import TfdsSource, find_build
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,14 @@ def test_tfrecord_builds_are_refused_with_what_to_do(tmp_path):
     (folder / 'dataset_info.json').write_text(json.dumps(info))
     with pytest.raises(DataError, match='tfrecord, which only TensorFlow.*'):
       TfdsSource(folder, 16)
+
+
+def test_without_tfds_the_error_is_a_usage_error(tmp_path, monkeypatch):
+  info = '{"fileFormat": "array_record"}'
+  (tmp_path / 'dataset_info.json').write_text(info)
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+  with pytest.raises(UsageError):
+    TfdsSource(tmp_path, 16)
 
 
 def test_a_build_without_captions_is_told_by_its_columns(tmp_path):
