@@ -295,7 +295,7 @@ def demo_path() -> pathlib.Path:
   return pathlib.Path(__file__).parents[1] / 'assets' / 'demo'
 
 
-def text_folder(configured: str) -> pathlib.Path:
+def text_folder(configured: AnyPath) -> pathlib.Path:
   """The folder of weights that a config's `text.path` names.
 
   Args:
