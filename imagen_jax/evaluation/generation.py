@@ -65,7 +65,7 @@ class Run:
     return self.labelled(self.suite.label)
 
   def labelled(self, entry: str) -> str:
-    """An entry of the suite's score, such as 'shapes@guidance=1'."""
+    """An entry of the suite's score, such as 'fid@guidance=1'."""
     return f'{entry}@{self.name}' if self.name else entry
 
 
