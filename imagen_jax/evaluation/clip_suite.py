@@ -6,10 +6,10 @@ import pathlib
 import typing
 
 from imagen_jax.errors import UsageError
-from imagen_jax.evaluation import scores
+from imagen_jax.evaluation import distances, scores
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.extractors import TextExtractor, load_clip
-from imagen_jax.evaluation.features import cosine_scores, generated_features
+from imagen_jax.evaluation.generation import read_images
 from imagen_jax.evaluation.prompts_suite import Prompts
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Records
@@ -47,9 +47,9 @@ class ClipScore(Prompts):
     self, folder: pathlib.Path, records: Records
   ) -> dict[str, Categories]:
     items = self.items()
-    images = generated_features(self.extractor, folder, records, items)
+    images = self.extractor.image(read_images(folder, records, items))
     texts = self.extractor.text([item.prompt for item in items])
-    values = cosine_scores(images, texts)
+    values = distances.clip_scores(images, texts)
     by_category = collections.defaultdict(list)
     for item, value in zip(items, values):
       by_category[item.category].append(value)

@@ -186,3 +186,10 @@ def _on_manifold(points, centres, k, block):
     for i in range(0, len(points), block)
   ]
   return float(np.concatenate(inside).mean())
+
+
+def clip_scores(images: FeaturesA, texts: FeaturesA) -> Float[np.ndarray, ' n']:
+  """CLIP score of each pair: 100 · max(cosine, 0) (Hessel et al. 2021)."""
+  images = images / np.linalg.norm(images, axis=1, keepdims=True)
+  texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
+  return 100 * np.maximum((images * texts).sum(1), 0)

@@ -5,10 +5,11 @@ the weights goes into the provenance of each score.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from imagen_jax.text import clip_tokenizer
 
 BATCH = 16
 
-Images = UInt8[np.ndarray, 'n h w 3']
+Images = Iterable[UInt8[np.ndarray, 'h w 3']]
 Features = Float[np.ndarray, 'n d']
 
 
@@ -31,7 +32,7 @@ class Extractor:
   """A network with its weights.
 
   Attributes:
-    image: uint8 [N, H, W, 3] -> float32 [N, D].
+    image: N images, a few of them in memory at a time -> float32 [N, D].
     digest: sha256 of the weights' file, 64 hex digits.
     resize: how images are resized to the network's input.
   """
@@ -135,13 +136,12 @@ def _batched(
 ) -> Callable[[typing.Any], Features]:
   """`function` of any number of rows: `BATCH` at a time, the last padded."""
 
-  def all_rows(rows: np.ndarray) -> np.ndarray:
-    found = []
-    for start in range(0, len(rows), BATCH):
-      batch = np.asarray(rows[start : start + BATCH])
-      fill = np.repeat(batch[-1:], BATCH - len(batch), axis=0)
-      out = function(np.concatenate([batch, fill]))
-      found.append(np.asarray(out, np.float32)[: len(batch)])
+  def all_rows(rows: Iterable[np.ndarray]) -> np.ndarray:
+    rows, found = iter(rows), []
+    while chunk := list(itertools.islice(rows, BATCH)):
+      fill = [chunk[-1]] * (BATCH - len(chunk))
+      out = function(np.stack(chunk + fill))
+      found.append(np.asarray(out, np.float32)[: len(chunk)])
     return np.concatenate(found)
 
   return all_rows

@@ -21,11 +21,7 @@ from imagen_jax.evaluation.extractors import (
   load_clip,
   load_inception,
 )
-from imagen_jax.evaluation.features import (
-  cosine_scores,
-  generated_features,
-  image_features,
-)
+from imagen_jax.evaluation.generation import read_images
 from imagen_jax.evaluation.scores import Categories, Score
 from imagen_jax.evaluation.suite import Item, Records, Suite, digest, number
 from imagen_jax.io import files
@@ -106,7 +102,7 @@ class Fid(Suite):
     items = self.items()
     result: Score = {}
     if self.inception:
-      generated = generated_features(self.inception, folder, records, items)
+      generated = self.inception.image(read_images(folder, records, items))
       real = self._real(folder, self.inception)
       if min(len(generated), len(real)) < 4:
         raise DataError(
@@ -115,11 +111,13 @@ class Fid(Suite):
         )
       result |= _inception_scores(generated, real)
     if self.clip:
-      generated = generated_features(self.clip, folder, records, items)
+      generated = self.clip.image(read_images(folder, records, items))
       real = self._real(folder, self.clip)
       result['cmmd'] = distances.cmmd(generated, real)
       texts = self.clip.text([item.prompt for item in items])
-      result['clip_score'] = float(cosine_scores(generated, texts).mean())
+      result['clip_score'] = float(
+        distances.clip_scores(generated, texts).mean()
+      )
     result |= {'n': len(items), 'n_real': len(self.source)}
     return {'fid': {'all': result}}
 
@@ -132,19 +130,15 @@ class Fid(Suite):
     path = folder.parent / name
     if path.exists():
       return np.load(path, allow_pickle=False)
-    features = image_features(
-      extractor, (self.source[i]['image'] for i in range(len(self.source)))
+    features = extractor.image(
+      self.source[i]['image'] for i in range(len(self.source))
     )
     with files.replacing(path) as temporary, temporary.open('wb') as file:
       np.save(file, features)
     return features
 
   def provenance(self) -> dict[str, typing.Any]:
-    found = {
-      'num': self.num,
-      'captions_digest': self.digest(),
-      'real_resize': 'area',
-    }
+    found = {'num': self.num, 'real_resize': 'area'}
     for name in ('inception', 'clip'):
       extractor = getattr(self, name)
       if extractor:

@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -42,6 +42,7 @@ class Run:
   Attributes:
     suite: what is generated.
     folder: of the run.
+    name: the point of a sweep, 'guidance=1,sr1.steps=4'; '' without one.
     sampling: settings of `Cascade.sample`, a list of one per stage each.
     seed: of the images.
     batch_size: images at a time.
@@ -52,11 +53,21 @@ class Run:
 
   suite: Suite
   folder: pathlib.Path
+  name: str = ''
   sampling: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
   seed: int = 0
   batch_size: int = 4
   fraction: tuple[int, int] = (0, 1)
   true_size: int | None = None
+
+  @property
+  def label(self) -> str:
+    """Its entry in `scores.json`."""
+    return self.labelled(self.suite.label)
+
+  def labelled(self, entry: str) -> str:
+    """An entry of the suite's score, such as 'fid@guidance=1'."""
+    return f'{entry}@{self.name}' if self.name else entry
 
 
 def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
@@ -186,6 +197,13 @@ def read_image(
     raise DataError(
       f'{path} cannot be read ({error}); delete {folder} and run again.'
     ) from error
+
+
+def read_images(
+  folder: pathlib.Path, records: Records, items: Iterable[Item]
+) -> Iterator[UInt8[np.ndarray, 'h w 3']]:
+  """The images of a run's items, in their order."""
+  return (read_image(folder, records[x.category, x.number]) for x in items)
 
 
 def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:

@@ -58,7 +58,7 @@ class Prompts(Suite):
     return {self.label: {name: {'n': n} for name, n in counts.items()}}
 
   def provenance(self) -> dict[str, typing.Any]:
-    return {'num': len(self.listed), 'prompts_digest': self.digest()}
+    return {'num': len(self.listed)}
 
 
 def _listed(config: EvalConfig) -> tuple[tuple[str, str], ...]:

@@ -26,7 +26,6 @@ SECTION = 'section.json'
 class Section:
   """What the report says of a run besides its scores; see `Suite`."""
 
-  suite: str
   title: str
   description: str
   controls: list[str]
@@ -38,7 +37,6 @@ def save_section(suite: Suite, folder: pathlib.Path, records: Records) -> None:
   """Writes a finished run's `section.json`."""
   title, description = suite.heading()
   section = Section(
-    suite=suite.label,
     title=title,
     description=description,
     controls=list(suite.controls),
@@ -74,7 +72,7 @@ def write(out: pathlib.Path) -> pathlib.Path:
     label: _read_section(out / note['run']) for label, note in notes.items()
   }
   # The entries of a judge belong to the suite that they stand beside.
-  shown = [x for x in notes if x.partition('@')[0] == sections[x].suite]
+  shown = [x for x in notes if x.partition('@')[0] == notes[x]['suite']]
   parts = [_head(notes)]
   for label in (x for x in shown if '@' not in x):
     parts += _section(out, label, sections[label], found, notes[label])

@@ -8,6 +8,7 @@ from imagen_jax.evaluation.listener import Listener
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -22,7 +23,6 @@ from imagen_jax.evaluation import generation, report, scores, suites, sweep
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
-from imagen_jax.evaluation.suite import Suite
 from imagen_jax.io import model_folder
 
 
@@ -67,22 +67,38 @@ def evaluate(
   for note in suite.notes(cascade.stages[-1].resolution):
     listener.note(note)
   found, finished = {}, True
-  for point in points:
-    run = _run(cascade, suite, config, point)
-    label = suite.label + (point.name and f'@{point.name}')
-    _generate(cascade, run, point, label, listener)
+  for name, sampling in points:
+    run = generation.Run(
+      suite=suite,
+      folder=pathlib.Path(config.out) / suite.label / (name or 'run'),
+      name=name,
+      sampling=sampling,
+      seed=config.seed,
+      batch_size=config.batch_size or _default_batch(),
+      fraction=config.shard or (jax.process_index(), jax.process_count()),
+      true_size=records[0].low_resolution if config.from_truth else None,
+    )
+    identity = _identity(cascade, run)
+    generation.open_run(run.folder, identity)
+    generation.generate(
+      cascade, run, functools.partial(listener.progress, run.label)
+    )
     left = generation.unfinished(
       suite.items(), generation.read_records(run.folder)
     )
     if left:
       finished = False
-      listener.left(label, len(left))
+      listener.left(run.label, len(left))
     else:
-      provenance = _provenance(cascade, run, point, config)
-      found[label] = _score(run, point, config, provenance)
-      listener.scored(label, found[label])
+      provenance = identity | _provenance(config, run, cascade)
+      found[run.label] = _score(config, run, provenance)
+      listener.scored(run.label, found[run.label])
   page = report.write(pathlib.Path(config.out)) if finished else None
   return Evaluation(found, page)
+
+
+def _default_batch() -> int:
+  return 4 if jax.default_backend() == 'cpu' else 32
 
 
 def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
@@ -102,76 +118,45 @@ def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
   return records
 
 
-def _run(
-  cascade: Cascade, suite: Suite, config: EvalConfig, point: sweep.Point
-) -> generation.Run:
-  cpu = jax.default_backend() == 'cpu'
-  return generation.Run(
-    suite=suite,
-    folder=pathlib.Path(config.out) / suite.label / (point.name or 'run'),
-    sampling=point.sampling,
-    seed=config.seed,
-    batch_size=config.batch_size or (4 if cpu else 32),
-    fraction=config.shard or (jax.process_index(), jax.process_count()),
-    true_size=cascade.stages[0].low_resolution if config.from_truth else None,
-  )
-
-
-def _generate(
-  cascade: Cascade,
-  run: generation.Run,
-  point: sweep.Point,
-  label: str,
-  listener: Listener,
-) -> None:
-  identity = {
+def _identity(cascade: Cascade, run: generation.Run) -> dict[str, typing.Any]:
+  """What the images depend on."""
+  return {
     'suite': run.suite.label,
     'model_digest': cascade.digest,
-    'stages': point.per_stage([s.name for s in cascade.stages]),
+    'stages': {
+      stage.name: {key: values[i] for key, values in run.sampling.items()}
+      for i, stage in enumerate(cascade.stages)
+    },
     'seed': run.seed,
     'dtype': cascade.dtype.name,
     'prompts': run.suite.digest(),
   }
-  generation.open_run(run.folder, identity)
-  generation.generate(
-    cascade, run, lambda *counts: listener.progress(label, *counts)
-  )
-
-
-def _score(
-  run: generation.Run,
-  point: sweep.Point,
-  config: EvalConfig,
-  provenance: dict[str, typing.Any],
-) -> Categories:
-  """Scores a finished run and notes what the report needs."""
-  records = generation.read_records(run.folder)
-  result = run.suite.score(run.folder, records)
-  report.save_section(run.suite, run.folder, records)
-  for key, categories in result.items():
-    key += point.name and f'@{point.name}'
-    scores.add_scores(config.out, key, categories, provenance)
-  return result[run.suite.label]
 
 
 def _provenance(
-  cascade: Cascade,
-  run: generation.Run,
-  point: sweep.Point,
-  config: EvalConfig,
+  config: EvalConfig, run: generation.Run, cascade: Cascade
 ) -> dict[str, typing.Any]:
-  """What the scores were measured on."""
+  """What else the scores were measured on."""
   return {
     'run': run.folder.relative_to(config.out).as_posix(),
     'model': os.fspath(config.model) if config.model else 'demo',
-    'model_digest': cascade.digest,
     'resolution': cascade.stages[-1].resolution,
-    'stages': point.per_stage([s.name for s in cascade.stages]),
-    'seed': run.seed,
     'batch_size': run.batch_size,
-    'dtype': cascade.dtype.name,
     'device': f'{jax.local_device_count()} {jax.devices()[0].device_kind}',
     'version': imagen_jax.__version__,
     'date': time.strftime('%Y-%m-%d'),
     **run.suite.provenance(),
   }
+
+
+def _score(
+  config: EvalConfig, run: generation.Run, provenance: dict[str, typing.Any]
+) -> Categories:
+  """Scores a finished run and keeps what the report needs."""
+  records = generation.read_records(run.folder)
+  result = run.suite.score(run.folder, records)
+  report.save_section(run.suite, run.folder, records)
+  for entry, categories in result.items():
+    label = run.labelled(entry)
+    scores.add_scores(config.out, label, categories, provenance)
+  return result[run.suite.label]

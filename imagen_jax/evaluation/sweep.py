@@ -1,36 +1,20 @@
 """Every combination of the settings that a sweep names."""
 
-import dataclasses
 import itertools
-from collections.abc import Sequence
 
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig, Value
 
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-  """One choice of settings.
-
-  Attributes:
-    name: 'guidance=1,sr1.steps=4'; '' where there is no sweep.
-    sampling: {one of `SAMPLING`: a value per stage}.
-  """
-
-  name: str
-  sampling: dict[str, list[Value]]
-
-  def per_stage(self, names: Sequence[str]) -> dict[str, dict[str, Value]]:
-    """{stage: {one of `SAMPLING`: value}}, for provenance."""
-    return {
-      name: {key: values[i] for key, values in self.sampling.items()}
-      for i, name in enumerate(names)
-    }
+# {one of `SAMPLING`: a value per stage}
+Sampling = dict[str, list[Value]]
 
 
-def points(cascade: Cascade, config: EvalConfig) -> list[Point]:
-  """The points of a sweep, all checked before any work.
+def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
+  """The points of a sweep by name, all checked before any work.
+
+  'guidance=1,sr1.steps=4' is a name, '' that of the only point where nothing
+  is swept.
 
   Raises:
     UsageError: there is no such stage, or a value cannot work.
@@ -63,7 +47,7 @@ def points(cascade: Cascade, config: EvalConfig) -> list[Point]:
       f'{target}={str(value).removesuffix(".0")}'
       for target, value in zip(config.sweep, values)
     ]
-    result.append(Point(','.join(parts), sampling))
+    result.append((','.join(parts), sampling))
   return result
 
 

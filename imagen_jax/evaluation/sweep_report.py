@@ -18,7 +18,7 @@ Curves = dict[str, list[tuple[float | str, Categories]]]
 
 
 def parts(label: str) -> list[tuple[str, str]]:
-  """'shapes@a=1,b=2' as [('a', '1'), ('b', '2')]."""
+  """'fid@a=1,b=2' as [('a', '1'), ('b', '2')]."""
   text = label.partition('@')[2]
   return [(k, v) for k, _, v in (x.partition('=') for x in text.split(','))]
 

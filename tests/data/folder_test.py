@@ -53,7 +53,7 @@ def test_text_files_beside_the_images_are_their_captions(tmp_path):
   assert len(source) == 2
   assert source.names == ('a/deep.name.PNG', 'b.png')
   assert source[0]['caption'] == 'ein blauer Würfel'
-  assert source[1]['caption'] == 'a red circle'
+  assert source[1]['caption'] == source.caption(1) == 'a red circle'
   np.testing.assert_array_equal(source[0]['image'], two)
   np.testing.assert_array_equal(source[np.int64(1)]['image'], one)
   assert source[1]['image'].dtype == np.uint8

@@ -121,6 +121,13 @@ def test_precision_and_recall_are_those_of_naive_loops(rng):
   assert found[0] > 0.9 > 0.6 > found[1]
 
 
+def test_the_clip_score_is_100_times_the_cosine():
+  images = np.array([[3.0, 0], [0, 2.0], [1, 1]])
+  texts = np.array([[5.0, 0], [0, -1.0], [1, 0]])
+  found = distances.clip_scores(images, texts)
+  np.testing.assert_allclose(found, [100, 0, 100 / 2**0.5])
+
+
 @pytest.mark.parity
 def test_frechet_equals_scipys_matrix_root_at_2048_dimensions(rng):
   linalg = pytest.importorskip('scipy.linalg')

@@ -98,7 +98,7 @@ def test_a_damaged_section_is_a_data_error(tmp_path):
   finish(tmp_path, Prompts((('a', 'x'),), 1), white)
   report.write(tmp_path)
   section = tmp_path / 'prompts/run/section.json'
-  section.write_text('{"format_version": 1, "suite": "prompts"}')
+  section.write_text('{"format_version": 1, "title": "prompts"}')
   with pytest.raises(DataError):
     report.write(tmp_path)
 

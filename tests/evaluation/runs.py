@@ -28,6 +28,7 @@ def finish(out, suite, paint, point=''):
   found = suite.score(folder, records)
   report.save_section(suite, folder, records)
   note = {
+    'suite': suite.label,
     'run': str(folder.relative_to(out)),
     'model': '<my model>',
     'model_digest': '0',

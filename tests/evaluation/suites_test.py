@@ -54,6 +54,10 @@ class DarkSource(Source):
     return Dark(config.num or 2)
 
 
+class OtherSource(DarkSource):
+  pass
+
+
 def trained_on(*kinds):
   return [
     StageRecord(None, {'data': {'kind': kind}, 'stage': {'resolution': 8}}, {})
@@ -62,6 +66,7 @@ def trained_on(*kinds):
 
 
 DARK = 'tests.evaluation.suites_test:DarkSource'
+OTHER = 'tests.evaluation.suites_test:OtherSource'
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_without_a_suite_it_is_that_of_the_models_data():
 
 
 @pytest.mark.parametrize(
-  'kinds', [('folder',), ('folder', DARK)], ids=['none', 'several']
+  'kinds', [('folder',), (DARK, OTHER)], ids=['none', 'several']
 )
 def test_a_model_without_a_suite_of_its_own_needs_one_named(kinds):
   with pytest.raises(UsageError) as error:
