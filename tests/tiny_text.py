@@ -42,11 +42,17 @@ def vocabulary(seed=0):
 def random_params(module, seed=0):
   """Parameters of a `T5Encoder`, none of them at a special value."""
   ids = jnp.zeros((1, 2), jnp.int32)
-  params = module.init(jax.random.key(seed), ids, ids == 0)['params']
+  shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids == 0)
   rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda p: p + 0.03 * rng.normal(size=p.shape).astype(np.float32), params
-  )
+
+  def leaf(path, shape):
+    normal = rng.normal(size=shape.shape).astype(np.float32)
+    name = path[-1].key
+    if name.endswith('norm'):
+      return jnp.asarray(1 + 0.03 * normal)
+    return jnp.asarray((1 if name == 'embedding' else 0.2) * normal)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes['params'])
 
 
 def random_folder(folder, seed=0, **sizes):
