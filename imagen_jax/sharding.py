@@ -146,8 +146,8 @@ def sampling_mesh(
   On CPU it is one device, whose threads share an image.
 
   Args:
-    num_bytes: of the parameters.
-    fsdp: devices that share one copy, chosen here when None.
+    num_bytes: size of the parameters.
+    fsdp: devices that share one copy; None chooses the fewest that hold it.
     devices: the devices to use, all of them by default.
   """
   devices = list(jax.devices() if devices is None else devices)
@@ -314,10 +314,10 @@ def _gather_forward(
 def _gather_backward(
   spec: PartitionSpec, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-  """The sum over the devices, of which each keeps its fraction.
+  """The sum over the devices, of which each keeps its shard.
 
-  The barrier makes it keep no more: without it XLA fuses the taking of the
-  fraction into the optimizer, and all gradients stay whole until then.
+  The barrier makes it keep no more: without it XLA fuses the slicing into the
+  optimizer, and all gradients stay whole until then.
   """
   gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
   gradient = jax.lax.with_sharding_constraint(gradient, spec)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import random
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ WORDS = (
 
 
 @functools.cache
-def vocabulary():
+def vocabulary(seed=0):
   """Bytes of a spiece.model of about 60 pieces, with T5's special ids."""
   out = io.BytesIO()
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   lines = [' '.join(rng.choice(WORDS, 6)) for _ in range(500)]
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(lines),
@@ -41,11 +42,17 @@ def vocabulary():
 def random_params(module, seed=0):
   """Parameters of a `T5Encoder`, none of them at a special value."""
   ids = jnp.zeros((1, 2), jnp.int32)
-  params = module.init(jax.random.key(seed), ids, ids == 0)['params']
+  shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids == 0)
   rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda p: p + 0.03 * rng.normal(size=p.shape).astype(np.float32), params
-  )
+
+  def leaf(path, shape):
+    normal = rng.normal(size=shape.shape).astype(np.float32)
+    name = path[-1].key
+    if name.endswith('norm'):
+      return jnp.asarray(1 + 0.03 * normal)
+    return jnp.asarray((1 if name == 'embedding' else 0.2) * normal)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes['params'])
 
 
 def random_folder(folder, seed=0, **sizes):
@@ -63,3 +70,30 @@ def random_folder(folder, seed=0, **sizes):
   params = random_params(module, seed)
   save_folder(folder, module, params, files={'spiece.model': vocabulary()})
   return module, params
+
+
+def varied(number, seed=0):
+  """Strings of every kind a person or a page might send."""
+  rng = random.Random(seed)
+  words = [*WORDS] + (
+    "photograph oil painting Astronaut Über naïve 東京 поезд 🙂 don't "
+    'e-mail 3.14 $5 A.I. ½ ﬁne zero\u00a0width\u200bspace'
+  ).split(' ')
+  ends = ['', '.', '!', ' ', '\n', '\t…', ' \u3000']
+  out = ['', ' ', '\n', 'a' * 300]
+  for _ in range(number - len(out)):
+    kind = rng.random()
+    if kind < 0.7:
+      text = rng.choice((' ', ' ', ', ', '  ')).join(
+        rng.choices(words, k=rng.randint(1, 20))
+      )
+      text = rng.choice((str, str.upper, str.title))(text) + rng.choice(ends)
+    elif kind < 0.85:
+      text = ''.join(
+        map(chr, rng.choices(range(32, 127), k=rng.randint(1, 60)))
+      )
+    else:
+      code = (rng.randint(1, 0xD7FF) for _ in range(rng.randint(1, 30)))
+      text = ''.join(map(chr, code))
+    out.append(text)
+  return out

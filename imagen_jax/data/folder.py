@@ -1,4 +1,4 @@
-"""A folder of images with their captions, as most people keep them.
+"""A folder of images with their captions, the most common layout.
 
 Either every image has a text file of the same name beside it,
 

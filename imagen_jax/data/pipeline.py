@@ -37,7 +37,7 @@ def batches(
   augment: Callable[[Example, np.random.Generator], Example] | None = None,
   transform: Callable[[Example], Example] | None = None,
 ) -> Iterator[Example]:
-  """An endless iterator over this host's fraction of the batches.
+  """An endless iterator over this host's part of the batches.
 
   Every epoch is a new permutation of the source; batches run across the
   ends of epochs, so a source may be smaller than a batch.

@@ -149,8 +149,8 @@ def load_text_encoder(
   # vocab_size as well.
   if tokenizer.size > module.vocab_size:
     raise ModelError(
-      f'{path} has a tokenizer of {tokenizer.size} pieces and an embedding '
-      f'table of {module.vocab_size}; they belong to different models.'
+      f'{path} has a tokenizer of {tokenizer.size} pieces and vocab_size '
+      f'{module.vocab_size}; they belong to different models.'
     )
   params, digest = weights.load_params(path, module, place=place)
   sizes = {

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import pathlib
 import pickle
 import tarfile
 
@@ -15,8 +14,6 @@ from imagen_jax.data import webdataset
 from imagen_jax.data.sources import list_skipped, make_source
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import DataError, UsageError
-
-IMAGES = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'images'
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +158,7 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
   lines = (tmp_path / 'new' / 'bad.jsonl').read_text().splitlines()
   assert len(lines) == len(reasons)
   assert set(json.loads(lines[0])) == {'name', 'reason'}
-  with pytest.raises(DataError, match=r'18 of 318 samples are bad'):
+  with pytest.raises(DataError):
     WebDatasetSource(tmp_path, 16)
 
 
@@ -221,24 +218,22 @@ def test_a_broken_header_in_a_tar_is_not_taken_for_its_end(tmp_path):
 )
 def test_what_is_no_tar_is_named(tmp_path, data):
   (tmp_path / 'a.tar').write_bytes(data)
-  with pytest.raises(DataError, match='a.tar is no plain tar'):
+  with pytest.raises(DataError, match='a.tar'):
     WebDatasetSource(tmp_path, 16)
 
 
 def test_no_tar_no_shell_no_bucket(tmp_path):
-  with pytest.raises(DataError, match='there is no tar at'):
+  with pytest.raises(DataError):
     WebDatasetSource(tmp_path / '*.tar', 16)
-  with pytest.raises(DataError, match='shell command, which imagen_jax never'):
+  with pytest.raises(DataError):
     WebDatasetSource('pipe:touch /tmp/no', 16)
-  with pytest.raises(UsageError, match='mount it first .gcsfuse'):
+  with pytest.raises(UsageError, match='data.path'):
     make_source(kind='webdataset', path='gs://bucket/{0..9}.tar', size=16)
 
 
-def test_no_captions_at_all_is_said(tmp_path):
+def test_a_set_without_captions_is_refused(tmp_path):
   tar = write(tmp_path / 'a.tar', [('1.png', encoded(pixels()))])
-  with pytest.raises(
-    DataError, match='1 because it has no caption.*need .*txt'
-  ):
+  with pytest.raises(DataError, match='a.tar/1'):
     WebDatasetSource(tar, 16)
 
 
@@ -277,9 +272,21 @@ def test_the_fingerprint_tells_sets_apart(tmp_path):
   assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-@pytest.mark.skipif(not IMAGES.exists(), reason='no images beside us')
-def test_real_images_are_read():
-  source = make_source(kind='webdataset', path=str(IMAGES), size=64)
-  assert len(source) == 1378
+def test_tars_as_img2dataset_writes_them_are_read(tmp_path):
+  for shard in range(2):
+    members = []
+    for i in range(3):
+      key = f'{shard:05d}{i:04d}'
+      record = {'caption': f'image {key}', 'width': 40, 'url': 'https://…'}
+      members += [
+        (f'{key}.jpg', encoded(pixels(i, 30, 40), 'JPEG', quality=95)),
+        (f'{key}.json', json.dumps(record).encode()),
+        (f'{key}.txt', record['caption'].encode()),
+      ]
+    write(tmp_path / f'{shard:05d}.tar', members)
+  path = str(tmp_path / '{00000..00001}.tar')
+  source = make_source(kind='webdataset', path=path, size=16)
   assert source.skipped == ()
-  assert source[0]['image'].shape == (64, 64, 3)
+  names = [f'image {s:05d}{i:04d}' for s in range(2) for i in range(3)]
+  assert [example['caption'] for example in source] == names
+  assert source[5]['image'].shape == (16, 16, 3)

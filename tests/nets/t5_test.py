@@ -147,7 +147,7 @@ def test_a_row_of_padding_alone_is_zeros_with_zero_gradient_and_not_nan():
     out = encode_tokens(module, params, ids, mask)
     return jnp.sum(out), out
 
-  (_, out), grads = jax.value_and_grad(total, has_aux=True)(params)
+  (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   np.testing.assert_array_equal(out, np.zeros((2, 5, 16)))
   assert all(np.all(g == 0) for g in jax.tree.leaves(grads))
 

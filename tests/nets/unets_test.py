@@ -69,8 +69,12 @@ def params(name):
 
 
 @functools.cache
+def compiled(name):
+  return jax.jit(NETS[name].apply)
+
+
 def apply(name):
-  return jax.jit(functools.partial(NETS[name].apply, {'params': params(name)}))
+  return functools.partial(compiled(name), {'params': params(name)})
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -97,8 +101,9 @@ def test_fully_masked_text_leaks_neither_words_nor_length(name):
 @pytest.mark.parametrize('name', ['base', 'fused'])
 def test_a_new_network_predicts_zeros(name):
   net = NETS[name]
-  fresh = jax.jit(net.init)(jax.random.key(0), *inputs(net))
-  assert not np.any(jax.jit(net.apply)(fresh, *inputs(net)))
+  init = lambda: net.init(jax.random.key(0), *inputs(net))['params']['conv_out']
+  fresh = params(name) | {'conv_out': jax.jit(init)()}
+  assert not np.any(compiled(name)({'params': fresh}, *inputs(net)))
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -171,11 +176,9 @@ def test_residual_sums_are_divided_by_sqrt_2():
     # On the decoder the shortcut passes the block's input, not the skip.
     p['up_0']['res']['shortcut']['kernel'][:, 0, 0, :4, :] = np.eye(4)
     p['norm_out']['scale'][:] = 1
-    _, state = net.apply(
-      {'params': p},
-      *args,
-      capture_intermediates=lambda m, _: m.name == 'norm_out',
-    )
+    last = lambda module, _: module.name == 'norm_out'
+    apply = functools.partial(net.apply, capture_intermediates=last)
+    _, state = jax.jit(apply)({'params': p}, *args)
     return state['intermediates']['norm_out']['__call__'][0]
 
   np.testing.assert_allclose(seen(3), seen(1) / 4, rtol=1e-3, atol=1e-7)
@@ -183,7 +186,7 @@ def test_residual_sums_are_divided_by_sqrt_2():
 
 def test_bfloat16_is_close_to_float32():
   args = inputs(FUSED)
-  half = FUSED.clone(dtype=jnp.bfloat16).apply(
+  half = jax.jit(FUSED.clone(dtype=jnp.bfloat16).apply)(
     {'params': params('fused')}, *args
   )
   full = apply('fused')(*args)
@@ -217,7 +220,7 @@ def test_cudnn_falls_back_where_it_cannot():
   np.testing.assert_array_equal(
     attention(q, k, v, implementation='cudnn'), attention(q, k, v)
   )
-  with pytest.raises(ValueError, match='flash9'):
+  with pytest.raises(ValueError):
     attention(q, k, v, implementation='flash9')
 
 
@@ -225,7 +228,8 @@ def test_pooled_text_of_the_null_condition_is_zero():
   pool = TextPool(16, head_dim=4)
   text = jax.random.normal(jax.random.key(0), (2, 5, 8))
   mask = jnp.asarray([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
-  out = pool.apply(pool.init(jax.random.key(1), text, mask), text, mask)
+  shapes = jax.eval_shape(pool.init, jax.random.key(1), text, mask)
+  out = jax.jit(pool.apply)(random_like(shapes), text, mask)
   assert not np.any(out[1]) and np.abs(out[0]).max() > 0.1
 
 
@@ -233,18 +237,10 @@ def test_pooled_text_of_the_null_condition_is_zero():
   'net,size,low,least,most',
   [
     (UNet(), 64, False, 2.0e9, 2.45e9),
-    (UNet(text_width=2048), 64, False, 2.0e9, 2.45e9),
     (EfficientUNet(), 256, True, 570e6, 665e6),
-    (
-      EfficientUNet(text_width=1024, conv_shortcut=True),
-      256,
-      True,
-      585e6,
-      600e6,
-    ),
   ],
 )
-def test_paper_sizes(net, size, low, least, most):
+def test_the_defaults_have_the_papers_sizes(net, size, low, least, most):
   """2 B and 600 M parameters (4.1), by shape alone."""
   z, level = jnp.zeros((1, size, size, 3)), jnp.zeros((1,))
   text, mask = jnp.zeros((1, 128, 4096)), jnp.ones((1, 128), bool)

@@ -20,33 +20,7 @@ from imagen_jax.training import loop
 from imagen_jax.worlds import captions, pretraining, probe, shapes, tasks
 from imagen_jax.worlds.nouns import shape_nouns
 from imagen_jax.worlds.vocabulary import train_vocabulary
-
-
-def varied(number, seed=0):
-  """Strings of every kind a person or a page might send."""
-  rng = random.Random(seed)
-  words = sorted(captions.vocabulary()) + (
-    "photograph oil painting Astronaut Über naïve 東京 поезд 🙂 don't "
-    'e-mail 3.14 $5 A.I. ½ ﬁne zero\u00a0width\u200bspace'
-  ).split(' ')
-  ends = ['', '.', '!', ' ', '\n', '\t…', ' \u3000']
-  out = ['', ' ', '\n', 'a' * 300]
-  for _ in range(number - len(out)):
-    kind = rng.random()
-    if kind < 0.7:
-      text = rng.choice((' ', ' ', ', ', '  ')).join(
-        rng.choices(words, k=rng.randint(1, 20))
-      )
-      text = rng.choice((str, str.upper, str.title))(text) + rng.choice(ends)
-    elif kind < 0.85:
-      text = ''.join(
-        map(chr, rng.choices(range(32, 127), k=rng.randint(1, 60)))
-      )
-    else:
-      code = (rng.randint(1, 0xD7FF) for _ in range(rng.randint(1, 30)))
-      text = ''.join(map(chr, code))
-    out.append(text)
-  return out
+from tests.tiny_text import varied
 
 
 def word_tokenizer(tmp_path):
