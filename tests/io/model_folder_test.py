@@ -48,7 +48,10 @@ def save_workdir(path, name, resolution, low=None, steps=(1,)):
   workdir = path / name
   workdir.mkdir(parents=True)
   record = {'config': config(name, resolution, low), 'text': TEXT}
-  files.write_json(workdir / 'config.json', {'format_version': 1, **record})
+  files.write_json(
+    workdir / 'config.json',
+    {'format_version': model_folder.FORMAT_VERSION, **record},
+  )
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     for step in steps:
       state = {'params': params(step), 'ema_params': params(step + 100)}
