@@ -1,6 +1,7 @@
 """The examples of docs/extend.md do what the page says."""
 
 import importlib
+import json
 import pathlib
 import re
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.cli import prepare
+from imagen_jax.cli import prepare, train
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
@@ -67,6 +68,40 @@ def test_a_network_of_the_users_own_predicts_0_at_the_start(folder):
       jax.random.key(0), z, level, text, mask, *extra
     )
     np.testing.assert_array_equal(out, np.zeros(z.shape))
+
+
+def test_a_stage_is_planned_with_a_network_of_the_users_own(
+  folder, capsys, monkeypatch
+):
+  monkeypatch.chdir(folder)
+  argv = ['--config', 'my_config.py', '--workdir', 'run', '--dry_run']
+  argv += ['--config.stage.net.num_blocks=1', '--config.train.batch_size=8']
+  assert train.main(argv) == 0
+  assert 'parameters' in capsys.readouterr().out
+  assert not (folder / 'run').exists()
+
+
+def test_an_experiment_of_the_users_own_is_trained_and_resumed(
+  folder, monkeypatch
+):
+  monkeypatch.chdir(folder)
+  argv = ['--config', 'my_run.py', '--workdir', 'run']
+  argv += [f'--config.train.{key}=2' for key in ('log_every', 'eval_every')]
+  argv += ['--config.train.batch_size=8']
+  for steps in (2, 4):
+    assert (
+      train.main(
+        [
+          *argv,
+          f'--config.train.num_steps={steps}',
+          '--config.train.optimizer.decay=False',
+        ]
+      )
+      == 0
+    )
+  rows = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(row)['step'] for row in rows] == [2, 4]
+  assert all(json.loads(row)['heldout_loss_ema'] > 0 for row in rows)
 
 
 def test_a_config_of_the_users_own_names_the_network(folder):

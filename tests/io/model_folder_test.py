@@ -17,7 +17,8 @@ TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
 
 def config(name, resolution, low):
   stage = {'name': name, 'resolution': resolution, 'low_resolution': low}
-  return {'stage': stage, 'text': {'path': '/nowhere'}}
+  train = {'checkpoint_dir': None}
+  return {'stage': stage, 'text': {'path': '/nowhere'}, 'train': train}
 
 
 def params(seed=0):
