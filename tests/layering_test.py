@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import imagen_jax
 
@@ -100,3 +101,55 @@ def test_diffusion_needs_jax_alone():
   }  # fmt: skip
   for path in (ROOT / 'diffusion').glob('*.py'):
     assert {m.split('.')[0] for m in modules(path)} <= allowed
+
+
+# What a leaf is called: the core knows none of them but in the two tables.
+LEAVES = re.compile(
+  r"deepfloyd|emoji|\bworlds\b|\bplanning\b|'shapes'|shapes_(base|sr1|sr2|text)"
+  r'|shapes (world|suite|demo)',
+  re.IGNORECASE,
+)
+TABLES = {'data/sources.py', 'training/experiment.py'}
+ROW = re.compile(r"^  '\w+': 'imagen_jax\.\w+\.\w+:\w+',$")
+
+
+def test_the_core_knows_no_leaf():
+  found = []
+  for path in FILES:
+    here = path.relative_to(ROOT)
+    if here.parts[0] in ('worlds', 'deepfloyd', 'planning', 'web', 'cli'):
+      continue
+    for line in path.read_text(encoding='utf-8').splitlines():
+      row = here.as_posix() in TABLES and ROW.match(line)
+      if LEAVES.search(line) and not row:
+        found.append(f'{here}: {line.strip()}')
+  assert not found
+
+
+# Words of before, and what the field says.
+OLD = re.compile(
+  r'\b(pictures?|drawn|draws|goes on|way down|way up|insist|enlarges?|'
+  r'lab notes)\b',
+  re.IGNORECASE,
+)
+# A caption may say "a picture of"; the list of words has all of them.
+SAID = {
+  'captions.py',
+  'prompts.py',
+  'layering_test.py',
+  'CONTRIBUTING.md',
+  'CHANGELOG.md',
+}
+
+
+def test_the_words_are_the_fields():
+  top, found = ROOT.parent, []
+  folders = ('imagen_jax', 'configs', 'docs', 'tests', 'benchmarks', 'scripts')
+  files = [p for name in folders for p in (top / name).rglob('*')]
+  for path in [*files, *top.glob('*.py'), *top.glob('*.md')]:
+    if path.suffix not in ('.py', '.md') or path.name in SAID:
+      continue
+    for line in path.read_text(encoding='utf-8').splitlines():
+      if OLD.search(line):
+        found.append(f'{path.relative_to(top)}: {line.strip()[:80]}')
+  assert not found

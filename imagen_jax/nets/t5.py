@@ -167,7 +167,7 @@ class T5Encoder(nn.Module):
       ids: [B, L] int32 tokens, each < vocab_size.
       mask: [B, L] bool, False at padding.
       keep_padding: leave at padding what the layers made of it, for networks
-        that were trained to look there (DeepFloyd IF).
+        that were trained to look there.
 
     Returns:
       [B, L, D] float32, exact zeros at padding unless it is kept: a row that
