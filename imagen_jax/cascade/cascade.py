@@ -8,7 +8,8 @@ a time: the text encoder leaves before the base model comes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +160,7 @@ class Cascade:
       cut=tuple(int(n) for n in cut),
     )
 
-  def settings(self, **choices) -> list[SamplingConfig]:
+  def settings(self, **choices: Any) -> list[SamplingConfig]:
     """How every stage is sampled: its own defaults, changed by `choices`.
 
     Each choice is one value for all stages or a list with one per stage; None
@@ -197,7 +198,7 @@ class Cascade:
     mask: PIL.Image.Image | None = None,
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
-    **choices,
+    **choices: Any,
   ) -> dict[str, np.ndarray]:
     """Samples images of prompts.
 
@@ -229,9 +230,9 @@ class Cascade:
       UsageError, ModelError: as `settings`, `embed` and `load`.
     """
     configs = self.settings(**choices)
-    embedding = prompts if isinstance(prompts, Embedding) else None
-    if embedding is not None:
-      prompts = embedding.prompts
+    embedding = None
+    if isinstance(prompts, Embedding):
+      embedding, prompts = prompts, prompts.prompts
     request = Request(
       prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
       seed=seed,
@@ -260,7 +261,14 @@ class Cascade:
       results[stage.name] = conditioning.to_uint8(low)
     return results
 
-  def _run_stage(self, stage, record, config, request, inputs):
+  def _run_stage(
+    self,
+    stage: Stage,
+    record: model_folder.StageRecord,
+    config: SamplingConfig,
+    request: Request,
+    inputs: Callable[[np.ndarray], SampleInputs],
+  ) -> np.ndarray:
     """One stage for every row: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(model_folder.float32_bytes(record))
     params = model_folder.load_params(
@@ -275,7 +283,11 @@ class Cascade:
     return images
 
 
-def _check_effects(stages, configs, choices):
+def _check_effects(
+  stages: Sequence[Stage],
+  configs: Sequence[SamplingConfig],
+  choices: Mapping[str, Any],
+) -> None:
   """Refuses choices that change nothing in any of the stages."""
   options = {name for s in SAMPLERS.values() for name in s.options}
   for name in sorted(options.intersection(choices)):
@@ -293,7 +305,7 @@ def _check_effects(stages, configs, choices):
       )
 
 
-def _from_uint8(low_res, count):
+def _from_uint8(low_res: np.ndarray, count: int) -> np.ndarray:
   low = np.asarray(low_res, np.float32) / 127.5 - 1
   if len(low) not in (1, count):
     raise UsageError(
@@ -304,7 +316,9 @@ def _from_uint8(low_res, count):
   return np.broadcast_to(low, (count, *low.shape[1:]))
 
 
-def _size(stage, low, image):
+def _size(
+  stage: Stage, low: Image | None, image: PIL.Image.Image | None
+) -> tuple[int, int]:
   """(width, height) of a stage's images.
 
   Raises:
@@ -332,7 +346,7 @@ def _stage_inputs(
   text = np.where(empty[:, None, None], 0, embedding.text)
   mask = embedding.mask & ~empty[:, None]
 
-  def inputs(rows):
+  def inputs(rows: np.ndarray) -> SampleInputs:
     prompts = np.array([request.rows[row][0] for row in rows])
     return SampleInputs(
       keys=request.key_data(rows, stage.resolution),

@@ -1,10 +1,12 @@
 """The loss that a stage is trained with."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from imagen_jax.cascade.conditioning import (
   box_downsample,
@@ -14,6 +16,8 @@ from imagen_jax.cascade.conditioning import (
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion.loss import diffusion_loss
 from imagen_jax.typing import (
+  Array,
+  AugLevel,
   Image,
   LogSNR,
   LowRes,
@@ -53,18 +57,19 @@ def loss(
   x = image.astype(jnp.float32) / 127.5 - 1
   dropped = jax.random.bernoulli(keys['drop'], stage.cond_drop, (batch,))
   text, mask = null_where(dropped, text, mask)
-  extra, weight = (), None
+  extra: tuple[Image, AugLevel] | tuple[()] = ()
+  weight = None
   if stage.low_resolution is not None:
     low = box_downsample(x, stage.low_resolution)
     if stage.crop is not None:
-      x, low = crop(stage, keys['crop'], x, low)
+      x, low = crop(keys['crop'], x, low, side=stage.crop)
     level = stage.max_level * jax.random.uniform(keys['level'], (batch,))
     eps = jax.random.normal(keys['low'], low.shape)
     extra = (low_res_input(stage, eps, low, level), level)
     if stage.contrast_floor is not None:
       weight = contrast_weight(low, stage.contrast_floor, x.shape[1])
 
-  def predict(z, logsnr):
+  def predict(z: Array, logsnr: Array) -> Any:
     return stage.net.apply(
       {'params': params},
       z,
@@ -119,17 +124,29 @@ def contrast_weight(low: LowRes, floor: float, size: int) -> PixelMask:
 
 
 def crop(
-  stage: Stage, key: jax.Array, x: Image, low: LowRes
-) -> tuple[Image, LowRes]:
-  """The same random square of the image and of its small version."""
-  side = stage.crop // stage.factor
-  corners = jax.random.randint(key, (x.shape[0], 2), 0, low.shape[1] - side + 1)
+  key: jax.Array, x: Image, low: LowRes, *, side: int
+) -> tuple[
+  Float[Array, 'b {side} {side} c'], Float[Array, 'b low_side low_side c']
+]:
+  """The same random square of the image and of its small version.
 
-  def cut(image, corner, size):
+  Args:
+    key: one key for the whole batch.
+    x: [B, H, W, 3].
+    low: [B, h, w, 3], the same images, smaller by a whole factor.
+    side: of the square in `x`, a multiple of that factor.
+  """
+  factor = x.shape[1] // low.shape[1]
+  low_side = side // factor
+  corners = jax.random.randint(
+    key, (x.shape[0], 2), 0, low.shape[1] - low_side + 1
+  )
+
+  def cut(image: Array, corner: Array, size: int) -> Array:
     start = (corner[0], corner[1], 0)
     return jax.lax.dynamic_slice(image, start, (size, size, 3))
 
-  low = jax.vmap(functools.partial(cut, size=side))(low, corners)
-  corners = corners * stage.factor
-  x = jax.vmap(functools.partial(cut, size=stage.crop))(x, corners)
+  low = jax.vmap(functools.partial(cut, size=low_side))(low, corners)
+  corners = corners * factor
+  x = jax.vmap(functools.partial(cut, size=side))(x, corners)
   return x, low

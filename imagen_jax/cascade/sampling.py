@@ -1,8 +1,8 @@
 """Images from a stage."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from imagen_jax.diffusion import guidance, process, samplers
 from imagen_jax.diffusion.samplers import Inpaint, SamplerSpec, Trajectory
 from imagen_jax.errors import UsageError
 from imagen_jax.typing import (
+  Array,
   AugLevel,
   Image,
   KeyData,
@@ -72,7 +73,7 @@ def network(
       [B, H, W, 3] and their augmentation levels [B].
   """
 
-  def apply(z, logsnr, branch):
+  def apply(z: Array, logsnr: Array, branch: str) -> Any:
     if branch == 'both':
       both = _twice((z, logsnr, text, mask, *low_res))
       dropped = jnp.arange(2 * z.shape[0]) >= z.shape[0]
@@ -84,7 +85,7 @@ def network(
   return apply
 
 
-def _twice(arrays):
+def _twice(arrays: Sequence[Array]) -> list[Array]:
   return [jnp.concatenate([a, a], axis=0) for a in arrays]
 
 
@@ -114,15 +115,19 @@ def trajectory(
   return samplers.trajectory(**_arguments(stage, params, spec, inputs))
 
 
-def _arguments(stage, params, spec, inputs):
+def _arguments(
+  stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
+) -> dict[str, Any]:
   """Of `samplers.sample`: the first z, the log-SNRs and the denoiser."""
   keys, image = inputs.keys, inputs.image
   height = width = stage.resolution
   if image is not None:
     height, width = image.shape[1:3]
-  low_res = ()
+  low_res: tuple[Image, AugLevel] | tuple[()] = ()
   if inputs.low_res is not None:
     height, width = (side * stage.factor for side in inputs.low_res.shape[1:3])
+    if inputs.aug_level is None:
+      raise ValueError('low_res needs its aug_level')
     level = jnp.full(keys.shape[:1], inputs.aug_level, jnp.float32)
     eps = _normal(keys, 1, inputs.low_res.shape[1:])
     # Noised once, before the loop: every step sees the same low-res image.
@@ -144,6 +149,8 @@ def _arguments(stage, params, spec, inputs):
     z = samplers.initial_noise(step_keys, (height, width, 3))
   inpaint = None
   if inputs.inpaint_mask is not None:
+    if image is None:
+      raise ValueError('inpaint_mask needs its image')
     inpaint = Inpaint(image, inputs.inpaint_mask)
   return {
     'keys': step_keys,
@@ -155,11 +162,11 @@ def _arguments(stage, params, spec, inputs):
   }
 
 
-def _fold(keys, number):
+def _fold(keys: Keys | KeyData, number: int) -> Keys:
   return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
-def _normal(keys, number, shape):
+def _normal(keys: Keys | KeyData, number: int, shape: tuple[int, ...]) -> Image:
   row = lambda key: jax.random.normal(key, shape, jnp.float32)
   return jax.vmap(row)(_fold(keys, number))
 
@@ -169,7 +176,7 @@ def compiled(
   stage: Stage,
   spec: SamplerSpec,
   shardings: jax.sharding.Sharding | None = None,
-) -> Callable[[dict, SampleInputs], Image]:
+) -> Callable[[dict, SampleInputs], jax.Array]:
   """The jitted `sample` of one stage, which a process makes once.
 
   Args:
@@ -181,8 +188,10 @@ def compiled(
     (params, inputs with key data for keys) -> images.
   """
 
-  def run(params, inputs):
-    keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
+  def run(params: dict, inputs: SampleInputs) -> Image:
+    keys = jax.random.wrap_key_data(
+      jnp.asarray(inputs.keys), impl='threefry2x32'
+    )
     return sample(stage, params, spec, inputs._replace(keys=keys))
 
   return jax.jit(run, out_shardings=shardings)

@@ -18,13 +18,14 @@ from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.samplers import SamplerSpec, SettingError
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
+from imagen_jax.typing import Array
 
 # The networks of the paper; 'my_module:MyNet' is one of the user's own.
 NETS = {
   'unet': 'imagen_jax.nets.unet:UNet',
   'efficient_unet': 'imagen_jax.nets.efficient_unet:EfficientUNet',
 }
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., Array]] = {
   'cosine': schedule.cosine_logsnr,
   'linear': schedule.linear_logsnr,
 }
@@ -89,7 +90,7 @@ class Stage:
   resolution: int
   low_resolution: int | None
   net: Network
-  logsnr_fn: Callable[[jax.Array], jax.Array]
+  logsnr_fn: Callable[[Array], Array]
   text_dim: int
   text_len: int
   prediction: str = 'eps'
@@ -106,6 +107,8 @@ class Stage:
   @property
   def factor(self) -> int:
     """How many times larger its images are than those it upsamples."""
+    if self.low_resolution is None:
+      raise ValueError(f'stage {self.name} does not upsample')
     return self.resolution // self.low_resolution
 
   @property
@@ -135,12 +138,12 @@ def from_config(
     UsageError: naming the key that is wrong.
   """
   config = dict(config)
-  net, sampling = _section(config, 'net'), _section(config, 'sampling')
+  net, chosen = _section(config, 'net'), _section(config, 'sampling')
   cls = kinds.find(
     net.pop('kind', None), NETS, key='stage.net.kind', base=Network
   )
   _check_names('stage.net', net, cls)
-  _check_names('stage.sampling', sampling, SamplingConfig)
+  _check_names('stage.sampling', chosen, SamplingConfig)
   logsnr_fn = make_schedule(**_section(config, 'schedule'))
   _check_names('stage', config, Stage)
   _check_values(config)
@@ -148,7 +151,7 @@ def from_config(
   fields = {field.name for field in dataclasses.fields(cls)}
   net = {k: v for k, v in filled.items() if k in fields} | net
   try:
-    sampling = SamplingConfig(**sampling)
+    sampling = SamplingConfig(**chosen)
   except SettingError as error:
     raise UsageError(f'stage.sampling.{error}') from error
   return Stage(
@@ -161,7 +164,7 @@ def from_config(
   )
 
 
-def _section(config, name):
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
   """Takes a section out of a config; lists become tuples, which hash."""
   return {
     key: tuple(value) if isinstance(value, list) else value
@@ -169,7 +172,7 @@ def _section(config, name):
   }
 
 
-def _check_names(where, given, cls):
+def _check_names(where: str, given: Mapping[str, Any], cls: type) -> None:
   fields = {field.name for field in dataclasses.fields(cls)}
   for key in given:
     if key not in fields:
@@ -181,7 +184,7 @@ def _check_names(where, given, cls):
       )
 
 
-def _check_values(config):
+def _check_values(config: Mapping[str, Any]) -> None:
   """Refuses values of `stage` that cannot work or would have no effect."""
   weighting = config.get('weighting')
   for key, choices in (
@@ -222,8 +225,8 @@ def make_schedule(
   kind: str,
   shift_from: int | None = None,
   resolution: int | None = None,
-  **options,
-) -> Callable[[jax.Array], jax.Array]:
+  **options: Any,
+) -> Callable[[Array], Array]:
   """A log-SNR function of t, optionally shifted.
 
   Args:
@@ -234,7 +237,7 @@ def make_schedule(
     **options: of the schedule's function.
 
   Raises:
-    UsageError: the kind is unknown.
+    UsageError: the kind or an option is unknown, or `resolution` is missing.
   """
   if kind not in SCHEDULES:
     raise UsageError(
@@ -250,6 +253,12 @@ def make_schedule(
   plain = functools.partial(SCHEDULES[kind], **options)
   if shift_from is None:
     return plain
+  if resolution is None:
+    raise UsageError(
+      'stage.schedule.shift_from needs stage.schedule.resolution; set it to '
+      "the side of the stage's images.",
+      key='stage.schedule.resolution',
+    )
   return lambda t: schedule.shifted_logsnr(
     plain(t), resolution=resolution, base_resolution=shift_from
   )

@@ -78,7 +78,7 @@ def magnitude_percentile(x: Sample, percentile: float) -> LogSNR:
 
   # The greatest pattern with at most `rank` values strictly below it is the
   # value of that rank: settle its bits from the top (the sign bit is 0).
-  def settle(i, value):
+  def settle(i: Array, value: Array) -> Array:
     trial = value | (jnp.ones_like(value) << (num_bits - 2 - i))
     below = jnp.sum(bits < trial[:, None], axis=1)
     return jnp.where(below <= rank, trial, value)
@@ -124,27 +124,26 @@ def guided(
   if threshold not in THRESHOLDS:
     raise ValueError(f'threshold is one of {THRESHOLDS}, not {threshold!r}')
 
-  def cond(z, logsnr):
+  def cond(z: Array, logsnr: Array) -> Array:
     return network(z, logsnr, 'cond').astype(z.dtype)
 
-  def both(z, logsnr):
-    # Rows outside the interval have weight 1, the conditional model.
-    w = weight if interval is None else jnp.where(inside(logsnr), weight, 1)
-    pair = network(z, logsnr, 'both')
-    return guide(*(branch.astype(z.dtype) for branch in pair), w)
+  def both(z: Array, logsnr: Array, w: Scalars) -> Array:
+    given, null = network(z, logsnr, 'both')
+    return guide(given.astype(z.dtype), null.astype(z.dtype), w)
 
-  def inside(logsnr):
-    low, high = interval
-    return (low <= logsnr) & (logsnr <= high)
-
-  def denoise(z, logsnr):
+  def denoise(z: Array, logsnr: Array) -> Array:
     if weight is None:
       output = cond(z, logsnr)
     elif interval is None:
-      output = both(z, logsnr)
+      output = both(z, logsnr, weight)
     else:
-      anywhere = jnp.any(inside(logsnr))
-      output = jax.lax.cond(anywhere, both, cond, z, logsnr)
+      low, high = interval
+      inside = (low <= logsnr) & (logsnr <= high)
+      # Rows outside the interval have weight 1, the conditional model.
+      w = jnp.where(inside, weight, 1)
+      output = jax.lax.cond(
+        jnp.any(inside), lambda z, t: both(z, t, w), cond, z, logsnr
+      )
     x = to_x(prediction, output, z, logsnr)
     match threshold:
       case 'dynamic':

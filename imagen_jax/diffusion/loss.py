@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.diffusion.process import diffuse, target
-from imagen_jax.typing import Array, Image, LogSNR, PixelMask, Scalars
+from imagen_jax.typing import Array, Image, LogSNR, PixelMask, Values
 
 WEIGHTINGS = ('eps', 'x', 'v', 'min_snr', 'sigmoid')
 
@@ -54,12 +54,12 @@ class LossSpec:
 
 def log_weight(
   weighting: str,
-  logsnr: Scalars,
+  logsnr: Values,
   *,
-  slope: Scalars | None = None,
+  slope: Values | None = None,
   min_snr_gamma: float = 5.0,
   sigmoid_bias: float = 0.0,
-) -> Scalars:
+) -> Values:
   """log of a weighting's weight on the eps error; see above. [B] -> [B].
 
   `slope` is d logsnr / dt, needed by 'sigmoid' only.
@@ -74,6 +74,8 @@ def log_weight(
     case 'min_snr':
       return jnp.minimum(0.0, math.log(min_snr_gamma) - logsnr)
     case 'sigmoid':
+      if slope is None:
+        raise ValueError("weighting 'sigmoid' needs the schedule's slope")
       return jax.nn.log_sigmoid(sigmoid_bias - logsnr) + jnp.log(-slope)
   raise ValueError(f'weighting is one of {WEIGHTINGS}, not {weighting!r}')
 

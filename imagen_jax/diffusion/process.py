@@ -15,57 +15,55 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.diffusion.schedule import alpha_sigma
-from imagen_jax.typing import LowRes, Scalars
+from imagen_jax.typing import LowRes, Scalars, Values
 
 PREDICTIONS = ('eps', 'v', 'x')
 
 
-def over(x: Scalars, per_sample: Scalars) -> Scalars:
+def over(x: Values, per_sample: Scalars) -> Values:
   """[B] or a scalar as [B, 1, ..., 1], to broadcast over x's other axes."""
   per_sample = jnp.asarray(per_sample)
   missing = (1,) * (x.ndim - per_sample.ndim)
   return per_sample.reshape(per_sample.shape + missing)
 
 
-def diffuse(x: Scalars, eps: Scalars, logsnr: Scalars) -> Scalars:
+def diffuse(x: Values, eps: Values, logsnr: Scalars) -> Values:
   """z ~ q(z_t | x) = N(alpha x, sigma² I), from standard noise eps (App. A)."""
   alpha, sigma = alpha_sigma(over(x, logsnr))
   return alpha * x + sigma * eps
 
 
-def x_from_eps(z: Scalars, eps: Scalars, logsnr: Scalars) -> Scalars:
+def x_from_eps(z: Values, eps: Values, logsnr: Scalars) -> Values:
   """x = (z − sigma eps) / alpha."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return (z - sigma * eps) / alpha
 
 
-def x_from_v(z: Scalars, v: Scalars, logsnr: Scalars) -> Scalars:
+def x_from_v(z: Values, v: Values, logsnr: Scalars) -> Values:
   """x = alpha z − sigma v."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return alpha * z - sigma * v
 
 
-def eps_from_x(z: Scalars, x: Scalars, logsnr: Scalars) -> Scalars:
+def eps_from_x(z: Values, x: Scalars, logsnr: Scalars) -> Values:
   """eps = (z − alpha x) / sigma."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return (z - alpha * x) / sigma
 
 
-def eps_from_v(z: Scalars, v: Scalars, logsnr: Scalars) -> Scalars:
+def eps_from_v(z: Values, v: Values, logsnr: Scalars) -> Values:
   """eps = sigma z + alpha v."""
   alpha, sigma = alpha_sigma(over(z, logsnr))
   return sigma * z + alpha * v
 
 
-def v_from_x_eps(x: Scalars, eps: Scalars, logsnr: Scalars) -> Scalars:
+def v_from_x_eps(x: Values, eps: Values, logsnr: Scalars) -> Values:
   """v = alpha eps − sigma x (Salimans and Ho 2022, Section 4)."""
   alpha, sigma = alpha_sigma(over(x, logsnr))
   return alpha * eps - sigma * x
 
 
-def target(
-  prediction: str, x: Scalars, eps: Scalars, logsnr: Scalars
-) -> Scalars:
+def target(prediction: str, x: Values, eps: Values, logsnr: Scalars) -> Values:
   """What a network with this prediction ('eps', 'v' or 'x') should return."""
   match prediction:
     case 'eps':
@@ -77,9 +75,7 @@ def target(
   raise ValueError(f'prediction is one of {PREDICTIONS}, not {prediction!r}')
 
 
-def to_x(
-  prediction: str, output: Scalars, z: Scalars, logsnr: Scalars
-) -> Scalars:
+def to_x(prediction: str, output: Values, z: Values, logsnr: Scalars) -> Values:
   """The image a network's output stands for, given what it saw."""
   output = output.astype(jnp.promote_types(output.dtype, z.dtype))
   match prediction:
@@ -93,13 +89,13 @@ def to_x(
 
 
 def posterior(
-  z: Scalars,
+  z: Values,
   x: Scalars,
   *,
   logsnr_t: Scalars,
   logsnr_s: Scalars,
   gamma: Scalars = 0.0,
-) -> tuple[Scalars, Scalars]:
+) -> tuple[Values, Values]:
   """(mean, variance) of a step back from z_t to z_s, s < t (App. A, eq. 5–6).
 
     mean     = e^(λt−λs) (alpha_s / alpha_t) z + (1 − e^(λt−λs)) alpha_s x

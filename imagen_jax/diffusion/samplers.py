@@ -14,30 +14,31 @@ A new sampler is such a function and its line in `SAMPLERS`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from imagen_jax.diffusion.guidance import THRESHOLDS
 from imagen_jax.diffusion.process import diffuse, eps_from_x, posterior
 from imagen_jax.diffusion.schedule import alpha_sigma
-from imagen_jax.typing import Array, Image, Keys, PixelMask, Scalars
+from imagen_jax.typing import Array, Image, Keys, PixelMask, Scalars, Values
 
-Past = tuple[Scalars, Scalars]
+Past = tuple[Values, Values]
 
 
 def ddpm_step(
-  z: Scalars,
+  z: Values,
   x: Scalars,
-  noise: Scalars,
+  noise: Values,
   *,
   logsnr_t: Scalars,
   logsnr_s: Scalars,
   last: Past | None = None,
   gamma: float = 0.0,
-) -> Scalars:
+) -> Values:
   """The ancestral sampler, its variance interpolated by gamma (eq. 6)."""
   del last
   mean, variance = posterior(
@@ -47,15 +48,15 @@ def ddpm_step(
 
 
 def ddim_step(
-  z: Scalars,
+  z: Values,
   x: Scalars,
-  noise: Scalars,
+  noise: Values,
   *,
   logsnr_t: Scalars,
   logsnr_s: Scalars,
   last: Past | None = None,
   eta: float = 0.0,
-) -> Scalars:
+) -> Values:
   """DDIM: keep the image, shrink the noise (eq. 5; Song et al. 2021).
 
   eta in [0, 1] replaces that much of the noise's standard deviation by fresh
@@ -71,14 +72,14 @@ def ddim_step(
 
 
 def dpmpp_step(
-  z: Scalars,
-  x: Scalars,
-  noise: Scalars | None,
+  z: Values,
+  x: Values,
+  noise: Values | None,
   *,
   logsnr_t: Scalars,
   logsnr_s: Scalars,
   last: Past,
-) -> Scalars:
+) -> Values:
   """DPM-Solver++(2M): extrapolate x over the step (Lu et al. 2022, alg. 2).
 
   With h = (logsnr_s − logsnr_t) / 2, the exact solution for constant x is
@@ -165,7 +166,7 @@ class SamplerSpec:
   strength: float = 1.0
   grid: str = 'time'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, choices in (
       ('sampler', tuple(SAMPLERS)),
       ('threshold', THRESHOLDS),
@@ -229,13 +230,15 @@ class Trajectory(NamedTuple):
 
 
 def initial_noise(
-  keys: Keys, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
+  keys: Keys, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> Image:
   """z at t = 1: standard noise [B, *shape], row b from keys[b] alone."""
   return _noise(keys, 0, shape, dtype)
 
 
-def _noise(keys, index, shape, dtype):
+def _noise(
+  keys: Keys, index: int | Array, shape: tuple[int, ...], dtype: DTypeLike
+) -> Image:
   row = lambda key: jax.random.normal(
     jax.random.fold_in(key, index), shape, dtype
   )
@@ -247,7 +250,7 @@ def logsnr_grid(
   spec: SamplerSpec,
   *,
   start: float = 1.0,
-  dtype: jax.typing.DTypeLike = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, ' n']:
   """The log-SNRs from time `start` down to the data, rising.
 
@@ -307,14 +310,26 @@ def trajectory(
   return Trajectory(z, x, logsnr[:-1])
 
 
-def _run(keys, z, logsnr, denoise, spec, inpaint, *, record):
+def _run(
+  keys: Keys,
+  z: Image,
+  logsnr: Float[Array, ' n'],
+  denoise: Callable[[Array, Array], Array],
+  spec: SamplerSpec,
+  inpaint: Inpaint | None,
+  *,
+  record: bool,
+) -> tuple[Image, Any]:
+  """(the images, (z, x) of each step if `record`)."""
   sampler, steps, dtype = SAMPLERS[spec.sampler], len(logsnr) - 1, z.dtype
   options = {name: getattr(spec, name) for name in sampler.options}
   step = functools.partial(sampler.step, **options)
   fresh = sampler.stochastic(spec)
   normal = lambda index: _noise(keys, index, z.shape[1:], dtype)
 
-  def body(carry, step_input):
+  def body(
+    carry: tuple[Array, Past], step_input: tuple[Array, Array, Array]
+  ) -> tuple[tuple[Array, Past], tuple[Array, Array] | None]:
     z, last = carry
     i, logsnr_t, logsnr_s = step_input
     x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
@@ -328,7 +343,7 @@ def _run(keys, z, logsnr, denoise, spec, inpaint, *, record):
       x = jnp.where((inpaint.mask > 0) | (i < steps - 1), x, inpaint.known)
     return (z_next, (x, logsnr_t)), (z, x) if record else None
 
-  past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
+  past: Past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
   # The last prediction is the result, whatever the step after it would be.
   (_, (x, _)), seen = jax.lax.scan(
     body, (z, past), (jnp.arange(steps), logsnr[:-1], logsnr[1:])

@@ -16,10 +16,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from imagen_jax.typing import Scalars
+from imagen_jax.typing import Scalars, Values
 
 
-def alpha_sigma(logsnr: Scalars) -> tuple[Scalars, Scalars]:
+def alpha_sigma(logsnr: Scalars) -> tuple[Values, Values]:
   """(alpha, sigma) of the variance-preserving process at a log-SNR (App. A).
 
   alpha² = sigmoid(logsnr), sigma² = sigmoid(−logsnr): alpha² + sigma² = 1 for
@@ -30,7 +30,7 @@ def alpha_sigma(logsnr: Scalars) -> tuple[Scalars, Scalars]:
 
 def cosine_logsnr(
   t: Scalars, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0
-) -> Scalars:
+) -> Values:
   """The cosine schedule: alpha = cos(πt/2), its two ends cut off (F.1, F.2).
 
   t in [0, 1], any shape, gives logsnr from `logsnr_max` down to `logsnr_min`:
@@ -60,7 +60,7 @@ def linear_logsnr(
   beta_end: float = 0.02,
   num_steps: int = 1000,
   logsnr_max: float = 15.0,
-) -> Scalars:
+) -> Values:
   """The "1000 step linear schedule" of 256→1024, in continuous time (F.3).
 
   t in [0, 1], any shape. The discrete process shrinks the signal's square by
@@ -82,7 +82,7 @@ def linear_logsnr(
 
 def shifted_logsnr(
   logsnr: Scalars, *, resolution: int, base_resolution: int = 64
-) -> Scalars:
+) -> Values:
   """The log-SNR that hides as much of a larger image (simple diffusion).
 
   Averaging over a (resolution / base_resolution)² block, what an image's
@@ -93,4 +93,4 @@ def shifted_logsnr(
 
   Both ends shift too (Hoogeboom et al. 2023).
   """
-  return logsnr + 2 * math.log(base_resolution / resolution)
+  return jnp.asarray(logsnr) + 2 * math.log(base_resolution / resolution)

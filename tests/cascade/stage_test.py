@@ -36,6 +36,7 @@ def build(name='base', **changes):
     {'sampling__steps': 0},
     {'sampling__guidance_interval': [3.0, -2.0]},
     {'schedule__kind': 'quadratic'},
+    {'schedule__shift_from': 8},
     {'resolutoin': 8},
     {'prediction': 'epsilon'},
     {'weighting': 'snr'},

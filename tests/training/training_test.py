@@ -235,7 +235,9 @@ def test_crops_of_both_images_show_the_same_place(model):
   x = np.repeat(x, 6, 0)
   low = conditioning.box_downsample(x, 8)
   key = jax.random.key(0)
-  x_cut, low_cut = objective.crop(made, key, jnp.asarray(x), jnp.asarray(low))
+  x_cut, low_cut = objective.crop(
+    key, jnp.asarray(x), jnp.asarray(low), side=made.crop
+  )
   assert x_cut.shape == (6, 8, 8, 3) and low_cut.shape == (6, 4, 4, 3)
   np.testing.assert_allclose(conditioning.box_downsample(x_cut, 4), low_cut)
   assert len(np.unique(x_cut[:, 0, 0, 0])) > 1
