@@ -106,7 +106,7 @@ class Experiment(abc.ABC):
       ValueError: it was built without one, only to be traced.
     """
     if self._mesh is None:
-      raise ValueError(f'{self.name} has no mesh: it can only be traced')
+      raise ValueError(f'{type(self).__name__} was built without a mesh')
     return self._mesh
 
   # ---- The model -----------------------------------------------------------
