@@ -1,9 +1,10 @@
 """An evaluation from its config to its scores and report.
 
-from imagen_jax.evaluation.config import EvalConfig
-from imagen_jax.evaluation.run import evaluate
+Example:
+  from imagen_jax.evaluation.config import EvalConfig
+  from imagen_jax.evaluation.run import evaluate
 
-result = evaluate(EvalConfig(num=16, sweep={'guidance': (1, 2, 4)}))
+  result = evaluate(EvalConfig(num=16, sweep={'guidance': (1, 2, 4)}))
 """
 
 import dataclasses
