@@ -27,6 +27,7 @@ BELOW = {
   },
   'training': {
     'errors', 'cascade', 'data', 'dtypes', 'io', 'kinds', 'sharding', 'text',
+    'typing',
   },
   'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'text'},
   'worlds': {

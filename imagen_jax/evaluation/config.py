@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 from imagen_jax.errors import UsageError
@@ -47,7 +48,7 @@ class EvalConfig:
   """
 
   suite: str | None = None
-  model: str | os.PathLike | None = None
+  model: str | pathlib.Path | None = None
   out: str | os.PathLike = 'report'
   num: int | None = None
   categories: tuple[str, ...] | None = None

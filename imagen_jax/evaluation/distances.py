@@ -14,6 +14,7 @@ Vector = Float[np.ndarray, ' d']
 Matrix = Float[np.ndarray, 'd d']
 FeaturesA = Float[np.ndarray, 'n d']
 FeaturesB = Float[np.ndarray, 'm d']
+Kernel = Float[np.ndarray, 'n m']
 
 
 def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
@@ -30,7 +31,7 @@ def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
   )
 
 
-def _roots(values):
+def _roots(values: Vector) -> Vector:
   """Square roots of eigenvalues; those that are rounding errors count as 0.
 
   An eigenvalue of 0 comes out as about ±1e-16 of the largest, whose root would
@@ -40,7 +41,7 @@ def _roots(values):
   return np.sqrt(np.where(values > noise, values, 0))
 
 
-def _root(cov):
+def _root(cov: Matrix) -> Matrix:
   """The symmetric square root of a covariance."""
   values, vectors = np.linalg.eigh(cov)
   return (vectors * _roots(values)) @ vectors.T
@@ -101,11 +102,11 @@ def kid(
   return float(np.mean(found)), float(np.std(found))
 
 
-def _cubic(x, y):
+def _cubic(x: FeaturesA, y: FeaturesB) -> Kernel:
   return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _unbiased(xx, yy, xy):
+def _unbiased(xx: Matrix, yy: Matrix, xy: Kernel) -> float:
   m = len(xx)
   inside = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
   return inside / (m * (m - 1)) - 2 * xy.mean()
@@ -125,7 +126,7 @@ def cmmd(
   """
   a, b = _unit(a), _unit(b)
 
-  def mean(x, y):
+  def mean(x: FeaturesA, y: FeaturesB) -> float:
     total = 0.0
     for start in range(0, len(x), block):
       squared = np.maximum(2 - 2 * x[start : start + block] @ y.T, 0)
@@ -136,7 +137,7 @@ def cmmd(
   return float(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)))
 
 
-def _unit(features):
+def _unit(features: FeaturesA) -> FeaturesA:
   features = np.asarray(features, np.float64)
   return features / np.linalg.norm(features, axis=1, keepdims=True)
 
@@ -166,13 +167,15 @@ def precision_recall(
   )
 
 
-def _squared(x, y):
+def _squared(x: FeaturesA, y: FeaturesB) -> Kernel:
   """Squared distances [N, M]."""
   xx, yy = (x * x).sum(1)[:, None], (y * y).sum(1)
   return np.maximum(xx + yy - 2 * x @ y.T, 0)
 
 
-def _on_manifold(points, centres, k, block):
+def _on_manifold(
+  points: FeaturesA, centres: FeaturesB, k: int, block: int
+) -> float:
   blocks = range(0, len(centres), block)
   # The nearest is the centre itself, so the k-th neighbour has index k.
   radius = np.concatenate(

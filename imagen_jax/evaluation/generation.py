@@ -54,7 +54,7 @@ class Run:
   suite: Suite
   folder: pathlib.Path
   name: str = ''
-  sampling: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
+  sampling: Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
   seed: int = 0
   batch_size: int = 4
   fraction: tuple[int, int] = (0, 1)
@@ -216,10 +216,10 @@ def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:
 class _Lines:
   """Appends JSON lines, each on the disk before the next is begun."""
 
-  def __init__(self, path):
+  def __init__(self, path: pathlib.Path):
     self.path = path
 
-  def __enter__(self):
+  def __enter__(self) -> Callable[[Record], None]:
     self.file = self.path.open('a+b')
     if self.file.tell():
       self.file.seek(-1, os.SEEK_END)
@@ -227,9 +227,9 @@ class _Lines:
         self.file.write(b'\n')
     return self._write
 
-  def _write(self, record):
+  def _write(self, record: Record) -> None:
     self.file.write(json.dumps(record).encode() + b'\n')
     self.file.flush()
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
     self.file.close()

@@ -6,6 +6,8 @@ takes a mean. Parameters carry the names and layouts of the usual converted
 weights: 94 convolutions of five tensors each.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,11 @@ from jaxtyping import Array, Float
 
 SIZE = 299
 FEATURES = 2048
+
+Maps = Float[Array, 'b _ _ _']
+Pair = tuple[int, int]  # of height and width
+# Suffix of the name, features, kernel, padding.
+Step = tuple[str, int, int | Pair, int | Pair]
 
 
 class InceptionV3(nn.Module):
@@ -37,7 +44,16 @@ class InceptionV3(nn.Module):
     x = self._mixed_e('Mixed_7c', x, lambda x: _max(x, 1, 1))
     return x.mean((1, 2))
 
-  def _conv(self, name, x, features, kernel, *, stride=1, pad=0):
+  def _conv(
+    self,
+    name: str,
+    x: Maps,
+    features: int,
+    kernel: int | Pair,
+    *,
+    stride: int = 1,
+    pad: int | Pair = 0,
+  ) -> Maps:
     """Convolution without bias, batch norm with fixed statistics, ReLU."""
     high, wide = (kernel, kernel) if isinstance(kernel, int) else kernel
     pads = (pad, pad) if isinstance(pad, int) else pad
@@ -60,14 +76,14 @@ class InceptionV3(nn.Module):
     scale = scale * jax.lax.rsqrt(var + 1e-3)
     return jax.nn.relu((x - mean) * scale + bias)
 
-  def _chain(self, name, x, *steps):
-    """Convolutions one after the other: (suffix, features, kernel, pad)."""
+  def _chain(self, name: str, x: Maps, *steps: Step) -> Maps:
+    """Convolutions one after the other."""
     for suffix, features, kernel, pad in steps:
       x = self._conv(f'{name}.{suffix}', x, features, kernel, pad=pad)
     return x
 
-  def _mixed_a(self, name, x, pool):
-    branches = (
+  def _mixed_a(self, name: str, x: Maps, pool: int) -> Maps:
+    branches: tuple[list[Step], ...] = (
       [('branch1x1', 64, 1, 0)],
       [('branch5x5_1', 48, 1, 0), ('branch5x5_2', 64, 5, 2)],
       [
@@ -80,7 +96,7 @@ class InceptionV3(nn.Module):
     parts.append(self._conv(f'{name}.branch_pool', _mean(x), pool, 1))
     return jnp.concatenate(parts, -1)
 
-  def _mixed_b(self, name, x):
+  def _mixed_b(self, name: str, x: Maps) -> Maps:
     a = self._conv(f'{name}.branch3x3', x, 384, 3, stride=2)
     b = self._chain(
       name, x, ('branch3x3dbl_1', 64, 1, 0), ('branch3x3dbl_2', 96, 3, 1)
@@ -88,9 +104,9 @@ class InceptionV3(nn.Module):
     b = self._conv(f'{name}.branch3x3dbl_3', b, 96, 3, stride=2)
     return jnp.concatenate([a, b, _max(x, 2)], -1)
 
-  def _mixed_c(self, name, x, width):
+  def _mixed_c(self, name: str, x: Maps, width: int) -> Maps:
     row, column = ((1, 7), (0, 3)), ((7, 1), (3, 0))
-    branches = (
+    branches: tuple[list[Step], ...] = (
       [('branch1x1', 192, 1, 0)],
       [
         ('branch7x7_1', width, 1, 0),
@@ -109,7 +125,7 @@ class InceptionV3(nn.Module):
     parts.append(self._conv(f'{name}.branch_pool', _mean(x), 192, 1))
     return jnp.concatenate(parts, -1)
 
-  def _mixed_d(self, name, x):
+  def _mixed_d(self, name: str, x: Maps) -> Maps:
     a = self._conv(f'{name}.branch3x3_1', x, 192, 1)
     a = self._conv(f'{name}.branch3x3_2', a, 320, 3, stride=2)
     b = self._chain(
@@ -122,7 +138,7 @@ class InceptionV3(nn.Module):
     b = self._conv(f'{name}.branch7x7x3_4', b, 192, 3, stride=2)
     return jnp.concatenate([a, b, _max(x, 2)], -1)
 
-  def _mixed_e(self, name, x, pool):
+  def _mixed_e(self, name: str, x: Maps, pool: Callable[[Maps], Maps]) -> Maps:
     one = self._conv(f'{name}.branch1x1', x, 320, 1)
     a = self._conv(f'{name}.branch3x3_1', x, 384, 1)
     b = self._chain(
@@ -140,7 +156,7 @@ class InceptionV3(nn.Module):
     return jnp.concatenate([one, *sides, pooled], -1)
 
 
-def _max(x, stride, pad=0):
+def _max(x: Maps, stride: int, pad: int = 0) -> Maps:
   """The maximum of 3×3 pixels."""
   return jax.lax.reduce_window(
     x,
@@ -152,10 +168,10 @@ def _max(x, stride, pad=0):
   )
 
 
-def _mean(x):
+def _mean(x: Maps) -> Maps:
   """The mean of 3×3 pixels, of those that are inside the image."""
 
-  def total(x):
+  def total(x: Maps) -> Maps:
     return jax.lax.reduce_window(
       x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), 'SAME'
     )

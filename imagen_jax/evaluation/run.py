@@ -1,7 +1,7 @@
 """An evaluation from its config to its scores and report.
 
+Example:
   from imagen_jax.evaluation.config import EvalConfig
-from imagen_jax.evaluation.listener import Listener
   from imagen_jax.evaluation.run import evaluate
 
   result = evaluate(EvalConfig(num=16, sweep={'guidance': (1, 2, 4)}))

@@ -85,7 +85,7 @@ DIMENSIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 EXAMPLES = ('v5e:4x4', 'v5e:16x16', 'v4:4x8x8', 'v5p:4x4x8', 'v6e:16x16')
 
 
-def find_chip(name):
+def find_chip(name: str) -> Chip:
   """The chip of that name.
 
   Raises:
@@ -98,7 +98,7 @@ def find_chip(name):
   return CHIPS[name]
 
 
-def find_peak(device_kind):
+def find_peak(device_kind: str) -> float | None:
   """Peak FLOPs per second of one jax device, or None if unknown.
 
   Args:
@@ -111,7 +111,7 @@ def find_peak(device_kind):
   return None
 
 
-def parse_topology(text):
+def parse_topology(text: str) -> tuple[Chip, int]:
   """'v5e:16x16' -> (chip, number of chips). Shapes count chips.
 
   Raises:
@@ -134,6 +134,6 @@ def parse_topology(text):
   return CHIPS[name], math.prod(int(size) for size in sizes)
 
 
-def usable(chip):
+def usable(chip: Chip) -> float:
   """Bytes of one chip's memory that a program may use."""
   return chip.memory * (1 - RESERVED)

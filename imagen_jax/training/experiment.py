@@ -23,6 +23,7 @@ from imagen_jax.data.pipeline import flip
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
+from imagen_jax.typing import Array
 
 # Each kind is one file, imported when it is asked for.
 KINDS = {
@@ -78,7 +79,6 @@ class Experiment(abc.ABC):
 
   Attributes:
     config: the ConfigDict; the loop reads its `train`, `data`, `mesh`, `seed`.
-    mesh: where it runs; None when it is only traced.
     workdir: the run's directory; nothing is written into it here.
     name: of what is trained, for the log.
     resolution: side of the images, in pixels.
@@ -95,8 +95,19 @@ class Experiment(abc.ABC):
     mesh: Mesh | None = None,
     workdir: pathlib.Path | None = None,
   ):
-    self.config, self.mesh, self.workdir = config, mesh, workdir
+    self.config, self._mesh, self.workdir = config, mesh, workdir
     self.source: Callable[[str], Source] = functools.cache(self.make_source)
+
+  @property
+  def mesh(self) -> Mesh:
+    """Where it runs.
+
+    Raises:
+      ValueError: it was built without one, only to be traced.
+    """
+    if self._mesh is None:
+      raise ValueError(f'{type(self).__name__} was built without a mesh')
+    return self._mesh
 
   # ---- The model -----------------------------------------------------------
   @abc.abstractmethod
@@ -106,7 +117,7 @@ class Experiment(abc.ABC):
   @abc.abstractmethod
   def loss(
     self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
-  ) -> tuple[jax.Array, dict]:
+  ) -> tuple[Array, dict]:
     """([B] losses, details) of a conditioned batch; see `make_train_step`."""
 
   @abc.abstractmethod

@@ -81,7 +81,7 @@ def training_seconds(
   return seconds
 
 
-def _not_the_model(_, names):
+def _not_the_model(_: str, names: list[str]) -> list[str]:
   """Files beside an encoder that are not part of it."""
   suffixes = ('.json', '.safetensors', '.model')
   return [n for n in names if not n.endswith(suffixes)]

@@ -5,14 +5,16 @@ length, which XLA's own count is not: it counts the body once.
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # Programs inside an operation, by the parameter they stand under.
 _INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
 
 
-def inner_jaxpr(eqn):
+def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
   """The program that an operation calls once, or None."""
   for name in _INNER:
     inner = eqn.params.get(name)
@@ -21,7 +23,7 @@ def inner_jaxpr(eqn):
   return None
 
 
-def count_flops(jaxpr):
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
   """Operations of a program: products and sums count one each.
 
   Matrix products and convolutions count their terms that exist (no padding),
@@ -41,8 +43,8 @@ def count_flops(jaxpr):
       total += count_flops(eqn.params['body_jaxpr'])
     elif name == 'cond':
       total += max(count_flops(branch) for branch in eqn.params['branches'])
-    elif inner_jaxpr(eqn) is not None:
-      total += count_flops(inner_jaxpr(eqn))
+    elif (inner := inner_jaxpr(eqn)) is not None:
+      total += count_flops(inner)
     elif name.startswith(('reduce_', 'cum', 'arg')):
       total += num_elements(eqn.invars[0].aval)
     elif name in _ARITHMETIC:
@@ -56,23 +58,27 @@ _ARITHMETIC = frozenset(
 )
 
 
-def num_elements(aval):
+def num_elements(aval: Any) -> int:
   """How many elements an array has."""
   return math.prod(getattr(aval, 'shape', ()))
 
 
-def _dot_flops(eqn):
+def _shape(var: Any) -> tuple[int, ...]:
+  return var.aval.shape
+
+
+def _dot_flops(eqn: JaxprEqn) -> float:
   (contracted, _), _ = eqn.params['dimension_numbers']
-  left = eqn.invars[0].aval.shape
+  left = _shape(eqn.invars[0])
   depth = math.prod(left[i] for i in contracted)
   return 2.0 * num_elements(eqn.outvars[0].aval) * depth
 
 
-def _conv_flops(eqn):
+def _conv_flops(eqn: JaxprEqn) -> float:
   p = eqn.params
   numbers = p['dimension_numbers']
-  left, right = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-  out = eqn.outvars[0].aval.shape
+  left, right = _shape(eqn.invars[0]), _shape(eqn.invars[1])
+  out = _shape(eqn.outvars[0])
   pairs = 1
   for d in range(len(out) - 2):
     pairs *= _pairs(
@@ -88,7 +94,15 @@ def _conv_flops(eqn):
   return 2.0 * batch * features * right[numbers.rhs_spec[1]] * pairs
 
 
-def _pairs(size, kernel, out, stride, pad, dilation, kernel_dilation):
+def _pairs(
+  size: int,
+  kernel: int,
+  out: int,
+  stride: int,
+  pad: int,
+  dilation: int,
+  kernel_dilation: int,
+) -> int:
   """How many (output, tap) pairs of one dimension meet a real input."""
   place = (
     np.arange(out)[:, None] * stride

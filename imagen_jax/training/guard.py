@@ -1,13 +1,26 @@
 """The end of a run whose steps keep giving NaN or Inf."""
 
 import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import jax
+import numpy as np
 
+from imagen_jax.data.source import Source
 from imagen_jax.errors import NumericError
+from imagen_jax.training.state import TrainState
 
 
-def check_finite(state, step, limit, seen, source, workdir):
+def check_finite(
+  state: TrainState,
+  step: int,
+  limit: int,
+  seen: Iterable[tuple[int, np.ndarray]],
+  source: Source,
+  workdir: pathlib.Path,
+) -> None:
   """Stops a run whose last `limit` steps were all left out.
 
   Args:
@@ -24,7 +37,7 @@ def check_finite(state, step, limit, seen, source, workdir):
   bad = int(state.skipped_in_row)
   if bad < limit:
     return
-  rows = [
+  rows: list[dict[str, Any]] = [
     {'step': number, 'samples': [source.name(int(i)) for i in index]}
     for number, index in seen
   ]

@@ -33,7 +33,7 @@ def make_heldout_loss(
   ]
 
   @jax.jit
-  def loss(params, batch, number, frozen):
+  def loss(params: Any, batch: dict, number: int, frozen: Any) -> jax.Array:
     # Off a number that no step has: the keys are not those of training.
     key = jax.random.fold_in(
       jax.random.key(experiment.config.seed), np.uint32(2**32 - 1)
@@ -42,7 +42,7 @@ def make_heldout_loss(
     batch = experiment.condition(batch, frozen)
     return jnp.mean(experiment.loss(params, key, batch, frozen)[0])
 
-  def heldout(params):
+  def heldout(params: Any) -> float:
     losses = [
       loss(params, sharding.put_batch(batch, experiment.mesh), number, frozen)
       for number, batch in enumerate(batches)

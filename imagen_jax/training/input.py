@@ -1,8 +1,10 @@
 """An experiment's batches, as the loop and the held-out loss read them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 
 from imagen_jax.data.pipeline import batches
 from imagen_jax.training.experiment import Experiment
@@ -23,7 +25,9 @@ def eval_batches(experiment: Experiment) -> Iterator[dict]:
   return _batches(experiment, 'eval')
 
 
-def _batches(experiment, split, **options):
+def _batches(
+  experiment: Experiment, split: str, **options: Any
+) -> Iterator[dict]:
   return batches(
     experiment.source(split),
     seed=experiment.config.seed,
@@ -35,6 +39,6 @@ def _batches(experiment, split, **options):
   )
 
 
-def split_index(batch: dict) -> tuple[dict, object]:
+def split_index(batch: dict) -> tuple[dict, np.ndarray]:
   """(what goes to the devices, where in the source it came from)."""
   return {k: v for k, v in batch.items() if k != 'index'}, batch['index']

@@ -1,11 +1,38 @@
 """TensorBoard and Weights & Biases, for those who watch there."""
 
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
 from imagen_jax.errors import UsageError
 
 NAMES = ('tensorboard', 'wandb')
+Grid = UInt8[np.ndarray, 'h w 3']
 
 
-def make_loggers(names, workdir, config, *, start_step=0):
+class Logger(Protocol):
+  """Shows a run to those who watch it elsewhere."""
+
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    """Shows numbers by their names."""
+
+  def image(self, step: int, image: Grid) -> None:
+    """Shows a grid of samples."""
+
+  def close(self) -> None:
+    """Called once, at the end of the run."""
+
+
+def make_loggers(
+  names: str | None,
+  workdir: pathlib.Path,
+  config: dict,
+  *,
+  start_step: int = 0,
+) -> list[Logger]:
   """The loggers that a config's `train.log_to` asks for.
 
   Args:
@@ -14,33 +41,32 @@ def make_loggers(names, workdir, config, *, start_step=0):
     config: a plain dict that is shown with the run.
     start_step: the step that a resumed run resumes from.
 
-  Returns:
-    list of objects with `scalars(step, {name: number})`,
-    `image(step, uint8 [H, W, 3])` and `close()`.
-
   Raises:
     UsageError: an unknown name, or a library that is not installed.
   """
-  names = [name.strip() for name in (names or '').split(',') if name.strip()]
-  for name in names:
+  wanted = [name.strip() for name in (names or '').split(',') if name.strip()]
+  for name in wanted:
     if name not in NAMES:
       raise UsageError(
         f'train.log_to names {name!r}; it can name {" and ".join(NAMES)}.'
       )
-  makers = {'tensorboard': TensorBoard, 'wandb': Wandb}
+  makers: dict[str, Callable[[pathlib.Path, dict, int], Logger]] = {
+    'tensorboard': TensorBoard,
+    'wandb': Wandb,
+  }
   try:
-    return [makers[name](workdir, config, start_step) for name in names]
+    return [makers[name](workdir, config, start_step) for name in wanted]
   except ImportError as error:
     raise UsageError(
       f'train.log_to needs {error.name}, which is not installed: pip install '
-      f"'imagen_jax[{','.join(names)}]'."
+      f"'imagen_jax[{','.join(wanted)}]'."
     ) from error
 
 
 class TensorBoard:
   """Event files in `workdir/tensorboard`."""
 
-  def __init__(self, workdir, config, start_step):
+  def __init__(self, workdir: pathlib.Path, config: dict, start_step: int):
     import tensorboardX
 
     # Events after the step that is resumed from are hidden from now on.
@@ -49,21 +75,21 @@ class TensorBoard:
     )
     self._writer.add_text('config', f'```\n{config}\n```', 0)
 
-  def scalars(self, step, values):
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
 
-  def image(self, step, image):
+  def image(self, step: int, image: Grid) -> None:
     self._writer.add_image('samples', image, step, dataformats='HWC')
 
-  def close(self):
+  def close(self) -> None:
     self._writer.close()
 
 
 class Wandb:
   """A run named after the workdir, which resumes under the same name."""
 
-  def __init__(self, workdir, config, start_step):
+  def __init__(self, workdir: pathlib.Path, config: dict, start_step: int):
     import wandb
 
     self._wandb = wandb
@@ -78,11 +104,11 @@ class Wandb:
       dir=str(workdir),
     )
 
-  def scalars(self, step, values):
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     self._run.log(values, step=step)
 
-  def image(self, step, image):
+  def image(self, step: int, image: Grid) -> None:
     self._run.log({'samples': self._wandb.Image(image)}, step=step)
 
-  def close(self):
+  def close(self) -> None:
     self._run.finish()

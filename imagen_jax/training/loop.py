@@ -6,7 +6,6 @@ import itertools
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,16 +16,23 @@ from imagen_jax.data.sources import list_skipped
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training import chips, report
 from imagen_jax.training import workdir as workdirs
-from imagen_jax.training.experiment import make_experiment
+from imagen_jax.training.experiment import (
+  Experiment,
+  Preview,
+  Tree,
+  make_experiment,
+)
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss
 from imagen_jax.training.input import split_index, train_batches
-from imagen_jax.training.loggers import make_loggers
+from imagen_jax.training.loggers import Logger, make_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
 from imagen_jax.training.program import Program, make_program
+from imagen_jax.training.state import TrainState
 from imagen_jax.training.watchdog import Watchdog
 
 
@@ -89,19 +95,25 @@ def train(
   return step
 
 
-def _claim(experiment, workdir, warm, force):
+def _claim(
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  warm: StageRecord | None,
+  force: bool,
+) -> None:
   """Takes possession of the workdir; lists what the data set leaves out."""
   source = experiment.source('train')
+  init_from = None
   if warm is not None:
     digest = model_folder.weights_digest(warm)
-    warm = {'path': str(warm.path), 'digest': digest}
+    init_from = {'path': str(warm.path), 'digest': digest}
   first_process = jax.process_index() == 0
   workdirs.claim(
     workdir,
     experiment.config,
     experiment.text_record(),
     fingerprint=source.fingerprint,
-    init_from=warm,
+    init_from=init_from,
     force=force,
     write=first_process,
   )
@@ -109,7 +121,9 @@ def _claim(experiment, workdir, warm, force):
     list_skipped(source, workdir / 'bad_samples.jsonl')
 
 
-def _first_state(program, checkpoints, warm):
+def _first_state(
+  program: Program, checkpoints: Checkpoints, warm: StageRecord | None
+) -> tuple[TrainState, int]:
   """(state, its step): the newest good checkpoint, or a new run's state."""
   if checkpoints.latest_step() is not None:
     state, _, step = checkpoints.restore(program.abstract_state())
@@ -122,7 +136,15 @@ def _first_state(program, checkpoints, warm):
   return state, step
 
 
-def _steps(program, state, start, frozen, checkpoints, monitor, should_stop):
+def _steps(
+  program: Program,
+  state: TrainState,
+  start: int,
+  frozen: Tree,
+  checkpoints: Checkpoints,
+  monitor: '_Monitor',
+  should_stop: Callable[[int], bool],
+) -> tuple[int, TrainState]:
   """(last step, state): the steps after `start`, as many as are asked for."""
   experiment, train_cfg = program.experiment, program.experiment.config.train
   data, step = train_batches(experiment, start), start
@@ -158,11 +180,12 @@ class _Monitor(contextlib.ExitStack):
   """
 
   def __init__(
-    self, program: Program, workdir: pathlib.Path, start: int, frozen: Any
+    self, program: Program, workdir: pathlib.Path, start: int, frozen: Tree
   ):
     super().__init__()
     self._experiment, self._workdir = program.experiment, workdir
-    self._first, self._recent = start + 1, []
+    self._first = start + 1
+    self._recent: list[dict] = []
     train_cfg = self._experiment.config.train
     self._train_cfg = train_cfg
     self._preview = self._heldout_loss = None
@@ -170,23 +193,25 @@ class _Monitor(contextlib.ExitStack):
       self._preview = self._experiment.make_preview(frozen)
     if train_cfg.eval_every and self._experiment.has_eval_split():
       self._heldout_loss = make_heldout_loss(self._experiment, frozen)
-    self._seen = collections.deque(maxlen=train_cfg.max_bad_steps)
+    self._seen: collections.deque[tuple[int, np.ndarray]] = collections.deque(
+      maxlen=train_cfg.max_bad_steps
+    )
     self._metrics = self.enter_context(_metrics(program, workdir, start))
     self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
     self._profiler = self.enter_context(
       Profiler(train_cfg.profile_at, workdir / 'profile')
     )
 
-  def before(self, step):
+  def before(self, step: int) -> None:
     """Called before each step."""
     self._profiler.before(step)
 
-  def fed(self, step, index, seconds):
+  def fed(self, step: int, index: np.ndarray, seconds: float) -> None:
     """Notes a step's examples, and how long it waited for them."""
     self._metrics.waited(seconds)
     self._seen.append((step, index))
 
-  def after(self, step, state, values):
+  def after(self, step: int, state: TrainState, values: dict) -> None:
     """Called after each step, with its result, still on the devices."""
     self._recent.append(values)
     self._profiler.after(step, state)
@@ -196,7 +221,7 @@ class _Monitor(contextlib.ExitStack):
       self._recent = [values]
     self._alive.beat(step)
 
-  def report(self, step, state):
+  def report(self, step: int, state: TrainState) -> None:
     """Evaluates, logs and samples where the config says so.
 
     Raises:
@@ -220,7 +245,7 @@ class _Monitor(contextlib.ExitStack):
       with self._metrics.paused():
         self._keep(step, self._preview(state.ema_params))
 
-  def _keep(self, step, sample):
+  def _keep(self, step: int, sample: Preview | None) -> None:
     """Writes a preview, an image or text; None off the first process."""
     path = self._workdir / 'samples' / f'step_{step:07d}'
     if isinstance(sample, np.ndarray):
@@ -231,9 +256,10 @@ class _Monitor(contextlib.ExitStack):
       path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
 
 
-def _metrics(program, workdir, start):
+def _metrics(program: Program, workdir: pathlib.Path, start: int) -> Metrics:
   """The `Metrics` of a run; process 0 writes."""
-  experiment, loggers = program.experiment, ()
+  experiment = program.experiment
+  loggers: list[Logger] = []
   train_cfg, mesh = experiment.config.train, program.mesh
   first_process = jax.process_index() == 0
   if first_process:

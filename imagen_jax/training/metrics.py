@@ -5,11 +5,16 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from imagen_jax.io import files
+from imagen_jax.training.loggers import Grid, Logger
+
+Results = Mapping[str, Any]  # the metrics of one step, see `make_train_step`
 
 
 class Metrics:
@@ -31,15 +36,15 @@ class Metrics:
 
   def __init__(
     self,
-    path,
+    path: str | pathlib.Path,
     *,
-    start_step,
-    num_steps,
-    write=True,
-    devices=1,
-    flops=None,
-    peak=None,
-    loggers=(),
+    start_step: int,
+    num_steps: int,
+    write: bool = True,
+    devices: int = 1,
+    flops: float | None = None,
+    peak: float | None = None,
+    loggers: Sequence[Logger] = (),
   ):
     self._path = pathlib.Path(path)
     self._num_steps = num_steps
@@ -50,14 +55,16 @@ class Metrics:
     if write and self._path.exists():
       _drop_after(self._path, start_step)
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     for logger in self._loggers:
       logger.close()
 
-  def log(self, step, images, recent, **values):
+  def log(
+    self, step: int, images: int, recent: Sequence[Results], **values: float
+  ) -> None:
     """Adds one line about the steps since the last.
 
     Args:
@@ -75,7 +82,7 @@ class Metrics:
     if not self._write:
       return
     rate = images * steps / seconds
-    row = {'step': step, **_means(recent), **values}
+    row: dict[str, Any] = {'step': step, **_means(recent), **values}
     row['images_per_sec'] = round(rate, 2)
     row['images_per_sec_per_device'] = round(rate / self._devices, 3)
     row['data_wait_percent'] = round(100 * waited, 1)
@@ -95,35 +102,35 @@ class Metrics:
       flush=True,
     )
 
-  def image(self, step, grid):
+  def image(self, step: int, grid: Grid) -> None:
     """Shows a sample grid, uint8 [H, W, 3], to the loggers."""
     for logger in self._loggers:
       logger.image(step, grid)
 
-  def waited(self, seconds):
+  def waited(self, seconds: float) -> None:
     """Adds time that a step had to wait for its batch."""
     self._waited += seconds
 
-  def start(self, step):
+  def start(self, step: int) -> None:
     """Starts the clock at `step`."""
     self._time, self._step = time.perf_counter(), step
     self._waited = 0.0
 
   @contextlib.contextmanager
-  def paused(self):
+  def paused(self) -> Iterator[None]:
     """Stops the clock: what happens inside is not training."""
     paused = time.perf_counter()
     yield
     self._time += time.perf_counter() - paused
 
 
-def _means(recent):
+def _means(recent: Sequence[Results]) -> dict[str, float | None]:
   """One dict of numbers for several steps' results."""
   if not recent:
     return {}
   # Steps that were left out count as `skipped` and nowhere else.
   good = [v for v in recent if np.isfinite(v['loss'] + v['grad_norm'])]
-  row = {
+  row: dict[str, float | None] = {
     name: float(np.mean([values[name] for values in good])) if good else None
     for name in ('loss', 'grad_norm')
   }
@@ -140,7 +147,7 @@ def _means(recent):
   return row
 
 
-def _line(row):
+def _line(row: Mapping[str, Any]) -> str:
   """The few numbers that a person watches."""
   parts = []
   for name, key in (
@@ -161,13 +168,13 @@ def _line(row):
   return '  '.join(parts)
 
 
-def _minutes(seconds):
-  minutes, seconds = divmod(int(seconds), 60)
+def _minutes(seconds: float) -> str:
+  minutes, rest = divmod(int(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{seconds:02d}s'
+  return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{rest:02d}s'
 
 
-def _drop_after(path, step):
+def _drop_after(path: pathlib.Path, step: int) -> None:
   kept = []
   for line in path.read_text(encoding='utf-8').splitlines():
     try:

@@ -75,7 +75,9 @@ def optimizer(
     raise UsageError(f'train.optimizer.options: {error}.') from error
 
 
-def _muon(rate, **options):
+def _muon(
+  rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
   """Muon for the kernels inside the network, Adam for all other parameters.
 
   Updates are scaled to an RMS of 0.2, about Adam's (Liu et al. 2025), so that

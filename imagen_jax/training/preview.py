@@ -58,7 +58,7 @@ def make_image_preview(
     factor = truth.shape[1] // low_resolution
     rows.append(small.repeat(factor, axis=1).repeat(factor, axis=2))
 
-  def preview(ema_params):
+  def preview(ema_params: Any) -> np.ndarray | None:
     arrays = sharding.put_whole_batch(given, mesh)
     sampled = sharding.fetch(sample(ema_params, arrays, frozen))
     if jax.process_index() != 0:

@@ -1,5 +1,8 @@
 """A profile of a few steps in the middle of a run."""
 
+import pathlib
+from typing import Any, Self
+
 import jax
 
 NUM_STEPS = 5
@@ -13,26 +16,27 @@ class Profiler:
     directory: where the trace goes.
   """
 
-  def __init__(self, at, directory):
-    self._at, self._directory = at, directory
+  def __init__(self, at: int | None, directory: pathlib.Path):
+    self._first, self._directory = at, directory
+    self._last = None if at is None else at + NUM_STEPS - 1
     self._running = False
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self._running:
       jax.profiler.stop_trace()
 
-  def before(self, step):
+  def before(self, step: int) -> None:
     """Called before each step."""
-    if step == self._at:
+    if step == self._first:
       jax.profiler.start_trace(str(self._directory))
       self._running = True
 
-  def after(self, step, state):
+  def after(self, step: int, state: Any) -> None:
     """Called after each step, with its result."""
-    if self._running and step == self._at + NUM_STEPS - 1:
+    if self._running and step == self._last:
       jax.block_until_ready(state)  # the trace holds what was computed
       jax.profiler.stop_trace()
       self._running = False

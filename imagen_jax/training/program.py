@@ -13,7 +13,7 @@ from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.flops import count_flops
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState, init_state
-from imagen_jax.training.step import make_train_step
+from imagen_jax.training.step import StepFn, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Program:
   step: Any
 
   @functools.cached_property
-  def traced(self):
+  def traced(self) -> jax.stages.Traced:
     """The traced step, its arguments sharded as they will be."""
     batch = self.experiment.batch_spec(self.experiment.config.train.batch_size)
     rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
@@ -100,7 +100,13 @@ def make_program(
   return Program(experiment, mesh, tx, state, shardings, step)
 
 
-def train_step(experiment, tx, *, accumulate=None, unroll=None):
+def train_step(
+  experiment: Experiment,
+  tx: optax.GradientTransformation,
+  *,
+  accumulate: int | None = None,
+  unroll: bool | None = None,
+) -> StepFn:
   """`make_train_step` of an experiment and its config."""
   train = experiment.config.train
   return make_train_step(

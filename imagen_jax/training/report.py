@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from imagen_jax import sharding
 from imagen_jax.cascade import stage as stages
 from imagen_jax.training.program import Program
+from imagen_jax.training.state import TrainState
 
 MIB = 2**20
 # Parameters by the first word of their module's name.
@@ -22,16 +24,16 @@ GROUPS = {
 REST = 'first and last convolution'
 
 
-def parameter_table(params):
+def parameter_table(params: dict) -> dict[str, int]:
   """{what: number of parameters}, the largest part first."""
-  table = {}
+  table: dict[str, int] = {}
   for name, part in params.items():
     group = GROUPS.get(name.split('_')[0], REST)
     table[group] = table.get(group, 0) + stages.num_params(part)
   return dict(sorted(table.items(), key=lambda item: -item[1]))
 
 
-def device_bytes(tree, shardings):
+def device_bytes(tree: Any, shardings: Any) -> int:
   """Bytes of a tree that one device holds, given the leaves' shardings."""
   return sum(
     math.prod(where.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
@@ -39,7 +41,9 @@ def device_bytes(tree, shardings):
   )
 
 
-def splits(state, shardings, fsdp):
+def splits(
+  state: TrainState, shardings: TrainState, fsdp: int
+) -> Iterator[str]:
   """What devices share and what each of them holds whole, as lines.
 
   Args:
@@ -48,7 +52,8 @@ def splits(state, shardings, fsdp):
     fsdp: devices that share one copy.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  fraction, whole = [], {}
+  fraction: list[tuple[int, int]] = []
+  whole: dict[str, tuple[int, int]] = {}
   for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings)):
     size = leaf.size * jnp.dtype(leaf.dtype).itemsize
     held = device_bytes(leaf, where)

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,22 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError
 from imagen_jax.io import model_folder
+from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
   TextEncoder,
   encode_tokens,
   load_text_encoder,
 )
-from imagen_jax.training.experiment import Experiment, Export, Start
+from imagen_jax.training.experiment import (
+  Experiment,
+  Export,
+  Preview,
+  Start,
+  Tree,
+)
 from imagen_jax.training.export import export_stage
 from imagen_jax.training.preview import make_image_preview
+from imagen_jax.typing import Array
 
 
 class StageExperiment(Experiment):
@@ -77,10 +86,10 @@ class StageExperiment(Experiment):
         )
     self.cached_text = cached_text
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> Tree:
     return stages.init_params(self.stage, key)
 
-  def condition(self, batch, frozen):
+  def condition(self, batch: Tree, frozen: Tree) -> Tree:
     text = batch.get('text')
     if text is None:
       text = encode_tokens(
@@ -89,12 +98,14 @@ class StageExperiment(Experiment):
     text = jax.lax.stop_gradient(text.astype(jnp.float32))
     return {'image': batch['image'], 'text': text, 'mask': batch['mask']}
 
-  def loss(self, params, key, batch, frozen):
+  def loss(
+    self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[Array, dict]:
     return objective.loss(
       self.stage, params, key, batch['image'], batch['text'], batch['mask']
     )
 
-  def batch_spec(self, batch_size):
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shape, length = jax.ShapeDtypeStruct, self.config.text.max_len
     side = self.resolution
     spec = {
@@ -106,20 +117,20 @@ class StageExperiment(Experiment):
       return spec | {'text': shape(size, jnp.bfloat16)}
     return spec | {'ids': shape((batch_size, length), jnp.int32)}
 
-  def frozen_spec(self):
+  def frozen_spec(self) -> Tree:
     if self.cached_text:
       return {}
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.text.params
     )
 
-  def load_frozen(self):
+  def load_frozen(self) -> Tree:
     if self.cached_text:
       return {}
     params = self.text.params
     return jax.device_put(params, sharding.state_shardings(params, self.mesh))
 
-  def start(self, shardings, init_from):
+  def start(self, shardings: Tree, init_from: StageRecord | None) -> Start:
     if init_from is None:
       return super().start(shardings, init_from)
     spec = jax.eval_shape(self.init, jax.random.key(0))
@@ -127,14 +138,14 @@ class StageExperiment(Experiment):
     origin = f'starts from the weights of {init_from.path}'
     return Start(jax.device_put(params, shardings), origin)
 
-  def text_record(self):
+  def text_record(self) -> dict:
     return {
       'dim': self.text.dim,
       'max_len': self.config.text.max_len,
       'digest': self.text.digest,
     }
 
-  def example(self, example):
+  def example(self, example: dict) -> dict:
     if self.cached_text:
       return {key: example[key] for key in ('image', 'text', 'mask')}
     ids, mask, _ = self.text.tokenize(
@@ -142,21 +153,23 @@ class StageExperiment(Experiment):
     )
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
-  def make_preview(self, frozen):
+  def make_preview(self, frozen: Tree) -> Callable[[Tree], Preview | None]:
     config = self.stage.sampling
+    scalars = config.scalars
 
-    def sample(params, given, frozen):
+    def sample(params: Tree, given: dict, frozen: Tree) -> Array:
       del frozen
       inputs = sampling.SampleInputs(
         keys=jax.random.wrap_key_data(given['keys']),
         text=given['text'],
         mask=given['mask'],
         low_res=given.get('low'),
-        **config.scalars,
+        guidance=scalars['guidance'],
+        aug_level=scalars['aug_level'],
       )
       return sampling.sample(self.stage, params, config.spec, inputs)
 
-    def embed(captions):
+    def embed(captions: list[str]) -> dict:
       text, mask = self.text.encode(captions, max_len=self.config.text.max_len)
       return {'text': text, 'mask': mask}
 
@@ -174,18 +187,19 @@ class StageExperiment(Experiment):
     return export_stage(request)
 
 
-def _load_text(config, mesh):
+def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
   # Split like the state: T5-XXL does not fit beside it on one device.
-  split = mesh is not None and mesh.shape['fsdp'] > 1
-  place = functools.partial(sharding.leaf_sharding, mesh=mesh)
+  place = None
+  if mesh is not None and mesh.shape['fsdp'] > 1:
+    place = functools.partial(sharding.leaf_sharding, mesh=mesh)
   return load_text_encoder(
     model_folder.text_folder(config.text.path),
     config.text.dtype,
-    place=place if split else None,
+    place=place,
   )
 
 
-def matching_params(record, spec):
+def matching_params(record: StageRecord, spec: Tree) -> Tree:
   """A stage's EMA, if it is of the same network.
 
   Args:

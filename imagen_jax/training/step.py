@@ -6,14 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from imagen_jax import sharding
 from imagen_jax.training.state import TrainState, ema_decay
+from imagen_jax.typing import Array
 
 NUM_BANDS = 4  # of the time t, from clean (0) to noise (1)
 
 Tree = Any  # a pytree of arrays
-LossFn = Callable[[Tree, jax.Array, Tree, Tree], tuple[jax.Array, dict]]
+Bands = dict[str, Float[Array, ' bands']]
+LossFn = Callable[[Tree, jax.Array, Tree, Tree], tuple[Array, dict]]
+StepFn = Callable[[TrainState, Tree, Tree], tuple[TrainState, dict]]
 
 
 def make_train_step(
@@ -25,7 +29,7 @@ def make_train_step(
   condition: Callable[[Tree, Tree], Tree] = lambda batch, frozen: batch,
   accumulate: int = 1,
   unroll: bool | None = None,
-) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, dict]]:
+) -> StepFn:
   """The function (state, batch, frozen) -> (state, metrics) of one step.
 
   A step whose loss or gradient is not finite changes nothing but the counters.
@@ -54,13 +58,17 @@ def make_train_step(
     band_count, how many examples those were.
   """
 
-  def mean_loss(params, key, batch, frozen):
+  def mean_loss(
+    params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[jax.Array, Bands]:
     values, details = loss_fn(params, key, batch, frozen)
     return jnp.mean(values), _bands(values, details)
 
   gradient = jax.value_and_grad(mean_loss, has_aux=True)
 
-  def train_step(state, batch, frozen):
+  def train_step(
+    state: TrainState, batch: Tree, frozen: Tree
+  ) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = condition(batch, frozen)
     if accumulate == 1:
@@ -79,7 +87,7 @@ def make_train_step(
   return train_step
 
 
-def _bands(values, details):
+def _bands(values: Float[Array, ' b'], details: dict) -> Bands:
   """The loss by quarters of the time; nothing counts where there is none."""
   if 't' not in details:
     nothing = jnp.zeros((NUM_BANDS,))
@@ -89,7 +97,14 @@ def _bands(values, details):
   return {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
 
 
-def _update(state, tx, loss, grads, bands, ema_limit):
+def _update(
+  state: TrainState,
+  tx: optax.GradientTransformation,
+  loss: jax.Array,
+  grads: Tree,
+  bands: Bands,
+  ema_limit: float,
+) -> tuple[TrainState, dict]:
   """(state, metrics) after a gradient; the old state if it is not finite."""
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -101,7 +116,7 @@ def _update(state, tx, loss, grads, bands, ema_limit):
     lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params
   )
 
-  def keep(new, old):
+  def keep(new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
   bad = jnp.logical_not(good).astype(jnp.int32)
@@ -123,17 +138,24 @@ def _update(state, tx, loss, grads, bands, ema_limit):
   return state, metrics
 
 
-def _accumulated(gradient, params, key, batch, parts, unroll):
+def _accumulated(
+  gradient: Callable[[Tree, jax.Array, Tree], Tree],
+  params: Tree,
+  key: jax.Array,
+  batch: Tree,
+  parts: int,
+  unroll: bool | None,
+) -> Tree:
   """The mean of `gradient(params, key, part)` over the parts of a batch."""
   if unroll is None:
     unroll = jax.default_backend() == 'cpu'
 
-  def split(x):
+  def split(x: jax.Array) -> jax.Array:
     # Row r belongs to part r % parts: every device keeps its own rows.
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
 
-  def add(total, numbered):
+  def add(total: Tree, numbered: Tree) -> tuple[Tree, None]:
     i, part = numbered
     part = sharding.constrain_batch(part)
     new = gradient(params, jax.random.fold_in(key, i), part)

@@ -9,6 +9,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Self
 
 EXIT_CODE = 1
 
@@ -21,7 +23,7 @@ class Watchdog:
   or the slowest checkpoint.
   """
 
-  def __init__(self, limit, *, end=None):
+  def __init__(self, limit: float, *, end: Callable[[str], None] | None = None):
     """Args:
     limit: seconds; 0 turns it off.
     end: called with a sentence; by default it is printed and the process
@@ -29,22 +31,22 @@ class Watchdog:
     """
     self._limit = limit
     self._end = end or _end
-    self._last = None
+    self._last: tuple[int, float] | None = None
     self._left = threading.Event()
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     if self._limit:
       threading.Thread(target=self._watch, daemon=True).start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._left.set()
 
-  def beat(self, step):
+  def beat(self, step: int) -> None:
     """Says that `step` was handed to the devices."""
     self._last = step, time.monotonic()
 
-  def _watch(self):
+  def _watch(self) -> None:
     while not self._left.wait(min(self._limit / 10, 10)):
       if self._last and time.monotonic() - self._last[1] > self._limit:
         self._end(
@@ -56,6 +58,6 @@ class Watchdog:
         return
 
 
-def _end(sentence):
+def _end(sentence: str) -> None:
   print('error: ' + sentence, file=sys.stderr, flush=True)
   os._exit(EXIT_CODE)

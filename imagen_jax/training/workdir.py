@@ -109,7 +109,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   return changed
 
 
-def _flat(tree, prefix=''):
+def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
   if isinstance(tree, dict) and tree:
     flat = {}
     for key, value in tree.items():
