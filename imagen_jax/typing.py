@@ -5,13 +5,12 @@ b images, h × w pixels, c channels, l text positions, d their width.
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Key, UInt8, UInt32
 
 Array = jax.Array | np.ndarray
 
 # Numbers of any shape, Python's own included; of samples: [b] or a scalar.
-Scalars = Float[ArrayLike, '...']
+Scalars = Float[Array, '...'] | np.floating | float
 # z, x, eps and v, whatever they are images of.
 Sample = Float[Array, 'b *shape']
 LogSNR = Float[Array, ' b']

@@ -44,7 +44,7 @@ class Request:
   batch_size: int | None = None
   callback: Callable[[str, int, int], None] | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 <= self.seed < SEEDS:
       raise UsageError(f'seed is {self.seed}; it lies in [0, 2³²).', key='seed')
     if not self.prompts:
@@ -143,7 +143,7 @@ def per_stage(
   Raises:
     UsageError: a list of another length.
   """
-  result = [{} for _ in names]
+  result: list[dict[str, Any]] = [{} for _ in names]
   for key, value in choices.items():
     listed = isinstance(value, list)
     listed |= isinstance(value, tuple) and key != 'guidance_interval'
@@ -199,7 +199,7 @@ def check_images(
     )
   if mask is not None and image is None:
     raise UsageError('a mask needs the image that it is for.', key='mask')
-  if mask is not None and mask.size != image.size:
+  if mask is not None and image is not None and mask.size != image.size:
     raise UsageError(
       f'the mask has {mask.size} pixels and the image {image.size}; they '
       'must have the same shape.',

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from imagen_jax.cascade.conditioning import (
   box_downsample,
@@ -14,6 +15,7 @@ from imagen_jax.cascade.conditioning import (
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion.loss import diffusion_loss
 from imagen_jax.typing import (
+  Array,
   Image,
   LogSNR,
   LowRes,
@@ -120,7 +122,9 @@ def contrast_weight(low: LowRes, floor: float, size: int) -> PixelMask:
 
 def crop(
   stage: Stage, key: jax.Array, x: Image, low: LowRes
-) -> tuple[Image, LowRes]:
+) -> tuple[
+  Float[Array, 'b crop crop c'], Float[Array, 'b low_crop low_crop c']
+]:
   """The same random square of the image and of its small version."""
   side = stage.crop // stage.factor
   corners = jax.random.randint(key, (x.shape[0], 2), 0, low.shape[1] - side + 1)

@@ -165,7 +165,7 @@ class SamplerSpec:
   strength: float = 1.0
   grid: str = 'time'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, choices in (
       ('sampler', tuple(SAMPLERS)),
       ('threshold', THRESHOLDS),

@@ -129,14 +129,13 @@ def test_from_truth_feeds_true_small_images(model, tmp_path, monkeypatch):
 def test_stages_by_name_and_sweeps(model, tmp_path):
   args = ['--model', model, '--num', 1, '--out', tmp_path, '--steps', 1]
   args += ['--stages', 'base', '--categories', 'single']
-  # One compiled program for all: guidance and level are not compiled in.
-  sweep = ['--sweep', 'aug_level=0,0.1', '--sweep', 'base.guidance=2,3']
+  sweep = ['--sweep', 'threshold=static,none', '--sweep', 'base.guidance=2,3']
   assert run(*args, *sweep) == 0
   found = json.loads((tmp_path / 'scores.json').read_text())
   names = [name for name in found if name.startswith('shapes@')]
   assert names == [
-    f'shapes@aug_level={level},base.guidance={w}'
-    for level in ('0', '0.1')
+    f'shapes@threshold={threshold},base.guidance={w}'
+    for threshold in ('static', 'none')
     for w in (2, 3)
   ]
   notes = found['provenance'][names[-1]]
