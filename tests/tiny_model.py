@@ -1,5 +1,7 @@
 """A whole cascade of a few thousand random parameters, for tests."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from imagen_jax.configs import common
@@ -61,6 +63,13 @@ def random_params(made, seed=0):
   return jax.tree.map(
     lambda s: 0.15 * rng.normal(size=s.shape).astype(np.float32), shapes
   )
+
+
+def with_network(made, net):
+  """A `Stage` with a stand-in that need not be a `Network`."""
+  made = dataclasses.replace(made)
+  object.__setattr__(made, 'net', net)
+  return made
 
 
 def build(made_config, encoder):

@@ -308,7 +308,6 @@ def test_imagen_prepare_stores_what_the_encoder_says(model, images, tmp_path):
 @pytest.mark.parametrize(
   'words, code, named',
   [
-    ('--source shapes --size 16', 2, '--num'),
     ('--source shaps --size 16', 2, 'data.kind'),
     ('--source folder --size 16', 2, 'data.path'),
     ('--source folder --size 16 --path /nowhere', 3, '/nowhere'),
@@ -323,15 +322,3 @@ def test_imagen_prepare_names_what_is_wrong(
   out = ['--out', str(tmp_path / 'out')]
   assert command_line.main([*words.split(), *out]) == code
   assert named in capsys.readouterr().err
-
-
-def test_shapes_can_be_prepared(tmp_path):
-  out = tmp_path / 'out'
-  command = f'--source shapes --num 5 --size 16 --out {out}'.split()
-  assert command_line.main(command) == 0
-  shapes = make_source(kind='shapes', size=16)
-  prepared = make_source(kind='arrayrecord', path=out, size=16)
-  assert [e['caption'] for e in prepared] == [
-    shapes[i]['caption'] for i in range(5)
-  ]
-  np.testing.assert_array_equal(prepared[4]['image'], shapes[4]['image'])

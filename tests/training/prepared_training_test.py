@@ -1,6 +1,5 @@
 """Prepared data in training: stored embeddings, one low-resolution function."""
 
-import dataclasses
 import functools
 
 import jax
@@ -146,12 +145,12 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   )
   text = jnp.zeros((2, tiny_model.MAX_LEN, encoder.dim))
   mask = jnp.ones(text.shape[:2], bool)
-  replace = functools.partial(dataclasses.replace, made)
+  replace = functools.partial(tiny_model.with_network, made)
   objective.loss(
-    replace(net=Spy('training')), {}, jax.random.key(0), image, text, mask
+    replace(Spy('training')), {}, jax.random.key(0), image, text, mask
   )
   sampling.sample(
-    replace(net=Spy('sampling')),
+    replace(Spy('sampling')),
     {},
     samplers.SamplerSpec(sampler='ddim', steps=1),
     sampling.SampleInputs(

@@ -266,7 +266,7 @@ def test_levels_reach_max_level_and_no_further(model):
       return jnp.zeros_like(z)
 
   objective.loss(
-    dataclasses.replace(made, net=Spy()),
+    tiny_model.with_network(made, Spy()),
     {},
     jax.random.key(0),
     np.zeros((256, 16, 16, 3), np.uint8),
@@ -312,7 +312,7 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
   def losses(floor):
     config.stage.contrast_floor = floor
     return objective.loss(
-      dataclasses.replace(tiny_model.build(config, encoder), net=Flat()),
+      tiny_model.with_network(tiny_model.build(config, encoder), Flat()),
       {},
       jax.random.key(0),
       squares,

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from imagen_jax.cli import prepare
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
 from imagen_jax.worlds import captions, prompts, shapes
@@ -283,3 +284,21 @@ def test_a_typed_prompt_is_understood():
     ((0, 'left of', 1),),
     'blue',
   )
+
+
+def test_shapes_can_be_prepared(tmp_path):
+  out = tmp_path / 'out'
+  command = f'--source shapes --num 5 --size 16 --out {out}'.split()
+  assert prepare.main(command) == 0
+  shapes = make_source(kind='shapes', size=16)
+  prepared = make_source(kind='arrayrecord', path=out, size=16)
+  assert [e['caption'] for e in prepared] == [
+    shapes[i]['caption'] for i in range(5)
+  ]
+  np.testing.assert_array_equal(prepared[4]['image'], shapes[4]['image'])
+
+
+def test_a_world_has_no_end_so_that_preparing_it_needs_a_number(tmp_path):
+  command = f'--source shapes --size 16 --out {tmp_path / "out"}'.split()
+  assert prepare.main(command) == 2
+  assert not (tmp_path / 'out').exists()
