@@ -1,5 +1,6 @@
 """Prepared data in training: stored embeddings, one low-resolution function."""
 
+import dataclasses
 import functools
 
 import jax
