@@ -1,0 +1,64 @@
+"""What is not the paper is a leaf: it can be deleted with its table rows."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+LEAVES = ('worlds', 'deepfloyd', 'planning')
+COMMANDS = ('train', 'sample', 'evaluate', 'prepare', 'export')
+CORE = ('diffusion', 'nets', 'io', 'text', 'cascade', 'data')
+
+
+@pytest.fixture(scope='module')
+def pruned(tmp_path_factory):
+  """A copy of the project without its leaves."""
+  top = tmp_path_factory.mktemp('pruned')
+  for name in ('imagen_jax', 'configs', 'tests'):
+    ignore = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT / name, top / name, ignore=ignore)
+  shutil.copy(ROOT / 'pyproject.toml', top)
+  for leaf in LEAVES:
+    shutil.rmtree(top / 'imagen_jax' / leaf)
+    shutil.rmtree(top / 'tests' / leaf)
+  for table in ('data/sources.py', 'training/experiment.py'):
+    file = top / 'imagen_jax' / table
+    rows = re.compile(
+      rf"^  '\w+': 'imagen_jax\.({'|'.join(LEAVES)})\..*\n", re.M
+    )
+    text, number = rows.subn('', file.read_text(encoding='utf-8'))
+    assert number == 2
+    file.write_text(text, encoding='utf-8')
+  return top
+
+
+def run(top, *words):
+  env = {**os.environ, 'PYTHONPATH': str(top)}
+  return subprocess.run(
+    [sys.executable, *words], cwd=top, env=env, capture_output=True, text=True
+  )
+
+
+@pytest.mark.slow
+def test_the_package_and_its_commands_do_without_the_leaves(pruned):
+  found = run(
+    pruned,
+    '-c',
+    'import imagen_jax; print(imagen_jax.__file__, imagen_jax.load)',
+  )
+  assert found.stdout.startswith(str(pruned)), found.stderr
+  for command in COMMANDS:
+    found = run(pruned, '-m', f'imagen_jax.cli.{command}', '--help')
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.slow
+def test_the_cores_tests_do_without_the_leaves(pruned):
+  folders = [f'tests/{name}' for name in CORE]
+  found = run(pruned, '-m', 'pytest', '-q', '-n', '2', *folders)
+  assert found.returncode == 0, found.stdout[-4000:]
