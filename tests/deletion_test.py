@@ -28,9 +28,8 @@ def pruned(tmp_path_factory):
     shutil.rmtree(top / 'tests' / leaf)
   for table in ('data/sources.py', 'training/experiment.py'):
     file = top / 'imagen_jax' / table
-    rows = re.compile(
-      rf"^  '\w+': 'imagen_jax\.({'|'.join(LEAVES)})\..*\n", re.M
-    )
+    leaves = '|'.join(LEAVES)
+    rows = re.compile(rf"^  '\w+': 'imagen_jax\.({leaves})\..*\n", re.M)
     text, number = rows.subn('', file.read_text(encoding='utf-8'))
     assert number == 2
     file.write_text(text, encoding='utf-8')
@@ -46,11 +45,8 @@ def run(top, *words):
 
 @pytest.mark.slow
 def test_the_package_and_its_commands_do_without_the_leaves(pruned):
-  found = run(
-    pruned,
-    '-c',
-    'import imagen_jax; print(imagen_jax.__file__, imagen_jax.load)',
-  )
+  code = 'import imagen_jax as i; print(i.__file__, i.load)'
+  found = run(pruned, '-c', code)
   assert found.stdout.startswith(str(pruned)), found.stderr
   for command in COMMANDS:
     found = run(pruned, '-m', f'imagen_jax.cli.{command}', '--help')
