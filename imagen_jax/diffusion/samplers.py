@@ -32,7 +32,7 @@ Past = tuple[Values, Values]
 def ddpm_step(
   z: Values,
   x: Scalars,
-  noise: Values,
+  noise: Scalars,
   *,
   logsnr_t: Scalars,
   logsnr_s: Scalars,
@@ -50,7 +50,7 @@ def ddpm_step(
 def ddim_step(
   z: Values,
   x: Scalars,
-  noise: Values,
+  noise: Scalars,
   *,
   logsnr_t: Scalars,
   logsnr_s: Scalars,
