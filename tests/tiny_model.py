@@ -47,7 +47,7 @@ def config(name='base', **train):
   config.text.update(path='', max_len=MAX_LEN)
   config.data.kind = 'shapes'
   config.train.update(num_steps=6, batch_size=8, ema_decay=0.99)
-  config.train.update(log_every=1, checkpoint_every=3, sample_every=100)
+  config.train.update(log_every=1, checkpoint_every=3, sample_every=None)
   config.train.update(eval_every=None, max_bad_steps=2)
   config.train.optimizer.update(learning_rate=1e-3, warmup=2, decay=False)
   config.train.update(train)

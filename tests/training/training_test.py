@@ -31,6 +31,7 @@ def run(model, tmp_path_factory):
   """A finished run of six steps, and its config."""
   config = tiny_model.config()
   config.text.path = str(model / 'text')
+  config.train.sample_every = 100
   workdir = tmp_path_factory.mktemp('run') / 'base'
   assert loop.train(config, workdir) == 6
   return config, workdir
