@@ -151,7 +151,7 @@ class Checked(Source):
 
 
 def clean_caption(text: str | bytes) -> str:
-  """A caption with its whitespace normalised.
+  """A caption with single spaces and no surrounding whitespace.
 
   Args:
     text: str, or UTF-8 bytes.

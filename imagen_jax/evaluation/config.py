@@ -37,8 +37,8 @@ class EvalConfig:
     source: the data kind of `data` (fid).
     inception: file of InceptionV3 weights (fid).
     clip: folder of a CLIP model in Hugging Face layout (clip, fid).
-    sampling: {one of `SAMPLING`: a value, or a list of one per stage}; what
-      is left out has the stage's own default.
+    sampling: {one of `SAMPLING`: a value, or a list of one per stage};
+      settings left out keep each stage's default.
     dtype: of the activations, 'auto', 'float32' or 'bfloat16'.
     batch_size: images at a time; None is 4 on a CPU and 32 elsewhere.
     shard: (i, n): generate fraction i of n; None takes the process's index and

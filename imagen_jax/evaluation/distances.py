@@ -21,7 +21,7 @@ def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
   """Mean and unbiased covariance of n ≥ 2 feature vectors, as float64.
 
   Raises:
-    ValueError: there are fewer.
+    ValueError: n < 2.
   """
   features = np.asarray(features, np.float64)
   if len(features) < 2:
@@ -54,7 +54,7 @@ def frechet(
 
   |m_a − m_b|² + tr(C_a + C_b − 2 (C_a C_b)^½). The trace of the root is that
   of (R C_b R)^½ with R = C_a^½, which is symmetric. So no complex numbers
-  arise, even if the covariances are singular, and none needs regularising.
+  arise, even if the covariances are singular, and no regularisation is added.
 
   Args:
     mean_a, mean_b: means.

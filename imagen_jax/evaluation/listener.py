@@ -13,7 +13,7 @@ class Listener:
     print(f'note: {text}', file=sys.stderr)
 
   def progress(self, label: str, done: int, total: int) -> None:
-    """Called when `done` of a run's `total` images exist; first with 0."""
+    """Called after `done` of this process's `total` images; first with 0."""
 
   def scored(self, label: str, categories: Categories) -> None:
     """Called when a run is finished."""

@@ -168,7 +168,11 @@ def _network_bytes(work, params, mesh, step):
 
 
 def splits(work, chip, num_chips, *, step='train'):
-  """The plans of all meshes with data × fsdp = `num_chips`."""
+  """The plans of all meshes with data × fsdp = `num_chips`.
+
+  Raises:
+    UsageError: the batch cannot be split over the chips.
+  """
   plans = []
   for fsdp in range(1, num_chips + 1):
     if num_chips % fsdp == 0:

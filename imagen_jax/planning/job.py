@@ -1,7 +1,7 @@
 """A config's training and sampling steps, traced with shapes as inputs.
 
-The experiment, the steps and the sharding rule are those of training and
-sampling; the planner has none of its own.
+The experiment, the steps and the sharding rule are the ones that training and
+sampling use.
 """
 
 import dataclasses

@@ -134,7 +134,7 @@ class Experiment(abc.ABC):
     return {}
 
   def load_frozen(self) -> Tree:
-    """Arrays that the loss reads and that are not trained, on the mesh."""
+    """The arrays that the loss reads without training them, on the mesh."""
     return {}
 
   def start(self, shardings: Tree, init_from: Any | None) -> Start:

@@ -45,7 +45,7 @@ def train(
   force: bool = False,
   dry_run: bool = False,
 ) -> int:
-  """Trains a model up to step `config.train.num_steps`; resumes a run.
+  """Trains up to step `config.train.num_steps`, resuming the workdir's run.
 
   Args:
     config: of an experiment, such as `configs/imagen_base64.py`'s.

@@ -53,7 +53,7 @@ def claim(
     text: `dim`, `max_len` and `digest` of the text encoder, or None.
     fingerprint: of the data set; None if the config determines it.
     init_from: what a new run starts from; a resumed run keeps the stored one.
-    force: accept, and write, another config or data set.
+    force: accept another config or data set, and record it.
     write: whether this process writes.
 
   Raises:
