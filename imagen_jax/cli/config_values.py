@@ -1,4 +1,4 @@
-"""A config with every key: defaults, a file, then the command line."""
+"""Completes a config: defaults, then a file, then the command line."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ _TYPES = {
 def complete(
   given: Mapping[str, Any], overrides: Sequence[str] = (), *, file: str
 ) -> ConfigDict:
-  """The defaults, changed by a config file, then by the command line.
+  """The defaults, overridden by a config file, then by the command line.
 
   Args:
     given: what the file's `get_config` returned; it may lack keys.
@@ -35,8 +35,8 @@ def complete(
     a locked ConfigDict with every key of `configs/common.py`.
 
   Raises:
-    UsageError: a key that nobody knows, naming the nearest; a value of another
-      type, naming the expected one.
+    UsageError: a key is unknown (the message names the nearest), or a value
+      has the wrong type (the message names the expected one).
   """
   changes = [_split(override) for override in overrides]
   last = dict(changes)
@@ -60,12 +60,12 @@ def complete(
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-  """Which keys a config may have.
+  """The keys that a config may have.
 
   Attributes:
-    known: those that `common` lists, {'train.num_steps': 100_000, …}.
-    own_kind: whether the user's own class is trained.
-    own_source: whether the user's own class reads the data.
+    known: keys and defaults of `common`, {'train.num_steps': 100_000, …}.
+    own_kind: whether the experiment is a class of the user's.
+    own_source: whether the data source is a class of the user's.
   """
 
   known: Mapping[str, Any]
@@ -83,7 +83,7 @@ class _Keys:
 
   def unknown(self, where, key):
     """The error for a key that is not listed."""
-    # A right name without its section is nearer than any spelling.
+    # A key of that name in another section is nearer than any spelling.
     last = key.split('.')[-1]
     ends = [k for k in self.known if k.split('.')[-1] == last]
     near = (
@@ -100,7 +100,7 @@ def _split(override):
 
 
 def _merge(config, given, section, keys, where):
-  """Puts a file's values into one section of the config, in place."""
+  """Merges a file's values into one section of the config, in place."""
   for key, value in given.items():
     name = f'{section}.{key}' if section else key
     if key not in config:
@@ -118,7 +118,7 @@ def _merge(config, given, section, keys, where):
 
 
 def _override(config, key, text, keys):
-  """Puts one value of the command line into the config, in place."""
+  """Sets one value of the command line in the config, in place."""
   where = '--config.'
   section, _, last = key.rpartition('.')
   parent = config
@@ -146,7 +146,7 @@ def _override(config, key, text, keys):
 
 
 def _checked(key, value, kind):
-  """A value as `kind`; a whole number is a number too, and a list a tuple."""
+  """A value as `kind`; int is accepted for float, and list for tuple."""
   if kind is float and type(value) is int:
     return float(value)
   if kind is tuple and isinstance(value, list):
@@ -159,7 +159,7 @@ def _checked(key, value, kind):
 
 
 def _parse(key, text, kind):
-  """A word of the command line as `kind`."""
+  """A string of the command line as `kind`."""
   try:
     if text in ('None', 'none'):
       return None
@@ -177,7 +177,7 @@ def _parse(key, text, kind):
 
 
 def _integer(text):
-  """2000, 2_000 or 2e3."""
+  """An integer written as 2000, 2_000 or 2e3."""
   try:
     return int(text)
   except ValueError:
@@ -188,7 +188,7 @@ def _integer(text):
 
 
 def _literal(text):
-  """A value whose type nothing prescribes: a Python literal, else a string."""
+  """The value of a key without a type: a Python literal, else a string."""
   if text.lower() in ('true', 'false', 'none'):
     return _BOOLS.get(text.lower())
   try:

@@ -1,9 +1,9 @@
-"""Config files by name or path, and changes to them from the command line.
+"""Loads configs by name or path, with overrides from the command line.
 
   --config shapes_base --config.train.num_steps=2000 --config.dtype bfloat16
 
-A config file is Python with a function `get_config(arg='')`, and loading it
-runs it: run only those you trust.
+A config file is Python with a function `get_config(arg='')`. Loading a config
+runs its code: load only configs that you trust.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _PREFIX = '--config.'
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Takes `--config.key=value` and `--config.key value` out of arguments.
+  """Separates `--config.key=value` and `--config.key value` from arguments.
 
   Returns:
     (the other arguments, ['key=value', …]), both in order.
@@ -47,22 +47,22 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> 'ConfigDict':
-  """The config of a name or path, complete, with `overrides`, locked.
+  """The complete, locked config of a name or path, with `overrides`.
 
   Args:
     name: 'shapes_base', 'path/to.py', each optionally followed by ':' and the
-      argument for its `get_config`. A name is looked for in `configs/` of the
-      current directory, then among the installed ones.
+      argument for its `get_config`. A name is searched for in `configs/` of the
+      current directory, then among the installed configs.
     overrides: strings such as 'train.num_steps=2000'. A value is read as the
       type of its key; None is always allowed.
 
   Returns:
-    an `ml_collections.ConfigDict`; keys that the file does not state have the
+    an `ml_collections.ConfigDict`; keys that the file does not set have the
     defaults of `configs/common.py`.
 
   Raises:
-    UsageError: no such config or key (naming the nearest), a value of another
-      type, or a config file that does not run.
+    UsageError: there is no such config or key (the message names the nearest),
+      a value has the wrong type, or the config file does not run.
   """
   _make_importable()
   from imagen_jax.cli.config_values import complete
@@ -96,13 +96,13 @@ def _find(name):
 
 
 def _directories():
-  """Where names are looked for, the first first."""
+  """The directories in which names are searched for, in order."""
   package = importlib.import_module('imagen_jax.configs')
   return [pathlib.Path('configs'), *map(pathlib.Path, package.__path__)]
 
 
 def _make_importable():
-  """Gives `imagen_jax.configs` its name in a checkout that is not installed."""
+  """Lets a checkout that is not installed import `imagen_jax.configs`."""
   name = 'imagen_jax.configs'
   if name not in sys.modules and importlib.util.find_spec(name) is None:
     folder = pathlib.Path(__file__).parents[2] / 'configs'

@@ -1,4 +1,4 @@
-"""How every command ends: an exit code, and one line when the user erred."""
+"""How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
 import difflib
@@ -12,13 +12,12 @@ from imagen_jax.io import files
 def run(main, argv=None):
   """Calls `main(argv)` and returns the exit code of the process.
 
-  A mistake of the user's becomes `error: …` on stderr, in one line. Any other
-  exception is a mistake of ours and keeps its traceback. With IMAGEN_DEBUG=1
-  in the environment every exception does.
+  A user's mistake is printed to stderr as one line, `error: …`. Any other
+  exception is a bug and keeps its traceback. With IMAGEN_DEBUG=1 in the
+  environment every exception does.
 
   Args:
-    main: function of a list of arguments; its result is the exit code, None
-      being 0.
+    main: list of arguments -> exit code, or None for 0.
     argv: the arguments, `sys.argv[1:]` by default.
 
   Returns:
@@ -29,14 +28,14 @@ def run(main, argv=None):
   sys.unraisablehook = _unraisable
   try:
     code = main(argv) or 0
-    sys.stdout.flush()  # a reader that has left shows here, not at exit
+    sys.stdout.flush()  # a closed pipe raises here, not at exit
     return code
   except SystemExit as stop:  # argparse after --help
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return 130
-  except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+  except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
@@ -48,17 +47,17 @@ def run(main, argv=None):
 
 
 def _unraisable(problem):
-  """Python's own, but for what a failed save leaves behind.
+  """Python's hook, without the errors that follow a failed save.
 
-  When a disk is full, the writes that were still queued report to an event
-  loop that has gone; the failure itself has been told by then.
+  When a disk is full, the queued writes report to an event loop that is closed;
+  the failure itself has been reported by then.
   """
   if str(problem.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(problem)
 
 
 def _sentence(error):
-  """What to tell the user, or None for a bug."""
+  """The message for the user, or None for a bug."""
   if isinstance(error, ImagenError):
     sentence, key = str(error), getattr(error, 'key', None)
     if key is None:
@@ -70,7 +69,7 @@ def _sentence(error):
   if isinstance(error, OSError) and error.errno in files.STORAGE:
     where = error.filename or 'an unnamed file'
     return files.STORAGE[error.errno].format(where)
-  # jax's error is known by name: importing jax here would slow --help.
+  # jax's error is matched by name: importing jax would slow down --help.
   device_full = type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError')
   device_full = device_full and 'RESOURCE_EXHAUSTED' in str(error)
   if isinstance(error, MemoryError) or device_full:
@@ -82,7 +81,7 @@ def _sentence(error):
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse that raises `UsageError` and knows the nearest flag."""
+  """argparse that raises `UsageError` and suggests the nearest flag."""
 
   def __init__(self, **options):
     options.setdefault(
@@ -106,6 +105,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(name, known):
-  """'; did you mean X?' for the nearest of `known`, or just '.'."""
+  """'; did you mean X?' for the nearest of `known`, or '.' if none is."""
   near = difflib.get_close_matches(name, list(known), n=1)
   return f'; did you mean {near[0]}?' if near else '.'

@@ -1,4 +1,4 @@
-"""imagen-evaluate: how well a model does, in numbers and a report."""
+"""imagen-evaluate: scores a model and writes a report."""
 
 import dataclasses
 import pathlib
@@ -151,7 +151,7 @@ def _shard(text):
 
 
 class _Console(Listener):
-  """Shows progress on stderr and scores on stdout."""
+  """Prints progress to stderr and scores to stdout."""
 
   def progress(self, label, done, total):
     if not done:

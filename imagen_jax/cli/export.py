@@ -1,4 +1,4 @@
-"""imagen-export: from a training workdir to a finished model folder."""
+"""imagen-export: exports a training workdir to a model folder."""
 
 import pathlib
 import sys
@@ -54,7 +54,7 @@ def _kind(workdir):
   from imagen_jax.io import files, model_folder
 
   path = workdir / 'config.json'
-  if not path.exists():  # `export_stage` says what is wrong with it
+  if not path.exists():  # `export_stage` reports what is wrong
     return 'stage'
   record = files.read_json(path, version=model_folder.FORMAT_VERSION)
   return record.get('config', {}).get('kind', 'stage')

@@ -1,4 +1,4 @@
-"""What sampling leaves behind: PNG files, a grid, progress on stderr."""
+"""The output of sampling: PNG files, a grid, progress on stderr."""
 
 import pathlib
 import re
@@ -13,14 +13,14 @@ def write(
 ) -> list[pathlib.Path]:
   """Writes 000_a-red-circle.png, …, and grid_000.png.
 
-  Numbers go on from what is there, so that nothing is overwritten. Of several
-  processes, which all hold the images, the first one writes.
+  Numbers continue those of existing files, so nothing is overwritten. With
+  several processes, which all hold the images, only process 0 writes.
 
   Args:
-    out: the directory, made if it is missing.
+    out: the directory, created if it is missing.
     images: uint8 [N, H, W, 3].
-    records: what made each of them, its `prompt` included.
-    grid: whether to write all of them as one image too.
+    records: metadata of each image, including its `prompt`.
+    grid: whether to write all images as one grid too.
 
   Raises:
     UsageError: `out` is a file.
@@ -57,7 +57,7 @@ def write(
 
 
 def _next(out, pattern):
-  """The first number that no file of this pattern has, nor any after it."""
+  """One more than the largest number in the files that match a pattern."""
   found = (re.match(pattern, path.name) for path in out.iterdir())
   return 1 + max([int(match[1]) for match in found if match], default=-1)
 
@@ -68,7 +68,7 @@ def _slug(prompt):
 
 
 def progress() -> Callable[[str, int, int], None]:
-  """Overwrites one line on a terminal, prints a line per stage otherwise."""
+  """A callback: one updated line on a terminal, else one line per stage."""
   terminal = sys.stderr.isatty()
 
   def show(stage, done, total):
@@ -82,12 +82,12 @@ def progress() -> Callable[[str, int, int], None]:
 
 
 def note(text: str) -> None:
-  """Tells the user something on stderr."""
+  """Prints a note to stderr."""
   print(f'note: {text}', file=sys.stderr)
 
 
 def devices() -> str:
-  """Such as '1 cpu' or '8 tpu', for an image's record."""
+  """The devices, such as '1 cpu' or '8 tpu', for an image's record."""
   import jax
 
   return f'{len(jax.devices())} {jax.devices()[0].platform}'

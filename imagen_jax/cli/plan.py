@@ -1,4 +1,4 @@
-"""imagen-plan: whether a config fits a pod, what it costs, how to split it."""
+"""imagen-plan: whether a config fits a pod, its cost, and the best mesh."""
 
 import sys
 
@@ -97,14 +97,14 @@ def _main(argv):
 
 
 def _stay_off_accelerators():
-  """Planning computes nothing, and another process may hold the devices."""
+  """Uses the CPU only: another process may hold the accelerators."""
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
 
 
 def _chips(args, chips):
-  """(chip, how many) that the flags ask for."""
+  """(chip, number of chips) that the flags ask for."""
   if args.topology and args.chip:
     raise UsageError('give --topology, or --chip with --devices, not both.')
   if args.topology:
@@ -123,7 +123,7 @@ def _chips(args, chips):
 
 
 def _mesh(args, count):
-  """data × fsdp = count, one of which may be left open."""
+  """(data, fsdp), whose product is `count`; one flag may be missing."""
   known = args.data or args.fsdp
   if count % known or (
     args.data and args.fsdp and args.data * args.fsdp != count

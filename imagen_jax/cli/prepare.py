@@ -1,4 +1,4 @@
-"""imagen-prepare: any source of captioned images, resized once."""
+"""imagen-prepare: writes a source of captioned images, resized, to disk."""
 
 import pathlib
 import sys
@@ -65,7 +65,7 @@ def _main(argv):
 
 
 def prepare(args):
-  """Writes the set and says what became of every image."""
+  """Writes the set and prints a summary."""
   from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
   from imagen_jax.data.progress import Progress
@@ -117,7 +117,7 @@ def prepare(args):
 
 
 def _embedder(args):
-  """(what the header says of the embeddings, captions -> list of [n, D])."""
+  """(the header's `text`, function from captions to a list of [n, D])."""
   import ml_dtypes
 
   from imagen_jax.cli import runtime

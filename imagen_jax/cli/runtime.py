@@ -1,4 +1,4 @@
-"""What every command sets up before jax starts."""
+"""The setup of every command, before jax starts."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from imagen_jax.errors import UsageError
 
 
 def add_process_flags(parser):
-  """The flags of a job of several processes."""
+  """Adds the flags of a job of several processes."""
   group = parser.add_argument_group(
     'several processes', 'Start the same command once per host.'
   )
@@ -26,15 +26,16 @@ def add_process_flags(parser):
 
 
 def start(*, split_cpu=False, processes=None):
-  """Compile cache, quiet logs, virtual CPU devices, the other processes.
+  """Sets up the compilation cache, logs, CPU devices and other processes.
 
   Args:
-    split_cpu: one virtual device per core, which training wants; sampling a
-      few images is faster with all cores on one device.
+    split_cpu: one virtual device per CPU core, for training; sampling a few
+      images is faster with all cores as one device.
     processes: parsed arguments with the flags of `add_process_flags`.
 
   Raises:
-    UsageError: the flags contradict, or the processes do not find each other.
+    UsageError: the flags contradict each other, or the processes do not find
+      each other.
   """
   import jax
 
@@ -54,7 +55,7 @@ def start(*, split_cpu=False, processes=None):
 
 
 def _join(args):
-  """Joins the job's processes; must come before any device is touched."""
+  """Joins the job's processes; must come before jax uses any device."""
   by_hand = (args.coordinator, args.num_processes, args.process_id)
   if not args.distributed and by_hand == (None, None, None):
     return

@@ -1,4 +1,4 @@
-"""imagen-sample: images from prompts, from the command line."""
+"""imagen-sample: generates images from prompts."""
 
 import importlib
 import importlib.util
@@ -11,11 +11,11 @@ from imagen_jax.cli import errors, output, runtime, sampling_flags
 from imagen_jax.errors import DataError, ImagenError, UsageError
 
 # Modules for model folders of other layouts, each of which may be absent:
-#   add_flags(parser)            adds an argument group of flags of its own
+#   add_flags(parser)            adds an argument group of its own flags
 #   is_folder(path) -> bool      whether a --model is one of its folders
-#   generate(args, prompts) -> (images, records), as `output.write` has them
+#   generate(args, prompts) -> (images, records), for `output.write`
 FORMATS = ('imagen_jax.deepfloyd.command_line',)
-# What --from_image does not take from the image.
+# Flags that are allowed with --from_image.
 WITH_FROM_IMAGE = (
   'from_image', 'model', 'out', 'fsdp', 'distributed', 'coordinator',
   'num_processes', 'process_id',
@@ -28,7 +28,7 @@ def main(argv=None) -> int:
 
 
 def _formats():
-  """The modules of `FORMATS` that are there."""
+  """The modules of `FORMATS` that exist."""
   found = []
   for name in FORMATS:
     package = name.rpartition('.')[0]
@@ -61,7 +61,7 @@ def _parser(formats):
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; up to 4')
   add('--fsdp', type=int, help='devices that share a network; as needed')
-  own = {}  # the flags of each other format
+  own = {}  # {module of a format: its flags}
   for module in formats:
     before = {action.dest for action in parser._actions}
     module.add_flags(parser)
@@ -119,10 +119,10 @@ def _prompts(args):
 
 
 def _generate(args, prompts):
-  """(images, records) of a model folder of our own."""
+  """(images, records) of a model folder in the package's own layout."""
   from imagen_jax.cascade import batching
 
-  # Bad choices are refused before any work.
+  # Check everything before any work.
   request = batching.Request(
     prompts, args.seed, range(args.num_images), args.batch_size
   )
@@ -164,7 +164,7 @@ def _generate(args, prompts):
 def _low_res(cascade, path):
   """The image at a path for the first stage: uint8 [1, h, w, 3], or None.
 
-  Its sides suit every stage that upsamples it.
+  It is cropped so that every stage can upsample it.
   """
   if path is None:
     return None
@@ -179,7 +179,7 @@ def _low_res(cascade, path):
 
 
 def _images(image, mask):
-  """{'image', 'mask'} as PIL images, of those that are given."""
+  """{'image': …, 'mask': …} as PIL images; without those not given."""
   from imagen_jax.io.images import open_image
 
   given = (('image', image, 'RGB'), ('mask', mask, 'L'))
@@ -187,7 +187,7 @@ def _images(image, mask):
 
 
 def _notes(cascade, embedding):
-  """What the user should know of the prompts, a line each, on stderr."""
+  """Prints notes on the prompts to stderr, one per line."""
   for prompt, cut in zip(embedding.prompts, embedding.cut):
     if cut:
       short = prompt if len(prompt) <= 40 else prompt[:39] + '…'
@@ -205,13 +205,13 @@ def _notes(cascade, embedding):
     try:
       source = find_source(*cascade.data_kinds)
     except (ImagenError, ImportError):
-      return  # sampling does not need what the model was trained on
+      return  # sampling does not need the training data
     for text in source.prompt_notes(embedding.prompts):
       output.note(text)
 
 
 def _record(cascade, configs, args):
-  """What made the images of a call, for their PNGs and for --from_image."""
+  """The settings of a call, stored in its PNGs for --from_image."""
   import jax
 
   settings = {}
@@ -234,7 +234,7 @@ def _record(cascade, configs, args):
 
 
 def _repeat(args):
-  """(images, records) of the image that a PNG's record describes."""
+  """(images, records): generates an image again from its PNG's record."""
   from imagen_jax.io import images as image_io
 
   record = image_io.read_metadata(args.from_image)
@@ -253,7 +253,7 @@ def _repeat(args):
       model, dtype=record['dtype'], stages=names, fsdp=args.fsdp
     )
     choices = {
-      # Images of before a flag was added say nothing of it.
+      # Images older than a flag have no value for it.
       key: [record['stages'][name].get(key) for name in names]
       for key in sampling_flags.PER_STAGE
     }

@@ -1,4 +1,4 @@
-"""The flags that say how to sample: one value, or a list with one per stage."""
+"""The flags of sampling: one value, or a list with one value per stage."""
 
 import argparse
 from collections.abc import Iterable
@@ -29,16 +29,16 @@ def add_flags(
 def choices(
   args: argparse.Namespace, names: Iterable[str] = tuple(PER_STAGE)
 ) -> dict[str, Any]:
-  """{name: what `per_stage` makes of its flag}."""
+  """{name: value of its flag, parsed by `per_stage`}."""
   return {name: per_stage(name, getattr(args, name)) for name in names}
 
 
 def per_stage(name: str, text: str | None) -> Any:
-  """'32,16,8' as [32, 16, 8], '32' as 32; None stays.
+  """'32,16,8' as [32, 16, 8], '32' as 32, None as None.
 
   Args:
-    name: of the flag; one that is not in `PER_STAGE` holds numbers.
-    text: what the user gave.
+    name: of the flag; one that is not in `PER_STAGE` holds floats.
+    text: the value on the command line.
 
   Raises:
     UsageError: a value is not of the flag's type.
@@ -59,5 +59,5 @@ def per_stage(name: str, text: str | None) -> Any:
 
 
 def stage_names(args: argparse.Namespace) -> list[str] | None:
-  """What --stages names; None is all of them."""
+  """The stages that --stages names; None is all of them."""
   return args.stages.split(',') if args.stages else None

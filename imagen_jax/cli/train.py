@@ -1,4 +1,4 @@
-"""imagen-train: trains what a config describes."""
+"""imagen-train: trains the model that a config describes."""
 
 import os
 import pathlib
@@ -116,8 +116,8 @@ class _alone:
 class _agreed(_alone):
   """Stops all processes after the same step when one of them is signalled.
 
-  jax passes SIGTERM on to the other processes and finds a step that all of
-  them reach; SIGINT is turned into it.
+  jax forwards SIGTERM to the other processes and finds a step that all of them
+  reach; SIGINT is converted to SIGTERM.
   """
 
   def __init__(self):

@@ -1,13 +1,13 @@
-"""Prepared data: images resized once, captions, and T5 embeddings if asked.
+"""Prepared data: resized images, captions and, if asked for, T5 embeddings.
 
-  mine/dataset.json               what it is; written last, so it means whole
-  mine/part-00000.array_record    records, each with a checksum of its own
-  mine/part-00000.json            its count, size, sha256 and what it left out
-  mine/dropped.jsonl              everything that was left out, and why
+  mine/dataset.json               the header; written last, when all is complete
+  mine/part-00000.array_record    records, each with its own checksum
+  mine/part-00000.json            its count, size, sha256 and skipped samples
+  mine/dropped.jsonl              all skipped samples, with reasons
 
 A record is the length of its header (4 bytes), the header as JSON, the pixels
-as bytes, and the embeddings of the caption's tokens in bfloat16, no padding
-stored. Nothing in it is code.
+as bytes, and the embeddings of the caption's tokens in bfloat16, without
+padding. It contains no code.
 """
 
 import glob
@@ -33,24 +33,24 @@ DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
 
 
 class ArrayRecordSource(Checked):
-  """Random access to what imagen-prepare wrote.
+  """Random access to data written by imagen-prepare.
 
   Args:
-    path: its folder; a pattern such as 'data/part-*' takes several, prepared
-      side by side, one after the other.
-    size: side of the images in pixels, at most the prepared one; less is
-      the mean over each target pixel's area.
+    path: the folder of a set, or a pattern such as 'data/part-*' of several,
+      which are concatenated.
+    size: side of the images in pixels, at most the prepared size; a smaller
+      one takes the mean over each target pixel's area.
     max_bad: see `Checked`.
 
   Attributes:
-    header: `dataset.json`, of the first; its `text` is None, or the `dim`,
+    header: `dataset.json` of the first set; its `text` is None, or the `dim`,
       `max_len` and digests of the embeddings. With embeddings an example also
       has `text` bfloat16 [max_len, dim], zeros at padding, and `mask` bool
       [max_len].
 
   Raises:
-    DataError: the set is missing, unfinished, damaged, newer, or too small, or
-      several differ in size or text.
+    DataError: a set is missing, unfinished, damaged, of a newer format or too
+      small, or the sets differ in size or text.
   """
 
   path_is = 'what imagen-prepare wrote'
@@ -77,7 +77,7 @@ class ArrayRecordSource(Checked):
   def _check(
     self, folder: pathlib.Path, header: Mapping[str, Any], size: int
   ) -> None:
-    """Refuses a set that is too small or unlike the first."""
+    """Checks that a set is large enough, and prepared like the first."""
     if size > header['size']:
       raise DataError(
         f'{folder} was prepared at {header["size"]} pixels and {size} are '
@@ -95,8 +95,8 @@ class ArrayRecordSource(Checked):
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the parts' digests and of what made them."""
-    # A single set keeps the fingerprint that earlier runs have noted.
+    """sha256 of the headers, which hold the parts' digests."""
+    # A single set keeps the fingerprint that earlier runs recorded.
     what = self._headers if len(self._headers) > 1 else self.header
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -119,14 +119,14 @@ class ArrayRecordSource(Checked):
     return example
 
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
-    """Refuses stored embeddings that are not the run's text encoder's.
+    """Checks that the stored embeddings are of the run's text encoder.
 
     Args:
       encoder, tokenizer: digests of the run's.
-      max_len: its number of text positions.
+      max_len: the run's number of text positions.
 
     Raises:
-      DataError: naming what differs.
+      DataError: they differ; the message names the key.
     """
     mine = {
       'encoder': encoder,
@@ -146,10 +146,10 @@ class ArrayRecordSource(Checked):
 
 
 def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
-  """Writes records to a file that appears complete; returns their number.
+  """Writes records to a file, all or none; returns their number.
 
   Raises:
-    DataError: there was no room for them.
+    DataError: they could not be written, as on a full disk.
   """
 
   def attempt(step: Callable[..., Any], *args: Any) -> None:
@@ -163,7 +163,7 @@ def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
 
   count = 0
   with files.replacing(file) as temporary:
-    # One record per group: each is read by itself.
+    # One record per group, for random access to single records.
     writer = array_record_module.ArrayRecordWriter(
       str(temporary), 'group_size:1'
     )
@@ -176,7 +176,7 @@ def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
 
 
 def _verify(file: pathlib.Path, count: int) -> None:
-  """The writer says nothing of a full disk, so the count is read back."""
+  """Reads the count back: the writer does not report a full disk."""
   reader = array_record_module.ArrayRecordReader(str(file))
   found = reader.num_records() if count else 0
   reader.close()
@@ -188,7 +188,7 @@ def _verify(file: pathlib.Path, count: int) -> None:
 
 
 def pack(example: Mapping[str, Any], text: np.ndarray | None) -> bytes:
-  """An example, and its caption's embeddings or None, as a record."""
+  """A record of an example and its caption's embeddings (or None)."""
   pixels = np.ascontiguousarray(example['image']).tobytes()
   header = {'caption': example['caption'], 'image': len(pixels)}
   head = json.dumps(header).encode()
@@ -207,7 +207,7 @@ def _unpack(record: bytes) -> tuple[dict[str, Any], memoryview, memoryview]:
 def _padded(
   text: memoryview, *, dim: int, max_len: int, **_: Any
 ) -> dict[str, np.ndarray]:
-  """{'text': [max_len, dim], 'mask': [max_len]} of ragged bytes."""
+  """{'text': [max_len, dim], 'mask': [max_len]} of unpadded bytes."""
   rows = np.frombuffer(text, ml_dtypes.bfloat16).reshape(-1, dim)
   full = np.zeros((max_len, dim), ml_dtypes.bfloat16)
   full[: len(rows)] = rows
@@ -215,7 +215,7 @@ def _padded(
 
 
 def _files(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[str]:
-  """A set's files, as the reader wants them.
+  """A set's files in the reader's notation, name[0:count].
 
   Raises:
     DataError: one is missing or has another size.
@@ -255,5 +255,5 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
 
 
 def short(value: Any) -> Any:
-  """A digest's first digits; anything else as it is."""
+  """The first 12 characters of a string; anything else unchanged."""
   return value[:12] if isinstance(value, str) else value

@@ -1,9 +1,9 @@
-"""Bad samples: found once, left out, listed, and never a reason to crash.
+"""Bad samples are found once, skipped and listed.
 
-A source looks at every sample when it is first opened: the image decodes,
-the caption is text. What it found is kept in the user's cache directory, so
-the next start reads no image. What is bad is left out before anything is
-shuffled, so the order of the rest is the same on every host and every start.
+A source checks every sample when it is first opened: the image must decode,
+the caption must be text. The result is cached in the user's cache directory,
+so later starts read no image. Bad samples are skipped before shuffling, so the
+order of the rest is the same on every host and at every start.
 """
 
 import collections
@@ -24,35 +24,36 @@ Found = TypeVar('Found')
 
 MAX_BAD = 0.01  # fraction of bad samples that a source tolerates
 MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
-# How captions are cleaned; stored embeddings are bound to it.
+# Version of `clean_caption`, recorded with stored embeddings.
 CLEANING = 'whitespace-1'
 TURN = 256  # samples checked between two updates of the progress
 SUBSTITUTES = 100  # neighbours tried before giving up
 
 
 class Checked(Source):
-  """Random access to what passed the check: {'image', 'caption'} each.
+  """Random access to the samples that passed the check, {'image', 'caption'}.
 
-  A sample that fails later, because its disk does or its file was changed, is
-  replaced by the next one that does not, is counted, and counts as bad.
+  A sample that fails later, because the disk fails or its file has changed, is
+  replaced by the next good one and counts as bad.
 
   Subclasses have `__len__`, `name`, and `read` or `example`.
 
   Args:
-    where: the source in words, for messages.
+    where: name of the source, for messages.
     size: side of the images in pixels.
     resize: see `decode`.
-    max_bad: fraction of bad samples above which the source refuses to continue.
-    bad: {name: reason} of what was left out because it is bad.
+    max_bad: fraction of bad samples above which the source raises an error.
+    bad: {name: reason} of the samples skipped as bad.
     small: names of good images that are too small for `size`.
+    needs: a sentence on what the source needs, for the message if it is empty.
 
   Attributes:
-    bad: as given, and what failed since.
-    replaced: how many times a sample was replaced.
-    skipped: ((name, reason), …) of all that was left out at the start.
+    bad: as given, and the samples that failed since.
+    replaced: number of times that a sample was replaced.
+    skipped: ((name, reason), …) of all samples skipped at the start.
 
   Raises:
-    DataError: too much is bad, or nothing is left.
+    DataError: too many samples are bad, or none is left.
   """
 
   def __init__(
@@ -95,7 +96,7 @@ class Checked(Source):
     """{'image': uint8 [size, size, 3], 'caption': str}.
 
     Raises:
-      DataError: more has become bad than is allowed.
+      DataError: too many samples are bad, or none nearby can be read.
     """
     if not 0 <= i < len(self):
       raise IndexError(f'sample {i} of {len(self)}')
@@ -119,13 +120,13 @@ class Checked(Source):
     raise NotImplementedError
 
   def example(self, i: int) -> dict[str, Any]:
-    """Sample `i` itself, or BadSample or OSError."""
+    """Sample `i`, never a replacement; raises BadSample or OSError."""
     data, caption = self.read(i)
     image = decode(data, self.size, self.resize)
     return {'image': image, 'caption': caption}
 
   def note(self, name: str, reason: str) -> None:
-    """Counts a sample that turned out bad; raises when it is one too many."""
+    """Counts a bad sample; raises DataError if there are too many."""
     with self._lock:
       self.replaced += 1
       new = name not in self.bad
@@ -150,7 +151,7 @@ class Checked(Source):
 
 
 def clean_caption(text: str | bytes) -> str:
-  """A caption as it is trained on: single spaces, none around.
+  """A caption with single spaces and no surrounding whitespace.
 
   Args:
     text: str, or UTF-8 bytes.
@@ -167,7 +168,7 @@ def clean_caption(text: str | bytes) -> str:
     raise BadSample(f'its caption is longer than {MAX_CAPTION} characters')
   if '\0' in text:
     raise BadSample('its caption is binary')
-  # Lone surrogates, which JSON can spell and UTF-8 cannot.
+  # JSON can contain lone surrogates, which UTF-8 cannot encode.
   if any('\ud800' <= c <= '\udfff' for c in text):
     raise BadSample('its caption is not UTF-8')
   text = ' '.join(text.split())
@@ -179,13 +180,13 @@ def clean_caption(text: str | bytes) -> str:
 def survey(
   number: int, examine: Callable[[int], Found], label: str
 ) -> list[Found | BadSample]:
-  """[examine(0), …, examine(number − 1)], in threads; a BadSample stays one.
+  """[examine(0), …, examine(number − 1)], computed in threads.
 
   Args:
-    number: how many.
-    examine: i -> anything; what it raises as BadSample or OSError is returned
-      as a BadSample.
-    label: what to call this on the progress line.
+    number: of samples.
+    examine: i -> result; a BadSample or OSError that it raises is returned as
+      a BadSample.
+    label: of the progress line.
   """
 
   def one(i: int) -> Found | BadSample:
@@ -201,7 +202,7 @@ def survey(
   with concurrent.futures.ThreadPoolExecutor(
     min(16, os.cpu_count() or 1)
   ) as pool:
-    # In turns: pool.map alone would queue every sample of the set at once.
+    # In chunks: pool.map alone would queue all samples at once.
     for start in range(0, number, TURN):
       turn = range(start, min(start + TURN, number))
       found += pool.map(one, turn)
@@ -224,5 +225,5 @@ def summary(skipped: Iterable[tuple[str, str]], examples: int = 3) -> str:
 
 @functools.cache
 def _tell(message: str) -> None:
-  """Once: a run opens its source for training and again for previews."""
+  """Warns once; a run opens its source for training and for previews."""
   logging.getLogger(__name__).warning('%s', message)

@@ -1,4 +1,4 @@
-"""A folder of images with their captions, the most common layout.
+"""A folder of images with captions, the most common layout.
 
 Either every image has a text file of the same name beside it,
 
@@ -26,22 +26,22 @@ CAPTION_KEYS = ('text', 'caption')
 class FolderSource(Checked):
   """Random access to a folder's images, {'image', 'caption'} each.
 
-  Images are read by `decode`'s rule. None is ever upsampled: an image below
-  the size asked for would teach blur. It is left out, and so is all that is
-  bad: images that do not decode, captions that are missing or no text.
+  Images are decoded by `decode`. Images below `size` are skipped, since
+  upsampling them would teach the model blur. Bad samples are skipped too:
+  images that do not decode, captions that are missing or not text.
 
   Args:
-    path: the folder, searched in depth.
+    path: the folder, searched recursively.
     size: side of the images in pixels.
     resize, max_bad: see `Checked`.
 
   Attributes:
     names: of the images, sorted, relative to the folder.
-    captions: theirs.
+    captions: of the images.
 
   Raises:
-    DataError: no folder, no usable image, too many bad ones, or a broken
-      metadata.jsonl.
+    DataError: there is no folder or no usable image, too many are bad, or
+      metadata.jsonl is broken.
   """
 
   path_is = 'a folder of images with .txt captions beside them'
@@ -84,7 +84,7 @@ class FolderSource(Checked):
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the names and captions: the set's identity."""
+    """sha256 of the names and captions."""
     whole = json.dumps([self.names, self.captions])
     return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -129,7 +129,7 @@ def _find(path: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
 def _images(path: pathlib.Path) -> Iterator[str]:
   """Names, relative to `path`, of the files that look like images."""
   for file in path.rglob('*'):
-    # Names with a leading dot are other programs' business (._one.jpg).
+    # Names with a leading dot belong to other programs (._one.jpg).
     if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'):
       yield file.relative_to(path).as_posix()
 
@@ -170,7 +170,7 @@ def _read_caption(file: pathlib.Path) -> bytes:
 
 
 def _check(path: pathlib.Path, names: Sequence[str]) -> dict[str, int | str]:
-  """{name: shorter side in pixels, or what is wrong}, cached by file state."""
+  """{name: shorter side in pixels, or what is wrong}; cached by `_state`."""
   location = path.resolve()
   header, rows = index_cache.load('folder', location) or ({'names': []}, [])
   known = dict(zip(header['names'], rows))
@@ -206,7 +206,7 @@ def _check(path: pathlib.Path, names: Sequence[str]) -> dict[str, int | str]:
 
 
 def _state(file: pathlib.Path) -> tuple[int, int]:
-  """(size, time of change) of a file, which tell whether it is the same."""
+  """(size, modification time) of a file; (−1, −1) if it cannot be read."""
   try:
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns

@@ -1,7 +1,7 @@
-"""What checking a data set has found, kept in the user's cache directory.
+"""The results of checking a data set, in the user's cache directory.
 
-Never beside the data, which may be read-only or shared. A cache that cannot
-be read or written is no error: the check is made again.
+They are not kept beside the data, which may be read-only or shared. A cache
+that cannot be read or written is not an error: the check is run again.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ VERSION = 1
 
 
 def path_for(kind: str, location: object) -> pathlib.Path:
-  """The cache file of one folder, tar or build."""
+  """The cache file of a folder, tar or TFDS build."""
   base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   name = hashlib.sha256(f'{kind} {location}'.encode()).hexdigest()[:24]
   return pathlib.Path(base) / 'imagen_jax' / 'index' / f'{name}.npz'
@@ -35,7 +35,7 @@ def load(
       rows = file['rows']
     if header.pop('version') == VERSION and header.pop('of') == str(location):
       return header, rows
-  except Exception:  # whatever is wrong with it, the data are still there
+  except Exception:  # whatever is wrong, the check can be run again
     pass
   return None
 
@@ -43,7 +43,7 @@ def load(
 def save(
   kind: str, location: object, header: Mapping[str, Any], rows: Any
 ) -> None:
-  """Writes a cache file, whole or not at all."""
+  """Writes a cache file atomically."""
   text = json.dumps({**header, 'version': VERSION, 'of': str(location)})
   try:
     with files.replacing(path_for(kind, location)) as temporary:

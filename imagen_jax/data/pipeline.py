@@ -1,11 +1,11 @@
-"""From a source of examples to batches: the order is f(seed, step).
+"""Batches of a source's examples, in an order that is f(seed, step).
 
-Batch number k is a pure function of (source, seed, batch size, k): resuming is
-starting at k, on any number of hosts. That rests on the order of operations.
-Slicing by host comes after everything random, so hosts see disjoint parts of
-one global batch; slicing first would give every host the same random numbers
-for different images, and tear the epochs apart where the hosts do not
-divide the number of images.
+Batch k is a pure function of (source, seed, batch size, k), so a run resumes
+by starting at k, on any number of hosts. This depends on the order of
+operations: slicing by host comes after everything random, so hosts see
+disjoint parts of one global batch. Slicing first would give every host the
+same random numbers for different images, and would misalign the epochs where
+the hosts do not divide the number of images.
 """
 
 import os
@@ -21,8 +21,8 @@ from imagen_jax.errors import DataError, UsageError
 
 Example: TypeAlias = dict[str, Any]
 
-PREFETCH = 16  # batches, of which a thread makes one
-# Captions that would be false of the mirrored image.
+PREFETCH = 16  # batches, each made by one thread
+# Captions that would be wrong for the mirrored image.
 SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 
 
@@ -39,26 +39,26 @@ def batches(
 ) -> Iterator[Example]:
   """An endless iterator over this host's part of the batches.
 
-  Every epoch is a new permutation of the source; batches run across the
-  ends of epochs, so a source may be smaller than a batch.
+  Every epoch is a new permutation of the source. Batches span epoch
+  boundaries, so a source may be smaller than a batch.
 
   Args:
     source: `__len__` and `__getitem__(i) -> dict`, safe to call from threads.
     seed: of the permutations and of `augment`.
-    batch_size: the global one, over all hosts.
+    batch_size: the global batch size, over all hosts.
     start_step: number of the first batch.
-    host, num_hosts: this process and how many there are. The global batch is
-      the hosts' batches one after the other.
-    augment: (example, numpy Generator) -> example, or None. The generator is
-      the example's own, new in every epoch, the same on any host.
+    host, num_hosts: index of this process, and number of processes. The global
+      batch is the concatenation of the hosts' batches.
+    augment: (example, numpy Generator) -> example, or None. Each example has
+      its own generator, new in every epoch, the same on any host.
     transform: example -> example, or None; runs last, before batching. It and
-      `augment` must not return None, which would shift the hosts apart.
-      `index` is kept whatever it returns.
+      `augment` must not return None, which would misalign the hosts. `index`
+      is kept in any case.
 
   Returns:
     an iterator over dicts of numpy arrays [batch_size / num_hosts, ...];
-    strings become arrays of strings, and `index` says where in the source
-    each example is. It reads ahead in threads.
+    strings become arrays of strings, and `index` holds the examples' positions
+    in the source. It prefetches in threads.
 
   Raises:
     UsageError: the hosts do not divide the batch.
@@ -81,8 +81,8 @@ def batches(
     )
   rows = batch_size // num_hosts
   data = _HostRows(data, host, num_hosts, rows).batch(rows)
-  # Threads suffice: decoding and numpy let go of the interpreter's lock. Their
-  # number is no part of the order, as that of processes would be.
+  # Threads suffice: decoding and numpy release the GIL. Unlike the number of
+  # worker processes, their number does not change the order.
   threads = min(PREFETCH, os.cpu_count() or 1)
   iterator = iter(
     data.to_iter_dataset(
@@ -94,7 +94,7 @@ def batches(
 
 
 class _Numbered:
-  """A source whose examples know their `index`."""
+  """A source whose examples hold their `index`."""
 
   def __init__(self, source: Source) -> None:
     self._source = source
@@ -107,11 +107,11 @@ class _Numbered:
 
 
 class _HostRows(grain.MapDataset):
-  """Of every global batch the rows that are one host's, in their order.
+  """One host's rows of every global batch, in order.
 
-  A slice [host::num_hosts] would be shorter, but deals the rows out in another
-  order than one process sees them; the noise of a row would then go to another
-  image.
+  A slice [host::num_hosts] would be simpler, but would order the rows of the
+  global batch differently than one process does, so that a row's noise would
+  be added to another image.
   """
 
   def __init__(
@@ -130,10 +130,10 @@ class _HostRows(grain.MapDataset):
 
 
 def flip(example: Example, rng: np.random.Generator) -> Example:
-  """Mirrors every second image, for `batches(augment=flip)`.
+  """Mirrors an image with probability 0.5, for `batches(augment=flip)`.
 
-  An image whose caption says left or right stays as it is: mirrored, the
-  caption would be false.
+  An image whose caption says left or right is not mirrored, since its caption
+  would be wrong.
   """
   mirrored = rng.random() < 0.5 and not SIDED.search(example['caption'])
   if not mirrored:

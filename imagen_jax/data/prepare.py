@@ -1,7 +1,7 @@
-"""From any source to prepared data, which `arrayrecord` reads.
+"""Writes any source as prepared data, which `arrayrecord` reads.
 
-A set is written in parts. Each part's .json comes last and says that it is
-whole, so the same call continues where an earlier one was cut off.
+A set is written in parts. A part's .json is written last and marks it as
+complete, so the same call resumes an interrupted one.
 """
 
 import concurrent.futures
@@ -37,14 +37,14 @@ Embed = Callable[[Sequence[str]], Sequence[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a prepared set is made of; another recipe is another set.
+  """The settings of a prepared set; other settings make another set.
 
   Attributes:
     size: side of the images in pixels.
-    settings: JSON-ready dict of what else tells this set from another.
-    text: what the header says of the embeddings; None for none.
-    number: how many of the source's samples to write; all by default.
-    part_size: samples of a part.
+    settings: JSON-ready dict of all else that the set depends on.
+    text: the header's entry on the embeddings; None for none.
+    number: of samples to write, from the first; None writes all.
+    part_size: samples per part.
   """
 
   size: int
@@ -54,7 +54,7 @@ class Recipe:
   part_size: int = 2048
 
   def header(self, number: int) -> dict[str, Any]:
-    """The beginning of `dataset.json`, for `number` samples."""
+    """The first entries of `dataset.json`, for `number` samples."""
     return {
       'format_version': FORMAT_VERSION,
       'size': self.size,
@@ -74,22 +74,22 @@ def prepare(
   embed: Embed | None = None,
   progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-  """Writes a source as prepared data, or continues where that was cut off.
+  """Writes a source as prepared data, or resumes an interrupted call.
 
   Args:
     source: of examples at `recipe.size`.
-    out: folder, new, or with the beginning of the same set.
-    recipe: what the set is made of.
-    embed: list of captions -> list of bfloat16 [tokens, dim], where the
-      recipe has text.
+    out: folder, new or with an unfinished copy of the same set.
+    recipe: the settings of the set.
+    embed: list of captions -> list of bfloat16 [tokens, dim], if the recipe
+      has text.
     progress: counts samples.
 
   Returns:
-    (the header, [(name, reason)] of what was left out).
+    (the header, [(name, reason)] of the skipped samples).
 
   Raises:
     UsageError: `out` holds something else.
-    DataError: a part could not be written or too much is bad.
+    DataError: a part could not be written, or too many samples are bad.
   """
   out, size = pathlib.Path(out), recipe.part_size
   number = min(recipe.number or len(source), len(source))
@@ -116,7 +116,7 @@ def prepare(
 
 
 def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
-  """Marks a folder as the beginning of this set, or sees that it is."""
+  """Marks a new folder as this set, or checks that an old one is."""
   for name in (DATASET, UNFINISHED):
     if (out / name).exists():
       old = files.read_json(out / name, error=DataError, version=FORMAT_VERSION)
@@ -129,7 +129,7 @@ def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
           f'{short(before.get(key))!r} where this is {short(now[key])!r}; '
           'choose another --out.'
         )
-      for cut in out.glob('.part-*.tmp'):  # what a kill left
+      for cut in out.glob('.part-*.tmp'):  # left by a killed process
         cut.unlink()
       return
   if out.exists() and any(out.iterdir()):
@@ -139,7 +139,7 @@ def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
 
 
 def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
-  """A header with the entries of its sections beside the others."""
+  """A header with its sections flattened."""
   return {
     **header,
     'settings': None,
@@ -151,7 +151,7 @@ def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(file: pathlib.Path) -> dict[str, Any] | None:
-  """The record of a part that is written and whole, or None."""
+  """The .json of a complete, undamaged part, or None."""
   try:
     part = files.read_json(
       file.with_suffix('.json'), error=DataError, version=FORMAT_VERSION
@@ -168,7 +168,7 @@ def _write_part(
   embed: Embed | None,
   progress: Progress | None,
 ) -> dict[str, Any]:
-  """Writes one part; the part's .json, which says it is whole, comes last."""
+  """Writes one part; its .json, which marks it as complete, comes last."""
   dropped: list[tuple[str, str]] = []
 
   def attempt(i: int) -> dict[str, Any] | Exception:

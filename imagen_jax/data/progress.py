@@ -9,11 +9,11 @@ EVERY = 10.0  # seconds between plain lines
 
 
 class Progress:
-  """Counts up to `total`; a job of under two seconds shows nothing.
+  """Counts up to `total`; a job of under two seconds prints nothing.
 
   Args:
-    label: what is being done.
-    total: how many there are.
+    label: of the line.
+    total: number of items.
     stream: where to write, stderr by default.
   """
 
@@ -28,7 +28,7 @@ class Progress:
     self._shown = False
 
   def add(self, number: int = 1) -> None:
-    """Counts `number` more."""
+    """Counts `number` more items."""
     self._done += number
     now = time.monotonic()
     if now >= self._next:
@@ -36,7 +36,7 @@ class Progress:
       self._show(now)
 
   def close(self) -> None:
-    """The last line, if there was one before."""
+    """Prints the last line, if any was printed before."""
     if self._shown:
       self._show(time.monotonic())
       if self._bar:

@@ -1,4 +1,4 @@
-"""What every data set is to the rest: captioned images by number."""
+"""The interface of every data set: random access to captioned images."""
 
 import abc
 import typing
@@ -16,14 +16,14 @@ class Source(abc.ABC):
   `data` section.
 
   Attributes:
-    path_is: what `data.path` names, for the message where it is not set; None
-      where the source needs no path.
+    path_is: what `data.path` names, for the message if it is not set; None if
+      the source needs no path.
     has_eval_split: whether split 'eval' holds images that 'train' does not.
     endless: whether it has no natural size, so that a user must choose one.
-    skipped: ((name, reason), …) of what is in the data and left out.
-    bad: {name: reason} of what is left out because it is damaged.
-    text_header: what is stored with the images of their captions' embeddings
-      (`dim`, `max_len`, digests); None where nothing is.
+    skipped: ((name, reason), …) of the samples that are skipped.
+    bad: {name: reason} of the samples that are damaged.
+    text_header: `dim`, `max_len` and digests of the stored embeddings of the
+      captions; None if none are stored.
   """
 
   path_is: typing.ClassVar[str | None] = None
@@ -35,12 +35,12 @@ class Source(abc.ABC):
 
   @property
   def fingerprint(self) -> str | None:
-    """Tells one data set from another; None where the config says it all."""
+    """Identifies the data set; None if the config determines it."""
     return None
 
   @abc.abstractmethod
   def __len__(self) -> int:
-    """How many examples there are."""
+    """Number of examples."""
 
   @abc.abstractmethod
   def __getitem__(self, i: int) -> dict:
@@ -51,11 +51,11 @@ class Source(abc.ABC):
     return self[i]
 
   def caption(self, i: int) -> str:
-    """The caption alone, where that is cheaper than the example."""
+    """The caption of example `i`, without the image if that is cheaper."""
     return self[i]['caption']
 
   def name(self, i: int) -> str:
-    """What a person calls example `i`."""
+    """A readable name of example `i`, for messages."""
     return f'example {i}'
 
   def note(self, name: str, reason: str) -> None:
@@ -63,19 +63,19 @@ class Source(abc.ABC):
 
   @classmethod
   def prompt_notes(cls, prompts: typing.Sequence[str]) -> typing.Sequence[str]:
-    """What a user should know of prompts for a model trained on this source.
+    """Notes for the user on prompts for a model trained on this source.
 
     Returns:
-      sentences, such as one that names words which no caption contains.
+      sentences, such as one that lists words that occur in no caption.
     """
     return ()
 
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
-    """Refuses stored embeddings that are not of this text encoder."""
+    """Raises `DataError` if stored embeddings are of another text encoder."""
 
   @classmethod
   def suite(cls, config: typing.Any) -> typing.Any:
-    """How models of these data are scored, where there is a way.
+    """The evaluation suite for models of these data.
 
     Args:
       config: an `EvalConfig`.

@@ -1,4 +1,4 @@
-"""From a config's `data` section to a source of captioned images."""
+"""Builds a source of captioned images from a config's `data` section."""
 
 import inspect
 import json
@@ -11,7 +11,7 @@ from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.io.decode import RESIZE
 
-# Each kind is one file, imported when it is asked for.
+# Each kind is one file, imported on demand.
 KINDS = {
   'folder': 'imagen_jax.data.folder:FolderSource',
   'webdataset': 'imagen_jax.data.webdataset:WebDatasetSource',
@@ -20,7 +20,7 @@ KINDS = {
   'shapes': 'imagen_jax.worlds.shapes:ShapesSource',
   'emoji': 'imagen_jax.worlds.emoji:EmojiSource',
 }
-# What a source that does not know of an option does anyway.
+# Values that match what a source without the option does anyway.
 IGNORABLE = {
   'path': (None, ''),
   'seed': (0,),
@@ -44,7 +44,7 @@ def find_source(kind: str) -> type[Source]:
 def make_source(
   *, kind: str, size: int, split: str = 'train', **options: Any
 ) -> Source:
-  """The images of a split at one size.
+  """The source of a split, at one image size.
 
   Args:
     kind: one of `KINDS`, or 'my_module:MySource', a `Source` of the user's.
@@ -52,8 +52,7 @@ def make_source(
     split: 'train' or 'eval'; a source without an eval split gives the same
       images for both.
     **options: keys of a config's `data` section: `path`, `seed`, `resize`,
-      `max_bad`, and those of the class's own. Each goes to the constructor
-      that names it.
+      `max_bad`, and the class's own. The constructor gets those that it names.
 
   Raises:
     UsageError: unknown kind or resize, no path, or an option without effect.
@@ -89,7 +88,7 @@ def make_source(
 
 
 def list_skipped(source: Source, file: pathlib.Path) -> None:
-  """Writes what a source left out as JSON lines, if it left out anything."""
+  """Writes the samples that a source skips, if any, as JSON lines."""
   if source.skipped:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({'name': n, 'reason': r}) for n, r in source.skipped]

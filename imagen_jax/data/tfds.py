@@ -1,8 +1,8 @@
 """TensorFlow Datasets without TensorFlow, such as coco_captions.
 
 Only builds stored as ArrayRecord can be read without TensorFlow. Images are
-taken as they are stored, encoded, and decoded by the rule of every source. A
-image with several captions is several examples.
+read encoded and decoded as in every other source. An image with several
+captions is several examples.
 """
 
 import glob
@@ -20,7 +20,7 @@ from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io.decode import BadSample, inspect
 
 CAPTION_KEYS = ('caption', 'captions', 'text', 'title', 'description')
-# What builds call their evaluation split, in order of preference.
+# Names of evaluation splits, in order of preference.
 EVAL = ('validation', 'val', 'test', 'train')
 INFO = 'dataset_info.json'
 
@@ -30,8 +30,8 @@ class TfdsSource(Checked):
 
   Args:
     path: the build's folder (the one with dataset_info.json), or its name,
-      such as 'coco_captions', looked for in $TFDS_DATA_DIR or
-      ~/tensorflow_datasets; of several versions the last.
+      such as 'coco_captions', searched for in $TFDS_DATA_DIR or
+      ~/tensorflow_datasets; the latest of several versions is used.
     size: side of the images in pixels.
     split: 'train', or 'eval' for the build's validation split.
     resize, max_bad: see `Checked`.
@@ -60,7 +60,7 @@ class TfdsSource(Checked):
     )
     rows, bad = self._index()
     small = [f'record {row[0]}' for row in rows[rows[:, 2] < size]]
-    # A row per example: which record, and which of its captions.
+    # One row per example: record number, and caption number within it.
     self.rows = rows[rows[:, 2] >= size][:, :2]
     super().__init__(
       f'{self.folder} ({self.split})',
@@ -77,7 +77,7 @@ class TfdsSource(Checked):
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the build's own description and of what is used of it."""
+    """sha256 of the build's dataset_info.json, the split and the examples."""
     digest = hashlib.sha256((self.folder / INFO).read_bytes())
     digest.update(self.split.encode() + self.rows.tobytes())
     return digest.hexdigest()
@@ -91,7 +91,7 @@ class TfdsSource(Checked):
     return data, clean_caption(captions[which])
 
   def _record(self, number: int) -> tuple[bytes, list[str | bytes]]:
-    """(the encoded image, [its captions]) of one record."""
+    """(encoded image, captions) of one record."""
     try:
       record = self._records[int(number)]
     except RuntimeError as error:  # ArrayRecord's checksum
@@ -183,7 +183,7 @@ def find_build(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _version(folder: pathlib.Path) -> tuple[list[int], str]:
-  """Sorts 1.10.0 after 1.9.0, and configs by name."""
+  """Sort key: 1.10.0 after 1.9.0, then by path."""
   parts = folder.name.split('.')
   return [int(p) if p.isdigit() else -1 for p in parts], str(folder)
 
@@ -200,7 +200,7 @@ def _open(folder: pathlib.Path, split: str) -> tuple[Any, str, str, str]:
   try:
     builder = tfds.builder_from_directory(str(folder))
     features, splits = builder.info.features, builder.info.splits
-  except Exception as error:  # tfds has many, and TensorFlow may be missing
+  except Exception as error:  # of many types, also where TensorFlow is missing
     raise DataError(
       f'{folder} cannot be opened as a TFDS build ({error}); build it again '
       'with --file_format=array_record.'

@@ -1,10 +1,9 @@
 """Webdataset tars, as img2dataset writes them: key.jpg, key.txt, key.json.
 
-A tar is read through an index of offsets, so that any sample is one seek away
-and nothing is extracted, unpickled or piped through a shell. Building the
-index reads every image once, which finds the bad ones; it is kept in the
-user's cache directory and holds a checksum of each image, so that what has
-changed since is noticed.
+A tar is read through an index of offsets, so any sample is one seek away and
+nothing is extracted, unpickled or piped through a shell. Building the index
+reads every image once, which finds the bad ones. The index is kept in the
+user's cache directory, with a checksum of each image to detect later changes.
 """
 
 import glob
@@ -28,9 +27,9 @@ from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
 MAX_TEXT = 2**20
 CAPTION_KEYS = ('caption', 'text')
-TEXTS = ('.txt', '.json')  # where a caption is looked for, the first first
+TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
 CUT = 'the tar is cut short there'
-# Of the index, a row per good sample.
+# Columns of the index, which has one row per good sample.
 COLUMNS = 'image image_size text text_size is_json width height crc'.split()
 
 
@@ -49,7 +48,8 @@ class WebDatasetSource(Checked):
     shards: the tars, sorted by name.
 
   Raises:
-    DataError: no tar, one that is none, no usable image, too many bad ones.
+    DataError: there is no tar, a file is not a tar, no image is usable, or too
+      many are bad.
   """
 
   path_is = "tars, such as 'shards/*.tar'"
@@ -90,7 +90,7 @@ class WebDatasetSource(Checked):
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of where everything is, and of every image's checksum."""
+    """sha256 of the index: all offsets, and every image's checksum."""
     return hashlib.sha256(self.rows.tobytes()).hexdigest()
 
   def name(self, i: int) -> str:
@@ -107,7 +107,7 @@ class WebDatasetSource(Checked):
 
 
 def find_shards(path: str | os.PathLike[str]) -> tuple[str, ...]:
-  """The tars that a path or pattern means, as a sorted tuple of names.
+  """The tars that a path or pattern matches, as a sorted tuple of names.
 
   Raises:
     DataError: there are none.
@@ -192,15 +192,15 @@ def _index(shard: str) -> tuple[np.ndarray, dict[str, str]]:
 def _members(
   shard: str, size: int
 ) -> tuple[dict[str, dict[str, tuple[int, int]]], dict[str, str]]:
-  """({key: {suffix: (offset, size)}}, {key: what is wrong}) by headers alone.
+  """({key: {suffix: (offset, size)}}, {key: what is wrong}), from tar headers.
 
-  A key is a name up to the first dot of its last part.
+  A key is a member's name up to the first dot of its last component.
   """
   samples: dict[str, dict[str, tuple[int, int]]] = {}
   bad: dict[str, str] = {}
   last = None
   try:
-    # 'r:' takes no compressed tars, in which there is no seeking.
+    # 'r:' rejects compressed tars, which have no random access.
     with tarfile.open(shard, 'r:', errorlevel=0) as tar:
       for member in tar:
         if member.isdir():
@@ -211,7 +211,7 @@ def _members(
         last = key
         problem = _problem(member, size)
         if problem is None and suffix not in (*SUFFIXES, *TEXTS):
-          continue  # other columns, such as key.npy, are not ours to judge
+          continue  # other columns, such as key.npy, are ignored
         if problem is None and suffix in samples.get(key, {}):
           problem, key = 'its key is there already', f'{key} (repeated)'
         if problem:
@@ -219,8 +219,8 @@ def _members(
         else:
           place = member.offset_data, member.size
           samples.setdefault(key, {})[suffix] = place
-        vars(tar)['members'].clear()  # a million would all be kept
-      # tarfile takes a broken header for the end; the end is zeros, or none.
+        vars(tar)['members'].clear()  # tarfile would keep all members in memory
+      # tarfile takes a broken header for the end; a real end is zeros or EOF.
       tar.fileobj.seek(tar.offset)
       if tar.fileobj.read(512).strip(b'\0'):
         bad[f'after {last}'] = 'the tar is damaged there'
@@ -236,7 +236,7 @@ def _members(
 
 
 def _problem(member: tarfile.TarInfo, size: int) -> str | None:
-  """Why a member is not read, or None."""
+  """Why a member is not usable, or None."""
   parts = pathlib.PurePosixPath(member.name).parts
   if member.name.startswith('/') or '..' in parts or '\\' in member.name:
     return 'its name leads out of the tar'
@@ -250,7 +250,7 @@ def _problem(member: tarfile.TarInfo, size: int) -> str | None:
 
 
 def _name(shard: str, offset: int) -> str:
-  """'tar/name in it' of a member, by its header, which stands before it."""
+  """'tar/member', from the member's header, 512 bytes before its data."""
   tar = os.path.basename(shard)
   try:
     with open(shard, 'rb') as file:

@@ -1,4 +1,4 @@
-"""Bars, curves and matrices as pieces of HTML, with no script in them."""
+"""Bar charts, line charts and confusion matrices in HTML, without scripts."""
 
 import dataclasses
 import html
@@ -10,21 +10,21 @@ from imagen_jax.evaluation.scores import Score
 COLOURS = ('#2563eb', '#ea580c', '#059669', '#9333ea', '#dc2626', '#0891b2')
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 298, 210, 48, 16, 40, 26  # of curves
 
-# (x, y, (low, high) of y or None); an x that is text stands at its place in
-# the list.
+# (x, y, (low, high) of y or None); x values that are text are evenly spaced, in
+# order of appearance.
 Point = tuple[float | str, float, tuple[float, float] | None]
-Line = tuple[str, Sequence[Point]]  # with its name
+Line = tuple[str, Sequence[Point]]  # (name, points)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-  """One accuracy.
+  """One accuracy of a bar chart.
 
   Attributes:
-    name: beside the bar.
+    name: label of the bar.
     score: {'accuracy', 'n', 'ci95'}.
-    mark: another fraction in [0, 1], shown as a tick.
-    control: whether it is no score of the model, and grey.
+    mark: a reference value in [0, 1], shown as a tick.
+    control: whether it is a control, not a score of the model; shown in grey.
   """
 
   name: str
@@ -72,12 +72,11 @@ def bars(rows: Sequence[Bar]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-  """Where values lie on a chart of curves.
+  """The axes of a line chart.
 
   Attributes:
-    place: {x: its number}; text counts from 0.
-    xs: ticks, {number: label}.
-    ys: ticks, {number: label}.
+    place: {x: its coordinate}; text is numbered from 0.
+    xs, ys: ticks, {coordinate: label}.
   """
 
   place: dict[float | str, float]
@@ -85,7 +84,7 @@ class _Axes:
   ys: dict[float, str]
 
   def at(self, x: float, y: float) -> tuple[float, float]:
-    """Pixels of a point, y downwards."""
+    """Pixel coordinates of a point, y downwards."""
     low, high = (pick([*self.xs, *self.place.values()]) for pick in (min, max))
     bottom, top = min(self.ys), max(self.ys)
     along = (x - low) / ((high - low) or 1)
@@ -119,13 +118,13 @@ def curves(
   names: tuple[str, str],
   percent: bool = False,
 ) -> str:
-  """Lines through points, as one chart.
+  """A line chart.
 
   Args:
     lines: at least one.
     title: of the chart.
-    names: of the x axis and of what the points show.
-    percent: the y axis is 0 to 100 %.
+    names: of x and y.
+    percent: whether the y axis is 0 to 100 %.
   """
   axes = _axes(lines, percent)
   parts = [
@@ -181,7 +180,7 @@ def _curve(
 
 
 def legend(names: Iterable[str]) -> str:
-  """The colours of the lines of `curves`."""
+  """The legend of `curves` with lines of these names."""
   return ''.join(
     f'<span class="key"><i style="background:{COLOURS[i % len(COLOURS)]}"></i>'
     f'{html.escape(name)}</span>'
@@ -190,10 +189,10 @@ def legend(names: Iterable[str]) -> str:
 
 
 def matrix(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
-  """A confusion matrix: rows are what the prompt says, columns what is seen.
+  """A confusion matrix: rows are what was prompted, columns what was seen.
 
   Args:
-    counts: {prompted: {seen: count}}; a cell's shade is its part of the row.
+    counts: {prompted: {seen: count}}; a cell's shade is its fraction of a row.
     title: of the table.
   """
   said = sorted(counts)

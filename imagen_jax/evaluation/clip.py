@@ -1,8 +1,7 @@
-"""CLIP's two encoders (Radford et al. 2021), for scores only.
+"""CLIP's image and text encoders (Radford et al. 2021), for scores only.
 
-Parameters carry the names and layouts of the published Hugging Face tensors,
-so a weights file is checked and used as it is. Not the text encoder of
-Imagen, which is T5.
+Parameters have the names and layouts of the published Hugging Face tensors,
+so a weights file is used without conversion. Imagen's text encoder is T5.
 """
 
 import json
@@ -21,15 +20,15 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class _Tower(nn.Module):
-  """A pre-norm transformer; parameters have dotted names in one flat table.
+  """A pre-norm transformer; its parameters are flat, with dotted names.
 
   Attributes:
     width: of the residual stream.
     mlp: hidden width of each MLP.
-    layers, heads: their numbers.
+    layers, heads: numbers of layers and of attention heads.
     act: 'quick_gelu' or 'gelu'.
     eps: of the layer norms.
-    projection: width of the shared space.
+    projection: width of the joint embedding space.
   """
 
   width: int
@@ -87,10 +86,10 @@ class _Tower(nn.Module):
 
 
 class ClipImage(_Tower):
-  """Images to the shared space.
+  """The image encoder: images to the joint embedding space.
 
   Attributes:
-    size: side of its images, in pixels.
+    size: side of the images, in pixels.
     patch: side of a patch.
   """
 
@@ -123,7 +122,7 @@ class ClipImage(_Tower):
 
 
 class ClipText(_Tower):
-  """Prompts to the shared space.
+  """The text encoder: prompts to the joint embedding space.
 
   Attributes:
     vocab: size of the vocabulary.
@@ -148,13 +147,13 @@ class ClipText(_Tower):
     for i in range(self.layers):
       x = self.layer(f'text_model.encoder.layers.{i}', x, causal=True)
     x = self.norm('text_model.final_layer_norm', x)
-    # Old configs say eos is 2; in their vocabularies it has the highest id.
+    # Old configs give 2 as eos; the real end token has the highest id.
     end = ids if self.eos == 2 else (ids == self.eos).astype(jnp.int32)
     x = x[jnp.arange(len(ids)), end.argmax(1)]
     return self.linear('text_projection', x, self.projection, bias=False)
 
 
-# {our name: (theirs, what a config that lacks it means: ViT-B/32)}.
+# {our name: (their name, default: that of ViT-B/32)}.
 _SHARED: dict[str, tuple[str, typing.Any]] = {
   'layers': ('num_hidden_layers', 12),
   'act': ('hidden_act', 'quick_gelu'),
@@ -178,10 +177,10 @@ _TEXT = _SHARED | {
 
 
 def read_config(path: pathlib.Path) -> tuple[ClipImage, ClipText]:
-  """Both encoders of a `config.json`.
+  """The image and text encoders of a `config.json`.
 
   Raises:
-    ModelError: it is no config of a CLIP model.
+    ModelError: it is not the config of a CLIP model.
   """
   try:
     config = json.loads(path.read_text(encoding='utf-8'))

@@ -1,4 +1,4 @@
-"""Suite clip: the CLIP score of images of a user's prompts."""
+"""Suite clip: the CLIP score of images generated from a user's prompts."""
 
 import collections
 import dataclasses

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from imagen_jax.errors import UsageError
 
-# How a stage is sampled. Nothing here starts from an image, which `strength`
-# is about.
+# Settings of a stage's sampling. Evaluation never starts from an image, so
+# `strength` is not one of them.
 SAMPLING = ('sampler', 'steps', 'guidance', 'aug_level', 'threshold', 'grid')
 
 Value = str | int | float
@@ -16,31 +16,33 @@ Value = str | int | float
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """An evaluation; every field has a default.
+  """The settings of an evaluation; every field has a default.
 
   Attributes:
     suite: 'prompts', 'clip', 'fid', a data kind whose source has a suite, or
       'my_module:MySource'; None is the suite of the model's own data kind.
     model: model folder; None is the bundled demo model.
     out: folder of the images, `scores.json` and `index.html`.
-    num: prompts of each category, or in all for fid; None is the suite's own.
+    num: prompts per category, or in all for fid; None is the suite's default.
     categories: score these only; None is all of them.
     seed: of the images.
     stages: names of the stages to use; None is all of them.
-    from_truth: give the super-resolution stages true low-resolution images.
+    from_truth: condition the first super-resolution stage on true
+      low-resolution images.
     sweep: {'guidance': (1, 2, 4), 'sr1.steps': (4, 8)}: one run for each
       combination. A key is one of `SAMPLING`, for all stages or for one.
     prompts: a .csv, .tsv, .jsonl or .txt file (prompts, clip).
-    num_images: images of each prompt (prompts, clip).
+    num_images: images per prompt (prompts, clip).
     data: real images with captions (fid).
     source: the data kind of `data` (fid).
     inception: file of InceptionV3 weights (fid).
     clip: folder of a CLIP model in Hugging Face layout (clip, fid).
-    sampling: {one of `SAMPLING`: a value, or a list of one per stage}; a
-      stage's own default where it is left out.
+    sampling: {one of `SAMPLING`: a value, or a list of one per stage};
+      settings left out keep each stage's default.
     dtype: of the activations, 'auto', 'float32' or 'bfloat16'.
     batch_size: images at a time; None is 4 on a CPU and 32 elsewhere.
-    shard: (i, n): generate fraction i of n; None is this process's of all.
+    shard: (i, n): generate fraction i of n; None takes the process's index and
+      the number of processes.
 
   Raises:
     UsageError: a value is out of range or a key of `sampling` or `sweep` is

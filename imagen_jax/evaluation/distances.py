@@ -1,4 +1,4 @@
-"""Distances between two sets of images, seen through a network's features.
+"""Distances between two sets of images in a network's feature space.
 
 Fréchet distance (Heusel et al. 2017; FID with Inception's features), KID
 (Bińkowski et al. 2018), CMMD (Jayasumana et al. 2024; CLIP's features),
@@ -9,7 +9,7 @@ in float64: covariances of 2048 correlated features need it.
 import numpy as np
 from jaxtyping import Float
 
-# float64 inside; any float type at the door.
+# Any float type; computed in float64.
 Vector = Float[np.ndarray, ' d']
 Matrix = Float[np.ndarray, 'd d']
 FeaturesA = Float[np.ndarray, 'n d']
@@ -18,10 +18,10 @@ Kernel = Float[np.ndarray, 'n m']
 
 
 def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
-  """Mean and unbiased covariance of at least two features, as float64.
+  """Mean and unbiased covariance of n ≥ 2 feature vectors, as float64.
 
   Raises:
-    ValueError: there are fewer.
+    ValueError: n < 2.
   """
   features = np.asarray(features, np.float64)
   if len(features) < 2:
@@ -32,10 +32,10 @@ def moments(features: FeaturesA) -> tuple[Vector, Matrix]:
 
 
 def _roots(values: Vector) -> Vector:
-  """Square roots of eigenvalues; those that are rounding errors count as 0.
+  """Square roots of eigenvalues, where rounding errors count as 0.
 
-  An eigenvalue of 0 comes out as about ±1e-16 of the largest, whose root would
-  be 1e-8 of it and always positive: a bias, where there are many.
+  An eigenvalue of 0 is computed as about ±1e-16 of the largest. Its root would
+  be 1e-8 of the largest root and never negative: many of them add a bias.
   """
   noise = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
   return np.sqrt(np.where(values > noise, values, 0))
@@ -53,8 +53,8 @@ def frechet(
   """The Fréchet distance of two Gaussians, squared (Heusel et al. 2017).
 
   |m_a − m_b|² + tr(C_a + C_b − 2 (C_a C_b)^½). The trace of the root is that
-  of (R C_b R)^½ with R = C_a^½, which is symmetric: no complex numbers arise,
-  also where the covariances are singular, and nothing is added to them.
+  of (R C_b R)^½ with R = C_a^½, which is symmetric. So no complex numbers
+  arise, even if the covariances are singular, and no regularisation is added.
 
   Args:
     mean_a, mean_b: means.
@@ -81,9 +81,9 @@ def kid(
   The unbiased squared MMD of the kernel (x·y/D + 1)³.
 
   Args:
-    a, b: features of either set.
-    subsets: how many random subsets of both sets are averaged.
-    size: of the subsets; less where a set is smaller.
+    a, b: features of the two sets.
+    subsets: number of random subsets of both sets to average over.
+    size: of the subsets; at most that of the smaller set.
     seed: of the subsets.
 
   Returns:
@@ -120,8 +120,8 @@ def cmmd(
   The squared MMD of the kernel exp(−|x − y|² / 2σ²) over all pairs.
 
   Args:
-    a, b: features of either set; each row is normalised here.
-    sigma: of the kernel; the authors' is 10.
+    a, b: features of the two sets; each row is normalised here.
+    sigma: of the kernel; 10 in the paper.
     block: rows at a time.
   """
   a, b = _unit(a), _unit(b)
@@ -130,7 +130,7 @@ def cmmd(
     total = 0.0
     for start in range(0, len(x), block):
       squared = np.maximum(2 - 2 * x[start : start + block] @ y.T, 0)
-      # expm1, as all kernel values are near 1 and their differences count.
+      # expm1, since all kernel values are near 1 and only differences matter.
       total += np.expm1(-squared / (2 * sigma**2)).sum()
     return total / (len(x) * len(y))
 
@@ -153,7 +153,7 @@ def precision_recall(
 
   Args:
     real, generated: features of more than k images each.
-    k: the neighbour.
+    k: the neighbour whose distance is the radius.
     block: rows at a time.
 
   Raises:

@@ -1,7 +1,7 @@
-"""The networks whose features images are compared by, with a user's weights.
+"""The networks in whose feature space images are compared.
 
-Inception's weights are one file, CLIP's a Hugging Face folder. The digest of
-the weights goes into the provenance of each score.
+The user brings the weights: a file for Inception, a Hugging Face folder for
+CLIP. The provenance of each score includes their digest.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Extractor:
   """A network with its weights.
 
   Attributes:
-    image: N images, a few of them in memory at a time -> float32 [N, D].
+    image: N images, read a batch at a time -> float32 [N, D].
     digest: sha256 of the weights' file, 64 hex digits.
     resize: how images are resized to the network's input.
   """
@@ -44,7 +44,7 @@ class Extractor:
 
 @dataclasses.dataclass(frozen=True)
 class TextExtractor(Extractor):
-  """CLIP: features of prompts in the same space.
+  """CLIP, which embeds prompts in the same space as images.
 
   Attributes:
     text: N prompts -> float32 [N, D].
@@ -54,7 +54,7 @@ class TextExtractor(Extractor):
 
 
 def load_inception(path: str | os.PathLike) -> Extractor:
-  """The FID's InceptionV3 from a file with the usual converted names.
+  """The FID's InceptionV3, from a file of the usual converted weights.
 
   Raises:
     ModelError: the file cannot be read or is of another network.
@@ -77,7 +77,7 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
   """CLIP from a Hugging Face folder: config, weights, tokenizer.
 
   Raises:
-    ModelError: a file of it is missing, broken or another model's.
+    ModelError: one of its files is missing, broken or of another model.
   """
   folder = pathlib.Path(folder)
   vision, text = clip.read_config(folder / 'config.json')
@@ -119,7 +119,7 @@ def _rule(size: int) -> str:
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
-  """uint8 [N, H, W, 3] at another size, rounded to uint8 again."""
+  """uint8 [N, H, W, 3] resized, and rounded to uint8 again."""
   if images.shape[1:3] == (size, size):
     return images
   resample = Image.Resampling.BICUBIC
@@ -134,7 +134,7 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
 def _batched(
   function: Callable[[np.ndarray], jax.Array],
 ) -> Callable[[typing.Any], Features]:
-  """`function` of any number of rows: `BATCH` at a time, the last padded."""
+  """Applies `function` to any number of rows, in padded batches of `BATCH`."""
 
   def all_rows(rows: Iterable[np.ndarray]) -> np.ndarray:
     rows, found = iter(rows), []

@@ -26,21 +26,21 @@ from imagen_jax.evaluation.scores import Categories, Score
 from imagen_jax.evaluation.suite import Item, Records, Suite, digest, number
 from imagen_jax.io import files
 
-NEIGHBOURS = 10_000  # images of either set for precision and recall
+NEIGHBOURS = 10_000  # images of each set for precision and recall
 
 
 @dataclasses.dataclass(frozen=True)
 class Fid(Suite):
   """The paper's zero-shot FID protocol (Section 4.1).
 
-  `num` captions are sampled at random; the images generated from them are
-  compared with all real images, which are cropped square and averaged to the
-  model's resolution.
+  `num` captions are chosen at random. The images generated from them are
+  compared with all real images, cropped square and downsampled to the model's
+  resolution by area averaging.
 
   Attributes:
     source: of the real images, see `data.sources`.
-    num: captions.
-    seed: of their choice.
+    num: number of captions.
+    seed: of the choice of captions.
     inception: `Extractor` for the Fréchet distance, KID, precision, recall.
     clip: `TextExtractor` for CMMD and the CLIP score.
   """
@@ -124,7 +124,7 @@ class Fid(Suite):
   def _real(
     self, folder: pathlib.Path, extractor: Extractor
   ) -> Float[np.ndarray, 'n d']:
-    """Features of all real images, kept for the next run of a sweep."""
+    """Features of all real images, cached for the next run of a sweep."""
     captions = digest([self.captions, len(self.source)])
     name = f'real-{extractor.digest[:16]}-{captions}.npy'
     path = folder.parent / name

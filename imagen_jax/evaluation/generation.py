@@ -1,15 +1,15 @@
-"""Generating the images of a run, so that an interrupted run can resume.
+"""Generates the images of a run; an interrupted run can be resumed.
 
 A run's folder holds
 
   run.json                 what the images depend on
   images/<category>/…      one PNG each
   records-i-of-n.jsonl     one line per finished image, by process i of n
-  section.json             of a finished run, what the report says of it
+  section.json             the report's text on the run, once it is finished
 
 An image is finished when its line is written. Any number of processes, on
-any number of hosts that share the folder, may generate fractions of a run; a
-later start with another number of processes resumes what all of them left.
+any number of hosts that share the folder, may each generate a fraction of a
+run. Their number may change when the run is resumed.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 
 FORMAT_VERSION = 1  # of run.json
-# Batches that one stage generates before the next stage's weights replace it.
+# Batches that a stage samples before the next stage's weights replace its own.
 BATCHES = 4
 
 
@@ -40,15 +40,15 @@ class Run:
   """One set of images: a suite's prompts with one choice of settings.
 
   Attributes:
-    suite: what is generated.
+    suite: the suite.
     folder: of the run.
-    name: the point of a sweep, 'guidance=1,sr1.steps=4'; '' without one.
-    sampling: settings of `Cascade.sample`, a list of one per stage each.
+    name: of the sweep's point, 'guidance=1,sr1.steps=4'; '' without a sweep.
+    sampling: settings of `Cascade.sample`, each a list with one per stage.
     seed: of the images.
     batch_size: images at a time.
     fraction: (i, n): this is process i of n.
-    true_size: size of the true images that the first stage upsamples; None
-      where the first stage is the base.
+    true_size: side of the true images that the first stage upsamples; None
+      without `from_truth`.
   """
 
   suite: Suite
@@ -66,16 +66,16 @@ class Run:
     return self.labelled(self.suite.label)
 
   def labelled(self, entry: str) -> str:
-    """An entry of the suite's score, such as 'fid@guidance=1'."""
+    """The label of an entry of the score, such as 'fid@guidance=1'."""
     return f'{entry}@{self.name}' if self.name else entry
 
 
 def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
-  """Makes a run's folder, or checks that it is the same run's.
+  """Creates a run's folder, or checks that it holds the same run.
 
   Args:
     folder: of the run.
-    identity: JSON object of everything that the images depend on.
+    identity: all that the images depend on, JSON-ready.
 
   Raises:
     UsageError: the folder holds a run with another identity.
@@ -113,8 +113,7 @@ def _short(value: typing.Any) -> str:
 def read_records(folder: pathlib.Path) -> dict[tuple[str, int], Record]:
   """{(category, number): record} of all finished images of a run.
 
-  A line that a killed process left unfinished is skipped; its image is
-  generated once more.
+  A line cut short by a kill is skipped; its image is generated again.
   """
   records = {}
   for path in sorted(folder.glob('records-*.jsonl')):
@@ -137,16 +136,16 @@ def generate(
   run: Run,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-  """Generates this process's fraction of the images that are not finished.
+  """Generates this process's fraction of the unfinished images.
 
   Args:
     cascade: the model.
-    run: whose folder was opened by `open_run`.
-    progress: called as progress(done, total), first with 0 done.
+    run: the run, whose folder `open_run` has opened.
+    progress: called as progress(done, total), first with done = 0.
   """
   i, n = run.fraction
   todo = unfinished(run.suite.items()[i::n], read_records(run.folder))
-  # `sample` generates the same image numbers of all its prompts.
+  # One call of `sample` takes one list of image indices for all prompts.
   todo.sort(key=lambda item: item.index)
   done = 0
   progress(done, len(todo))
@@ -175,7 +174,7 @@ def generate(
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-  """At most `size` items at a time, all of one index."""
+  """Lists of at most `size` items with the same index."""
   for _, group in itertools.groupby(items, lambda item: item.index):
     while chunk := list(itertools.islice(group, size)):
       yield chunk
@@ -187,7 +186,7 @@ def read_image(
   """A finished image.
 
   Raises:
-    DataError: it is gone or damaged.
+    DataError: it is missing or damaged.
   """
   path = folder / record['file']
   try:
@@ -207,14 +206,14 @@ def read_images(
 
 
 def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:
-  # Whole or not at all: a record may only name a good image.
+  # Atomic, since a record may only name a complete image.
   metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}
   with files.replacing(path) as temporary:
     image_io.save_png(temporary, image, metadata)
 
 
 class _Lines:
-  """Appends JSON lines, each on the disk before the next is begun."""
+  """Appends JSON lines to a file and flushes after each."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path

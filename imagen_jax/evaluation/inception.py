@@ -1,8 +1,8 @@
 """InceptionV3 as the Fréchet inception distance uses it (Szegedy et al. 2016).
 
-The network of the original FID (Heusel et al. 2017): its average pools leave
-the padding out of the mean, its last block takes a maximum where InceptionV3
-takes a mean. Parameters carry the names and layouts of the usual converted
+The network of the original FID (Heusel et al. 2017): its average pooling
+excludes the padding, and its last block uses max pooling where InceptionV3 uses
+average pooling. Parameters have the names and layouts of the usual converted
 weights: 94 convolutions of five tensors each.
 """
 
@@ -17,8 +17,8 @@ SIZE = 299
 FEATURES = 2048
 
 Maps = Float[Array, 'b _ _ _']
-Pair = tuple[int, int]  # of height and width
-# Suffix of the name, features, kernel, padding.
+Pair = tuple[int, int]  # along height and width
+# (suffix of the name, features, kernel, padding)
 Step = tuple[str, int, int | Pair, int | Pair]
 
 
@@ -77,7 +77,7 @@ class InceptionV3(nn.Module):
     return jax.nn.relu((x - mean) * scale + bias)
 
   def _chain(self, name: str, x: Maps, *steps: Step) -> Maps:
-    """Convolutions one after the other."""
+    """A sequence of convolutions."""
     for suffix, features, kernel, pad in steps:
       x = self._conv(f'{name}.{suffix}', x, features, kernel, pad=pad)
     return x
@@ -157,7 +157,7 @@ class InceptionV3(nn.Module):
 
 
 def _max(x: Maps, stride: int, pad: int = 0) -> Maps:
-  """The maximum of 3×3 pixels."""
+  """3×3 max pooling."""
   return jax.lax.reduce_window(
     x,
     -jnp.inf,
@@ -169,7 +169,7 @@ def _max(x: Maps, stride: int, pad: int = 0) -> Maps:
 
 
 def _mean(x: Maps) -> Maps:
-  """The mean of 3×3 pixels, of those that are inside the image."""
+  """3×3 average pooling with stride 1, excluding the padding."""
 
   def total(x: Maps) -> Maps:
     return jax.lax.reduce_window(

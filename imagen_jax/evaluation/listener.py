@@ -1,4 +1,4 @@
-"""What an evaluation tells while it runs."""
+"""Callbacks of a running evaluation."""
 
 import sys
 
@@ -6,17 +6,17 @@ from imagen_jax.evaluation.scores import Categories
 
 
 class Listener:
-  """Shows notes only; derive from it to show more."""
+  """Prints notes only; derive from it to show more."""
 
   def note(self, text: str) -> None:
-    """What a reader must know of the scores."""
+    """Called with a caveat on the scores."""
     print(f'note: {text}', file=sys.stderr)
 
   def progress(self, label: str, done: int, total: int) -> None:
-    """`done` of the `total` images of a run are generated; first 0."""
+    """Called after `done` of this process's `total` images; first with 0."""
 
   def scored(self, label: str, categories: Categories) -> None:
-    """A run is finished."""
+    """Called when a run is finished."""
 
   def left(self, label: str, count: int) -> None:
-    """This process has finished its fraction of a run, others have not."""
+    """Called when a run still lacks `count` images of other processes."""

@@ -1,7 +1,7 @@
-"""Pieces of the report's HTML: its style, images, tables.
+"""The parts of the report's HTML: style, images, tables.
 
-No script, and nothing is fetched: images are small copies inside the page, so
-that the file can be sent.
+The page has no scripts and loads nothing: images are embedded as thumbnails, so
+it can be shared as one file.
 """
 
 import base64
@@ -69,7 +69,7 @@ details summary{cursor:pointer;color:var(--soft)}
 
 
 def page(parts: Iterable[str]) -> str:
-  """The document with these parts."""
+  """The HTML document of these parts."""
   return (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width">'
@@ -79,12 +79,12 @@ def page(parts: Iterable[str]) -> str:
 
 
 def heading(title: str, text: str) -> str:
-  """The title of a section and the sentence below it."""
+  """The title and description of a section."""
   return f'<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>'
 
 
 def cards(contents: Iterable[str], row: bool = False) -> str:
-  """Each of the contents in a box; one below the other, or in rows."""
+  """The contents in boxes, one below the other or in rows."""
   boxes = ''.join(f'<div class="card">{x}</div>' for x in contents)
   return f'<div class="row">{boxes}</div>' if row else boxes
 
@@ -99,14 +99,14 @@ def table(rows: Iterable[Sequence[typing.Any]]) -> str:
 
 
 def numbers(categories: Categories) -> str:
-  """The scores of a suite that is no fraction."""
+  """A table of scores that are not accuracies."""
   keys = list(dict.fromkeys(k for s in categories.values() for k in s))
   rows = [[name, *map(s.get, keys)] for name, s in categories.items()]
   return cards([table([['', *keys], *rows])])
 
 
 def provenance(note: Mapping[str, typing.Any]) -> str:
-  """What a suite was measured on, folded away."""
+  """What a suite was measured on, as a collapsed table."""
   stages = [
     (name, ', '.join(f'{k} {v}' for k, v in values.items()))
     for name, values in note['stages'].items()
@@ -119,7 +119,7 @@ def provenance(note: Mapping[str, typing.Any]) -> str:
 
 
 def figure(folder: pathlib.Path, record: Record, caption: bool = True) -> str:
-  """An image of a run, with its prompt and what the judge found."""
+  """An image of a run, with its prompt and the judge's verdict."""
   image = read_image(folder, record)
   tone, mark = '', ''
   if 'correct' in record:

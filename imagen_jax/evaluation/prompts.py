@@ -1,11 +1,11 @@
-"""Lists of prompts in the files that people already have.
+"""Reads lists of prompts in the formats of common benchmarks.
 
   .csv    DrawBench: columns Prompt, Category
   .tsv    PartiPrompts: columns Prompt, Category, …
   .jsonl  GenEval: objects with "prompt" and "tag"; or with "category"
-  .txt    one prompt a line, no categories
+  .txt    one prompt per line, no categories
 
-The files are the user's; none comes with the project.
+The project ships none of these files.
 """
 
 import csv
@@ -19,13 +19,13 @@ ALL = 'all'  # the category of prompts without one
 
 
 def read_prompts(path: str | os.PathLike) -> list[tuple[str, str]]:
-  """[(category, prompt)] of a file, in its order.
+  """[(category, prompt)] of a file, in order.
 
   Args:
-    path: a file; its ending says how it is read.
+    path: a file, whose suffix selects the format.
 
   Raises:
-    DataError: it cannot be read, or holds no prompt; the sentence names the
+    DataError: it cannot be read, or holds no prompt; the message names the
       line or the missing column.
   """
   path = pathlib.Path(path)
@@ -40,7 +40,7 @@ def read_prompts(path: str | os.PathLike) -> list[tuple[str, str]]:
       f'{path} is no list of prompts: give a {", ".join(readers)} file.'
     )
   try:
-    # Spreadsheets begin their files with a byte-order mark.
+    # Spreadsheet programs write a byte-order mark.
     text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise DataError(
@@ -64,7 +64,7 @@ def _table(
   path: pathlib.Path, text: str, delimiter: str
 ) -> list[tuple[str, str]]:
   lines = text.splitlines(keepends=True)
-  # Only in comma-separated files do quotes have a meaning.
+  # Quotes have a meaning in comma-separated files only.
   dialect = csv.excel if delimiter == ',' else _Tabs
   rows = csv.DictReader(lines, dialect=dialect)
   columns = {name.strip().lower(): name for name in rows.fieldnames or ()}

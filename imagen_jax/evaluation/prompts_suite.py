@@ -1,4 +1,4 @@
-"""Suite prompts: images of a user's prompts, to look at."""
+"""Suite prompts: images of a user's prompts, for inspection."""
 
 import collections
 import dataclasses
@@ -21,11 +21,11 @@ from imagen_jax.evaluation.suite import (
 
 @dataclasses.dataclass(frozen=True)
 class Prompts(Suite):
-  """Images of a list of prompts; their number is all that is scored.
+  """Images of a list of prompts; the score is only their number.
 
   Attributes:
     listed: ((category, prompt), …).
-    num_images: of each prompt.
+    num_images: per prompt.
   """
 
   listed: tuple[tuple[str, str], ...]

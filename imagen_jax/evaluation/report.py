@@ -1,7 +1,7 @@
-"""One page that shows an evaluation: `index.html`.
+"""The report of an evaluation, one page: `index.html`.
 
-Everything is made anew from `scores.json` and the folders of the runs beside
-it, whichever suites they are of.
+It is rebuilt each time from `scores.json` and the run folders beside it, for
+all suites there.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from imagen_jax.evaluation.suite import Records, Suite
 from imagen_jax.evaluation.sweep_report import keys, sweep_section
 from imagen_jax.io import files
 
-SHOWN = 24  # images of a category on the page
+SHOWN = 24  # images per category on the page
 SECTION = 'section.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """What the report says of a run besides its scores; see `Suite`."""
+  """The report's text on a run, besides the scores; see `Suite`."""
 
   title: str
   description: str
@@ -62,7 +62,7 @@ def write(out: pathlib.Path) -> pathlib.Path:
   """Writes `index.html` of a report folder; returns its path.
 
   Raises:
-    DataError: the folder has no scores, or an image of a run is gone.
+    DataError: the folder has no scores, or an image of a run is missing.
   """
   found = scores.read_scores(out)
   notes = found.pop('provenance', {})
@@ -71,7 +71,7 @@ def write(out: pathlib.Path) -> pathlib.Path:
   sections = {
     label: _read_section(out / note['run']) for label, note in notes.items()
   }
-  # The entries of a judge belong to the suite that they stand beside.
+  # Further entries, such as a judge's, belong to the section of their suite.
   shown = [x for x in notes if x.partition('@')[0] == notes[x]['suite']]
   parts = [_head(notes)]
   for label in (x for x in shown if '@' not in x):

@@ -1,4 +1,4 @@
-"""An evaluation from its config to its scores and report.
+"""Runs an evaluation: from a config to scores and a report.
 
 Example:
   from imagen_jax.evaluation.config import EvalConfig
@@ -28,11 +28,11 @@ from imagen_jax.io import model_folder
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What came out.
+  """The result of an evaluation.
 
   Attributes:
     scores: {label or label@point: {category: score}} of the finished runs.
-    report: the page; None while other processes have images left.
+    report: the page; None while images of other processes are missing.
   """
 
   scores: dict[str, Categories]
@@ -61,7 +61,7 @@ def evaluate(
     config.model,
     dtype=config.dtype,
     stages=[record.name for record in records],
-    devices=jax.local_devices(),  # every process has images of its own
+    devices=jax.local_devices(),  # each process generates its own images
   )
   points = sweep.points(cascade, config)
   for note in suite.notes(cascade.stages[-1].resolution):
@@ -102,7 +102,7 @@ def _default_batch() -> int:
 
 
 def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
-  """The stages to evaluate; with `from_truth` none that generates from text."""
+  """The stages to evaluate; with `from_truth`, super-resolution only."""
   path = config.model or model_folder.demo_path()
   records = model_folder.find_stages(path, config.stages)
   if not config.from_truth:
@@ -119,7 +119,7 @@ def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
 
 
 def _identity(cascade: Cascade, run: generation.Run) -> dict[str, typing.Any]:
-  """What the images depend on."""
+  """All that the images depend on."""
   return {
     'suite': run.suite.label,
     'model_digest': cascade.digest,
@@ -136,7 +136,7 @@ def _identity(cascade: Cascade, run: generation.Run) -> dict[str, typing.Any]:
 def _provenance(
   config: EvalConfig, run: generation.Run, cascade: Cascade
 ) -> dict[str, typing.Any]:
-  """What else the scores were measured on."""
+  """The rest of what the scores were measured on."""
   return {
     'run': run.folder.relative_to(config.out).as_posix(),
     'model': os.fspath(config.model) if config.model else 'demo',
@@ -152,7 +152,7 @@ def _provenance(
 def _score(
   config: EvalConfig, run: generation.Run, provenance: dict[str, typing.Any]
 ) -> Categories:
-  """Scores a finished run and keeps what the report needs."""
+  """Scores a finished run and saves what the report needs."""
   records = generation.read_records(run.folder)
   result = run.suite.score(run.folder, records)
   report.save_section(run.suite, run.folder, records)

@@ -1,4 +1,4 @@
-"""Scores with their uncertainty, and the file they are kept in.
+"""Scores with confidence intervals, and the file that holds them.
 
 `scores.json` holds {suite: {category: {'accuracy', 'n', 'ci95'}}}, and under
 `provenance` what each suite was measured on.
@@ -18,7 +18,7 @@ from imagen_jax.io import files
 FILE = 'scores.json'
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
-# {'accuracy', 'n', 'ci95'} where a fraction is scored, else a suite's own.
+# {'accuracy', 'n', 'ci95'} for accuracies, else the suite's own keys.
 Score = dict[str, typing.Any]
 Categories = dict[str, Score]
 
@@ -38,7 +38,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
   centre = (p + zz / (2 * n)) / (1 + zz / n)
   spread = p * (1 - p) / n + zz / (4 * n * n)
   half = Z95 / (1 + zz / n) * spread**0.5
-  # Exactly 0 and 1 at the ends, where rounding leaves 1e-17 beside them.
+  # Exactly 0 and 1 at the ends, where rounding is off by 1e-17.
   low = 0.0 if correct == 0 else centre - half
   return low, 1.0 if correct == n else centre + half
 
@@ -51,7 +51,7 @@ def accuracy(verdicts: Iterable[bool]) -> Score:
 
 
 def cell(verdicts: Iterable[bool]) -> str:
-  """The accuracy as '85 % (77 to 91)'; '' where there are no verdicts."""
+  """The accuracy as '85 % (77 to 91)'; '' without verdicts."""
   verdicts = list(verdicts)
   if not verdicts:
     return ''
@@ -73,10 +73,10 @@ def mean(values: Iterable[float | np.floating]) -> Score:
 
 
 def read_scores(folder: str | os.PathLike) -> dict[str, typing.Any]:
-  """A report folder's scores, {} where there are none.
+  """A report folder's scores, {} if there are none.
 
   Raises:
-    DataError: `scores.json` is no JSON of ours.
+    DataError: `scores.json` is not a file of scores.
   """
   path = pathlib.Path(folder) / FILE
   if not path.exists():
@@ -97,7 +97,7 @@ def add_scores(
   categories: Categories,
   provenance: dict[str, typing.Any],
 ) -> None:
-  """Puts one suite's scores into `scores.json`, leaving the others."""
+  """Adds or replaces one suite's scores in `scores.json`."""
   scores = read_scores(folder)
   notes = scores.pop('provenance', {})
   scores[suite] = categories

@@ -1,7 +1,7 @@
 """A suite: what is generated, and how the images are scored.
 
-Derive from `Suite` for your own, and return it from your data source's
-`suite(config)`: `--suite my_module:MySource` then evaluates it.
+To add one, derive from `Suite` and return it from your data source's
+`suite(config)`; `--suite my_module:MySource` then evaluates it.
 """
 
 import abc
@@ -21,7 +21,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.scores import Categories
 
-Record = dict[str, typing.Any]  # what is kept of one finished image
+Record = dict[str, typing.Any]  # of one finished image
 Records = Mapping[tuple[str, int], Record]  # by (category, number)
 
 
@@ -31,7 +31,7 @@ class Item:
 
   Attributes:
     category: of the prompt, one level of grouping.
-    number: of the image within its category; with it the image's identity.
+    number: of the image within its category.
     prompt: what to generate.
     index: which image of this prompt, see `Cascade.sample`.
   """
@@ -51,11 +51,12 @@ class Suite(abc.ABC):
   """What is generated and how it is scored.
 
   Attributes:
-    uses: fields of `EvalConfig` that the suite reads; any other that is about
-      suites is refused.
-    controls: categories that are no scores of the model, grey in the report.
-    reference: the entry of `score` that holds what the judge finds in true
-      images, a mark beside each score in the report; None where there is none.
+    uses: suite-specific fields of `EvalConfig` that the suite reads; setting
+      any other is an error.
+    controls: categories that are controls, not scores of the model; grey in
+      the report.
+    reference: the entry of `score` with the judge's accuracy on true images,
+      marked beside each score in the report; None if there is none.
   """
 
   uses: typing.ClassVar[tuple[str, ...]] = ()
@@ -64,7 +65,7 @@ class Suite(abc.ABC):
   @property
   @abc.abstractmethod
   def label(self) -> str:
-    """Its name in `scores.json` and its folder."""
+    """Its name in `scores.json`, and of its folder."""
 
   @property
   def reference(self) -> str | None:
@@ -80,16 +81,16 @@ class Suite(abc.ABC):
 
   @abc.abstractmethod
   def digest(self) -> str:
-    """16 hex digits that stand for the prompts."""
+    """16 hex digits that identify the prompts."""
 
   @abc.abstractmethod
   def score(
     self, folder: pathlib.Path, records: Records
   ) -> dict[str, Categories]:
-    """{label: {category: score}} of a finished run, and other entries."""
+    """{entry: {category: score}} of a finished run; `label` is one entry."""
 
   def judge(self, item: Item, image: UInt8[np.ndarray, 'h w 3']) -> Record:
-    """More fields of an image's record.
+    """Further fields of an image's record.
 
     The report shows 'correct' (a boolean) and 'aspects' ({name: True, False or
     None}).
@@ -101,7 +102,7 @@ class Suite(abc.ABC):
     raise NotImplementedError
 
   def confusions(self, records: Records) -> dict[str, dict[str, dict]]:
-    """{what: {prompted: {seen: count}}}, shown as tables in the report."""
+    """{aspect: {prompted: {seen: count}}}, tables of the report."""
     return {}
 
   def provenance(self) -> dict[str, typing.Any]:
@@ -109,12 +110,12 @@ class Suite(abc.ABC):
     return {}
 
   def notes(self, resolution: int) -> list[str]:
-    """What a reader must know of scores of images of this size."""
+    """Caveats on scores at this resolution."""
     return []
 
 
 def check_uses(suite: Suite, config: EvalConfig) -> None:
-  """Refuses options of other suites.
+  """Checks that no option of another suite is set.
 
   Raises:
     UsageError: an option would have no effect.
@@ -134,7 +135,7 @@ def check_uses(suite: Suite, config: EvalConfig) -> None:
 def number(prompts: Iterable[tuple[str, str]]) -> list[Item]:
   """The items of (category, prompt) pairs.
 
-  A prompt that comes again in its category gets another image.
+  A prompt repeated in its category gets another image of that prompt.
   """
   numbers: dict[str, int] = collections.Counter()
   seen: dict[tuple[str, str], int] = collections.Counter()
@@ -166,7 +167,7 @@ def choose(
 
 
 def digest(value: typing.Any) -> str:
-  """16 hex digits that stand for a JSON value."""
+  """16 hex digits that identify a JSON value."""
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 

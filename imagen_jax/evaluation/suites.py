@@ -1,4 +1,4 @@
-"""From a config to its suite."""
+"""Builds the suite that a config names."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from imagen_jax.evaluation.prompts_suite import Prompts
 from imagen_jax.evaluation.suite import Suite, check_uses
 from imagen_jax.io.model_folder import StageRecord
 
-# The suites of no particular data. Any other is a data source's own.
+# Suites for any data. All others belong to a data source.
 BUILT_IN: dict[str, Callable[[EvalConfig, int], Suite]] = {
   'prompts': Prompts.from_config,
   'clip': ClipScore.from_config,
@@ -36,7 +36,7 @@ def make_suite(config: EvalConfig, records: Sequence[StageRecord]) -> Suite:
   if name in BUILT_IN:
     suite = BUILT_IN[name](config, records[-1].resolution)
   else:
-    # Never found under a built-in name; the message lists all of them.
+    # Built-in names are there for the error message only.
     table = dict.fromkeys(BUILT_IN, '') | KINDS
     source: type[Source] = kinds.find(name, table, key='suite', base=Source)
     suite = source.suite(config)
@@ -45,7 +45,7 @@ def make_suite(config: EvalConfig, records: Sequence[StageRecord]) -> Suite:
 
 
 def _own(records: Sequence[StageRecord]) -> str:
-  """The data kind that a model was trained on."""
+  """The data kind that the stages were trained on."""
   names = {record.config['data']['kind'] for record in records}
   if len(names) > 1:
     raise UsageError(

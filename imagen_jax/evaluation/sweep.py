@@ -11,13 +11,13 @@ Sampling = dict[str, list[Value]]
 
 
 def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
-  """The points of a sweep by name, all checked before any work.
+  """[(name, settings)] of all points of a sweep, after checking them.
 
-  'guidance=1,sr1.steps=4' is a name, '' that of the only point where nothing
-  is swept.
+  A name is, for example, 'guidance=1,sr1.steps=4'. Without a sweep there is one
+  point, named ''.
 
   Raises:
-    UsageError: there is no such stage, or a value cannot work.
+    UsageError: there is no such stage, or a value is invalid.
   """
   names = [stage.name for stage in cascade.stages]
   for target in config.sweep:
@@ -42,7 +42,7 @@ def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
         for name, old in zip(names, sampling[key])
       ]
     cascade.settings(**sampling)
-    # 1.0 is named 1, so that a notebook's and a command's runs are the same.
+    # 1.0 is named 1, so runs of a notebook and of a command share a name.
     parts = [
       f'{target}={str(value).removesuffix(".0")}'
       for target, value in zip(config.sweep, values)

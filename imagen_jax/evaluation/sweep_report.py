@@ -24,7 +24,7 @@ def parts(label: str) -> list[tuple[str, str]]:
 
 
 def keys(label: str) -> tuple[str, ...]:
-  """What a label's sweep varies: ('a', 'b')."""
+  """The keys of a label's sweep, ('a', 'b')."""
   return tuple(key for key, _ in parts(label))
 
 
@@ -35,7 +35,7 @@ def sweep_section(
   found: dict[str, Categories],
   notes: dict[str, typing.Any],
 ) -> Iterator[str]:
-  """The section of all runs of a sweep, whose last key is the x axis."""
+  """The section of all runs of a sweep; its last key is the x axis."""
   axis = keys(labels[0])[-1]
   curves: Curves = {}
   for label in labels:
@@ -61,14 +61,14 @@ def sweep_section(
 def _charts(
   category: str, first: Score, curves: Curves, axis: str
 ) -> Iterator[str]:
-  """A category's charts: one of each of its numbers.
+  """The charts of a category, one per number.
 
-  Where there are both, the trade-off of Figure 4 comes first: the Fréchet
-  distance against the CLIP score.
+  If it has both, the trade-off of Figure 4 comes first: the Fréchet distance
+  against the CLIP score.
   """
 
   def lines(x_key: str | None, y_key: str) -> list[Line]:
-    """Of the swept values, or of another number, on the x axis."""
+    """Lines of one number over the swept values, or over another number."""
     return [
       (
         name,
@@ -95,14 +95,14 @@ def _charts(
 
 
 def _ends(score: Score, key: str) -> tuple[float, float] | None:
-  if key != 'accuracy':  # of a mean the axis encloses the points only
+  if key != 'accuracy':  # else the axis may not enclose the interval
     return None
   low, high = score['ci95']
   return low, high
 
 
 def value(text: str) -> float | str:
-  """A swept value as a number, where it is one."""
+  """A swept value, as a number if it is one."""
   try:
     return float(text)
   except ValueError:

@@ -56,14 +56,14 @@ def params_for(
 
   Args:
     module: Flax module.
-    example: an array it can be called with, or its shape and dtype.
+    example: an input array of the module, or its shape and dtype.
     tensors: from `read_tensors`.
-    path: where they came from, for the message.
+    path: of their file, for the message.
     ignored: prefixes and suffixes of names that the module does not need.
 
   Raises:
-    ModelError: naming the first tensor that is missing, unknown, or of
-      another shape.
+    ModelError: a tensor is missing, unknown, or of another shape; the message
+      names the first.
   """
   shapes = jax.eval_shape(module.init, jax.random.key(0), example)['params']
   for name, shape in shapes.items():

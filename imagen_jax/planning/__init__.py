@@ -1,1 +1,1 @@
-"""What a stage costs on a pod, before anybody pays for one."""
+"""Memory, time and cost of a stage on a pod, planned without the pod."""

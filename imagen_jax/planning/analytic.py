@@ -1,4 +1,4 @@
-"""Memory, time and the best mesh of a step, computed without any compiler."""
+"""Memory, time and the best mesh of a step, computed without a compiler."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ class Plan:
   """One step on one mesh; bytes and seconds are per device.
 
   Attributes:
-    data: devices that hold copies of the state.
-    fsdp: devices that share one copy.
-    batch_size: images of a step.
+    data: number of copies of the state.
+    fsdp: number of devices over which each copy is sharded.
+    batch_size: images per step, over all devices.
     accumulate: parts of a batch.
-    memory: {what: bytes}, all of it alive at the worst moment.
+    memory: {name: bytes}, which add up to the peak.
     flops: FLOPs of a step.
     seconds: {'compute', 'memory', 'network': seconds of a step at the chip's
       full speed}.
@@ -39,22 +39,22 @@ class Plan:
 
   @property
   def total(self):
-    """Bytes a device needs."""
+    """Peak memory of a device, in bytes."""
     return sum(self.memory.values())
 
   @property
   def roofline(self):
-    """Least seconds of a step: all three at once, none waiting for another."""
+    """Lower bound on the seconds of a step: `seconds` fully overlapped."""
     return max(self.seconds.values())
 
 
 def abstract_mesh(data, fsdp):
-  """A mesh for `sharding`'s rule, which looks at its shape alone."""
+  """A mesh without devices: `sharding`'s rule depends on its shape only."""
   return jax.sharding.AbstractMesh((data, fsdp), sharding.AXES)
 
 
 def tree_bytes(tree, mesh=None):
-  """Bytes of a tree on one device, split by the rule of `sharding`."""
+  """Bytes of a tree on one device, sharded by the rule of `sharding`."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     size = num_bytes(leaf)
@@ -71,17 +71,16 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
   Args:
     work: the `job.Job`.
     chip: a `chips.Chip`.
-    data: size of the mesh's axis.
-    fsdp: size of the other.
-    step: 'train' or 'sample' (one batch through all its steps).
+    data, fsdp: sizes of the mesh's axes.
+    step: 'train' or 'sample' (all sampling steps of one batch).
 
   Raises:
-    UsageError: the batch does not split over the chips.
+    UsageError: the batch cannot be split over the chips.
   """
   mesh = abstract_mesh(data, fsdp)
   parts = work.accumulate if step == 'train' else 1
   sharding.check_batch_size(work.batch_size, mesh, parts)
-  # One device's part of the batch: what it computes and stores for itself.
+  # One device's part of the batch: its own computation and activations.
   traced = work.trace(step, work.batch_size // mesh.size)
   state = work.state
   params = state.params
@@ -98,12 +97,12 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
     traced, _size_of(params, step)
   )
   if step == 'train':
-    # Compiled steps set all of them aside before the first is known. They are
-    # written, read for their norm and read again.
+    # Compiled steps allocate all gradients before the first is computed. They
+    # are written, read for their norm and read for the update.
     memory['gradients'] = tree_bytes(params, mesh) * (1 + (parts > 1))
     moved += 3 * memory['gradients']
   if fsdp > 1:
-    # One layer whole while it is used, and the next one on its way.
+    # The gathered layer in use, and the next one being gathered.
     memory['gathered layers'] = 2 * max(
       map(_largest_layer, (params, work.text_params))
     )
@@ -127,7 +126,7 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
 
 
 def _size_of(params, step):
-  """Bytes of a value of a step; gradients, told by their shape, are none."""
+  """A function: aval -> bytes; 0 for gradients, recognised by their shape."""
   counted_apart = set()
   if step == 'train':
     counted_apart = {leaf.shape for leaf in jax.tree.leaves(params)}
@@ -152,11 +151,11 @@ def _largest_layer(tree):
 
 
 def _network_bytes(work, params, mesh, step):
-  """Bytes that leave a device in one step.
+  """Bytes that a device sends in one step.
 
-  A ring of n moves (n − 1)/n of the array to gather it, and twice that for a
-  sum that all keep. Parameters and gradients travel in bfloat16; compiled
-  steps sum a layer's gradient over all devices and keep their fraction of it.
+  On a ring of n devices an all-gather moves (n − 1)/n of the array, an
+  all-reduce twice that. Parameters and gradients are sent in bfloat16; compiled
+  steps all-reduce a layer's gradient over all devices and keep their shard.
   """
   fsdp, devices = mesh.shape['fsdp'], mesh.size
   split = (fsdp - 1) / fsdp
@@ -169,7 +168,11 @@ def _network_bytes(work, params, mesh, step):
 
 
 def splits(work, chip, num_chips, *, step='train'):
-  """The plans of every data × fsdp = `num_chips` that the batch allows."""
+  """The plans of all meshes with data × fsdp = `num_chips`.
+
+  Raises:
+    UsageError: the batch cannot be split over the chips.
+  """
   plans = []
   for fsdp in range(1, num_chips + 1):
     if num_chips % fsdp == 0:
@@ -180,9 +183,9 @@ def splits(work, chip, num_chips, *, step='train'):
 
 
 def best(plans, chip):
-  """The fastest plan that fits, on equal times the least split; or None."""
+  """The fastest plan that fits, of equals that of least fsdp; or None."""
   fitting = [p for p in plans if p.total <= chips.usable(chip)]
-  # A thousandth is no difference.
+  # Times within 0.1 % count as equal.
   return min(
     fitting,
     key=lambda p: (round(math.log(max(p.roofline, 1e-12)), 3), p.fsdp),
@@ -191,10 +194,10 @@ def best(plans, chip):
 
 
 def cheapest_change(work, chip, num_chips, *, step='train'):
-  """What to change so that a job fits: a phrase, or None if nothing does.
+  """Flags of the cheapest change that makes a job fit, or None.
 
-  From the cheapest on: another split, gradient accumulation, recomputation,
-  cached embeddings; of a sampling step, fewer images at a time.
+  Tried in order of cost: another mesh, gradient accumulation, remat policy,
+  cached embeddings; for a sampling step, another mesh or a smaller batch.
   """
   changed = functools.partial(dataclasses.replace, work)
 
@@ -236,9 +239,9 @@ def cheapest_change(work, chip, num_chips, *, step='train'):
 
 
 def _times(work, chip, num_chips, step):
-  """By what power of two the activations must shrink; 0 when none is enough.
+  """The power of two by which activations must shrink; 0 if none is enough.
 
-  Where to begin: tracing the step of a large model takes seconds.
+  It saves attempts: tracing the step of a large model takes seconds.
   """
   plan = make_plan(work, chip, data=1, fsdp=num_chips, step=step)
   activations = plan.memory['activations']
@@ -249,10 +252,11 @@ def _times(work, chip, num_chips, step):
 
 
 def require_fit(plan, work, chip, num_chips, *, step='train'):
-  """Refuses a plan that does not fit.
+  """Checks that a plan fits.
 
   Raises:
-    UsageError: by how much, and the cheapest change that would fit.
+    UsageError: it does not; the message gives the missing memory and the
+      cheapest change that would fit.
   """
   room = chips.usable(chip)
   if plan.total <= room:

@@ -1,7 +1,7 @@
-"""The step compiled for a pod by the real TPU compiler, without a TPU.
+"""Compiles a step for a pod with the real TPU compiler, without a TPU.
 
-libtpu compiles for any slice when it is told the shape; it brings the
-compiler's own account of memory, FLOPs and communication.
+libtpu compiles for any slice, given its topology, and reports memory, FLOPs
+and communication.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from imagen_jax.errors import UsageError
 from imagen_jax.planning import job
 from imagen_jax.training import chips
 
-# The types of slices that libtpu asks for; what it compiles follows from the
-# topology's name alone.
+# Slice types, which libtpu requires; the compiled program depends on the
+# topology's name only.
 ACCELERATORS = {
   'v4': 'v4-{cores}',
   'v5e': 'v5litepod-{chips}',
@@ -41,17 +41,17 @@ _SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says of one step on one device.
+  """The compiler's report on one step, per device.
 
   Attributes:
     arguments: bytes of parameters, state and batch.
-    outputs: bytes of results that do not take the arguments' place.
-    temporaries: bytes of everything in between.
+    outputs: bytes of results that do not alias arguments.
+    temporaries: bytes of intermediate values.
     flops: FLOPs; the bodies of loops count once.
     bytes_accessed: to and from memory; the bodies of loops count once.
-    collectives: {kind: (how many, bytes)}; the bodies of loops count once.
-    lower_seconds: tracing and lowering.
-    compile_seconds: compiling.
+    collectives: {kind: (number, bytes)}; the bodies of loops count once.
+    lower_seconds: time of tracing and lowering.
+    compile_seconds: time of compiling.
   """
 
   arguments: int
@@ -65,12 +65,12 @@ class Compiled:
 
   @property
   def total(self):
-    """Bytes a device needs."""
+    """Memory of a device, in bytes."""
     return self.arguments + self.outputs + self.temporaries
 
 
 def topology_devices(topology):
-  """The devices of a slice that is not there.
+  """The devices of a slice that need not exist.
 
   Args:
     topology: such as 'v5e:4x4'.
@@ -88,16 +88,16 @@ def topology_devices(topology):
     ) from error
   cores = 2 * count if chip.name in ('v4', 'v5p') else count
   accelerator = ACCELERATORS[chip.name].format(chips=count, cores=cores)
-  # Nothing here is a TPU machine: libtpu shall not look for its metadata.
+  # Not a TPU machine: libtpu must not query its metadata.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  # Its lock is for processes that share chips; here none are.
+  # Its lock protects chips from shared use; there are no chips here.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ['TPU_ACCELERATOR_TYPE'] = accelerator
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   from jax.experimental import topologies
 
-  # A v4 chip's two cores work as one device, as they do in training.
+  # The two cores of a v4 chip are one device, as in training.
   options = {'chip_config_name': 'megacore'} if chip.name == 'v4' else {}
   try:
     return topologies.get_topology_desc(
@@ -118,11 +118,10 @@ def compile_step(
   Args:
     work: the `job.Job`.
     topology: such as 'v5e:4x4'.
-    data: size of the mesh's axis, -1 for the rest.
-    fsdp: size of the mesh's other axis.
+    data, fsdp: sizes of the mesh's axes; -1 means all remaining devices.
     step: 'train' or 'sample'.
-    effort: 'full', as when the step is run, or 'low', a quicker look: the
-      program is split over the slice and laid out in memory all the same.
+    effort: 'full', as for a real run, or 'low', which is faster and still
+      partitions the program and assigns memory.
 
   Returns:
     `Compiled`.
@@ -168,7 +167,7 @@ def _effort(effort):
 
 
 def collectives(text):
-  """{kind: (how many, bytes of their results)} in a compiled module's text."""
+  """{kind: (number, bytes of the results)} in a compiled module's text."""
   found = {}
   pattern = re.compile(r'= (.*?) (' + '|'.join(COLLECTIVES) + r')(?:-start)?\(')
   for line in text.splitlines():
@@ -177,7 +176,7 @@ def collectives(text):
       continue
     shapes, kind = match.groups()
     if f'{kind}-start(' in line and shapes.startswith('('):
-      # (operands, results, …): the results are what arrives.
+      # (operands, results, …): count the largest array.
       shapes = shapes[: shapes.rfind(')')]
       sizes = [_bytes(*s) for s in _shapes(shapes)]
       size = max(sizes, default=0)
@@ -200,6 +199,6 @@ def _bytes(dtype, dims):
 
 
 def out_of_memory(error):
-  """The compiler's own sentence on how much is missing."""
+  """The compiler's message on the missing memory."""
   match = re.search(r'(Used .*? of .*?(?:hbm|HBM)[^\n]*)', str(error))
   return match[1].strip(' .') if match else str(error).splitlines()[0]

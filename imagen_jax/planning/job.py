@@ -1,8 +1,7 @@
-"""A config as a program: the step it will run, and the shapes it runs on.
+"""A config's training and sampling steps, traced with shapes as inputs.
 
-Nothing here is the planner's own: the experiment, its step and the rule of
-where arrays live are those of training and sampling, fed with shapes instead
-of arrays.
+The experiment, the steps and the sharding rule are the ones that training and
+sampling use.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ class Job:
   Attributes:
     experiment: the `StageExperiment`, its text encoder without weights.
     text_name: such as 'T5 xxl, bfloat16'.
-    batch_size: images of a step over all devices.
+    batch_size: images per step, over all devices.
     accumulate: parts of a training batch.
   """
 
@@ -80,7 +79,7 @@ class Job:
     return self._traces[key]
 
   def with_remat(self, policy):
-    """The job with another policy of rematerialization."""
+    """The job with another rematerialization policy."""
     config = self.config.copy_and_resolve_references()
     with config.unlocked():
       config.stage.net.remat = policy
@@ -89,7 +88,7 @@ class Job:
     return dataclasses.replace(self, experiment=new)
 
   def with_cached_text(self):
-    """The job with embeddings made beforehand."""
+    """The job with cached embeddings of the captions."""
     new = _experiment(self.config, self.experiment.text, True)
     return dataclasses.replace(self, experiment=new)
 
@@ -101,17 +100,16 @@ def make_job(
   batch_size: int | None = None,
   accumulate: int | None = None,
 ) -> Job:
-  """The `Job` of a stage's config; bfloat16 where the config says auto.
+  """The `Job` of a stage's config, in bfloat16 if its dtype is 'auto'.
 
   Args:
     config: a ConfigDict.
-    text: a T5 v1.1 size by name; 'cached' for embeddings made beforehand;
-      'auto' for what `text.path` is or, if it is not there, is called.
-    batch_size: None for the config's.
-    accumulate: None for the config's.
+    text: a T5 v1.1 size; 'cached' for cached embeddings; 'auto' for the
+      encoder at `text.path` or, if it is missing, the size in its name.
+    batch_size, accumulate: None means the config's.
 
   Raises:
-    UsageError: the config is of no stage, or names no encoder.
+    UsageError: the config is not a stage's, or names no text encoder.
   """
   if config.kind != 'stage':
     raise UsageError('only the config of a stage can be planned.')
@@ -130,7 +128,7 @@ def make_job(
 
 
 class _RolledExperiment(StageExperiment):
-  """Loops as accelerators run them, whatever this process runs on."""
+  """A stage whose loops stay rolled, as on an accelerator."""
 
   def __init__(self, *args, **options):
     super().__init__(*args, **options)
@@ -166,7 +164,7 @@ def _abstract_encoder(module, config):
 
 
 def _encoder(config, text):
-  """(T5Encoder, name) by size, by folder, or by the folder's name."""
+  """(T5Encoder, name), from a size, a folder, or the folder's name."""
   dtype = config.text.dtype
   path = model_folder.text_folder(config.text.path)
   if text == 'auto' and (path / 'config.json').is_file():
@@ -185,7 +183,7 @@ def _encoder(config, text):
 
 
 def _as_loaded(name, leaf, module):
-  """As `text.weights.load_params` leaves it: matrices in the module's type."""
+  """The spec of a loaded leaf: as `text.weights.load_params` casts it."""
   dtype = jnp.float32 if name in weights.PRECISE else module.dtype
   return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
@@ -220,12 +218,12 @@ def lower_train(job, mesh):
 
 
 def sample_arguments(job, batch_size, shardings=None):
-  """(function, shapes) of one call that generates `batch_size` images.
+  """(function, shapes) of one call that samples `batch_size` images.
 
   Args:
     job: the `Job`.
     batch_size: images.
-    shardings: where the images go.
+    shardings: of the images.
 
   Returns:
     `sampling.compiled`, and (parameters, `SampleInputs`) for it.
@@ -254,7 +252,7 @@ def sample_jaxpr(job, batch_size):
 
 
 def lower_sample(job, mesh):
-  """The sampling call lowered for a mesh, as the cascade places things."""
+  """The sampling call lowered for a mesh, with the cascade's shardings."""
   split = sharding.batch_sharding(mesh)
   generate, (params, inputs) = sample_arguments(job, job.batch_size, split)
   with jax.set_mesh(mesh):

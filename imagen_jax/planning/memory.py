@@ -1,7 +1,7 @@
-"""Operations and memory of a traced program, read off before any compiler.
+"""Peak memory and traffic of a traced program, estimated before compilation.
 
-Both walk the jaxpr of the very step that will run. Loops are multiplied by
-their length, which XLA's own count is not: it counts the body once.
+The jaxpr is that of the step that will run. The traffic of a loop's body counts
+once per iteration; XLA's own cost analysis counts it once.
 """
 
 import itertools
@@ -10,8 +10,8 @@ import numpy as np
 
 from imagen_jax.training.flops import inner_jaxpr, num_elements
 
-# What a compiler computes anew where it is needed rather than store: it reads
-# its operands and is fused into whatever reads it.
+# Operations that a compiler fuses into their readers, computing them again
+# instead of storing their results.
 FUSED = frozenset(
   'add add_any sub mul div neg max min sign abs exp exp2 expm1 log log1p tanh '
   'logistic erf erf_inv sqrt rsqrt cbrt square integer_pow pow sin cos tan '
@@ -22,12 +22,12 @@ FUSED = frozenset(
   'optimization_barrier dynamic_slice nextafter rem split'.split()
 )
 
-# Of these, what a product reads through: no arithmetic in it.
+# Those without arithmetic, which matrix products and convolutions read through.
 MOVES = frozenset(
   'broadcast_in_dim reshape squeeze expand_dims transpose rev slice copy '
   'convert_element_type stop_gradient pad sharding_constraint'.split()
 )
-# The same bytes under another shape.
+# Those that give the same bytes another shape.
 VIEWS = frozenset(
   'reshape squeeze expand_dims stop_gradient sharding_constraint'.split()
 )
@@ -36,18 +36,18 @@ PRODUCTS = {'dot_general', 'conv_general_dilated'}
 
 
 def peak_and_traffic(jaxpr, size_of=None):
-  """(peak, traffic): bytes alive at once, and bytes moved, arguments left out.
+  """(peak, traffic): bytes alive at once, and bytes moved, without arguments.
 
-  A model of a compiler that fuses elementwise chains: their values take no
-  memory and keep what they are made of alive, unless that is larger than they
-  are or a matrix product or convolution reads them. Everything else is written
-  once, stored to its last use, and read by each operation that is not itself
-  fused. Results and what only results are
-  made of are free: they are written into the arguments' place.
+  The model is a compiler that fuses elementwise chains. A fused value takes no
+  memory and keeps its sources alive. It is stored instead if its sources are
+  larger, or if a matrix product or convolution reads it. Every other value is
+  written once, stored until its last use, and read by each operation that is
+  not fused. Results, and values that only lead to results, are free: they
+  overwrite the arguments.
 
   Args:
     jaxpr: from `jax.make_jaxpr`.
-    size_of: function from an aval to bytes; None counts all of it.
+    size_of: aval -> bytes; None counts every array in full.
   """
   size_of = size_of or num_bytes
   operations = _flat(getattr(jaxpr, 'jaxpr', jaxpr))
@@ -65,7 +65,7 @@ def peak_and_traffic(jaxpr, size_of=None):
 
 
 def num_bytes(aval):
-  """Bytes of an array; keys and tokens are counted as nothing."""
+  """Bytes of an array; keys and tokens count as 0."""
   try:
     return num_elements(aval) * np.dtype(aval.dtype).itemsize
   except (TypeError, AttributeError):
@@ -73,9 +73,9 @@ def num_bytes(aval):
 
 
 def _flat(jaxpr):
-  """A program's operations, its calls written out: (eqn, inputs, outputs).
+  """[(eqn, inputs, outputs)] of a program, with its calls inlined.
 
-  A program traced once may be called twice, so values are (number, variable).
+  A jaxpr may be called several times, so a value is (number, variable).
   """
   operations, numbers = [], itertools.count()
 
@@ -101,11 +101,11 @@ def _flat(jaxpr):
 
 
 def _stored(operations, size_of):
-  """What a program stores, what it moves, and when values are last read.
+  """The stored values of a program, its traffic, and each value's last use.
 
   Returns:
     (stored, traffic, last): [(operation, value, bytes)], bytes, and
-    {value: the last operation that reads it}.
+    {value: the last operation that reads it}, with operations by number.
   """
   tail = _tail(operations)
   readers = {}
@@ -114,12 +114,12 @@ def _stored(operations, size_of):
       readers.setdefault(v, []).append((eqn.primitive.name, outputs[0]))
   names = {v: {name for name, _ in found} for v, found in readers.items()}
   operands = {v for v in names if names[v] & PRODUCTS}
-  # A loop reads slices of arrays that are there, however simple to make.
+  # A loop slices its arrays, so they are stored, however cheap to compute.
   looped = {v for v in names if 'scan' in names[v]}
-  # Sums compute their terms as they go; and what has one reader, which is
-  # fused and smaller, is stored as that, if at all: in bfloat16, say.
+  # Reductions compute their terms on the fly. A value whose only reader is
+  # fused and smaller is stored as that, if at all, for example in bfloat16.
   later = {v for v in names if names[v] <= SUMS}
-  least = {}  # value -> bytes of the smallest that it alone becomes
+  least = {}  # value -> least bytes along its chain of single fused readers
   for _, _, outputs in reversed(operations):
     for v in outputs:
       least[v] = size_of(v[1].aval)
@@ -128,8 +128,8 @@ def _stored(operations, size_of):
         least[v] = min(least[v], least[found[0][1]])
         if least[v] < size_of(v[1].aval):
           later.add(v)
-  computed = set()  # values with arithmetic since what they are made of
-  roots = {}  # value -> {stored value: bytes} it is made of
+  computed = set()  # values with arithmetic between them and their sources
+  roots = {}  # value -> {stored value it is computed from: bytes}
   stored, traffic, last = [], 0.0, {}
   for i, (eqn, inputs, outputs) in enumerate(operations):
     sources = {}
@@ -165,8 +165,8 @@ def _stored(operations, size_of):
 
 
 def _tail(operations):
-  """Values that are read by nothing but what makes the results."""
-  read = set()  # values that something outside the tail reads
+  """Fused values that lead to nothing but the results."""
+  read = set()  # values that operations outside the tail read
   tail = set()
   for eqn, inputs, outputs in reversed(operations):
     fused = eqn.primitive.name in FUSED

@@ -8,16 +8,16 @@ from imagen_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One accelerator, as its maker describes it.
+  """One accelerator, with the figures its maker publishes.
 
   Attributes:
     name: as in `--chip` and before the colon of a topology.
-    flops: peak per second, dense bfloat16 products.
+    flops: peak FLOPs per second of dense bfloat16 matrix products.
     memory: bytes of HBM.
     bandwidth: bytes per second to and from HBM.
-    link: bytes per second that leave the chip for others of its pod or server;
-      as many come in at the same time.
-    source: document of the maker.
+    link: bytes per second, in one direction, between the chip and the others
+      of its pod or server.
+    source: the maker's document.
   """
 
   name: str
@@ -30,9 +30,9 @@ class Chip:
 
 GIB = 2**30
 _TPU = 'Cloud TPU documentation, page "TPU {}" (docs.cloud.google.com/tpu)'
-# TPU pages give the links' bandwidth in both directions together: half of it
-# is here. An "HBM of 16 GB" is 16 GiB on these chips; of it the compiler keeps
-# some to itself, see RESERVED.
+# TPU pages give the links' bandwidth of both directions together; these are
+# half of that. Their "16 GB of HBM" are 16 GiB, part of which the compiler
+# reserves, see RESERVED.
 CHIPS = {
   chip.name: chip
   for chip in (
@@ -66,7 +66,7 @@ CHIPS = {
     ),
   )
 }
-# What jax calls them; the first that fits, for 'TPU v5' is in 'TPU v5 lite'.
+# jax's device kinds; the first match counts: 'TPU v5' is in 'TPU v5 lite' too.
 KINDS = {
   'TPU v4': 'v4',
   'TPU v5 lite': 'v5e',
@@ -78,18 +78,18 @@ KINDS = {
   'H100': 'h100',
   'H200': 'h200',
 }
-# Fraction of the memory that programs cannot have: the runtime's own, and on a
-# TPU what the compiler sets aside.
+# Fraction of the memory that programs cannot use: the runtime takes some, and
+# on a TPU the compiler.
 RESERVED = 0.04
 DIMENSIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 EXAMPLES = ('v5e:4x4', 'v5e:16x16', 'v4:4x8x8', 'v5p:4x4x8', 'v6e:16x16')
 
 
 def find_chip(name: str) -> Chip:
-  """The chip of that name.
+  """The chip of a name.
 
   Raises:
-    UsageError: listing the known ones.
+    UsageError: the name is unknown; the message lists the known ones.
   """
   if name not in CHIPS:
     raise UsageError(
@@ -102,8 +102,7 @@ def find_peak(device_kind: str) -> float | None:
   """Peak FLOPs per second of one jax device, or None if unknown.
 
   Args:
-    device_kind: as jax calls it, such as 'TPU v5 lite' or 'NVIDIA H100 80GB
-      HBM3'.
+    device_kind: jax's name, such as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'.
   """
   for words, name in KINDS.items():
     if words in device_kind:
@@ -115,7 +114,7 @@ def parse_topology(text: str) -> tuple[Chip, int]:
   """'v5e:16x16' -> (chip, number of chips). Shapes count chips.
 
   Raises:
-    UsageError: an unknown chip, or a shape that is none of its.
+    UsageError: an unknown chip, or a shape that it does not have.
   """
   name, _, shape = text.partition(':')
   if name not in DIMENSIONS:

@@ -1,9 +1,9 @@
-"""What is trained, and on what: the one interface of the training loop.
+"""The interface between the training loop and what it trains.
 
-The loop restores, steps and saves; everything it does not know is in an
-`Experiment`: the parameters, the loss, the batch, the data set, the previews
-and what is exported. The planner traces the same object on a machine that has
-neither the data nor the devices.
+The loop restores, steps and saves. An `Experiment` supplies the rest: the
+parameters, the loss, the batch, the data set, the previews and the export. The
+planner traces the same object on a machine that has neither the data nor the
+devices.
 """
 
 import abc
@@ -25,7 +25,7 @@ from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
 from imagen_jax.typing import Array
 
-# Each kind is one file, imported when it is asked for.
+# Each kind is one file, imported on demand.
 KINDS = {
   'stage': 'imagen_jax.training.stage_experiment:StageExperiment',
   'text': 'imagen_jax.worlds.pretraining:TextExperiment',
@@ -42,7 +42,7 @@ class Start:
 
   Attributes:
     params: on the mesh.
-    origin: where they come from, for the log.
+    origin: where they come from, in words, for the log.
   """
 
   params: Tree
@@ -51,13 +51,13 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What `imagen-export` is asked for.
+  """The arguments of `imagen-export`.
 
   Attributes:
     workdir: the training directory.
     out: the directory to write.
     weights: 'ema' or 'raw'.
-    step: which checkpoint; None is the newest good one.
+    step: of the checkpoint; None takes the newest good one.
     dtype: of the stored weights, 'bfloat16' or 'float32'.
     command: the command line, kept as provenance.
   """
@@ -71,16 +71,16 @@ class Export:
 
 
 class Experiment(abc.ABC):
-  """A config made ready for the loop; built once, then only read.
+  """What a config trains; built once, then only read.
 
-  Derive from it to train something of your own: `--config.kind` may be
-  'my_module:MyExperiment'. `init`, `loss`, `batch_spec` and `example` have to
-  be written; the rest has defaults.
+  Derive from it to train a model of your own: `--config.kind` may be
+  'my_module:MyExperiment'. `init`, `loss`, `batch_spec` and `example` are
+  abstract; the rest has defaults.
 
   Attributes:
     config: the ConfigDict; the loop reads its `train`, `data`, `mesh`, `seed`.
     workdir: the run's directory; nothing is written into it here.
-    name: of what is trained, for the log.
+    name: of the model, for the log.
     resolution: side of the images, in pixels.
     frozen_name: what `frozen` is called in the startup report.
   """
@@ -100,10 +100,10 @@ class Experiment(abc.ABC):
 
   @property
   def mesh(self) -> Mesh:
-    """Where it runs.
+    """The mesh of devices.
 
     Raises:
-      ValueError: it was built without one, only to be traced.
+      ValueError: the experiment was built without one, to be traced only.
     """
     if self._mesh is None:
       raise ValueError(f'{type(self).__name__} was built without a mesh')
@@ -112,29 +112,29 @@ class Experiment(abc.ABC):
   # ---- The model -----------------------------------------------------------
   @abc.abstractmethod
   def init(self, key: jax.Array) -> Tree:
-    """Fresh parameters; traced for their shapes, run for a new run."""
+    """The parameters of a new run; traced when only shapes are needed."""
 
   @abc.abstractmethod
   def loss(
     self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
   ) -> tuple[Array, dict]:
-    """([B] losses, details) of a conditioned batch; see `make_train_step`."""
+    """([B] losses, details) of `condition`'s batch; see `make_train_step`."""
 
   @abc.abstractmethod
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch, as `example` makes its rows."""
+    """Shapes of a global batch, whose rows are `example`'s."""
 
   def condition(self, batch: Tree, frozen: Tree) -> Tree:
-    """What `loss` gets for a batch; once a step, without a gradient."""
+    """The batch as `loss` takes it; computed once a step, no gradient."""
     del frozen
     return batch
 
   def frozen_spec(self) -> Tree:
-    """Shapes of what `load_frozen` gives."""
+    """Shapes of the frozen arrays."""
     return {}
 
   def load_frozen(self) -> Tree:
-    """What the loss reads and nobody trains, on the mesh."""
+    """The arrays that the loss reads without training them, on the mesh."""
     return {}
 
   def start(self, shardings: Tree, init_from: Any | None) -> Start:
@@ -145,8 +145,8 @@ class Experiment(abc.ABC):
       init_from: a `StageRecord` whose EMA to start from, or None.
 
     Raises:
-      UsageError: this kind of experiment cannot start from one.
-      ModelError: it is of another network.
+      UsageError: this kind of experiment cannot start from a stage.
+      ModelError: the stage is of another network.
     """
     if init_from is not None:
       raise UsageError(
@@ -154,7 +154,8 @@ class Experiment(abc.ABC):
         'it out.',
         key='init_from',
       )
-    # Long to compile and run once: on CPU, half the time without LLVM's care.
+    # Slow to compile and run only once: on CPU, compiling without LLVM's
+    # optimizations halves the time.
     quick = {'xla_backend_optimization_level': 0}
     init = jax.jit(
       self.init,
@@ -166,12 +167,12 @@ class Experiment(abc.ABC):
   # ---- The data ------------------------------------------------------------
   @abc.abstractmethod
   def example(self, example: dict) -> dict:
-    """One example of the source as a row of the batch, without `index`."""
+    """An example of the source as a row of the batch, without `index`."""
 
   def make_source(self, split: str) -> Source:
-    """The data set of 'train' or 'eval'; `source` is this, made once each."""
+    """The data set of 'train' or 'eval'; `source` is this, cached."""
     data = self.config.data.to_dict()
-    data.pop('flip')  # the pipeline's business
+    data.pop('flip')  # see `augmentation`
     eval_path = data.pop('eval_path')
     if split == 'eval' and eval_path:
       data['path'] = eval_path
@@ -180,11 +181,11 @@ class Experiment(abc.ABC):
   def augmentation(
     self,
   ) -> Callable[[dict, np.random.Generator], dict] | None:
-    """Varies a training example at random, before `example`; None: nothing."""
+    """Random augmentation of training examples, before `example`, or None."""
     return flip if self.config.data.flip else None
 
   def has_eval_split(self) -> bool:
-    """Whether the eval split is not the one that is trained on."""
+    """Whether the eval split differs from the training split."""
     return self.source('train').has_eval_split or bool(
       self.config.data.eval_path
     )
@@ -197,22 +198,22 @@ class Experiment(abc.ABC):
   def make_preview(
     self, frozen: Tree
   ) -> Callable[[Tree], Preview | None] | None:
-    """A function of the EMA parameters to a preview, None off process 0.
+    """The function EMA parameters -> preview (None off process 0), or None.
 
-    Every process calls it. None: this experiment has no previews.
+    Every process calls it. None means that there are no previews.
     """
     del frozen
     return None
 
   def finish(self, state: Any, frozen: Tree) -> None:
-    """What is left to do after the last step; every process calls it."""
+    """Called by every process after the last step."""
 
   @classmethod
   def export(cls, request: Export) -> str:
-    """Writes a finished model; returns a line about it.
+    """Writes the finished model; returns a line that describes it.
 
     Raises:
-      UsageError: this kind of experiment has none.
+      UsageError: this kind of experiment has no export.
     """
     raise UsageError(f'{request.workdir} holds a run that is not exported.')
 

@@ -1,4 +1,4 @@
-"""From a stage's training workdir to a finished model folder."""
+"""Exports a stage from its training workdir to a model folder."""
 
 import json
 import pathlib
@@ -13,12 +13,12 @@ from imagen_jax.training.experiment import Export
 
 
 def export_stage(request: Export) -> str:
-  """Writes the stage, and beside it the text encoder if none is there yet.
+  """Writes a stage, and beside it the text encoder unless one is there.
 
-  Neither the data set nor a device is needed.
+  Needs neither the data set nor an accelerator.
 
   Raises:
-    UsageError: the workdir is an export already, or `out` exists.
+    UsageError: the workdir is an exported stage already, or `out` exists.
     ModelError: no checkpoint is good, or `out` cannot be written.
   """
   workdir, out = request.workdir, request.out
@@ -58,7 +58,7 @@ def export_stage(request: Export) -> str:
 
 
 def provenance(command: str) -> dict:
-  """What is recorded of how an export came to be."""
+  """How an export was made: command, commit, time, jax version."""
   return {
     'command': command,
     'commit': files.git_commit(),
@@ -70,7 +70,7 @@ def provenance(command: str) -> dict:
 def training_seconds(
   workdir: pathlib.Path, step: int, batch_size: int
 ) -> float:
-  """Seconds of training up to a step, by the run's metrics."""
+  """Seconds of training up to a step, from the run's metrics."""
   lines = (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
   last, seconds = 0, 0.0
   for row in map(json.loads, lines):
@@ -82,6 +82,6 @@ def training_seconds(
 
 
 def _not_the_model(_: str, names: list[str]) -> list[str]:
-  """Files beside an encoder that are not part of it."""
+  """Files in a text encoder's folder that are not part of it."""
   suffixes = ('.json', '.safetensors', '.model')
   return [n for n in names if not n.endswith(suffixes)]

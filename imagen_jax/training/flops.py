@@ -1,7 +1,7 @@
-"""FLOPs of a traced program, counted before any compiler.
+"""FLOPs of a traced program, counted before compilation.
 
-They are those of the very step that will run. Loops are multiplied by their
-length, which XLA's own count is not: it counts the body once.
+The trace is that of the step that will run. A loop's body counts once per
+iteration; XLA's own cost analysis counts it once.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-# Programs inside an operation, by the parameter they stand under.
+# Parameters under which an operation holds an inner program.
 _INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
 
 
@@ -24,11 +24,11 @@ def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-  """Operations of a program: products and sums count one each.
+  """FLOPs of a program; a multiplication and an addition count one each.
 
-  Matrix products and convolutions count their terms that exist (no padding),
-  elementwise operations and reductions one per element, as XLA counts them.
-  A conditional counts its dearest branch; a `while` its body once.
+  Matrix products and convolutions count their terms, padding excluded;
+  elementwise operations and reductions count one per element, as in XLA.
+  A conditional counts its most expensive branch, a `while` its body once.
   """
   total = 0.0
   for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
@@ -59,7 +59,7 @@ _ARITHMETIC = frozenset(
 
 
 def num_elements(aval: Any) -> int:
-  """How many elements an array has."""
+  """Number of elements of an array."""
   return math.prod(getattr(aval, 'shape', ()))
 
 
@@ -103,7 +103,7 @@ def _pairs(
   dilation: int,
   kernel_dilation: int,
 ) -> int:
-  """How many (output, tap) pairs of one dimension meet a real input."""
+  """Number of (output, tap) pairs in one dimension that read a real input."""
   place = (
     np.arange(out)[:, None] * stride
     - pad

@@ -1,4 +1,4 @@
-"""The end of a run whose steps keep giving NaN or Inf."""
+"""Ends a run whose steps keep giving NaN or Inf."""
 
 import json
 import pathlib
@@ -21,18 +21,18 @@ def check_finite(
   source: Source,
   workdir: pathlib.Path,
 ) -> None:
-  """Stops a run whose last `limit` steps were all left out.
+  """Ends a run whose last `limit` steps were all skipped.
 
   Args:
     state: the `TrainState`.
     step: the last step.
-    limit: how many in a row are too many.
-    seen: [(step, indices of its images in the source)], the latest ones.
+    limit: number of skipped steps in a row that ends the run.
+    seen: [(step, indices of its images in the source)] of the latest steps.
     source: of the images.
     workdir: where `bad_batches_PROCESS.jsonl` is written.
 
   Raises:
-    NumericError: naming images of the last batch.
+    NumericError: the message names images of the last batch.
   """
   bad = int(state.skipped_in_row)
   if bad < limit:

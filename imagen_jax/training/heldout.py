@@ -1,4 +1,4 @@
-"""The loss on examples that are never trained on, with and without the EMA."""
+"""The held-out loss: the mean loss on examples that are not trained on."""
 
 import itertools
 from collections.abc import Callable
@@ -18,11 +18,11 @@ NUM_BATCHES = 4
 def make_heldout_loss(
   experiment: Experiment, frozen: Any
 ) -> Callable[[Any], float]:
-  """A function that computes the held-out loss, always with the same noise.
+  """A function that computes the held-out loss, with the same noise each time.
 
   Args:
     experiment: the `Experiment`.
-    frozen: of it, on the mesh.
+    frozen: its frozen arrays, on the mesh.
 
   Returns:
     parameters -> their mean loss over a few batches.
@@ -34,7 +34,7 @@ def make_heldout_loss(
 
   @jax.jit
   def loss(params: Any, batch: dict, number: int, frozen: Any) -> jax.Array:
-    # Off a number that no step has: the keys are not those of training.
+    # No step has this number, so the keys are not those of training.
     key = jax.random.fold_in(
       jax.random.key(experiment.config.seed), np.uint32(2**32 - 1)
     )

@@ -1,4 +1,4 @@
-"""An experiment's batches, as the loop and the held-out loss read them."""
+"""An experiment's batches, for training and for the held-out loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from imagen_jax.training.experiment import Experiment
 
 
 def train_batches(experiment: Experiment, start_step: int) -> Iterator[dict]:
-  """This process's part of the batches that follow step `start_step`."""
+  """This process's part of the batches after step `start_step`."""
   return _batches(
     experiment,
     'train',
@@ -40,5 +40,5 @@ def _batches(
 
 
 def split_index(batch: dict) -> tuple[dict, np.ndarray]:
-  """(what goes to the devices, where in the source it came from)."""
+  """(the batch for the devices, the source indices of its examples)."""
   return {k: v for k, v in batch.items() if k != 'index'}, batch['index']

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, for those who watch there."""
+"""Logging to TensorBoard and Weights & Biases."""
 
 import pathlib
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ Grid = UInt8[np.ndarray, 'h w 3']
 
 
 class Logger(Protocol):
-  """Shows a run to those who watch it elsewhere."""
+  """Sends the metrics and samples of a run to another tool."""
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-    """Shows numbers by their names."""
+    """Logs numbers by name."""
 
   def image(self, step: int, image: Grid) -> None:
-    """Shows a grid of samples."""
+    """Logs a grid of samples."""
 
   def close(self) -> None:
     """Called once, at the end of the run."""
@@ -38,8 +38,8 @@ def make_loggers(
   Args:
     names: '' or None, 'tensorboard', 'wandb', or both with a comma.
     workdir: files go to its `tensorboard/` and `wandb/`.
-    config: a plain dict that is shown with the run.
-    start_step: the step that a resumed run resumes from.
+    config: a plain dict, logged with the run.
+    start_step: the step that the run resumes from; 0 if it is new.
 
   Raises:
     UsageError: an unknown name, or a library that is not installed.
@@ -69,7 +69,7 @@ class TensorBoard:
   def __init__(self, workdir: pathlib.Path, config: dict, start_step: int):
     import tensorboardX
 
-    # Events after the step that is resumed from are hidden from now on.
+    # Hides earlier events of the steps that are now run again.
     self._writer = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'), purge_step=start_step + 1
     )

@@ -45,24 +45,24 @@ def train(
   force: bool = False,
   dry_run: bool = False,
 ) -> int:
-  """Trains until `config.train.num_steps`, or resumes and does.
+  """Trains up to step `config.train.num_steps`, resuming the workdir's run.
 
   Args:
-    config: an experiment's, such as `configs/imagen_base64.py`'s.
-    workdir: its directory: `config.json`, `checkpoints/`, `metrics.jsonl`,
-      `samples/`. When it holds a run of the same config, that run resumes.
-    should_stop: asked after every step, with its number; True saves and
-      returns early. All processes must get the same answer.
+    config: of an experiment, such as `configs/imagen_base64.py`'s.
+    workdir: the run's directory: `config.json`, `checkpoints/`,
+      `metrics.jsonl`, `samples/`. A run of the same config in it is resumed.
+    should_stop: called after every step with its number; True saves and
+      returns early. It must return the same on all processes.
     init_from: a training workdir or an exported stage whose EMA a new run
-      starts from; a resumed run has no use for it.
+      starts from; a resumed run does not use it.
     force: resume although the config or the data set has changed.
     dry_run: print what would run, write nothing, and return 0.
 
   Returns:
-    the number of steps taken in all.
+    the number of the last step.
 
   Raises:
-    UsageError: the config is wrong, or is not the workdir's.
+    UsageError: the config is invalid, or is not the workdir's.
     ModelError: the text encoder or every checkpoint is unusable.
     NumericError: too many steps in a row were NaN or Inf.
   """
@@ -101,7 +101,7 @@ def _claim(
   warm: StageRecord | None,
   force: bool,
 ) -> None:
-  """Takes possession of the workdir; lists what the data set leaves out."""
+  """Claims the workdir, and lists the samples that the data set skips."""
   source = experiment.source('train')
   init_from = None
   if warm is not None:
@@ -124,7 +124,7 @@ def _claim(
 def _first_state(
   program: Program, checkpoints: Checkpoints, warm: StageRecord | None
 ) -> tuple[TrainState, int]:
-  """(state, its step): the newest good checkpoint, or a new run's state."""
+  """(state, its step) of the newest good checkpoint or of a new run."""
   if checkpoints.latest_step() is not None:
     state, _, step = checkpoints.restore(program.abstract_state())
     origin = f'resumes after step {step}'
@@ -145,7 +145,7 @@ def _steps(
   monitor: '_Monitor',
   should_stop: Callable[[int], bool],
 ) -> tuple[int, TrainState]:
-  """(last step, state): the steps after `start`, as many as are asked for."""
+  """Runs the steps after `start`; returns (last step, state)."""
   experiment, train_cfg = program.experiment, program.experiment.config.train
   data, step = train_batches(experiment, start), start
   for step in itertools.count(start + 1):
@@ -175,7 +175,7 @@ class _Monitor(contextlib.ExitStack):
   Args:
     program: of the run.
     workdir: its directory.
-    start: the step that it resumes after.
+    start: the step that it resumes from.
     frozen: of the experiment, on the mesh.
   """
 
@@ -207,22 +207,22 @@ class _Monitor(contextlib.ExitStack):
     self._profiler.before(step)
 
   def fed(self, step: int, index: np.ndarray, seconds: float) -> None:
-    """Notes a step's examples, and how long it waited for them."""
+    """Records a step's examples, and the seconds it waited for them."""
     self._metrics.waited(seconds)
     self._seen.append((step, index))
 
   def after(self, step: int, state: TrainState, values: dict) -> None:
-    """Called after each step, with its result, still on the devices."""
+    """Called after each step, with its results, still on the devices."""
     self._recent.append(values)
     self._profiler.after(step, state)
     if step == self._first:
       jax.block_until_ready(state)
-      self._metrics.start(step)  # compiling is not training
+      self._metrics.start(step)  # do not count the compilation
       self._recent = [values]
     self._alive.beat(step)
 
   def report(self, step: int, state: TrainState) -> None:
-    """Evaluates, logs and samples where the config says so.
+    """Evaluates, logs and samples when the config says so.
 
     Raises:
       NumericError: too many steps in a row were NaN or Inf.
@@ -246,7 +246,7 @@ class _Monitor(contextlib.ExitStack):
         self._keep(step, self._preview(state.ema_params))
 
   def _keep(self, step: int, sample: Preview | None) -> None:
-    """Writes a preview, an image or text; None off the first process."""
+    """Writes a preview, an image or text; it is None off process 0."""
     path = self._workdir / 'samples' / f'step_{step:07d}'
     if isinstance(sample, np.ndarray):
       image_io.save_png(path.with_suffix('.png'), sample)

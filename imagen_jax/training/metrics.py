@@ -28,9 +28,9 @@ class Metrics:
     start_step: the step that the run resumes from.
     num_steps: the step at which it ends.
     write: whether this process writes.
-    devices: how many share a step.
+    devices: number of devices that run a step.
     flops: FLOPs of a step over all devices, or None.
-    peak: FLOPs per second of a device, or None.
+    peak: peak FLOPs per second of a device, or None.
     loggers: from `loggers.make_loggers`.
   """
 
@@ -65,13 +65,13 @@ class Metrics:
   def log(
     self, step: int, images: int, recent: Sequence[Results], **values: float
   ) -> None:
-    """Adds one line about the steps since the last.
+    """Writes one line for the steps since the previous line.
 
     Args:
       step: the last of them.
-      images: images of a step.
-      recent: what `train_step` returned for them, on the devices.
-      **values: numbers to add.
+      images: images per step.
+      recent: the metrics that `train_step` returned for them, on the devices.
+      **values: further numbers for the line.
     """
     recent = jax.device_get(recent)
     now = time.perf_counter()
@@ -103,12 +103,12 @@ class Metrics:
     )
 
   def image(self, step: int, grid: Grid) -> None:
-    """Shows a sample grid, uint8 [H, W, 3], to the loggers."""
+    """Sends a grid of samples to the loggers."""
     for logger in self._loggers:
       logger.image(step, grid)
 
   def waited(self, seconds: float) -> None:
-    """Adds time that a step had to wait for its batch."""
+    """Adds time that a step waited for its batch."""
     self._waited += seconds
 
   def start(self, step: int) -> None:
@@ -118,17 +118,17 @@ class Metrics:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Stops the clock: what happens inside is not training."""
+    """Stops the clock, for work that is not training."""
     paused = time.perf_counter()
     yield
     self._time += time.perf_counter() - paused
 
 
 def _means(recent: Sequence[Results]) -> dict[str, float | None]:
-  """One dict of numbers for several steps' results."""
+  """The metrics of several steps in one dict, losses as means."""
   if not recent:
     return {}
-  # Steps that were left out count as `skipped` and nowhere else.
+  # Skipped steps count only as `skipped`.
   good = [v for v in recent if np.isfinite(v['loss'] + v['grad_norm'])]
   row: dict[str, float | None] = {
     name: float(np.mean([values[name] for values in good])) if good else None
@@ -148,7 +148,7 @@ def _means(recent: Sequence[Results]) -> dict[str, float | None]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-  """The few numbers that a person watches."""
+  """The main metrics, as one progress line."""
   parts = []
   for name, key in (
     ('loss', 'loss'),

@@ -16,11 +16,11 @@ def learning_rate(
 
   Args:
     peak: the highest rate (1e-4 in the paper).
-    warmup: steps of warm-up (10,000 in the paper); a decaying run shorter
-      than ten of them, such as a trial, warms up for a tenth of itself.
+    warmup: steps of warm-up (10,000 in the paper); with a decay, at most a
+      tenth of `decay_steps`, for short runs.
     decay_steps: the step at which the cosine reaches 0, warm-up included;
       None holds the peak. The paper's listing prints an end value of
-      2,500,000, its number of steps, where 0 is meant.
+      2,500,000, its number of steps, where it must mean 0.
 
   Returns:
     a function of the step.
@@ -44,7 +44,7 @@ def optimizer(
   clip: float | None = 1.0,
   **options: Any,
 ) -> optax.GradientTransformation:
-  """Adam, Adafactor or Muon behind a clip of the global norm (4.1, F.1–F.3).
+  """Adam, Adafactor or Muon on a clipped gradient (4.1, F.1–F.3).
 
   Args:
     rate: learning rate, a number or a function of the step.
@@ -52,8 +52,8 @@ def optimizer(
       'adafactor' (the base model's, for its memory), or 'muon' (not in the
       paper; a small model learns more per step, Jordan et al. 2024). optax's
       Adafactor multiplies the rate by the parameter's RMS; a zero-initialised
-      layer then takes some 10,000 steps of 1e-4 to leave zero, so that
-      `multiply_by_parameter_scale=False` is advised for short runs.
+      layer then takes some 10,000 steps at 1e-4 to leave zero, so set
+      `multiply_by_parameter_scale=False` in short runs.
     clip: largest global norm of the gradient; None does not clip.
     **options: for `optax.adam`, `optax.adafactor` or `optax.contrib.muon`.
 
@@ -80,8 +80,8 @@ def _muon(
 ) -> optax.GradientTransformation:
   """Muon for the kernels inside the network, Adam for all other parameters.
 
-  Updates are scaled to an RMS of 0.2, about Adam's (Liu et al. 2025), so that
-  Adam's learning rates are a fair start.
+  Updates are scaled to an RMS of 0.2, about Adam's (Liu et al. 2025), so
+  Adam's learning rates are a good starting point.
   """
   return optax.contrib.muon(
     rate,
@@ -96,7 +96,7 @@ def _muon(
 def matrix_axes(
   path: tuple, leaf: Any
 ) -> optax.contrib.MuonDimensionNumbers | None:
-  """Which axes of a parameter are a matrix's rows and columns, for Muon.
+  """The axes of a parameter that are a matrix's rows and columns, for Muon.
 
   Args:
     path: its path in the tree.
@@ -104,7 +104,7 @@ def matrix_axes(
 
   Returns:
     `optax.contrib.MuonDimensionNumbers` of input and output axes; None for
-    what is no matrix, and for the first and the last convolution.
+    parameters that are not matrices, and the first and last convolution.
   """
   axes = optax.contrib.MuonDimensionNumbers
   names = [entry.key for entry in path]

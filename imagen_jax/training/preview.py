@@ -1,4 +1,4 @@
-"""The sample grid of a running training, sampled with the EMA parameters."""
+"""The sample grid of a training run, sampled with the EMA parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,27 +23,27 @@ def make_image_preview(
   *,
   low_resolution: int | None = None,
 ) -> Callable[[Any], np.ndarray | None]:
-  """A function that samples a few images of the captions held out.
+  """A function that samples a few images for held-out captions.
 
-  The grid has a row of the data set's own images, for a super-resolution
-  stage a row of what it was given, and a row of what the stage sampled.
+  The grid's rows are the data set's images, the low-resolution inputs (for a
+  super-resolution stage only), and the samples.
 
   Args:
     experiment: whose eval split and mesh are used.
     sample: (params, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The arrays are
-      what `embed` gives, `keys` (key data, the same in every grid) and `low`
-      [B, r, r, 3] of a super-resolution stage.
+      `embed`'s, `keys` (key data, the same for every grid) and, for a
+      super-resolution stage, `low` [B, r, r, 3].
     embed: captions -> arrays that condition the network.
     frozen: of the experiment, on the mesh.
     low_resolution: side r of the low-resolution images, None for a base model.
 
   Returns:
-    EMA parameters -> uint8 [H, W, 3], or None where this is not the first
-    process. Every process must call it.
+    EMA parameters -> uint8 [H, W, 3], or None off process 0. Every process
+    must call it.
   """
   mesh, source = experiment.mesh, experiment.source('eval')
   shown = min(NUM_PREVIEWS, len(source))
-  # Every device samples as many: the last images may be there twice.
+  # Repeat the first images until the devices divide their number.
   count = -(-shown // mesh.size) * mesh.size
   examples = [source[i % shown] for i in range(count)]
   truth = np.stack([example['image'] for example in examples])

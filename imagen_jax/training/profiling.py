@@ -12,8 +12,8 @@ class Profiler:
   """Traces `NUM_STEPS` steps into a directory (view it with XProf).
 
   Args:
-    at: the first step to trace; None: no profile.
-    directory: where the trace goes.
+    at: the first step to trace; None traces none.
+    directory: where the trace is written.
   """
 
   def __init__(self, at: int | None, directory: pathlib.Path):
@@ -37,6 +37,6 @@ class Profiler:
   def after(self, step: int, state: Any) -> None:
     """Called after each step, with its result."""
     if self._running and step == self._last:
-      jax.block_until_ready(state)  # the trace holds what was computed
+      jax.block_until_ready(state)  # the trace must hold the whole step
       jax.profiler.stop_trace()
       self._running = False

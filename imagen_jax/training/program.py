@@ -18,7 +18,7 @@ from imagen_jax.training.step import StepFn, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What runs each step, and where its arrays live.
+  """The compiled step, and the shapes and shardings of its arrays.
 
   Attributes:
     experiment: the `Experiment`.
@@ -27,7 +27,7 @@ class Program:
     state: shapes of the `TrainState`.
     shardings: its shardings.
     step: (state, batch, frozen) -> (state, metrics), compiled; the state's
-      buffers are used again.
+      buffers are donated.
   """
 
   experiment: Experiment
@@ -39,12 +39,12 @@ class Program:
 
   @functools.cached_property
   def traced(self) -> jax.stages.Traced:
-    """The traced step, its arguments sharded as they will be."""
+    """The traced step."""
     batch = self.experiment.batch_spec(self.experiment.config.train.batch_size)
     rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
     frozen = self.experiment.frozen_spec()
     with jax.set_mesh(self.mesh):
-      # With the shardings of the arrays to come, so that it is traced once.
+      # With the shardings of the real arguments, so the run need not retrace.
       return self.step.trace(
         self.abstract_state(),
         sharding.with_shardings(batch, rows),
@@ -59,7 +59,7 @@ class Program:
     return count_flops(self.traced.jaxpr)
 
   def abstract_state(self) -> TrainState:
-    """Shapes and shardings of the state, as restoring wants them."""
+    """Shapes with shardings of the state, to restore a checkpoint into."""
     return sharding.with_shardings(self.state, self.shardings)
 
   def first_state(self, params: Any) -> TrainState:
@@ -84,8 +84,8 @@ def make_program(
   Args:
     experiment: the `Experiment`.
     mesh: of the devices, which need not exist as long as nothing is run.
-    accumulate, unroll: see `make_train_step`; None: the config's, the
-      platform's.
+    accumulate, unroll: see `make_train_step`; None means the config's and the
+      platform's, respectively.
   """
   tx = make_optimizer(experiment.config.train)
   state = jax.eval_shape(

@@ -1,4 +1,4 @@
-"""What a run is, printed before its first step."""
+"""The startup report: parameters, mesh, memory and FLOPs of a run."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from imagen_jax.training.program import Program
 from imagen_jax.training.state import TrainState
 
 MIB = 2**20
-# Parameters by the first word of their module's name.
+# Parts of the network, by the first word of the module's name.
 GROUPS = {
   'down': 'encoder',
   'mid': 'middle',
@@ -25,7 +25,7 @@ REST = 'first and last convolution'
 
 
 def parameter_table(params: dict) -> dict[str, int]:
-  """{what: number of parameters}, the largest part first."""
+  """{part of the network: number of parameters}, the largest first."""
   table: dict[str, int] = {}
   for name, part in params.items():
     group = GROUPS.get(name.split('_')[0], REST)
@@ -44,12 +44,12 @@ def device_bytes(tree: Any, shardings: Any) -> int:
 def splits(
   state: TrainState, shardings: TrainState, fsdp: int
 ) -> Iterator[str]:
-  """What devices share and what each of them holds whole, as lines.
+  """Which arrays of the state are sharded and which replicated, as lines.
 
   Args:
     state: the `TrainState`, or its shapes.
     shardings: its shardings.
-    fsdp: devices that share one copy.
+    fsdp: number of devices over which one copy is sharded.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
   fraction: list[tuple[int, int]] = []
@@ -82,7 +82,7 @@ def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
 
   Args:
     program: of the run.
-    arrays: add which arrays devices share and which each of them holds whole.
+    arrays: add which arrays are sharded and which are replicated.
   """
   experiment, mesh = program.experiment, program.mesh
   state, shardings = program.state, program.shardings

@@ -1,4 +1,4 @@
-"""A stage of the cascade, as the loop trains it."""
+"""Training one stage of the cascade."""
 
 import functools
 import pathlib
@@ -34,17 +34,18 @@ from imagen_jax.typing import Array
 
 
 class StageExperiment(Experiment):
-  """A config such as `configs/imagen_base64.py`'s.
+  """Trains a base or super-resolution stage on captioned images.
 
   Attributes:
     stage: the `Stage`.
     text: the `TextEncoder`, frozen.
-    cached_text: whether the images come with embeddings of their captions.
+    cached_text: whether the data set holds the embeddings of its captions.
 
   Raises:
-    UsageError: the config is wrong.
+    UsageError: the config is invalid.
     ModelError: the text encoder is unusable.
-    DataError: the images are.
+    DataError: the data set is unusable, or its embeddings are those of
+      another text encoder.
   """
 
   frozen_name = 'text encoder'
@@ -62,9 +63,9 @@ class StageExperiment(Experiment):
 
     Args:
       config, mesh, workdir: see `Experiment`.
-      text: the encoder; None reads the config's. To trace, its parameters may
-        be shapes and its tokenizer None.
-      cached_text: None asks the data set.
+      text: the text encoder; None loads the config's. For tracing, its
+        parameters may be shapes and its tokenizer None.
+      cached_text: see the attribute; None takes it from the data set.
     """
     super().__init__(config, mesh, workdir)
     self.name, self.resolution = config.stage.name, config.stage.resolution
@@ -188,7 +189,7 @@ class StageExperiment(Experiment):
 
 
 def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
-  # Split like the state: T5-XXL does not fit beside it on one device.
+  # Sharded like the state: whole, T5-XXL does not fit on a device beside it.
   place = None
   if mesh is not None and mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
@@ -200,14 +201,14 @@ def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
 
 
 def matching_params(record: StageRecord, spec: Tree) -> Tree:
-  """A stage's EMA, if it is of the same network.
+  """A stage's EMA parameters, after checking that the network is the same.
 
   Args:
     record: the `StageRecord`.
     spec: shapes of this network's parameters.
 
   Raises:
-    ModelError: it is not; the sentence names a parameter.
+    ModelError: it is another; the message names a parameter that differs.
   """
   params = model_folder.load_params(record)
   want, have = (

@@ -1,4 +1,4 @@
-"""What training carries from step to step: parameters, EMA, optimizer."""
+"""The training state: parameters, EMA, optimizer state and counters."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-  """The state of one stage's training, all of it saved in a checkpoint.
+  """The state of training, all of which a checkpoint saves.
 
   Attributes:
-    step: int32, steps taken; it also numbers the batches and the keys.
+    step: int32, steps taken; the keys derive from it.
     params: float32 parameters.
-    ema_params: their exponential moving average, the ones that are sampled.
+    ema_params: their exponential moving average, used for sampling.
     opt_state: the optimizer's.
-    skipped: int32, steps left out so far because of NaN or Inf.
-    skipped_in_row: int32, how many of them are the latest steps.
+    skipped: int32, steps skipped so far because of NaN or Inf.
+    skipped_in_row: int32, consecutive skipped steps up to the latest.
   """
 
-  # Arrays; in trees that describe a state, their shapes or shardings.
+  # Arrays, or their shapes or shardings where a tree describes a state.
   step: Any
   params: Any
   ema_params: Any
@@ -31,7 +31,7 @@ class TrainState:
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first step; `tx` is `optimizer(...)`'s."""
+  """The state before the first step."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -43,6 +43,6 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def ema_decay(step: jax.Array, limit: float) -> jax.Array:
-  """min(limit, (1 + n)/(10 + n)): an average that forgets its start soon."""
+  """EMA decay after n steps, with warm-up: min(limit, (1 + n)/(10 + n))."""
   step = step.astype(jnp.float32)
   return jnp.minimum(limit, (1 + step) / (10 + step))

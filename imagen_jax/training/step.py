@@ -39,23 +39,23 @@ def make_train_step(
       may hold `t`, [B] times in [0, 1], and then the metrics have the loss by
       quarters of t.
     tx: the optimizer.
-    seed: with the step's number it makes the step's key, so that a resumed
-      run samples what the uninterrupted one would have sampled.
+    seed: gives, with the step's number, the step's key, so that a resumed run
+      uses the same noise as an uninterrupted one.
     ema_limit: the EMA's decay after its warm-up.
     condition: (batch, frozen) -> batch, computed once a step without a
-      gradient, such as the embeddings of the captions.
-    accumulate: parts of the batch whose gradients are taken one after the
-      other and averaged, for less memory; a divisor of B over the devices.
-      Noise is sampled part by part, so other values sample other noise.
-    unroll: whether the loop over the parts is unrolled; None: on CPU only,
-      where the gradient of a convolution in a loop is slow.
+      gradient, such as embedding the captions.
+    accumulate: number of parts of the batch, whose gradients are computed in
+      turn and averaged, to save memory; a divisor of B / number of devices.
+      Each part has its own key, so the noise depends on this number.
+    unroll: whether the loop over the parts is unrolled; None means on CPU
+      only, where the gradient of a convolution in a loop is slow.
 
   Returns:
     the function. Its batch is a dict of arrays of B rows, the global batch,
-    sharded over the mesh; `frozen` is what the loss reads and nobody trains.
-    Its metrics are the scalars loss, grad_norm, param_norm and skipped, and
-    two [4] vectors: band_loss, the summed loss in each quarter of t, and
-    band_count, how many examples those were.
+    sharded over the mesh; `frozen` is read by the loss and not trained. Its
+    metrics are the scalars loss, grad_norm, param_norm and skipped, and two
+    [4] vectors: band_loss, the summed loss in each quarter of t, and
+    band_count, the number of examples there (both divided by `accumulate`).
   """
 
   def mean_loss(
@@ -88,7 +88,7 @@ def make_train_step(
 
 
 def _bands(values: Float[Array, ' b'], details: dict) -> Bands:
-  """The loss by quarters of the time; nothing counts where there is none."""
+  """Summed losses and counts by quarters of t; zeros without a t."""
   if 't' not in details:
     nothing = jnp.zeros((NUM_BANDS,))
     return {'band_loss': nothing, 'band_count': nothing}
@@ -105,13 +105,13 @@ def _update(
   bands: Bands,
   ema_limit: float,
 ) -> tuple[TrainState, dict]:
-  """(state, metrics) after a gradient; the old state if it is not finite."""
+  """(state, metrics) after a step; skips the update if it is not finite."""
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   decay = ema_decay(state.step, ema_limit)
-  # In this form the average of equal numbers is that number, to the bit.
+  # In this form the EMA of equal numbers is that number, to the bit.
   ema_params = jax.tree.map(
     lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params
   )

@@ -1,8 +1,8 @@
-"""A run that hangs ends, with a sentence and an exit code.
+"""Ends a run that hangs, with a message and an exit code.
 
-When a host of a job dies, jax ends the others after its heartbeats stop. A
-host or device that hangs while its heartbeats continue would keep the job, and
-its bill, for ever; only the time since the last step tells.
+When a host of a job dies, its heartbeats stop and jax ends the others. A host
+or device that hangs while its heartbeats continue would block the job for
+ever; only the time since the last step shows it.
 """
 
 import os
@@ -18,16 +18,18 @@ EXIT_CODE = 1
 class Watchdog:
   """Ends the process when no step has finished for a while.
 
-  The clock starts with the first `beat`: compiling may take long. It runs
-  until the `with` block is left, so the limit must be longer than a preview
-  or the slowest checkpoint.
+  The clock starts with the first `beat`, since compiling may take long. It
+  runs until the `with` block is left, so the limit must be longer than a
+  preview or the slowest checkpoint.
   """
 
   def __init__(self, limit: float, *, end: Callable[[str], None] | None = None):
-    """Args:
-    limit: seconds; 0 turns it off.
-    end: called with a sentence; by default it is printed and the process
-      ends without any clean-up, which would hang as well.
+    """Sets the limit.
+
+    Args:
+      limit: seconds; 0 turns the watchdog off.
+      end: called with the message; by default it is printed and the process
+        ends without clean-up, which would hang as well.
     """
     self._limit = limit
     self._end = end or _end
@@ -43,7 +45,7 @@ class Watchdog:
     self._left.set()
 
   def beat(self, step: int) -> None:
-    """Says that `step` was handed to the devices."""
+    """Records that `step` was dispatched to the devices."""
     self._last = step, time.monotonic()
 
   def _watch(self) -> None:

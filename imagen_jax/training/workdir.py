@@ -1,4 +1,4 @@
-"""A training directory and the config it was started with."""
+"""A training directory and the config that its run was started with."""
 
 import json
 import logging
@@ -12,8 +12,8 @@ from imagen_jax.errors import UsageError
 from imagen_jax.io import files
 from imagen_jax.io.model_folder import FORMAT_VERSION
 
-# Keys and sections that may change between two starts of one run: the numbers
-# that it computes do not depend on them.
+# Keys and sections that may change when a run is resumed: its results do not
+# depend on them.
 FREE = (
   'mesh',
   'text.path',
@@ -45,20 +45,20 @@ def claim(
   force: bool = False,
   write: bool = True,
 ) -> None:
-  """Writes the config into a new workdir, or checks it against an old one's.
+  """Writes the config into a new workdir, or checks it against the stored one.
 
   Args:
-    workdir: where; it need not exist.
+    workdir: the directory; it need not exist.
     config: the run's, complete.
     text: `dim`, `max_len` and `digest` of the text encoder, or None.
-    fingerprint: of the data set; None where the config says it all.
-    init_from: what the run starts from, a plain dict; kept with a new run.
-    force: continue with another config or data set; it is written down.
+    fingerprint: of the data set; None if the config determines it.
+    init_from: what a new run starts from; a resumed run keeps the stored one.
+    force: accept another config or data set, and record it.
     write: whether this process writes.
 
   Raises:
     UsageError: the workdir was started with another config, data set or text
-      encoder; the sentence names each key with both values.
+      encoder; the message names each key with both values.
   """
   record = {
     'format_version': FORMAT_VERSION,
@@ -89,14 +89,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """'key was … and is now …' for each key that a resumed run may not change.
 
   Args:
-    old: the workdir's config.json.
-    new: what would be written there.
+    old: the contents of the workdir's config.json.
+    new: what would replace them.
   """
   before, after = _flat(old), _flat(new)
   free = set(FREE)
   decay = 'config.train.optimizer.decay'
   if not before.get(decay) and not after.get(decay):
-    free.add('train.num_steps')  # a constant rate does not know the end
+    free.add('train.num_steps')  # a constant rate does not depend on it
   changed = []
   for key in sorted(before.keys() | after.keys()):
     name = key.removeprefix('config.')
