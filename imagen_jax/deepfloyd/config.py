@@ -19,7 +19,7 @@ WHAT = (
 DOWN = {'ResnetDownsampleBlock2D': False, 'SimpleCrossAttnDownBlock2D': True}
 UP = {'ResnetUpsampleBlock2D': False, 'SimpleCrossAttnUpBlock2D': True}
 
-# Keys and the only values that this network supports; the first is the default.
+# Keys and the values that this network supports, the default first.
 FIXED = {
   '_class_name': ('UNet2DConditionModel',),
   'mid_block_type': ('UNetMidBlock2DSimpleCrossAttn',),

@@ -33,7 +33,7 @@ def degrade(
   blur: float = BLUR,
   noise: float = NOISE,
 ) -> UInt8[np.ndarray, 'h w 3']:
-  """Gaussian blur, sigma `blur`·height, then Gaussian noise, sigma 255·`noise`."""
+  """Gaussian blur (sigma `blur`·height), then noise (sigma 255·`noise`)."""
   sigma = blur * image.shape[0]
   reach = int(4 * sigma) + 1
   kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
