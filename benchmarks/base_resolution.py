@@ -1,11 +1,11 @@
 """Can five things still be told apart at the base model's resolution?
 
-The base stage of the shapes demo renders the image that the super-resolution
-stages upsample, so what cannot be read at its resolution is lost. Here a small
-convolutional network looks at the neighbourhood of one of five mixed things in
-an image of 16 or 32 pixels with a little pixel noise, at a place known to
-±0.04 of the image, and says its shape and its exact place. The same network
-and budget serve each resolution: what differs is what the pixels still tell.
+What cannot be read at the resolution of the base stage is lost to the
+super-resolution stages. Here a small convolutional network sees the
+neighbourhood of one of five things of mixed shapes in an image of 16 or 32
+pixels with a little pixel noise, at a position known to ±0.04 of the image, and
+predicts the thing's shape and exact position. Network and budget are the same
+for each resolution, so only the information in the pixels differs.
 
   python benchmarks/base_resolution.py [--sizes 16,32] [--steps 800]
 
@@ -29,7 +29,7 @@ WINDOW, GRID, JITTER = 0.4, 20, 0.04  # of the image; samples; of the image
 
 
 def five_things(seed, i):
-  """A scene of five things of mixed shapes; the colours of the shapes vary."""
+  """A scene of five things of mixed shapes."""
   rng = random.Random(f'base resolution {seed} {i}')
   j = i * 64
   while len((s := scene(seed, 'eval', j, category='count')).things) != 5:
@@ -42,14 +42,15 @@ def five_things(seed, i):
 
 
 def examples(seed, num, size, noise):
-  """Images float32 [num, size, size, 3], shapes and places of their things.
+  """Noisy images, and the shapes and positions of their things.
 
   Returns:
-    images, shapes int32 [num, 5], places float32 [num, 5, 2] as (x, y).
+    images float32 [num, size, size, 3], shapes int32 [num, 5], positions
+    float32 [num, 5, 2] as (x, y).
   """
   rng = np.random.default_rng(seed)
   scenes = [five_things(seed, i) for i in range(num)]
-  # Rendered at 128 and box-averaged, exactly as the cascade's low resolutions.
+  # Rendered at 128 and box-averaged, like the cascade's low-resolution images.
   k = 128 // size
   images = np.stack(
     [
@@ -98,7 +99,7 @@ class Reader(nn.Module):
 
 
 def measure(size, *, steps, num_train, num_test, noise, batch=128):
-  """(accuracy of a shape, of all five, rms place error) at one resolution."""
+  """(accuracy per shape, of all five, rms position error) at one resolution."""
   train = examples(1, num_train, size, 0)  # noise is added afresh below
   test = examples(2, num_test, size, noise)
   reader = Reader()

@@ -1,13 +1,13 @@
-"""One guided call of an IF network: this project against diffusers.
+"""Speed of one guided call of an IF network: this project against diffusers.
 
   pip install 'imagen_jax[parity]'
   python benchmarks/deepfloyd.py [--side 32] [--batch 2] [--eager_only]
 
-A narrow network of stage I's shape with the same random weights on both sides,
-in float32, on all of the machine's cores. What is timed is the evaluation
-that a sampling step is made of: conditional and unconditional halves in one
-batch. The three take turns, so that a busy machine is busy for all of them;
-the printed times are medians.
+A narrow network of stage I's structure, with the same random weights on both
+sides, in float32 on all CPU cores. Timed is the network evaluation of a
+sampling step, with the conditional and unconditional halves in one batch. The
+three implementations are interleaved, so other load affects all of them; the
+printed times are medians.
 """
 
 import argparse

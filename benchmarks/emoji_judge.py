@@ -1,16 +1,17 @@
-r"""What an emoji cascade generates, read back: all of it, and nothing else?
+r"""Judges the images of an emoji cascade: do they show what their prompts say?
 
   python benchmarks/emoji_judge.py --write prompts.txt
   python sample.py --model runs/emoji --prompts prompts.txt --out images
   python benchmarks/emoji_judge.py images
 
 The first command writes captions of the eval split, `--num` of each category;
-'heldout' has pairs that are never trained. The last one reads the images.
-A thing is a region apart from the background, named after the glyph that is
-nearest to it, 32 pixels wide; what was said of number, names, places and
-background must hold. Beside every fraction, with Wilson's 95 % interval, stand
-those of the true images of the same captions, and of the generated images
-judged by the next caption, which is the level of chance.
+'heldout' has pairs that are held out of training. The last one judges the
+images. A thing is a region that differs from the background; its name is that
+of the nearest glyph at 32 pixels. An image is correct if its number of things,
+their names and relations and the background are as the caption says. Fractions
+have Wilson's 95 % intervals. For comparison the table has the true images of
+the same captions, and the generated images judged by the next caption, which is
+chance level.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from imagen_jax.worlds.render import BACKGROUND
 CATEGORIES = ('single', 'count', 'pair', 'relation', 'heldout')
 SEED = 1  # of the world: other scenes than those of training
 SIDE = 32
-JOIN = 0.025  # parts of a thing are at most twice this far apart
-SPECK = 0.002  # smaller regions are ignored, as a fraction of the image
+JOIN = 0.025  # regions up to twice this distance apart are one thing
+SPECK = 0.002  # regions below this fraction of the image are ignored
 
 
 def category(meaning):
@@ -45,7 +46,7 @@ def category(meaning):
 
 
 def choose(num, names):
-  """{category: [(i, scene)]} of these things, `num` each, no caption twice."""
+  """{category: [(i, scene)]}, `num` each, with distinct captions."""
   found, seen = {name: [] for name in CATEGORIES}, set()
   for i in itertools.count():
     scene = emoji.scene(SEED, 'eval', i, names)
@@ -58,7 +59,7 @@ def choose(num, names):
 
 
 def square(image, ground):
-  """An image of one thing on a square of the background, [SIDE, SIDE, 3]."""
+  """Pads an image of one thing to a square and resizes it: [SIDE, SIDE, 3]."""
   side = max(image.size)
   full = Image.new('RGB', (side, side), ground)
   full.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -76,8 +77,7 @@ class Reader:
       for glyph in map(glyphs.get, self.names):
         rendered = Image.new('RGB', glyph.size, ground)
         rendered.paste(glyph, (0, 0), glyph)
-        # As cut out of an image: what cannot be told from the background
-        # does not count.
+        # Cropped as in `read`: parts that match the background do not count.
         box = self.mask(np.asarray(rendered), np.array(ground))
         ys, xs = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
         part = rendered.crop((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))

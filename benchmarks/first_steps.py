@@ -1,14 +1,14 @@
-r"""What the first few hundred steps of a config teach: to compare two of them.
+r"""Error after the first few hundred training steps, to compare two configs.
 
   python benchmarks/first_steps.py --config shapes_sr1 --steps 400
   python benchmarks/first_steps.py --config shapes_sr1 --steps 400 \
       --config.stage.max_level=1
 
-Prints the training loss and, which can be compared between losses, the error of
-the predicted image at several noise levels: the mean square of x − x̃ over 64
-held-out images, with the EMA parameters; for a super-resolution stage from
-low-resolution images at augmentation level 0.1. EMA decay 0.99, since so few
-steps are averaged.
+Prints the training loss and the error of the predicted image at several noise
+levels, which is comparable across loss weightings: the mean square of x − x̃
+over 64 held-out images, with the EMA parameters. A super-resolution stage gets
+low-resolution images at augmentation level 0.1. The EMA decay is 0.99, because
+the steps are few.
 """
 
 import argparse
@@ -34,7 +34,7 @@ IMAGES = 64
 
 
 def make_errors(run):
-  """EMA parameters -> errors at `TIMES`, by a jitted function."""
+  """A jitted function: EMA parameters, frozen weights -> errors at `TIMES`."""
   source, stage = run.source('eval'), run.stage
   rows = [run.example(source[i]) for i in range(IMAGES)]
   batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}

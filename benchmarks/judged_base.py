@@ -1,15 +1,14 @@
-r"""What base models with different text encoders generate, judged at 64 pixels.
+r"""Judges base models with different text encoders, at 64 pixels.
 
   python benchmarks/judged_base.py --num 32 runs/a runs/b
 
-Every workdir's base model generates the prompts of the shapes suite with its
-own text encoder; the demo's first super-resolution stage, with the demo's
-encoder, then upsamples the images, so that the bases alone differ. Prints the
-fraction that the judge finds correct, with Wilson's 95 % interval, and each
-workdir's last held-out loss; then, over all categories, for each aspect the
-fraction in which it is correct, of the images whose prompt states it. Where the
-number of things is wrong, their places count as wrong, and shapes and colours
-nearly always.
+Every workdir's base model samples the prompts of the shapes suite with its own
+text encoder. The demo's first super-resolution stage, with the demo's encoder,
+upsamples the images, so only the base models differ. Prints the fraction that
+the judge finds correct, with Wilson's 95 % interval, and each workdir's last
+held-out loss; then the fraction correct per aspect, over all images whose
+prompt states it. If the number of things is wrong, relations count as wrong
+and shapes and colours almost always do.
 """
 
 import argparse
@@ -30,7 +29,7 @@ KEY = 'heldout_loss_ema'
 
 
 def heldout_loss(workdir):
-  """The last held-out loss of a run, as text; a dash before there is one."""
+  """The last held-out loss of a run, as text; a dash if there is none."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   found = [row[KEY] for row in rows if KEY in row]

@@ -1,13 +1,13 @@
-r"""Images per second of the data loader alone, beside what training takes.
+r"""Images per second of the data loader alone, compared with training.
 
   python benchmarks/loader.py --workdir runs/shapes/base --size 16
   python benchmarks/loader.py --workdir runs/mine/base --size 64 \
       --kind webdataset --path 'shards/*.tar'
 
-The loader is the training's own: source, order, tokens, batches, read ahead in
-threads. What training takes is the median `images_per_sec` of the workdir's
-`metrics.jsonl`, so both figures are of the same machine. Nothing else should
-be running.
+The loader is that of training: source, order, tokens, batches, prefetching
+threads. The rate of training is the median `images_per_sec` of the workdir's
+`metrics.jsonl`; it should be from the same machine. Nothing else should be
+running.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from imagen_jax.text.tokenizer import load_tokenizer
 
 
 def loader_rate(source, tokenizer, *, batch_size, max_len, seconds):
-  """Images per second over `seconds`, after one batch of warming up."""
+  """Images per second over `seconds`, after ten batches of warm-up."""
 
   def transform(example):
     ids, mask, _ = tokenizer([example['caption']], max_len)
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
   data = batches(source, seed=0, batch_size=batch_size, transform=transform)
-  for _ in range(10):  # what was read ahead before the clock started
+  for _ in range(10):  # discard batches that were prefetched
     next(data)
   start, images = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:
@@ -40,7 +40,7 @@ def loader_rate(source, tokenizer, *, batch_size, max_len, seconds):
 
 
 def training_rate(workdir):
-  """The median images per second of a run's metrics, or None."""
+  """The median images per second in a run's metrics, or None."""
   file = pathlib.Path(workdir) / 'metrics.jsonl'
   if not file.exists():
     return None

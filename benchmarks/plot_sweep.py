@@ -1,12 +1,12 @@
-r"""A sweep of evaluate.py as a Markdown table and a stand-alone SVG.
+r"""Plots a sweep of evaluate.py: a Markdown table and a stand-alone SVG.
 
   python evaluate.py --suite shapes --stages base,sr1 --num 16 --out runs/s \
       --sweep base.sampler=ddpm,ddim,dpmpp --sweep base.steps=4,8,16,32,64
   python benchmarks/plot_sweep.py runs/s --out docs/results/steps.svg
 
 Categories are pooled: the fraction of all images that are correct, with its
-Wilson 95 % interval. The last sweep is the horizontal axis, the others are the
-lines.
+Wilson 95 % interval. The last swept setting is the horizontal axis, the others
+are the lines.
 """
 
 import argparse

@@ -1,27 +1,27 @@
-r"""What a training step gains on a CPU from how it is laid out.
+r"""Speed of a training step on a CPU, for three ways to lay it out.
 
   python benchmarks/step_speed.py --config shapes_base
   python benchmarks/step_speed.py --config shapes_sr1 --steps 8
 
 Times one step of a config three ways, all with the same FLOPs:
 
-  as trained  the batch split over one virtual device a core, loops unrolled,
-              our group normalisation, which is what train.py does
+  as trained  as in train.py: the batch split over one virtual device per core,
+              loops unrolled, our group normalisation
   one device  the same on one device, whose FLOPs XLA splits over the cores
   plain       one device, Flax's group normalisation, and the residual blocks of
-              the Efficient U-Net in loops, as a GPU or TPU runs them; the base
-              model has no loops
+              the Efficient U-Net in loops, as on a GPU or TPU; the base model
+              has no loops
 
-The ways take turns, so that a busy machine is busy for all of them; the times
-are medians. On 2 cores, against a step as trained:
+The three are interleaved, so other load affects all of them; the times are
+medians. On 2 cores, relative to a step as trained:
 
               base    sr1    sr2
   one device  ×1.02  ×1.09  ×0.88
   plain       ×1.17  ×12.9  ×6.7
 
 The super-resolution models gain from their unrolled blocks; the base model has
-no loops and little to gain. What made its training faster is 16 pixels instead
-of 32 (a quarter of the work), v-prediction and Muon, see `shapes_base`.
+no loops and gains little. Its training became faster by 16 pixels instead of 32
+(a quarter of the FLOPs), v-prediction and Muon, see `shapes_base`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from imagen_jax.training.program import make_program
 
 @contextlib.contextmanager
 def flax_norm():
-  """Networks that are traced meanwhile have Flax's group normalisation."""
+  """Networks traced in this context use Flax's group normalisation."""
   with contextlib.ExitStack() as stack:
     for module in (layers, unet, efficient_unet):
       stack.enter_context(mock.patch.object(module, 'GroupNorm', nn.GroupNorm))
@@ -53,7 +53,7 @@ def flax_norm():
 
 
 class Way:
-  """One way to take a step, with a state of its own."""
+  """One way to run a training step, with its own state."""
 
   def __init__(self, name, config, *, data, plain=False):
     self.name, self.seconds, self.plain = name, [], plain
@@ -70,7 +70,7 @@ class Way:
     self.frozen = self.experiment.load_frozen()
 
   def step(self, batch):
-    """Takes one step and notes its time."""
+    """Runs one step and records its time."""
     batch = sharding.put_batch(batch, self.mesh)
     norm = flax_norm() if self.plain else contextlib.nullcontext()
     with jax.set_mesh(self.mesh), norm:

@@ -1,17 +1,17 @@
-r"""What a training run survives: cuts, damage, a full disk, other meshes.
+r"""Stress test of training: interruptions, damage, a full disk, other meshes.
 
   python benchmarks/torture.py                 all parts, about half an hour
   python benchmarks/torture.py cuts --num 4    one part
 
-  cuts     the run is ended by SIGTERM and kill -9 at random moments, started
-           again each time, and compared with one that nobody touched
-  damage   files of a checkpoint are flipped, cut short and deleted
-  disk     the disk fills up, and turns read-only (needs root, for a mount)
+  cuts     the run is ended by SIGTERM and kill -9 at random moments, resumed
+           each time, and compared with an uninterrupted run
+  damage   files of a checkpoint get a flipped bit, are truncated or deleted
+  disk     the disk fills up, or becomes read-only (needs root, for a mount)
   memory   resident memory over a long run
   meshes   the same run on one device, replicated, sharded, over processes
-  hosts    one of two processes is told to stop, or dies
+  hosts    one of two processes gets SIGTERM, or is killed
 
-Each part prints one table and the command ends with 1 if anything was lost.
+Each part prints one table; the exit code is 1 if anything was lost.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def environment(devices):
 
 
 def run(workdir, steps, *more, devices=1):
-  """A whole run; returns what it printed on stderr."""
+  """Runs train.py to the end; returns its stderr."""
   done = subprocess.run(
     command(workdir, steps, *more),
     env=environment(devices),
@@ -145,7 +145,7 @@ def differing_bits(a, b):
 
 # ---- Cuts ------------------------------------------------------------------
 def cuts(folder, args):
-  """Random SIGTERM and kill -9, alternating; bits against the whole run."""
+  """SIGTERM and kill -9 alternate at random moments; final states compared."""
   print('devices  cuts  SIGTERM  kill -9  most steps redone  bits that differ')
   lost = 0
   for devices in args.devices:
@@ -204,7 +204,7 @@ def newest(workdir):
 
 # ---- Damage ----------------------------------------------------------------
 def damage(folder, args):
-  """Every damage must be noticed, and the step before must come back."""
+  """All damage must be detected and the step before it restored."""
   import logging
 
   import jax.numpy as jnp
@@ -250,7 +250,7 @@ def damage(folder, args):
 
 # ---- Disk ------------------------------------------------------------------
 def disk(folder, args):
-  """The last good step stays, and the run says what happened."""
+  """The last good step remains, and the run ends with one clear error."""
   del args
   mount = folder / 'small'
   mount.mkdir()
@@ -297,7 +297,7 @@ def free_bytes(path):
 
 # ---- Memory ----------------------------------------------------------------
 def memory(folder, args):
-  """Resident memory at a tenth of the run, and at its end."""
+  """Resident memory after a tenth of the run and at its end."""
   workdir = folder / 'long'
   process = subprocess.Popen(
     command(workdir, args.steps, '--config.train.checkpoint_every=500'),
@@ -311,7 +311,7 @@ def memory(folder, args):
     try:
       text = pathlib.Path(f'/proc/{process.pid}/status').read_text()
       sizes[last_step(workdir)] = int(re.search(r'VmRSS:\s+(\d+)', text)[1])
-    except (OSError, TypeError):  # it has just ended
+    except (OSError, TypeError):  # the process has just ended
       break
     time.sleep(0.5)
   process.wait()
@@ -325,7 +325,7 @@ def memory(folder, args):
 
 
 # ---- Meshes ----------------------------------------------------------------
-# (name, devices of a process, processes, data, fsdp)
+# (name, devices per process, processes, data, fsdp)
 MESHES = (
   ('one device', 1, 1, 1, 1),
   ('data 8', 8, 1, 8, 1),
@@ -345,7 +345,7 @@ def meshes(folder, args):
   wide = [
     '--config.stage.net.channels=64',
     '--config.stage.net.head_dim=32',
-    # A longer one makes ten steps as short as the parameters' rounding.
+    # With a longer warm-up ten updates are as small as rounding errors.
     '--config.train.optimizer.warmup=20',
   ]
   for name, devices, processes, data, fsdp in MESHES:
@@ -364,7 +364,7 @@ def meshes(folder, args):
     loss = max(
       abs(found[0][i] - reference[0][i]) / reference[0][i] for i in found[0]
     )
-    # How far apart two runs end, in units of how far one of them went.
+    # Distance between two runs' parameters, relative to that travelled by one.
     way = norm(reference[1] - reference[2])
     off = norm(found[1] - reference[1]) / way
     lost += loss > 1e-5 or off > 1e-5
@@ -385,7 +385,7 @@ def norm(x):
 
 
 def together(workdir, steps, *more, devices, processes):
-  """A run of several processes on this machine; what process 0 printed."""
+  """Runs several processes on this machine; returns process 0's output."""
   jobs = start(workdir, steps, *more, devices=devices, processes=processes)
   printed = [job.communicate()[0] for job in jobs]
   if any(job.returncode for job in jobs):
@@ -394,7 +394,7 @@ def together(workdir, steps, *more, devices, processes):
 
 
 def start(workdir, steps, *more, devices, processes):
-  """The processes of a run, started."""
+  """Starts the processes of a run."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -417,7 +417,7 @@ def start(workdir, steps, *more, devices, processes):
 
 # ---- Hosts -----------------------------------------------------------------
 def hosts(folder, args):
-  """SIGTERM to one process stops both, saved; kill -9 ends the other too."""
+  """SIGTERM to one process makes both save and stop; kill -9 ends both."""
   lost = 0
   workdir = folder / 'hosts'
   for kind, steps in ((signal.SIGTERM, 100_000), (signal.SIGKILL, 100_000)):

@@ -1,12 +1,12 @@
-r"""Prints what starts a training job on a TPU slice or a SLURM cluster.
+r"""Prints the script of a training job on a TPU slice or a SLURM cluster.
 
   python scripts/launch.py tpu --name imagen --zone us-west4-a \
       --topology v5e:16x16 --config imagen_sr256 --workdir /mnt/runs/sr256
   python scripts/launch.py slurm --nodes 4 --gpus 8 \
       --config imagen_sr256 --workdir /data/runs/sr256 > job.sbatch
 
-Nothing is started: read what is printed, then run it. What follows `--` goes
-to train.py, such as `-- --config.data.path=/mnt/data`.
+Nothing is started: read the script, then run it. Arguments after `--` are
+passed to train.py, such as `-- --config.data.path=/mnt/data`.
 """
 
 import shlex
@@ -16,14 +16,14 @@ from imagen_jax.cli import errors
 from imagen_jax.errors import UsageError
 from imagen_jax.training import chips
 
-# (type of slice, software of its machines) for `gcloud`.
+# (accelerator type, runtime version) for `gcloud`.
 SLICES = {
   'v4': ('v4', 'tpu-ubuntu2204-base'),
   'v5e': ('v5litepod', 'v2-alpha-tpuv5-lite'),
   'v5p': ('v5p', 'v2-alpha-tpuv5'),
   'v6e': ('v6e', 'v2-alpha-tpuv6e'),
 }
-# Exit codes after which the same command resumes from what was saved.
+# Exit codes of a run that saved a checkpoint and can be resumed.
 SAVED = '130 143'
 
 TPU = """\
@@ -94,7 +94,7 @@ def _main(argv):
 
 
 def render(args, more):
-  """The text of a job, from parsed arguments and more of train.py's."""
+  """The script of a job; `more` are arguments passed to train.py."""
   train = shlex.join(
     [
       *('python', 'train.py', '--config', args.config),

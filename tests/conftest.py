@@ -1,4 +1,4 @@
-"""Eight fake CPU devices and one shared compile cache for every test."""
+"""Eight virtual CPU devices and one shared compilation cache for all tests."""
 
 import os
 import pathlib
@@ -13,8 +13,8 @@ import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-# Tiny programs take longer to compile than to run; LLVM's optimizations are a
-# third of it. Commands that tests start have them on.
+# Tiny programs take longer to compile than to run, a third of it for LLVM's
+# optimizations. Subprocesses that tests start have them on.
 jax.config.update('jax_disable_most_optimizations', True)
 
 import pytest  # noqa: E402
@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 from tests import typecheck  # noqa: E402
 
-# Shapes and types of these are checked wherever a test calls them.
+# Calls into these modules are checked for types and shapes.
 TYPED = [
   'imagen_jax.diffusion',
   'imagen_jax.nets',

@@ -1,4 +1,4 @@
-"""What is not the paper is a leaf: it can be deleted with its table rows."""
+"""The leaf packages can be deleted, together with their rows in the tables."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ CORE = ('diffusion', 'nets', 'io', 'text', 'cascade', 'data')
 
 @pytest.fixture(scope='module')
 def pruned(tmp_path_factory):
-  """A copy of the project without its leaves."""
+  """A copy of the project without the leaf packages."""
   top = tmp_path_factory.mktemp('pruned')
   for name in ('imagen_jax', 'configs', 'tests'):
     ignore = shutil.ignore_patterns('__pycache__')

@@ -1,4 +1,4 @@
-"""The arrows of the design, and one door for each heavy library."""
+"""Allowed imports between packages, of heavy libraries, and forbidden words."""
 
 import ast
 import pathlib
@@ -8,8 +8,8 @@ import imagen_jax
 
 ROOT = pathlib.Path(imagen_jax.__file__).parent
 
-# Who may import what of ours; a folder stands for everything in it. `cli` is
-# the top and may import everything.
+# The packages that each package may import. `cli` is the top layer and may
+# import everything.
 BELOW = {
   'errors': set(),
   'typing': set(),
@@ -54,7 +54,7 @@ DOORS = {
 
 
 def modules(path):
-  """Every module that a file imports, wherever in the file."""
+  """Every module that a file imports, inside functions too."""
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -104,7 +104,7 @@ def test_diffusion_needs_jax_alone():
     assert {m.split('.')[0] for m in modules(path)} <= allowed
 
 
-# What a leaf is called: the core knows none of them but in the two tables.
+# Names of the leaves; the core may use them in the two tables only.
 LEAVES = re.compile(
   r"deepfloyd|emoji|\bworlds\b|\bplanning\b|'shapes'|shapes_(base|sr1|sr2|text)"
   r'|shapes (world|suite|demo)',
@@ -127,13 +127,13 @@ def test_the_core_knows_no_leaf():
   assert not found
 
 
-# Words of before, and what the field says.
+# Words that CONTRIBUTING.md replaces by the field's terms.
 OLD = re.compile(
   r'\b(pictures?|drawn|draws|goes on|way down|way up|insist|enlarges?|'
   r'lab notes)\b',
   re.IGNORECASE,
 )
-# A caption may say "a picture of"; the list of words has all of them.
+# Files that need some of these words, such as "a picture of" in captions.
 SAID = {
   'captions.py',
   'prompts.py',

@@ -1,4 +1,4 @@
-"""Mesh sizes, the rule that places a state, batches on the mesh."""
+"""Mesh sizes, the sharding rule for a state, and batches on a mesh."""
 
 import os
 import re
@@ -87,7 +87,7 @@ def test_an_axis_of_a_torus_may_be_split():
   grid = sharding.device_grid(devices, 128, 2)
   assert grid.shape == (128, 2)
   assert sorted(d.id for d in grid.flat) == list(range(256))
-  for pair in grid:  # neighbours, of 4 and 8 chips that close to a ring
+  for pair in grid:  # neighbours in a torus of 4 × 8 × 8 chips
     apart = np.abs(np.subtract(*(d.coords for d in pair)))
     assert np.minimum(apart, np.array([4, 8, 8]) - apart).sum() == 1
 
@@ -197,7 +197,7 @@ def test_parameters_are_split_over_as_few_devices_as_hold_them():
 
 
 def test_parameters_travel_and_activations_stay():
-  """Each device gathers kernels, and never another device's images."""
+  """Devices gather kernels and never another device's activations."""
   block = ResBlock(64)
   x, emb = jnp.zeros((16, 4, 4, 32)), jnp.zeros((16, 128))
   shapes = jax.eval_shape(block.init, jax.random.key(0), x, emb)
@@ -230,5 +230,5 @@ def test_parameters_travel_in_the_type_they_are_used_in():
   with jax.set_mesh(mesh):
     gather = jax.jit(lambda w: sharding.gather(w, jnp.bfloat16))
     text = gather.lower(w).compile().as_text()
-  # CPU has no bfloat16 collectives, but a device casts its own fraction.
+  # CPU has no bfloat16 collectives, but each device casts its shard first.
   assert 'all-gather' in text and 'bf16[256,128]' in text

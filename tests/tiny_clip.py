@@ -1,4 +1,4 @@
-"""A CLIP of a few thousand random parameters, in Hugging Face layout."""
+"""A CLIP of a few thousand random parameters, in Hugging Face's layout."""
 
 import json
 
@@ -22,7 +22,7 @@ PROJECTION = 10
 
 
 def tokenizer_files(folder):
-  """CLIP's byte-pair files with single letters and 'ab'."""
+  """Writes CLIP's byte-pair files with single letters and 'ab'."""
   letters = 'abcdefghijklmnopqrstuvwxyz.,'
   pieces = [*letters, *(f'{x}</w>' for x in letters)]
   pieces += ['ab', '<|startoftext|>', '<|endoftext|>']

@@ -1,8 +1,8 @@
 """DeepFloyd IF U-Nets of a few hundred thousand parameters, for tests.
 
-Each config has what another one lacks; `parameters` fills every tensor from
-numpy, so that diffusers and this project hold the same network and no norm or
-bias is at its harmless initial value.
+The configs differ in the options that they cover. `parameters` fills every
+tensor from numpy, so diffusers and this project have the same network and no
+norm or bias has its initial value of 1 or 0.
 """
 
 import copy
@@ -41,7 +41,7 @@ def _make(down, **fields):
 
 
 CONFIGS = {
-  # The two of diffusers' own fast tests.
+  # The two configs of diffusers' own fast tests.
   'fast_1': _make(
     (PLAIN, ATTENDS),
     sample_size=32,
@@ -87,7 +87,7 @@ CONFIGS = {
     resnet_out_scale_factor=1.4142271248762552,
     mid_block_scale_factor=1.4142271248762552,
   ),
-  # What the published configs never use, and the format allows.
+  # Options that the format allows and the published configs do not use.
   'rare': _make(
     (ATTENDS, ATTENDS),
     sample_size=16,
@@ -110,15 +110,15 @@ CONFIGS = {
 
 
 def raw_config(name):
-  """The config.json of one of `CONFIGS`, free to be changed."""
+  """The config.json of one of `CONFIGS`, as a copy."""
   return copy.deepcopy(CONFIGS[name])
 
 
 def parameters(shapes, seed=0):
   """{name: float32 array} for {diffusers' name: shape}, in a fixed order.
 
-  Norms scatter around 1, biases around 0, weights as wide as lets a signal
-  through a deep network.
+  Norm scales are around 1, biases around 0; weights have standard deviation
+  1 / sqrt(fan-in), which preserves the signal in a deep network.
   """
   rng = np.random.default_rng(seed)
   result = {}
@@ -168,7 +168,7 @@ def network(name, seed=0):
 
 
 def write(folder):
-  """An IF folder of two stages, 8 and 32 pixels, with a T5; returns it."""
+  """Writes an IF folder of two stages, 8 and 32 pixels, with a T5."""
   schedule = {
     '_class_name': 'DDPMScheduler',
     'beta_schedule': 'squaredcos_cap_v2',

@@ -1,4 +1,4 @@
-"""A whole cascade of a few thousand random parameters, for tests."""
+"""A cascade of a few thousand random parameters, for tests."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def config(name='base', **train):
 
 
 def random_params(made, seed=0):
-  """NumPy parameters of a `Stage`, none at its initial zero."""
+  """Random NumPy parameters of a `Stage`; zero-initialised ones too."""
   shapes = jax.eval_shape(
     lambda key: stage.init_params(made, key), jax.random.key(0)
   )
@@ -66,7 +66,7 @@ def random_params(made, seed=0):
 
 
 def with_network(made, net):
-  """A `Stage` with a stand-in that need not be a `Network`."""
+  """A `Stage` with a fake network, which need not be a `Network`."""
   made = dataclasses.replace(made)
   object.__setattr__(made, 'net', net)
   return made

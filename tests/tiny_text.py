@@ -1,4 +1,4 @@
-"""Small text encoders for tests, made in a moment and without torch."""
+"""Small random text encoders for tests, made without torch."""
 
 import functools
 import io
@@ -40,7 +40,7 @@ def vocabulary(seed=0):
 
 
 def random_params(module, seed=0):
-  """Parameters of a `T5Encoder`, none of them at a special value."""
+  """Random parameters of a `T5Encoder`."""
   ids = jnp.zeros((1, 2), jnp.int32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids == 0)
   rng = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def random_folder(folder, seed=0, **sizes):
 
 
 def varied(number, seed=0):
-  """Strings of every kind a person or a page might send."""
+  """Strings of every kind that users might enter."""
   rng = random.Random(seed)
   words = [*WORDS] + (
     "photograph oil painting Astronaut Über naïve 東京 поезд 🙂 don't "

@@ -1,4 +1,4 @@
-"""The checker of types and shapes; an int is a float, as PEP 484 has it."""
+"""The runtime type checker; an int is accepted as a float, as in PEP 484."""
 
 import beartype
 

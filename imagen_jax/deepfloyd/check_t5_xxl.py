@@ -1,8 +1,8 @@
-"""imagen-check-t5-xxl: this port of T5 against a vector kept elsewhere.
+"""imagen-check-t5-xxl: compares this port of T5 with a published reference.
 
-The public DeepFloyd IF repository holds T5-XXL's output for the empty prompt,
-`deepfloyd_if/resources/zero_t5-v1_1-xxl_vector.npy`. Whoever has the weights
-can compare with it what this project makes of them.
+The reference is T5-XXL's output for the empty prompt in the public DeepFloyd IF
+repository, `deepfloyd_if/resources/zero_t5-v1_1-xxl_vector.npy`. The check
+needs the T5-XXL weights.
 """
 
 import sys

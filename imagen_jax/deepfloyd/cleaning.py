@@ -1,13 +1,13 @@
-r"""Prompts cleaned like the captions that IF was trained on.
+r"""Cleans prompts like the captions that IF was trained on.
 
-IF's authors cleaned captions from the web: links, markup, handles, file names,
-shop phrases, article numbers. What a network was trained on is what it should
-be asked with. The steps and their order are facts of that training (they are
-applied twice over, and one of them trims nothing although it was meant to); a
-prompt written by hand is rarely changed by more than its capitals.
+IF's authors removed links, markup, handles, file names, shop phrases and
+article numbers from web captions, and prompts should have the same
+distribution. The steps and their order reproduce that training: they are
+applied twice, and one meant to trim has no effect. A prompt written by hand is
+rarely changed beyond its capitals.
 
 Two steps need `beautifulsoup4` and `ftfy`: pip install imagen_jax[deepfloyd].
-Without them a prompt is only lower-cased and trimmed, as diffusers does.
+Without them a prompt is only lower-cased and trimmed, as in diffusers.
 """
 
 import html
@@ -22,7 +22,7 @@ DASHES = (
   '\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40'
   '\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d'
 )
-# What goes before the markup is taken out: (pattern, replacement).
+# Applied before the markup is removed: (pattern, replacement).
 FIRST = [
   ('<person>', 'person'),
   (rf'\b((?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{DOMAIN}))', ''),
@@ -78,11 +78,11 @@ THIRD = [
 
 
 def cleaner(thorough):
-  """A function that cleans one prompt.
+  """Returns a function that cleans one prompt.
 
   Args:
-    thorough: as IF's training captions; False only lower-cases and trims. A
-      line on stderr says where the packages for it are missing.
+    thorough: clean as IF's training captions were; False only lower-cases and
+      trims. If its packages are missing, so does True, with a note on stderr.
   """
   if thorough:
     missing = [

@@ -11,12 +11,12 @@ from imagen_jax.errors import UsageError
 if TYPE_CHECKING:
   import numpy as np
 
-# One value per stage, beside `steps`, which have a form of their own.
+# Settings with one value per stage; `steps` are parsed separately.
 SAMPLING = ('sampler', 'guidance', 'aug_level', 'strength', 'style_fraction')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The flags that only IF knows."""
+  """Adds the flags that apply to IF only."""
   group = parser.add_argument_group(
     'DeepFloyd IF', 'With an IF folder as --model; see the README.'
   )
@@ -45,9 +45,10 @@ def is_folder(path: str | pathlib.Path) -> bool:
 
 
 def steps_per_stage(text: str | None) -> str | list[str] | None:
-  """'smart50,50' as ['smart50', '50']; a respacing's numbers need ':'.
+  """Parses --steps: 'smart50,50' -> ['smart50', '50'].
 
-  '10:10:3:2:2,50' is IF's '10,10,3,2,2' for the first stage.
+  The counts of a respacing are separated by ':'. '10:10:3:2:2,50' is IF's
+  '10,10,3,2,2' for the first stage and 50 steps for the second.
   """
   if text is None:
     return None
@@ -58,10 +59,10 @@ def steps_per_stage(text: str | None) -> str | list[str] | None:
 def generate(
   args: argparse.Namespace, prompts: Sequence[str]
 ) -> tuple['np.ndarray', list[dict]]:
-  """(images, records) of what `sample.py`'s arguments ask for.
+  """Samples as `sample.py`'s arguments say: (images, records).
 
   Raises:
-    UsageError: a flag cannot work, or has no effect.
+    UsageError: a flag is invalid or has no effect.
   """
   from imagen_jax.cascade import conditioning
   from imagen_jax.cascade.batching import Request
@@ -108,7 +109,7 @@ def generate(
 
 
 def _check_flags(args):
-  """Refuses flags that cannot work with IF, or change nothing in this call."""
+  """Refuses flags that IF does not support or that have no effect here."""
   for name in ('threshold', 'grid'):
     if getattr(args, name) is not None:
       raise UsageError(
@@ -123,7 +124,7 @@ def _check_flags(args):
 
 
 def _open_images(args):
-  """{'image', 'mask', 'low_res'} as PIL images, of those that are given."""
+  """{'image' | 'mask' | 'low_res': PIL image} of those that are given."""
   from imagen_jax.io.images import open_image
 
   given = (
@@ -135,7 +136,7 @@ def _open_images(args):
 
 
 def _record(args, model, choices):
-  """What made the images of a call, for their PNGs."""
+  """The metadata of a call's images, for their PNGs."""
   import jax
 
   import imagen_jax
@@ -155,7 +156,7 @@ def _record(args, model, choices):
 
 
 def _third_stage(args, model):
-  """What --upsample_with names, checked before sampling, or None."""
+  """The model of --upsample_with, checked before sampling, or None."""
   import imagen_jax
 
   if args.upsample_with is None:

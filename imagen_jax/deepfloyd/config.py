@@ -1,8 +1,8 @@
-"""What a DeepFloyd IF U-Net's `config.json` says (diffusers' layout).
+"""The hyper-parameters of a DeepFloyd IF U-Net: diffusers' `config.json`.
 
-Fields have diffusers' names and diffusers' defaults. A checkpoint's own file
-decides everything; what it asks for and is not built here is refused by name,
-for a network that ignores a key samples noise and says nothing.
+Fields have diffusers' names and defaults. Keys and values that are not
+supported are refused by name: a network that ignored one would silently sample
+noise.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ WHAT = (
 DOWN = {'ResnetDownsampleBlock2D': False, 'SimpleCrossAttnDownBlock2D': True}
 UP = {'ResnetUpsampleBlock2D': False, 'SimpleCrossAttnUpBlock2D': True}
 
-# Keys that mean something else than this network when they are anything else.
+# Keys and the values that this network supports, the default first.
 FIXED = {
   '_class_name': ('UNet2DConditionModel',),
   'mid_block_type': ('UNetMidBlock2DSimpleCrossAttn',),
@@ -41,7 +41,7 @@ REQUIRED = (
   'resnet_time_scale_shift',
   'addition_embed_type',
 )
-# Keys of diffusers' class that play no part in these block types.
+# Keys of diffusers' class that have no effect on these block types.
 UNUSED = {
   'addition_time_embed_dim',
   'attention_type',
@@ -58,32 +58,33 @@ UNUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-  """The hyper-parameters of one IF U-Net, in diffusers' spelling.
+  """The hyper-parameters of one IF U-Net, under diffusers' names.
 
   Attributes:
     sample_size: side of the images it was trained on.
     in_channels: 3, or 6 for a super-resolution stage.
-    out_channels: 6: eps and the variance's interpolation; 3 after fine-tuning
-      without the latter.
+    out_channels: 6: eps and the variance's interpolation; 3: eps alone, after
+      fine-tuning without the variance.
     block_out_channels: width of each level, the highest resolution first.
     layers_per_block: residual blocks of each level in the encoder.
-    down_attention, up_attention: whether each block attends, in the order in
-      which the blocks run (from `down_block_types`, `up_block_types`).
+    down_attention, up_attention: whether each block has attention, in execution
+      order (from `down_block_types`, `up_block_types`).
     attention_head_dim: size of a head, for each level.
-    only_cross_attention: whether a level's pixels see the text alone.
-    mid_block_only_cross_attention: likewise in the middle.
-    cross_attention_dim: width of the text in the attentions.
+    only_cross_attention: whether a level's pixels attend to the text alone.
+    mid_block_only_cross_attention: likewise for the middle block.
+    cross_attention_dim: width of the text in the attention layers.
     encoder_hid_dim: width of the text encoder; None: no projection.
-    addition_embed_type_num_heads: heads of the text's pooling.
+    addition_embed_type_num_heads: heads of the text's attention pooling.
     cross_attention_norm: 'group_norm' or None.
     class_embed_type: 'timestep' where a network is conditioned on a noise
       level, else None.
     time_embedding_dim: width of the conditioning; None: 4 · the first width.
-    time_embedding_act_fn: applied once to the whole conditioning, or None.
+    time_embedding_act_fn: applied once to the conditioning vector, or None.
     act_fn: 'gelu' (the exact one) or 'silu'.
     norm_num_groups, norm_eps: of every GroupNorm of pixels.
     flip_sin_to_cos, freq_shift: of the sinusoidal features.
-    resnet_skip_time_act: no activation before a block's own projection.
+    resnet_skip_time_act: no activation before a block's projection of the
+      conditioning.
     resnet_out_scale_factor, mid_block_scale_factor: divide residual sums.
   """
 
@@ -120,12 +121,12 @@ class UNetConfig:
 
   @property
   def text_dim(self):
-    """Width of the text embeddings that the network is given."""
+    """Width of the text embeddings that the network takes."""
     return self.encoder_hid_dim or self.cross_attention_dim
 
   @property
   def multiple(self):
-    """Heights and widths that the network takes are multiples of this."""
+    """Heights and widths must be multiples of this."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -133,17 +134,17 @@ def read(folder):
   """The `UNetConfig` of a checkpoint's folder.
 
   Raises:
-    ModelError: there is no config.json, or one of another network.
+    ModelError: there is no config.json, or it is another network's.
   """
   path = pathlib.Path(folder) / 'config.json'
   return parse(files.read_json(path, missing=WHAT), path)
 
 
 def parse(raw, path='config.json'):
-  """A `UNetConfig` from the JSON object; `path` is for the messages.
+  """A `UNetConfig` from the JSON object; `path` is for error messages.
 
   Raises:
-    ModelError: a key is unknown, or has a value that is not built here.
+    ModelError: a key is unknown, or has a value that is not supported.
   """
   raw = dict(raw)
   for key, allowed in FIXED.items():
@@ -217,7 +218,7 @@ def parse(raw, path='config.json'):
 
 
 def _check_sizes(path, config):
-  """Refuses sizes that the layers cannot have."""
+  """Refuses sizes that do not divide the widths they must divide."""
   for key in ('norm_num_groups', 'addition_embed_type_num_heads'):
     _divides(path, key, getattr(config, key))
   for key in ('cross_attention_dim', 'encoder_hid_dim', 'time_embedding_dim'):
@@ -245,7 +246,7 @@ def _divides(path, key, value, width=None):
 
 
 def _numbers(path, key, take, default, length=None):
-  """A tuple of positive whole numbers; one number stands for all levels."""
+  """A tuple of positive integers; one number applies to all levels."""
   value = take(key, default)
   if isinstance(value, int) and length is not None:
     value = (value,) * length

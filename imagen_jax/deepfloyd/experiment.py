@@ -1,4 +1,4 @@
-"""A DeepFloyd IF stage, fine-tuned whole or by low-rank adapters."""
+"""Fine-tuning of a DeepFloyd IF stage, in full or by low-rank adapters."""
 
 import functools
 import pathlib
@@ -40,23 +40,23 @@ from imagen_jax.training.experiment import (
 from imagen_jax.training.preview import make_image_preview
 from imagen_jax.training.program import make_program
 
-DROP = 0.1  # of the captions, for the guidance
+DROP = 0.1  # fraction of captions dropped for classifier-free guidance
 
 
 class IFExperiment(Experiment):
-  """A config such as `configs/if_finetune.py`.
+  """Fine-tuning of one IF stage; its config is like `configs/if_finetune.py`.
 
-  The workdir holds `text/` (embeddings) and, at the end, `export/` with a
-  stage's folder that `sample.py` and diffusers load.
+  The workdir holds `text/` (embeddings) and, at the end, `export/` with a stage
+  folder that `sample.py` and diffusers load.
 
   Attributes:
-    stage: the stage's folder, read.
-    module: its network, without the variance if that is dropped.
+    stage: the `Stage` to fine-tune.
+    module: its network, without the variance channels if they are dropped.
 
   Raises:
-    UsageError: the config is wrong.
+    UsageError: the config is invalid.
     ModelError: the model or its text encoder is unusable.
-    DataError: the images are.
+    DataError: the data set is unusable.
   """
 
   frozen_name = 'frozen weights'
@@ -90,7 +90,7 @@ class IFExperiment(Experiment):
     return {'dim': dim, 'max_len': length, 'digest': None}
 
   def init(self, key):
-    """Adapters; for a full fine-tuning shapes only, see `start`."""
+    """Adapters; zeros for full fine-tuning, see `start`."""
     if self.adapt:
       return lora.init(key, self._shapes, self.config.rank)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes)
@@ -118,7 +118,7 @@ class IFExperiment(Experiment):
     return frozen
 
   def load_frozen(self):
-    """Embeds every caption that the workdir lacks; loads the weights."""
+    """Embeds captions that the workdir lacks; loads the frozen weights."""
     captions = (
       self.clean(source[i]['caption'])
       for source in map(self.source, ('train', 'eval'))
@@ -137,7 +137,7 @@ class IFExperiment(Experiment):
     return frozen
 
   def _load_weights(self):
-    """The weights that are fine-tuned, on the mesh."""
+    """The stage's weights, on the mesh."""
     _, params = self.stage.load(
       dtype=self.dtype,
       weights_dtype=self.dtype if self.adapt else jnp.float32,
@@ -164,7 +164,7 @@ class IFExperiment(Experiment):
     }
 
   def merge(self, trained: dict, weights: dict | None) -> dict:
-    """The network's parameters; `weights` are those adapters are added to."""
+    """The network's parameters; adapters are added to `weights`."""
     if not self.adapt:
       return trained
     return lora.merge(weights, trained, self.config.scale)
@@ -220,7 +220,7 @@ class IFExperiment(Experiment):
     self.write(state.ema_params, frozen.get('weights'), out)
 
   def write(self, trained: dict, weights: dict | None, out: pathlib.Path):
-    """Writes a stage's folder with the weights as trained."""
+    """Writes a stage folder with the trained weights."""
     params = jax.jit(self.merge)(trained, weights)
     if jax.process_index() == 0:
       export_stage(out, params, self.stage, drop=self.drop)

@@ -1,4 +1,4 @@
-"""A stage's folder with new weights, as diffusers has it."""
+"""Exports fine-tuned weights as a stage folder in diffusers' layout."""
 
 import dataclasses
 import shutil
@@ -9,28 +9,28 @@ from imagen_jax.io import files
 
 
 def without_variance(module):
-  """The network without the channels that say the variance."""
+  """The network without the variance channels."""
   config = dataclasses.replace(module.config, out_channels=3)
   return IFUNet(config, module.dtype)
 
 
 def cut_variance(params):
-  """Its parameters."""
+  """The parameters without those of the variance channels."""
   last = {k: v[..., :3] for k, v in params['conv_out'].items()}
   return params | {'conv_out': last}
 
 
 def export_stage(folder, params, stage, *, drop):
-  """Writes one.
+  """Writes a stage folder.
 
   Args:
-    folder: to write; one of before is replaced.
-    params: the network's.
-    stage: the `Stage` that the weights come from.
-    drop: whether the network has no variance any more.
+    folder: to write; an existing one is replaced.
+    params: of the network.
+    stage: the `Stage` that was fine-tuned.
+    drop: whether the network has lost its variance channels.
   """
   raw = files.read_json(stage.folder / 'unet' / 'config.json')
-  if folder.exists():  # of a run that went on
+  if folder.exists():  # the run was resumed
     shutil.rmtree(folder)
   weights.save(
     folder / 'unet', params, source=raw | ({'out_channels': 3} if drop else {})

@@ -1,4 +1,4 @@
-"""IF's way of upsampling, and shapes by their aspect ratio."""
+"""IF's bilinear upsampling, and aspect ratios."""
 
 import jax.numpy as jnp
 
@@ -7,10 +7,10 @@ from imagen_jax.typing import Image, LowRes
 
 
 def upsample(image: LowRes, height: int, width: int) -> Image:
-  """Bilinear, corners on corners: [B, h, w, C] -> [B, height, width, C].
+  """Bilinear with aligned corners: [B, h, w, C] -> [B, height, width, C].
 
-  torch's align_corners=True, which IF's stage II was trained with;
-  `jax.image.resize` aligns the edges of pixels instead.
+  This is torch's align_corners=True, which IF's stage II was trained with;
+  `jax.image.resize` aligns pixel edges instead.
   """
   for axis, size in ((1, height), (2, width)):
     old = image.shape[axis]

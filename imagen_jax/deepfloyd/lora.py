@@ -1,8 +1,8 @@
-"""Low-rank adapters for IF's attentions (Hu et al. 2021).
+"""Low-rank adapters (LoRA) for IF's attention layers (Hu et al. 2021).
 
-A frozen kernel W of an attention becomes W + (scale / rank) A B, with A random
-and B zero at the start. The sum is formed before the network runs, so the
-network knows nothing of it, and an adapted model is exported like any other.
+A frozen attention kernel W becomes W + (scale / rank) A B, with A random and B
+zero at initialisation. The sum is formed before the network is applied, so the
+network is unchanged and an adapted model is exported like any other.
 """
 
 import jax
@@ -14,11 +14,11 @@ TARGETS = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'to_out_0')
 
 
 def init(key, params, rank):
-  """{'path/of/kernel': {'a': [in, r], 'b': [r, out]}}, float32.
+  """Initialises {'path/of/kernel': {'a': [in, r], 'b': [r, out]}}, float32.
 
   Args:
     key: of A.
-    params: the network's, arrays or their shapes.
+    params: of the network, arrays or shapes.
     rank: r.
   """
   adapters = {}
@@ -34,7 +34,7 @@ def init(key, params, rank):
 
 
 def merge(params, adapters, scale=1.0):
-  """The network's parameters with the adapters in them, each in its type."""
+  """The network's parameters with the adapters added, each in its dtype."""
 
   def add(path, leaf):
     adapter = adapters.get('/'.join(key.key for key in path))

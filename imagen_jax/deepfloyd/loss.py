@@ -1,9 +1,9 @@
-"""What IF is trained with: the noise's error, and a bound for the variance.
+"""IF's training loss: L_simple + λ L_vlb.
 
-The network says eps and, in three further channels, where the variance of a
-step lies between its two limits. The error of eps cannot teach the second, so
-Improved DDPM (Nichol and Dhariwal 2021, Section 3.1) adds the variational
-bound of one random step, with eps held fixed there: L_simple + λ L_vlb.
+The network predicts eps and, in three further channels, where the variance of a
+step lies between its two limits. L_simple gives the variance no gradient, so
+Improved DDPM (Nichol and Dhariwal 2021, Section 3.1) adds the variational bound
+of one random step, without its gradient with respect to eps.
 """
 
 import math
@@ -15,14 +15,14 @@ from jax.scipy.special import log_ndtr, ndtr
 
 from imagen_jax.deepfloyd import schedule as schedules
 
-WEIGHT = 0.001  # λ, of the sum of the bound over all steps
+WEIGHT = 0.001  # λ, the weight of the bound summed over all steps
 
 
 def training_plan(made):
-  """The `schedule.Plan` of every step t → t − 1, row t: [T] each.
+  """The `schedule.Plan` of all steps: row t is the step t → t − 1, [T] each.
 
-  The last step's lower variance is 0; for its logarithm the one before
-  stands in, as in Improved DDPM's code.
+  The lower variance of row 0 is 0; its logarithm is replaced by that of row 1,
+  as in Improved DDPM's code.
   """
   steps = np.arange(made.num_train_timesteps)[::-1]
   plan = schedules.plan(made, steps, 'ddpm')
@@ -36,15 +36,16 @@ def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
   """The loss of each image of a batch at a random step.
 
   Args:
-    key: of the steps and the noise.
+    key: for the steps and the noise.
     predict: (z [B, H, W, C], t [B]) -> [B, H, W, C or 2 C].
     x: [B, H, W, C] in [−1, 1].
     plan: `training_plan(…)`.
-    weight: λ; 0, or a network without the variance, leaves L_simple alone.
+    weight: λ. If it is 0 or the network has no variance channels, the loss is
+      L_simple alone.
 
   Returns:
     ([B] loss, {'t': [B] step over T, 'mse': [B], 'bound': [B]}); the bound is
-    in bits per number, over all steps.
+    in bits per dimension, scaled by T to estimate the sum over all steps.
   """
   key_t, key_eps = jax.random.split(key)
   total, channels = len(plan.t), x.shape[-1]
@@ -64,7 +65,7 @@ def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
   guess = (z - row.sigma * jax.lax.stop_gradient(guess)) / row.alpha
   fraction = (out[..., channels:] + 1) / 2
   log_variance = row.log_low + fraction * (row.log_high - row.log_low)
-  # The means of both share what they owe to z.
+  # The z terms of the two means cancel.
   off = row.x * (x - guess)
   divergence = 0.5 * (
     log_variance
@@ -80,9 +81,10 @@ def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
 
 
 def log_likelihood(x, mean, log_variance):
-  """log of a Gaussian's mass in the 8-bit grey level that x lies in.
+  """Log probability of x's 8-bit level under a Gaussian.
 
-  The lowest and the highest level reach to infinity. All [...], in [−1, 1].
+  The lowest and the highest level extend to infinity. All [...]; x and mean in
+  [−1, 1].
   """
   scale = jnp.exp(-0.5 * log_variance)
   above = (x - mean + 1 / 255) * scale

@@ -1,8 +1,7 @@
 """DeepFloyd IF from prompts to images: T5, stage I, stage II, one at a time.
 
-Text to image, image to image, inpainting, upsampling an image of one's own,
-and IF's style transfer are one function with more or fewer arguments: an image
-to start from, a mask, a second prompt.
+`IF.sample` covers text to image, image to image, inpainting, upsampling of a
+given image, and IF's style transfer; its arguments select the task.
 """
 
 import dataclasses
@@ -41,7 +40,7 @@ def load(
   stages: Sequence[str] | None = None,
   fsdp: int | None = None,
 ) -> 'IF':
-  """Opens IF: the configs now, the weights when generating.
+  """Opens IF: reads the configs now, the weights when sampling.
 
   Args:
     path: a stage's folder as downloaded (`model_index.json`, `unet/`,
@@ -49,10 +48,10 @@ def load(
       IF-II-L-v1.0.
     dtype: of activations and weights, 'auto', 'float32' or 'bfloat16'.
     stages: names of the folders to use; all by default.
-    fsdp: devices that share one copy of a network; None: as few as hold it.
+    fsdp: devices that share one copy of a network; None: as few as can hold it.
 
   Raises:
-    ModelError: there is no stage, or they do not follow one another.
+    ModelError: there is no stage, or the stages do not form a cascade.
     UsageError: a name is unknown.
   """
   path = pathlib.Path(path)
@@ -82,7 +81,7 @@ def load(
 
 
 class IF:
-  """A DeepFloyd IF model that can be sampled.
+  """A DeepFloyd IF model.
 
   Attributes:
     path: its folder.
@@ -103,22 +102,22 @@ class IF:
     self._mesh = functools.partial(sharding.sampling_mesh, fsdp=fsdp)
 
   def settings(self, task: str, **choices) -> list[Settings]:
-    """`Settings` of every stage: the task's defaults, changed by `choices`.
+    """`Settings` of every stage: the task's defaults, overridden by `choices`.
 
     Args:
       task: 'text', 'image' or 'mask'.
-      **choices: one value, or a list with one per stage; None changes
-        nothing.
+      **choices: one value, or a list with one per stage; None keeps the
+        default.
 
     Raises:
-      UsageError: a list of another length, or a value that cannot work.
+      UsageError: a list has the wrong length, or a value is invalid.
     """
     return settings.choose(self.stages, task, choices)
 
   def embed(
     self, prompts: Sequence[str], *, cache: str | pathlib.Path | None = None
   ) -> dict[str, np.ndarray]:
-    """{prompt: [77, D]}; T5 leaves the device afterwards. See `text.embed`."""
+    """{prompt: [77, D]}; T5 is freed afterwards. See `text.embed`."""
     prompts = list(dict.fromkeys(prompts))
     folders = [self.path, *(s.folder for s in self.stages)]
     siblings = [f for f in _stage_folders(self.path) if f not in folders]
@@ -147,32 +146,31 @@ class IF:
     callback: Callable[[str, int, int], None] | None = None,
     **choices,
   ) -> dict[str, np.ndarray]:
-    """Samples images of prompts.
+    """Samples images for prompts.
 
-    Image i of a prompt depends on (seed, prompt, i) and the settings, not
-    on what else is generated.
+    Image i of a prompt depends on (seed, prompt, i) and the settings only.
 
     Args:
       prompts: a string or a list of them.
       seed: in [0, 2³²).
       num_images: images per prompt.
-      negative_prompt: what guidance steers away from, in place of nothing.
-      style_prompt: its pooled text is used for the time embedding, and its
-        prediction is mixed in by `style_fraction`: IF's dream and style
+      negative_prompt: replaces the empty prompt in guidance.
+      style_prompt: its pooled text is added to the time embedding, and its
+        prediction is mixed in by `style_fraction`, as in IF's dream and style
         transfer.
-      low_res: an image for a first stage that upsamples.
+      low_res: the image to upsample if the first stage upsamples.
       image: an image to start from (`strength`), or to inpaint.
-      mask: of the same shape, white where to inpaint; the rest is kept to the
-        bit.
+      mask: of the same shape, white where to inpaint; the rest is kept
+        bit-equal.
       aspect: (width, height), without `image` or `low_res`.
       cache: a directory of embeddings, see `text.embed`.
-      batch_size: images at a time, 4 at most by default.
-      callback: called with (stage's name, images done, images in all).
+      batch_size: images per batch, at most 4 by default.
+      callback: called with (stage name, images done, total images).
       **choices: fields of `Settings`.
 
     Returns:
-      {stage's name: float32 [N, H, W, 3] in [−1, 1]}; images of one prompt
-      stand together.
+      {stage name: float32 [N, H, W, 3] in [−1, 1]}; images of one prompt are
+      consecutive.
 
     Raises:
       UsageError, ModelError: see `settings`, `embed` and `Stage.load`.
@@ -233,7 +231,7 @@ class IF:
     return results
 
   def _run_stage(self, part, request, inputs, run):
-    """One stage for every row: float32 [N, H, W, 3] in [−1, 1]."""
+    """Samples all rows with one stage: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(weights.num_bytes(part.folder / 'unet'))
     module, params = part.load(
       dtype=self.dtype,
@@ -247,9 +245,9 @@ class IF:
 
 
 def _generate(part, setting, module, params, inputs, *, plan, shape):
-  """`stage.generate` of inputs on a mesh, which lack the scalars."""
+  """`stage.generate` with the settings' scalars added to `inputs`."""
   made = part.schedule
-  if module.config.out_channels == 3:  # a network without the variance
+  if module.config.out_channels == 3:  # no variance channels
     made = dataclasses.replace(made, variance_type='fixed_small')
   inputs = inputs._replace(**settings.scalars(part, setting))
   return stage.generate(
@@ -262,7 +260,7 @@ def _size(part, low, image, aspect):
   if image is not None:
     width, height = image_io.shaped(*image.size, part.resolution)
   elif low is not None:
-    # As IF: four times what came in, in whole units of 32 pixels.
+    # As in IF: four times the input, rounded down to a multiple of 32 pixels.
     height, width = (side * 4 // 32 * 32 for side in low.shape[1:3])
   else:
     width, height = image_io.shaped(*aspect, part.resolution)
@@ -271,7 +269,7 @@ def _size(part, low, image, aspect):
 
 
 def _stage_inputs(part, request, texts, low, shared):
-  """Numbers of rows -> `SampleInputs` on the host, but for the scalars."""
+  """A function: row indices -> `SampleInputs` on the host, without scalars."""
 
   def inputs(rows):
     prompts = [request.prompts[request.rows[row][0]] for row in rows]
@@ -288,16 +286,16 @@ def _stage_inputs(part, request, texts, low, shared):
 def previewer(
   part: Stage, module: IFUNet, shape: tuple[int, int, int]
 ) -> Callable:
-  """A function that generates with a stage's own settings.
+  """Returns a function that samples with a stage's default settings.
 
   Args:
     part: the stage.
-    module: its network, perhaps without the variance.
+    module: its network, possibly without the variance channels.
     shape: (H, W, 3).
 
   Returns:
     (params, arrays on a mesh, empty prompt [L, D]) -> [B, H, W, 3]; the arrays
-    are `keys` (key data) [B, 2], `text` [B, L, D] and, of a super-resolution
+    are `keys` (key data) [B, 2], `text` [B, L, D] and, for a super-resolution
     stage, `low` [B, h, w, 3].
   """
   (setting,) = settings.choose([part], 'text', {})

@@ -1,4 +1,4 @@
-"""From noise to an image with an IF network: guidance, and one loop."""
+"""Sampling with an IF network: guidance, thresholding and the sampler loop."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,16 +15,16 @@ Predictor = Callable[[Array, Array], tuple[Array, Array | None]]
 
 
 def threshold(x: Image, schedule: Schedule) -> Image:
-  """The predicted image brought back into range, as the schedule says.
+  """Thresholds the predicted image, dynamically or by clipping.
 
-  Dynamic thresholding with a cap: the quantile s of |x| over an image's
-  pixels and channels, at least 1 and at most `sample_max_value`, clips the
-  image and divides it. [B, H, W, C] -> [B, H, W, C].
+  Dynamic thresholding with a cap: s is the quantile of |x| over an image's
+  pixels and channels, clipped to [1, `sample_max_value`]; the image is clipped
+  to ±s and divided by s. [B, H, W, C] -> [B, H, W, C].
   """
   if schedule.thresholding:
     ratio = 100 * schedule.dynamic_thresholding_ratio
     s = magnitude_percentile(x, ratio)
-    # In this order: a cap below 1 wins, as in diffusers.
+    # In this order a cap below 1 takes precedence, as in diffusers.
     s = jnp.minimum(jnp.maximum(s, 1), schedule.sample_max_value)
     s = s[:, None, None, None]
     return jnp.clip(x, -s, s) / s
@@ -34,14 +34,16 @@ def threshold(x: Image, schedule: Schedule) -> Image:
 
 
 class Texts(NamedTuple):
-  """What a network's branches read.
+  """The text embeddings of the branches of a guided prediction, and weights.
+
+  The symbols are those of `predictor`.
 
   Attributes:
-    text: [B, L, D] embeddings of the prompts.
-    uncond: [B, L, D] embeddings of what to steer away from; None: no guidance.
+    text: [B, L, D], of the prompts (c).
+    uncond: [B, L, D], of the empty or negative prompt (u); None: no guidance.
     guidance: w, a number or a traced scalar.
-    pooled: [B, L, D] for the pooled vector of c and p; None is each one's own.
-    mixed: [B, L, D], the text of p.
+    pooled: [B, L, D], for the pooled vector of c; None: `text`.
+    mixed: [B, L, D], of the second prompt (p); None: no mixing.
     mixer: m, a number or a traced scalar.
   """
 
@@ -61,18 +63,19 @@ def predictor(
   low_res: Image | None = None,
   noise_level: Scalars | None = None,
 ) -> Predictor:
-  """`predict(z, t) -> (eps, v)`, guided, for `sample`; v is None without one.
+  """Guided `predict(z, t) -> (eps, v)` for `sample`.
 
-  eps = u + w (c − u) with the empty (or negative) prompt's u. With a second
-  text, c is c (1 − m) + p m, IF's style mixing. The variance is always that
-  of c. All branches run as one batch.
+  eps = u + w (c − u), with u predicted from the empty or negative prompt. With
+  a second prompt, c is replaced by c (1 − m) + p m, IF's style mixing. v is
+  always that of c; None if the network does not predict it. All branches run
+  as one batch.
 
   Args:
     module: `IFUNet`.
     params: its parameters.
     given: the texts and their weights.
-    low_res: [B, H, W, 3], upsampled and noised, of a super-resolution stage.
-    noise_level: its noise, a step number.
+    low_res: [B, H, W, 3], upsampled and noised, for a super-resolution stage.
+    noise_level: the step number of its noise.
   """
   texts = [given.text]
   pooled = [given.text if given.pooled is None else given.pooled]
@@ -120,18 +123,17 @@ def sample(
   *,
   mask: PixelMask | None = None,
 ) -> Image:
-  """Runs a `Plan`: all its steps as one lax.scan.
+  """Runs the steps of a `Plan` as one lax.scan.
 
   Args:
-    predict: (z [B, H, W, C], t scalar) -> (eps, v or None), likewise shaped;
+    predict: (z [B, H, W, C], t scalar) -> (eps, v or None), shaped like z;
       v in [−1, 1] is where the variance lies between its two limits.
     plan: `schedule.Plan`.
     z: [B, H, W, C] float32, the noisy image that the first step expects.
     noise: function of the step's index (traced) -> [B, H, W, C].
-    schedule: `Schedule`; says how predictions are thresholded and which
-      variance is used.
-    mask: [B, H, W, 1], 1 where to inpaint; elsewhere z stays as it is, not
-      even noised (IF's inpainting). None inpaints everywhere.
+    schedule: determines the thresholding and the variance.
+    mask: [B, H, W, 1], 1 where to inpaint; elsewhere z is unchanged and never
+      noised (IF's inpainting). None: no inpainting.
 
   Returns:
     [B, H, W, C] float32.
@@ -166,6 +168,6 @@ def sample(
 def add_noise(
   image: Image, noise: Image, plan: Plan, mask: PixelMask | None = None
 ) -> Image:
-  """An image as noisy as a plan's first step expects it (q(z_t | x))."""
+  """Samples q(z_t | x) at a plan's first step, inside `mask` if given."""
   z = plan.alpha[0] * image + plan.sigma[0] * noise
   return z if mask is None else mask * z + (1 - mask) * image

@@ -1,12 +1,12 @@
-"""IF's diffusion in 1000 discrete steps, and its samplers as tables of numbers.
+"""IF's discrete-time diffusion (1000 steps); samplers as coefficient tables.
 
-A step of every sampler here is one and the same sum,
+A step of every sampler here is a linear combination,
 
   z' = a z + b x + c eps + d (x − x_last) + std · noise,
 
-with numbers that depend on the steps alone: the noise level before it and
-after it. They are computed here in float64, where they are differences of
-nearly equal numbers, and the loop (`sampling.py`) gets them as float32 rows.
+whose coefficients depend only on the noise levels of the steps. They are
+computed in float64, because they are differences of nearly equal numbers, and
+the loop (`sampling.py`) gets them as float32 rows.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ WHAT = (
   "an IF stage is a folder in diffusers' layout, with "
   'scheduler/scheduler_config.json in it'
 )
-# Steps of each tenth, seventh, … of the process, the least noisy first.
+# Number of steps in each of several equal sections, the least noisy first.
 RESPACINGS = {
   'fast27': '10,10,3,2,2',
   'smart27': '7,4,2,1,2,4,7',
@@ -38,7 +38,7 @@ SAMPLERS = ('ddpm', 'ddim', 'dpmpp')
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What a `scheduler_config.json` says, in diffusers' spelling and defaults.
+  """A `scheduler_config.json`, with diffusers' names and defaults.
 
   Attributes:
     num_train_timesteps: T, 1000.
@@ -47,9 +47,9 @@ class Schedule:
     variance_type: 'learned_range', 'fixed_small' or 'fixed_large'.
     thresholding: dynamic thresholding of the predicted image.
     dynamic_thresholding_ratio: its quantile, 0 to 1.
-    sample_max_value: its quantile is capped here: 1.5 in stage I, 1 in II.
-    clip_sample: clipping to ±clip_sample_range, without thresholding.
-    clip_sample_range: see there.
+    sample_max_value: cap on its threshold: 1.5 in stage I, 1 in stage II.
+    clip_sample: without thresholding, clip to ±clip_sample_range.
+    clip_sample_range: see `clip_sample`.
     timestep_spacing: 'leading', 'trailing' or 'linspace'.
     lambda_min_clipped: DPM-Solver++ starts above this half log-SNR.
   """
@@ -78,18 +78,18 @@ CHOICES = {
 def read(folder, name='scheduler'):
   """The `Schedule` of a stage's folder.
 
-  Keys that no sampler here needs are left alone; a `prediction_type` other
-  than epsilon changes what the network says and is refused.
+  Keys that no sampler here needs are ignored; a `prediction_type` other than
+  epsilon is refused.
 
   Raises:
-    ModelError: the file is missing, or asks for what is not built here.
+    ModelError: the file is missing, or has a value that is not supported.
   """
   path = pathlib.Path(folder) / name / 'scheduler_config.json'
   return parse(files.read_json(path, missing=WHAT), path)
 
 
 def parse(raw, path='scheduler_config.json'):
-  """A `Schedule` from the JSON object; `path` is for the messages."""
+  """A `Schedule` from the JSON object; `path` is for error messages."""
   if raw.get('prediction_type', 'epsilon') != 'epsilon':
     raise ModelError(
       f'{path} has prediction_type {raw["prediction_type"]!r}; IF predicts '
@@ -114,7 +114,7 @@ def alphas_cumprod(schedule):
   else:
     edges = np.arange(steps + 1) / steps
     curve = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
-    # The cap is what keeps the last step from having no signal at all.
+    # Without the cap the last step would have no signal at all.
     betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
   return np.cumprod(1 - betas)
 
@@ -124,13 +124,13 @@ def timesteps(schedule, steps, sampler='ddpm'):
 
   Args:
     schedule: `Schedule`.
-    steps: their number, spaced as the schedule says; or a name or string of
-      IF's, see `respaced`.
-    sampler: 'dpmpp' has a spacing of its own: it cannot bear the last steps
-      of IF's schedule, whose log-SNR falls off a cliff.
+    steps: their number, spaced as the schedule says, or one of IF's respacings,
+      see `respaced`.
+    sampler: 'dpmpp' has its own spacing, which leaves out the last steps of
+      IF's schedule: it is unstable where the log-SNR drops so steeply.
 
   Raises:
-    UsageError: that many steps, or that name, do not exist.
+    UsageError: the number is out of range, or the respacing is invalid.
   """
   if isinstance(steps, str) and not steps.isdigit():
     return respaced(steps, schedule.num_train_timesteps)
@@ -154,12 +154,12 @@ def timesteps(schedule, steps, sampler='ddpm'):
 
 
 def respaced(spec, total=1000):
-  """IF's respacings: so many steps in each of several equal sections.
+  """IF's respacings: a number of steps in each of several equal sections.
 
   Args:
-    spec: a name in `RESPACINGS`, or numbers with commas, the least noisy
-      section first; a section with 0 is left out, which starts later.
-    total: number of steps in all.
+    spec: a name in `RESPACINGS`, or numbers separated by commas, the least
+      noisy section first; a section with 0 is skipped.
+    total: number of training steps T.
 
   Raises:
     UsageError: an unknown name, or more steps than a section has.
@@ -191,14 +191,14 @@ def respaced(spec, total=1000):
 
 
 class Plan(NamedTuple):
-  """The numbers of a run of n steps, float32 [n] each.
+  """The coefficients of n steps, float32 [n] each.
 
   Attributes:
     t: step number.
     alpha, sigma: of the noisy image before the step.
-    z, x, eps, slope: a, b, c, d of the sum at the top of this file.
-    log_low, log_high: logarithms of the two variances of the fresh noise
-      between which the network interpolates (Nichol and Dhariwal 2021).
+    z, x, eps, slope: a, b, c, d of the formula at the top of this file.
+    log_low, log_high: log variances of the step's noise between which the
+      network interpolates (Nichol and Dhariwal 2021).
     noise: 1 where the step adds noise, else 0.
   """
 
@@ -217,7 +217,7 @@ class Plan(NamedTuple):
 def plan(
   schedule, steps, sampler='ddpm', *, end=1.0, use_clipped_model_output=True
 ):
-  """The `Plan` of a run.
+  """The `Plan` of a sampler on given steps.
 
   Args:
     schedule: `Schedule`.
@@ -225,9 +225,8 @@ def plan(
     sampler: 'ddpm' (ancestral), 'ddim' (deterministic), or 'dpmpp', the
       second-order multistep DPM-Solver++, whose last step is of first order.
     end: ᾱ after the last step; 1 is no noise.
-    use_clipped_model_output: DDIM derives eps anew from the thresholded
-      image, as in IF's own loop; False keeps the network's, which is
-      diffusers' default.
+    use_clipped_model_output: DDIM recomputes eps from the thresholded image, as
+      in IF's own loop; False keeps the network's, diffusers' default.
 
   Raises:
     UsageError: an unknown sampler.
@@ -270,7 +269,7 @@ def plan(
 
 
 def later(steps, strength):
-  """The last `strength` of the steps, for starting from an image.
+  """The last fraction `strength` of the steps, for starting from an image.
 
   Raises:
     UsageError: strength is outside (0, 1], or leaves no step.

@@ -1,4 +1,4 @@
-"""How IF's stages are sampled: its defaults, and what a caller changes."""
+"""Sampling settings of IF's stages: defaults and a caller's choices."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from imagen_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How one stage is sampled; every field can be chosen at call time.
+  """Sampling settings of one stage; every field can be set at call time.
 
   Attributes:
     sampler: 'ddpm', 'ddim' or 'dpmpp'.
-    steps: a number, a respacing's name, or its string.
-    guidance: w; up to 1 is none.
+    steps: a number, or a respacing's name or counts.
+    guidance: classifier-free guidance weight w; up to 1: no guidance.
     aug_level: noise on the upsampled image, in [0, 1).
     strength: fraction of the steps taken when starting from an image.
-    style_fraction: of the style prompt's prediction in the whole.
+    style_fraction: weight of the style prompt's prediction, in [0, 1].
   """
 
   sampler: str = 'ddpm'
@@ -33,8 +33,8 @@ class Settings:
   style_fraction: float = 0.0
 
 
-# What diffusers' pipelines do when not told, stage I and stage II; the style
-# fractions are IF's own.
+# Defaults of diffusers' pipelines for stages I and II; the style fractions are
+# IF's.
 DEFAULTS = {
   'text': (
     Settings(steps=100, guidance=7.0, style_fraction=0.25),
@@ -56,16 +56,16 @@ DEFAULTS = {
 def choose(
   stages: Sequence[Stage], task: str, choices: Mapping[str, Any]
 ) -> list[Settings]:
-  """`Settings` of every stage: the task's defaults, changed by `choices`.
+  """`Settings` of every stage: the task's defaults, overridden by `choices`.
 
   Args:
     stages: the stages.
     task: 'text', 'image' or 'mask'.
-    choices: {field: one value, or a list with one per stage}; None changes
-      nothing.
+    choices: {field: one value, or a list with one per stage}; None keeps the
+      default.
 
   Raises:
-    UsageError: a list of another length, or a value that cannot work.
+    UsageError: a list has the wrong length, or a value is invalid.
   """
   names = [part.name for part in stages]
   result = []
@@ -78,7 +78,7 @@ def choose(
 
 
 def check(part: Stage, setting: Settings) -> None:
-  """Refuses settings that cannot work, in one sentence each."""
+  """Raises a UsageError for settings that cannot work."""
   if not 0 <= setting.aug_level < 1:
     raise UsageError(
       f'stage {part.name}: aug_level is {setting.aug_level:g}; it lies in '
@@ -95,10 +95,10 @@ def check(part: Stage, setting: Settings) -> None:
 
 
 def plan(part: Stage, setting: Settings, from_image: bool) -> schedule.Plan:
-  """The steps that a stage runs, fewer when starting from an image.
+  """The steps of a stage, fewer if it starts from an image.
 
   Raises:
-    UsageError: there are no such steps, or no such sampler.
+    UsageError: the steps or the sampler do not exist.
   """
   steps = schedule.timesteps(part.schedule, setting.steps, setting.sampler)
   if from_image:
@@ -107,7 +107,7 @@ def plan(part: Stage, setting: Settings, from_image: bool) -> schedule.Plan:
 
 
 def scalars(part: Stage, setting: Settings) -> dict[str, np.float32]:
-  """The scalars of `SampleInputs` that a stage's settings say."""
+  """The scalars of `SampleInputs` from a stage's settings."""
   result = {
     'guidance': np.float32(setting.guidance),
     'mixer': np.float32(setting.style_fraction),

@@ -1,4 +1,4 @@
-"""One IF stage: a folder with a U-Net and its schedules; how it is sampled."""
+"""One IF stage: its folder with a U-Net and schedules, and its sampling."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ from imagen_jax.typing import (
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What a stage's folder says, without its weights.
+  """The contents of a stage's folder, without the weights.
 
   Attributes:
-    folder: with `unet/`, `scheduler/` and, of a super-resolution stage,
+    folder: with `unet/`, `scheduler/` and, for a super-resolution stage,
       `image_noising_scheduler/` in it.
-    config: the U-Net's.
+    config: of the U-Net.
     schedule: of the diffusion.
-    noising: of the noise on the low-resolution image, or None.
+    noising: schedule of the noise on the low-resolution image, or None.
   """
 
   folder: pathlib.Path
@@ -74,7 +74,7 @@ def read(folder: str | pathlib.Path) -> Stage:
   """The `Stage` in a folder.
 
   Raises:
-    ModelError: a part is missing, or of another model.
+    ModelError: a part is missing, or is another model's.
   """
   folder = pathlib.Path(folder)
   config = configs.read(folder / 'unet')
@@ -86,7 +86,7 @@ def read(folder: str | pathlib.Path) -> Stage:
 
 
 class SampleInputs(NamedTuple):
-  """What images are sampled from; None for what plays no part.
+  """The traced inputs of sampling; None: not used.
 
   Attributes:
     text: [B, L, D] embeddings of the prompts.
@@ -94,13 +94,13 @@ class SampleInputs(NamedTuple):
     uncond: [B, L, D], of the empty or negative prompt; None: no guidance.
     guidance: w, a scalar.
     low_res: [B, h, w, 3] in [−1, 1], to be upsampled.
-    low_alpha, low_sigma: signal and noise in it, scalars.
-    noise_level: the step number that says the same.
+    low_alpha, low_sigma: signal and noise scale of its augmentation, scalars.
+    noise_level: the step number of the same noise.
     image: [B, H, W, 3] in [−1, 1] to start from.
     inpaint_mask: [B, H, W, 1], 1 where to inpaint, with `image`.
-    pooled: [B, L, D], a style for the pooled text.
-    mixed: [B, L, D], a second prompt.
-    mixer: its fraction, a scalar.
+    pooled: [B, L, D], the style prompt, for the pooled text vector.
+    mixed: [B, L, D], the second prompt.
+    mixer: weight of its prediction, a scalar.
   """
 
   text: TextEmb
@@ -119,10 +119,10 @@ class SampleInputs(NamedTuple):
 
 
 class Noise(NamedTuple):
-  """Every random number of a run: [B, H, W, 3] each, standard normal.
+  """All noise of a sampling run: [B, H, W, 3] each, standard normal.
 
   Attributes:
-    start: of the first step's image.
+    start: of the initial image.
     low: on the upsampled low-resolution image.
     step: function of a step's (traced) index.
   """
@@ -133,7 +133,7 @@ class Noise(NamedTuple):
 
 
 def noise_from_keys(keys: Keys, shape: tuple[int, int, int]) -> Noise:
-  """The `Noise` of images [H, W, 3], one key each, whatever the batch."""
+  """The `Noise` of images [H, W, 3], one key each, independent of the batch."""
 
   def noise(use, index=None):
     def one(key):
@@ -161,12 +161,12 @@ def run(
     module: the network.
     params: its parameters.
     plan: the steps.
-    inputs: from what; its keys play no part.
+    inputs: `SampleInputs`; their keys are not used.
     noise: of the whole run.
     made: the stage's schedule.
 
   Returns:
-    [B, H, W, 3] float32 in [−1, 1], as the last step left it.
+    [B, H, W, 3] float32 in [−1, 1], the last step's result.
   """
   low = level = None
   if inputs.low_res is not None:
@@ -197,9 +197,9 @@ def generate(
   """`run` with noise from keys, compiled once per shape and number of steps.
 
   Args:
-    params: the network's.
-    inputs: from what.
-    plan: the steps; the sampler is in its numbers.
+    params: of the network.
+    inputs: `SampleInputs`.
+    plan: the steps; its coefficients determine the sampler.
     module: the network.
     made: the stage's schedule.
     shape: (H, W, 3).
@@ -220,7 +220,7 @@ def noise_terms(
 
   Args:
     noising: `Schedule` of that noise.
-    level: a step number of it.
+    level: its step number.
   """
   abar = schedule.alphas_cumprod(noising)[level]
   return {

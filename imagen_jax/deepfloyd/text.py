@@ -1,8 +1,8 @@
-"""Prompts as IF's networks read them, kept on disk once they are made.
+"""Text embeddings for IF, cached on disk.
 
-IF pads every prompt to 77 tokens, hides the padding from T5 only, and lets the
-U-Nets look at what T5 made of it. T5-XXL is larger than all of IF's U-Nets, so
-it is loaded for the prompts that the disk does not know yet, and then freed.
+IF pads every prompt to 77 tokens and masks the padding in T5 only: the U-Nets
+attend to the embeddings of the padding. T5-XXL is larger than all of IF's
+U-Nets, so it is loaded only for prompts that are not cached, and then freed.
 """
 
 import functools
@@ -55,9 +55,9 @@ def embed(
   Args:
     prompts: list of strings, already cleaned.
     folder: with `text_encoder/` and `tokenizer/` in it.
-    dtype: of T5's products, 'float32' or 'bfloat16'; never float16, in which
+    dtype: T5's compute dtype, 'float32' or 'bfloat16'; never float16, in which
       T5 overflows.
-    cache: a directory of embeddings made before, extended; None keeps none.
+    cache: a directory of embeddings, read and extended; None: no cache.
     batch_size: prompts per call of T5.
 
   Returns:
@@ -83,9 +83,9 @@ def store(
   cache: str | pathlib.Path,
   batch_size: int = 4,
 ) -> None:
-  """Makes the embeddings that a cache lacks; arguments as `embed`'s.
+  """Computes the embeddings that a cache lacks; arguments as in `embed`.
 
-  However many there are, a batch of them is in memory at a time.
+  Only one batch of them is in memory at a time.
   """
   cache = pathlib.Path(cache)
   cache.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def stored(
   dtype: str,
   cache: str | pathlib.Path,
 ) -> Float[np.ndarray, 'l d']:
-  """The embedding of one prompt that a cache holds, [77, D]."""
+  """The cached embedding of one prompt, [77, D]."""
   path = _file(prompt, folder, dtype, cache)
   return np.load(path, allow_pickle=False)
 
@@ -117,7 +117,7 @@ def _file(prompt, folder, dtype, cache):
 
 
 def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
-  """(module, params) of a stage's T5, split over the devices if it must be."""
+  """(module, params) of a stage's T5, sharded if one device cannot hold it."""
   path = folder / 'text_encoder'
   size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
   mesh = sharding.sampling_mesh(size)
@@ -130,7 +130,7 @@ def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
 
 
 def _encode(prompts, folder, dtype, batch_size):
-  """Yields (prompt, [77, D]) with T5 on the device until the last."""
+  """Yields (prompt, [77, D]); T5 is on the device until the last."""
   prompts = list(prompts)
   tokenizer = load_tokenizer(folder / 'tokenizer')
   module, params = encoder(folder, dtype)
@@ -145,16 +145,16 @@ def _encode(prompts, folder, dtype, batch_size):
     fill = ((0, batch_size - len(ids[rows])), (0, 0))
     out = apply(params, np.pad(ids[rows], fill), np.pad(mask[rows], fill))
     yield from zip(prompts[rows], np.asarray(out))
-  # Not when the interpreter gets round to it: the U-Net needs the room now.
+  # Not left to the garbage collector: the U-Net needs the memory now.
   jax.tree.map(lambda leaf: leaf.delete(), params)
 
 
 @functools.cache
 def _encoder_key(folder, dtype):
-  """A name for an encoder and the way it is run.
+  """Identifies an encoder, its dtype and `MAX_LEN` in the cache.
 
-  Reading XXL's weights to name them would take as long as using them; their
-  files' names and sizes and the config stand for them.
+  Hashing XXL's weights would take as long as running it, so the config and the
+  names and sizes of the weight files identify them.
   """
   path = folder / 'text_encoder'
   config = files.read_json(path / 'config.json', missing=weights.WHAT)
@@ -167,22 +167,22 @@ def check_reference(
   reference: str | pathlib.Path,
   dtype: str = 'bfloat16',
 ) -> dict[str, float]:
-  """How far T5's reading of the empty prompt is from a vector kept elsewhere.
+  """Compares T5's embedding of the empty prompt with a reference.
 
-  The public IF repository stores T5-XXL's output for "" (its unconditional
-  embedding): whoever has the weights can test this port of T5 with it.
+  The public IF repository stores T5-XXL's output for "", its unconditional
+  embedding.
 
   Args:
     folder: with `text_encoder/` and `tokenizer/` in it.
     reference: path of a .npy [77, D].
-    dtype: of T5's products.
+    dtype: T5's compute dtype.
 
   Returns:
-    {'cosine': least cosine similarity of a position, 'error': root mean
+    {'cosine': least cosine similarity over positions, 'error': root mean
     square error over the reference's root mean square}.
 
   Raises:
-    ModelError: the file is no such array.
+    ModelError: the file is unreadable or has another shape.
   """
   try:
     expected = np.load(reference, allow_pickle=False).astype(np.float64)

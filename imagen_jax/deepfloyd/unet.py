@@ -1,10 +1,10 @@
-"""DeepFloyd IF's U-Net, an Imagen whose weights are public.
+"""DeepFloyd IF's U-Net, an Imagen with public weights.
 
-The grammar is this project's: BigGAN residual blocks with scale-shift
-conditioning, one softmax over text and pixels, an attention-pooled text vector
-beside the time. Where IF differs, a field of `UNetConfig` says so. Modules are
-named after diffusers' modules, so that the mapping between the two trees of
-parameters is a rule on strings (`weights.py`).
+The structure is that of this project's U-Nets: BigGAN residual blocks with
+scale-shift conditioning, joint attention over text and pixels, and an
+attention-pooled text vector added to the time embedding. `UNetConfig` covers
+the differences. Modules have diffusers' names, so `weights.py` maps parameters
+by string rules.
 """
 
 import functools
@@ -20,11 +20,11 @@ from imagen_jax.nets.layers import conv, downsample, upsample
 from imagen_jax.nets.norm import GroupNorm
 
 TEXT_GROUPS = 32  # diffusers' `cross_attention_norm_num_groups`
-NORM_EPS = 1e-5  # of the norms that `norm_eps` does not govern
+NORM_EPS = 1e-5  # of the norms that do not use `norm_eps`
 
 
 def activation(name):
-  """'gelu', the exact one with erf, or 'silu'; None is the identity."""
+  """'gelu' (exact, with erf) or 'silu'; None is the identity."""
   return {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'silu': jax.nn.silu,
@@ -35,9 +35,9 @@ def activation(name):
 def timestep_features(t, dim, *, flip_sin_to_cos=True, freq_shift=0):
   """Sinusoidal features of a step number: [B] -> [B, dim], float32.
 
-  Frequencies fall geometrically from 1 to 1/10000 over dim/2 − freq_shift
-  steps. float32 in every mode: in bfloat16 the cosine of a step near 1000
-  would be wrong by more than 1.
+  Frequencies decrease geometrically from 1 to 1/10000 over dim/2 − freq_shift
+  steps. Always float32: in bfloat16 the cosine of a step near 1000 would be
+  wrong by more than 1.
   """
   half = dim // 2
   exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
@@ -71,7 +71,10 @@ class StepEmbedding(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """One query, the mean token plus a learned vector, over mean and tokens."""
+  """Attention pooling; the query is the mean token plus a learned vector.
+
+  Keys and values are that query token and all tokens.
+  """
 
   num_heads: int
   dtype: jnp.dtype
@@ -105,7 +108,7 @@ class TextEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, text):
-    """[B, L, D], as the text encoder gave it -> [B, E]."""
+    """[B, L, D] from the text encoder -> [B, E]."""
     norm = functools.partial(
       nn.LayerNorm,
       epsilon=NORM_EPS,
@@ -121,10 +124,10 @@ class TextEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-  """A residual block, which may halve or double the resolution of both paths.
+  """A residual block, optionally halving or doubling the resolution.
 
   Attributes:
-    features: channels of the result.
+    features: output channels.
     scale: divides the sum (diffusers' output_scale_factor).
     resample: None, 'down' or 'up'.
   """
@@ -166,10 +169,10 @@ class ResnetBlock(nn.Module):
 
 
 class AddedKVAttention(nn.Module):
-  """Pixels look at [text; pixels], or at the text alone, in one softmax.
+  """Pixels attend to [text; pixels], or to the text alone, in one softmax.
 
-  IF normalises the projected text with a GroupNorm, whose statistics run over
-  all tokens of a prompt together: not a LayerNorm.
+  IF normalises the projected text with a GroupNorm, not a LayerNorm: its
+  statistics are over all tokens of a prompt together.
 
   Attributes:
     head_dim: size of a head.
@@ -213,10 +216,10 @@ class AddedKVAttention(nn.Module):
 
 
 class _Level(nn.Module):
-  """The residual blocks and attentions of one block, by diffusers' names."""
+  """Residual blocks and attention of one level, with diffusers' names."""
 
   config: UNetConfig
-  level: int  # the block's own number, in the order in which blocks run
+  level: int  # index of the block, in execution order
   features: int
   only_text: bool
   attend: bool
@@ -239,7 +242,7 @@ class _Level(nn.Module):
       return h
     return AddedKVAttention(
       self.config,
-      # diffusers reads this one unreversed in the decoder as well.
+      # diffusers does not reverse this list in the decoder either.
       self.config.attention_head_dim[self.level],
       self.only_text,
       self.dtype,
@@ -248,7 +251,7 @@ class _Level(nn.Module):
 
 
 class DownLevel(_Level):
-  """One block in the encoder; every result is also a skip."""
+  """One encoder level; every output is also a skip connection."""
 
   @nn.compact
   def __call__(self, h, emb, text):
@@ -264,11 +267,11 @@ class DownLevel(_Level):
 
 
 class UpLevel(_Level):
-  """One block in the decoder, which uses up the latest of the skips."""
+  """One decoder level, which consumes the most recent skips."""
 
   @nn.compact
   def __call__(self, h, skips, emb, text):
-    """-> h; `skips` are those of this block, the first to be used first."""
+    """-> h; `skips` are those of this level, in order of use."""
     for j, skip in enumerate(skips):
       h = self.step(j, jnp.concatenate([h, skip], axis=-1), emb, text)
     if self.level < len(self.config.block_out_channels) - 1:
@@ -316,17 +319,17 @@ class IFUNet(nn.Module):
 
   @nn.compact
   def __call__(self, sample, t, text, noise_level=None, pooled_text=None):
-    """Predicts eps and, in IF's own weights, where the variance lies.
+    """Predicts eps and, with 6 output channels, the variance's interpolation.
 
     Args:
       sample: [B, H, W, in_channels]: the noisy image and, in a
         super-resolution stage, the upsampled and noised low-resolution one.
         H and W are multiples of `config.multiple`.
       t: [B] step numbers, 0 to 999.
-      text: [B, L, encoder_hid_dim]; every position is looked at, padding too.
+      text: [B, L, encoder_hid_dim]; every position is attended to, padding too.
       noise_level: [B] step numbers of the low-resolution image's noise.
       pooled_text: [B, L, encoder_hid_dim], another text for the pooled vector
-        (a style); None is `text`.
+        (a style); None: `text`.
 
     Returns:
       [B, H, W, out_channels] float32.

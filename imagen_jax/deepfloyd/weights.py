@@ -1,9 +1,9 @@
-"""diffusers' weights <-> the Flax tree, one tensor at a time.
+"""Loads and saves diffusers' weights, one tensor at a time.
 
-A Flax leaf's path is diffusers' dotted name with other punctuation:
+A Flax leaf's path is diffusers' dotted name in another notation:
 `down_blocks.1.resnets.0.conv1.weight` is down_blocks_1/resnets_0/conv1/kernel.
-Matrices are transposed, convolutions go from OIHW to HWIO, nothing is split
-or merged: exporting undoes it to the byte.
+Matrices are transposed and convolutions permuted from OIHW to HWIO; nothing is
+split or merged, so an export is byte-equal to the import.
 """
 
 import functools
@@ -42,7 +42,7 @@ def torch_name(path):
 
 
 def stored_shape(name, shape):
-  """The shape in the file of a leaf that has `shape` here."""
+  """The shape in the file of a Flax leaf of shape `shape`."""
   shape = tuple(shape)
   if _as_is(name, shape):
     return shape
@@ -50,7 +50,7 @@ def stored_shape(name, shape):
 
 
 def from_torch(name, array):
-  """OIHW -> HWIO, [out, in] -> [in, out]; vectors stay. A view."""
+  """A view: OIHW -> HWIO, [out, in] -> [in, out], vectors unchanged."""
   if _as_is(name, array.shape):
     return array
   return array.transpose((2, 3, 1, 0) if array.ndim == 4 else (1, 0))
@@ -64,13 +64,13 @@ def to_torch(name, array):
 
 
 def _as_is(name, shape):
-  # The pooling's position is a row that torch keeps as (1, width).
+  # The attention pooling's position vector is (1, width) in both.
   return len(shape) == 1 or name.endswith('positional_embedding')
 
 
 @functools.lru_cache
 def abstract_params(config):
-  """The tree of `jax.ShapeDtypeStruct`s that a `UNetConfig`'s weights fill."""
+  """The parameters of a `UNetConfig`'s network as `jax.ShapeDtypeStruct`s."""
   side = config.multiple
   return jax.eval_shape(
     IFUNet(config).init,
@@ -91,23 +91,22 @@ def leaves(tree):
 
 
 def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
-  """A U-Net and its weights, straight from the file to where they belong.
+  """Loads a U-Net, its weights straight from the file to their devices.
 
-  The host holds one tensor at a time besides what `place` leaves there.
+  The host holds one tensor at a time, besides what `place` keeps there.
 
   Args:
     folder: in diffusers' layout: `config.json` and safetensors.
-    dtype: activations' type.
-    weights_dtype: the parameters'; None keeps each tensor's own.
-    place: gives the sharding of a leaf, a `jax.ShapeDtypeStruct`; None puts
-      everything on the default device.
+    dtype: of the activations.
+    weights_dtype: of the parameters; None keeps each tensor's own.
+    place: array -> its sharding; None puts everything on the default device.
 
   Returns:
     (module, params).
 
   Raises:
-    ModelError: the config is of another network, or a tensor is missing, too
-      many, of another shape, pickled or cut short; it is named.
+    ModelError: the config is another network's, or a tensor is missing,
+      unexpected, of another shape, pickled or truncated; it is named.
   """
   folder = pathlib.Path(folder)
   module = IFUNet(configs.read(folder), dtype)
@@ -139,11 +138,11 @@ def save(folder, params, *, source, dtype=None):
   """Writes a U-Net as a folder that diffusers loads.
 
   Args:
-    folder: its directory, which must not hold one yet.
+    folder: to write; must not hold a U-Net yet.
     params: as from `load`.
-    source: the folder, or the JSON object, whose config.json it is.
-    dtype: of the written tensors; None keeps each leaf's. Imported at the
-      file's own dtype, a checkpoint comes out byte for byte.
+    source: the config.json's JSON object, or a folder to copy it from.
+    dtype: of the written tensors; None keeps each leaf's. A checkpoint loaded
+      with its own dtype is written byte-equal.
 
   Raises:
     UsageError: the folder holds a U-Net already.
@@ -183,7 +182,7 @@ def _exporter(name, leaf, dtype):
 
 
 def num_bytes(folder):
-  """Bytes of a folder's tensors as they lie in the file; reads none."""
+  """Bytes of a folder's tensors in the file; reads no tensor."""
   tensors = hub_folder.open_tensors(
     folder, STEM, what=configs.WHAT, convert=CONVERT
   )

@@ -1,9 +1,9 @@
-"""What a caption of the shapes world means, and how a person would type it.
+"""The meaning of a caption of the shapes world, and its phrasing.
 
 A `Meaning` is the checkable content of a caption: groups of things, relations
-between them, a background. `write` phrases a meaning as a person might;
-`prompts.understand` is the way back. Nothing here knows what a shape looks
-like, and the judge may import it.
+between them, a background. `write` phrases a meaning as a person might type
+it; `prompts.understand` is the inverse. Nothing here describes how a shape is
+rendered, so the judge may import it.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ OPPOSITE = {
 BACKGROUNDS = ('white', 'black', 'grey', 'blue', 'green', 'yellow')
 NUMBERS = ('one', 'two', 'three', 'four', 'five')
 
-# Each word with the ways to say it; the first is the usual one.
+# Synonyms of each word; the first is the usual one.
 SAID = {
   'grey': ('grey', 'gray'),
   'purple': ('purple', 'violet'),
@@ -66,13 +66,13 @@ SAID = {
   'below': ('below', 'under', 'beneath'),
 }
 WITH = {'striped': 'stripes', 'dotted': 'dots', 'checkered': 'checks'}
-PALE = ('blue', 'green', 'yellow')  # backgrounds of these names are light
+PALE = ('blue', 'green', 'yellow')  # backgrounds that may be called 'light'
 OPENINGS = ('a picture of ', 'a drawing of ', 'an image of ', 'there is ')
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """`count` (1 to 5) things alike; None for what the caption leaves open."""
+  """`count` (1 to 5) things alike; None: the caption does not say."""
 
   shape: str
   colour: str | None
@@ -85,8 +85,8 @@ class Group:
 class Meaning:
   """What must be true of an image for its caption to be true.
 
-  `relations` holds (a, word, b): group a is `word` group b, by their places in
-  `groups`. The image shows these groups and nothing else.
+  `relations` holds (a, word, b): group a is `word` group b; a and b are indices
+  into `groups`. The image shows these groups and nothing else.
   """
 
   groups: tuple[Group, ...]
@@ -95,7 +95,7 @@ class Meaning:
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-  """One of a sequence, by a `random.Random`'s guaranteed stream."""
+  """A uniform choice from `rng.random()`, whose stream never changes."""
   return options[int(rng.random() * len(options))]
 
 
@@ -138,10 +138,10 @@ def _phrase(rng, group, article=True):
 def write(
   rng: random.Random, meaning: Meaning, *, count_one: bool = False
 ) -> str:
-  """A caption saying `meaning`, as a person might type it.
+  """Phrases `meaning` as a caption that a person might type.
 
-  Of `rng` only `.random()` is used: its stream is guaranteed never to change.
-  With `count_one` a lone thing is 'one red star'.
+  Only `rng.random()` is used: Python guarantees that its stream never changes.
+  With `count_one`, a single thing is 'one red star', not 'a red star'.
   """
   nouns = [_phrase(rng, g, article=not count_one) for g in meaning.groups]
   if not meaning.relations:
@@ -149,7 +149,7 @@ def write(
     if len(nouns) > 1:
       text = ', '.join(nouns[:-1]) + ' and ' + nouns[-1]
   else:
-    # Every relation of a scene starts from its first group.
+    # Every relation of a scene has its first group as the subject.
     said = [_say(rng, word) for _, word, _ in meaning.relations]
     verb = ' is ' if rng.random() < 0.1 else ' '
     if len(said) == 1 and rng.random() < 0.1:
@@ -200,7 +200,7 @@ def vocabulary() -> frozenset[str]:
 
 
 def describe() -> str:
-  """One sentence on what can be rendered, for the note on unknown words."""
+  """One sentence on what can be rendered, for the out-of-vocabulary note."""
 
   def listed(items):
     return ', '.join(items[:-1]) + ' or ' + items[-1]

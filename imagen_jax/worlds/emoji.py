@@ -1,9 +1,9 @@
-"""Scenes of emoji: small images of real things, composed and captioned.
+"""The emoji world: captioned scenes composed of emoji glyphs.
 
-The images are glyphs of a colour font that is found on the system (Noto Color
-Emoji); it is not part of this package. Scenes are invented as in the shapes
-world: example i of a split is a pure function of (seed, split, i), "two dogs to
-the left of a red car" is one, and some pairs of things are never trained.
+The glyphs come from a colour font installed on the system (Noto Color Emoji),
+which is not part of this package. As in the shapes world, example i of a split
+is a pure function of (seed, split, i), for instance "two dogs to the left of a
+red car", and some pairs of things are held out of training.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ PLACES = (
   '~/Library/Fonts',
   '/Library/Fonts',
 )
-# Bitmap fonts come in one size; Noto's is 109. A vector font takes the first.
+# A bitmap font has one size only (Noto: 109); a vector font takes the first.
 SIZES = (109, 136, 128, 160, 96, 64)
-# What a person would call them. Colours are those of Noto's drawings.
+# Everyday names. Colours are those of Noto's glyphs.
 THINGS = {
   'dog': '\N{DOG}',
   'cat': '\N{CAT}',
@@ -109,7 +109,7 @@ PLURALS = {
   'fish': 'fish',
   'strawberry': 'strawberries',
 }
-HELD_OUT = 0.1  # fraction of the pairs that are never trained
+HELD_OUT = 0.1  # fraction of the pairs held out of training
 
 
 def plural(name: str) -> str:
@@ -118,13 +118,13 @@ def plural(name: str) -> str:
 
 
 def held_out(a: str, b: str) -> bool:
-  """Whether two things, either way round, are never in one trained scene."""
+  """Whether a pair of things, in either order, is held out of training."""
   pair = '/'.join(sorted((a, b)))
   return random.Random(f'held out: {pair}').random() < HELD_OUT
 
 
 def is_held_out(meaning: Meaning) -> bool:
-  """Whether a scene's things are a pair that is never trained."""
+  """Whether a scene shows a pair that is held out of training."""
   names = [group.shape for group in meaning.groups]
   return len(names) == 2 and held_out(*names)
 
@@ -138,7 +138,7 @@ def said(rng: random.Random, name: str, count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What is rendered and what is said.
+  """A scene to render and its caption.
 
   `things` are (name, x, y, diameter), in fractions of the image. In `meaning`
   a group's shape is the thing's name.
@@ -160,7 +160,7 @@ def scene(
     split: 'train' or 'eval'; they share no random stream, and only 'eval' has
       pairs that are held out.
     i: any int ≥ 0.
-    names: of the things that there are; all of `THINGS` when None.
+    names: the things to choose from; None: all of `THINGS`.
 
   Returns:
     a `Scene`.
@@ -189,7 +189,7 @@ def scene(
   number = sum(count for _, count in groups)
   largest = {1: 0.7, 2: 0.44, 3: 0.38, 4: 0.36, 5: 0.31}[number]
   sizes = [largest * (0.8 + 0.2 * rng.random()) for _ in range(number)]
-  # Every one of the first group stands so to the second.
+  # The relation holds between each thing of the first group and the second.
   last = number - 1
   sizes, places = place(
     rng,
@@ -225,9 +225,10 @@ def scene(
 def nouns(
   tokenizer: Any, caption: str, meaning: Meaning
 ) -> list[tuple[int, int]]:
-  """Where the things are named: [(position of the name's last token, group)].
+  """Where things are named: [(position of the name's last token, group)].
 
-  'palm tree' is no 'tree': a name's words are read once.
+  Each word belongs to one name at most: 'palm tree' does not also name a
+  'tree'.
   """
   names = {
     tuple(name.split()): group
@@ -247,10 +248,10 @@ def nouns(
 
 
 def find_font(path: str | os.PathLike | None = None) -> pathlib.Path:
-  """The colour font at a path, or Noto Color Emoji wherever systems keep it.
+  """The path given, or Noto Color Emoji in the usual font folders.
 
   Raises:
-    DataError: there is none.
+    DataError: no path was given and no such font is installed.
   """
   if path:
     return pathlib.Path(path)
@@ -267,10 +268,10 @@ def find_font(path: str | os.PathLike | None = None) -> pathlib.Path:
 
 
 def load_font(path: str | os.PathLike) -> ImageFont.FreeTypeFont:
-  """The font, in a size that it has.
+  """The font in the first of `SIZES` that it provides.
 
   Raises:
-    DataError: the file is no font.
+    DataError: the file is not a usable font.
   """
   error = None
   for size in SIZES:
@@ -282,7 +283,7 @@ def load_font(path: str | os.PathLike) -> ImageFont.FreeTypeFont:
 
 
 def glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
-  """A character as an RGBA image without a border; None: it has none."""
+  """A character as a tightly cropped RGBA image; None: nothing is rendered."""
   side = 2 * int(font.size)
   image = Image.new('RGBA', (side, side), (0, 0, 0, 0))
   ImageDraw.Draw(image).text(
@@ -296,14 +297,14 @@ class EmojiSource(World):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
   Args:
-    path: of the font; None looks for it.
+    path: of the font; None: see `find_font`.
     size: side of the images in pixels.
     seed: of the world.
     split: 'train' or 'eval'.
-    num: how many scenes the source holds.
+    num: number of scenes.
 
   Raises:
-    DataError: there is no font, or it has none of the things.
+    DataError: there is no font, or it has fewer than two of the things.
   """
 
   nouns = staticmethod(nouns)
@@ -327,7 +328,7 @@ class EmojiSource(World):
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Of the font: another one renders another data set."""
+    """SHA-256 of the font file: another font renders another data set."""
     return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
   @functools.cached_property
@@ -345,7 +346,7 @@ class EmojiSource(World):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Of the things, in a fixed order."""
+    """Names of the things that the font can render, in a fixed order."""
     return tuple(sorted(self.glyphs))
 
   def __len__(self) -> int:
@@ -357,7 +358,7 @@ class EmojiSource(World):
     if not 0 <= i < self.num:
       raise IndexError(f'scene {i} of {self.num}')
     rendered = scene(self.seed, self.split, i, self.names)
-    # Rendered large and averaged down, so that edges and places are exact.
+    # Supersampled, then box-averaged: edges and positions are subpixel-exact.
     scale = max(1, 256 // self.size)
     side = scale * self.size
     image = Image.new('RGB', (side, side), BACKGROUND[rendered.background])

@@ -1,9 +1,9 @@
-"""Does an image show what its caption says? (the shapes world)
+"""The judge of the shapes world: does an image show what its caption says?
 
 `read` finds what is in the image, by classical vision; `judge` compares that
-with the caption's meaning. An image is correct only if everything said is there
-and nothing else is. How often the judge itself errs is measured by
-`judge_accuracy` and printed beside every score.
+with the caption's meaning. An image is correct only if it shows everything the
+caption says and nothing else. `judge_accuracy` measures how often the judge
+itself errs.
 """
 
 import collections
@@ -53,7 +53,7 @@ def _aspects(
   things: Sequence[Found],
   first: Sequence[int],
 ) -> dict[str, bool | None]:
-  """Aspects of one way to match things to what was said, thing for slot."""
+  """{aspect: verdict} of one matching, `things[i]` against `slots[i]`."""
   pairs = list(zip(slots, things))
 
   def holds(field):
@@ -82,10 +82,10 @@ def judge(image: UInt8[np.ndarray, 'h w 3'], meaning: Meaning) -> Verdict:
   """Judges an image against a caption's meaning.
 
   Args:
-    image: a fill is judged from 256 pixels up, and below that is left open.
+    image: fills are judged only from 256 pixels up.
     meaning: of the caption.
 
-  Returns, raises: as `compare`.
+  Returns and raises as `compare`.
   """
   return compare(read(image), meaning)
 
@@ -94,11 +94,12 @@ def compare(reading: Reading, meaning: Meaning) -> Verdict:
   """Judges what was read from an image against a caption's meaning.
 
   Returns:
-    A `Verdict`. Of all ways to match the things found to the things said, the
-    one that satisfies most aspects is taken.
+    the `Verdict` of the matching that violates the fewest aspects, of all ways
+    to match the things found to the things said.
 
   Raises:
-    ValueError: the meaning has more than six things (all ways are tried).
+    ValueError: the meaning has more than six things (the search is
+      exhaustive).
   """
   slots = [g for g in meaning.groups for _ in range(g.count)]
   if len(slots) > 6:

@@ -3,9 +3,9 @@
   python -m imagen_jax.worlds.judge_accuracy [--num 500] [--sizes 64,256]
 
 prints, for every size and category, the fraction of renders that the judge
-finds correct: clean; after a mild blur and noise (`degrade`); with the captions
-shuffled, and with one word of the meaning changed (`spoil`), where it should
-be nearly 0.
+finds correct. It should be near 1 for clean renders and after mild blur and
+noise (`degrade`), near 0 with captions shuffled or with one word of the
+meaning changed (`spoil`).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def degrade(
   blur: float = BLUR,
   noise: float = NOISE,
 ) -> UInt8[np.ndarray, 'h w 3']:
-  """A Gaussian blur of sigma `blur`·size, then pixel noise."""
+  """Gaussian blur (sigma `blur`·height), then noise (sigma 255·`noise`)."""
   sigma = blur * image.shape[0]
   reach = int(4 * sigma) + 1
   kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
@@ -56,8 +56,8 @@ def spoil(
 
   Args:
     meaning: true of some image.
-    rng: of the choice.
-    fills: whether a fill may be the word.
+    rng: chooses the word and its replacement.
+    fills: whether a fill may be changed.
   """
 
   def other(word, words):

@@ -1,8 +1,8 @@
-"""Where the things of a shapes scene go, and how large they are.
+"""Sizes and positions of the things in a scene.
 
-Things are as large as their scene permits, because the base model renders them
-on few pixels; their boxes keep a gap, and a stated relation holds by a clear
-margin, so that an image can be judged without doubtful cases.
+Things are as large as the scene permits, because the base model has few pixels.
+Their boxes keep a gap and a stated relation holds by a clear margin, so the
+judge meets no borderline cases.
 """
 
 import random
@@ -10,15 +10,15 @@ from collections.abc import Iterable, Sequence
 
 from imagen_jax.worlds.captions import Group
 
-BORDER = 0.03  # kept free around the image, as a fraction of its side
-GAP = 0.06  # kept free between the boxes of two things
-# Diameters a size word stands for; between the two, no word is used.
+BORDER = 0.03  # free margin of the image, as a fraction of its side
+GAP = 0.06  # least distance between the boxes of two things
+# Diameters that a size word stands for; between the two, no word is used.
 SMALL, LARGE = (0.24, 0.3), (0.4, 0.62)
 LEAST = 0.24  # diameter below which nothing shrinks to make room
 
 
 def uniform(rng: random.Random, low: float, high: float) -> float:
-  """A float of [low, high)."""
+  """A uniform sample from [low, high)."""
   return low + (high - low) * rng.random()
 
 
@@ -31,7 +31,7 @@ def diameter(
   if group.size == 'large':
     return uniform(rng, LARGE[0], LARGE[1] if number == 1 else 0.42)
   if number == 1:
-    # With no size word a thing may be of either size, seldom small.
+    # Without a size word a thing may have either size; most are large.
     small = vary and rng.random() < 0.2
     return uniform(rng, *(SMALL if small else (0.44, 0.66)))
   largest = {2: 0.42, 3: 0.37, 4: 0.36, 5: 0.31}[number]
@@ -52,10 +52,10 @@ def place(
   least: Sequence[float],
   relations: Iterable[tuple[int, str, int]],
 ) -> tuple[list[float], list[tuple[float, float]]]:
-  """Centres of boxes that neither touch nor contradict the relations.
+  """Centres of boxes that keep `GAP` and satisfy the relations.
 
-  Samples places until they fit; after every 20 failures all things shrink a
-  little, but not below `least`, one diameter for each.
+  Positions are rejection-sampled. After every 20 failures all diameters shrink
+  by 3 %, but none below its own in `least`.
 
   Returns:
     (diameters, [(x, y), ...]).

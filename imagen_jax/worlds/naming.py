@@ -1,4 +1,4 @@
-"""The judge's own idea of each colour and fill, as numbers on pixels."""
+"""The judge's definitions of colours and fills, as thresholds on pixels."""
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -38,8 +38,8 @@ def _hsv(rgb):
 def colour_name(pixels: Float[np.ndarray, 'n 3']) -> str:
   """Names the colour of a thing from its pixels in [0, 1].
 
-  A thing may have two tones of one colour, in stripes too fine to separate,
-  so it is the mean that is named.
+  The mean is named: a fill has two tones of one colour, possibly too fine to
+  separate.
   """
   mean = pixels.mean(0)
   hue, saturation, value = _hsv(mean)
@@ -56,7 +56,7 @@ def colour_name(pixels: Float[np.ndarray, 'n 3']) -> str:
 
 
 def background_name(rgb: Float[np.ndarray, '3']) -> str:
-  """Names a background; a faint tint counts, as pale colours are usual."""
+  """Names a background; a faint tint counts, as most backgrounds are pale."""
   hue, saturation, value = _hsv(rgb)
   if value < 0.2:
     return 'black'
@@ -70,9 +70,9 @@ def fill_name(
 ) -> str:
   """Names the fill of a thing from its pixels inside `core`.
 
-  The edges between two tones run one way in stripes, two ways crosswise in
-  checks, and every way around dots; and dots are the rarer tone of their
-  thing, while checks have equal parts of both.
+  Edges between the two tones have one direction in stripes, two perpendicular
+  ones in checks and all directions around dots. Dots cover less than half of
+  the area, while checks have equal parts of both tones.
   """
   if core.sum() < 64:
     return 'plain'
@@ -86,7 +86,7 @@ def fill_name(
   edge = (dx + 1j * dy)[core]
   edge = edge[np.abs(edge) > 0.3 * np.abs(edge).max()]
   power = np.abs(edge) ** 2
-  # Fraction of the power in edges along one direction, and along two crosswise.
+  # Gradient power concentrated in one direction, and in two perpendicular ones.
   one, crosswise = (
     np.abs((power * (edge / np.abs(edge)) ** n).sum()) / power.sum()
     for n in (2, 4)

@@ -1,4 +1,4 @@
-"""Where a caption of the shapes world names its things."""
+"""Finds the nouns of a caption of the shapes world."""
 
 from imagen_jax.worlds import captions
 
@@ -16,11 +16,11 @@ COLOURS = {
 
 
 def shape_nouns(tokenizer, caption, meaning):
-  """Where the things are named: [(position of the noun's token, group)].
+  """Where things are named: [(position of the noun's last token, group)].
 
-  A noun belongs to the group of its shape and of the last colour before it,
-  so the order of the caption need not be that of the groups. Words are cut
-  into pieces one by one, as sentencepiece does.
+  A noun belongs to the group with its shape and the last colour before it, so
+  the caption may name the groups in any order. Words are tokenized one by one,
+  as sentencepiece does.
   """
   found, position, colour = [], 0, None
   groups = [(g.shape, g.colour) for g in meaning.groups]

@@ -1,7 +1,7 @@
-"""Pretrains a small T5 on the captions of a world, text alone.
+"""Pretrains a small T5 on the captions of a world, without images.
 
-The tasks are in `tasks.py`. The encoder is then frozen, like the paper's
-(Section 2.1), and the decoder thrown away.
+The tasks are in `tasks.py`. Afterwards the encoder is frozen, like the paper's
+(Section 2.1), and the decoder is discarded.
 """
 
 import functools
@@ -64,12 +64,12 @@ class Captions(Source):
 
 
 def directions(encoder, strength=2.0):
-  """A start for T5's distance bias: heads that look one way, [buckets, heads].
+  """Offset to T5's initial relative position bias, [buckets, heads].
 
-  Who is left of whom is a question of order, and a T5 sees order through this
-  bias alone. From its usual start near zero a small encoder learns words in
-  minutes and order hardly at all; heads that look back, ahead, near back and
-  near ahead from the beginning learn both.
+  Relations depend on word order, and this bias is a T5's only source of order.
+  Initialised near zero, a small encoder learns words in minutes but hardly
+  learns order. It learns both if its heads start out attending backwards,
+  forwards, nearby backwards and nearby forwards.
   """
   half = encoder.num_buckets // 2
   bias = np.empty((encoder.num_buckets, encoder.num_heads), np.float32)
@@ -82,7 +82,7 @@ def directions(encoder, strength=2.0):
 
 
 class Decoder(nn.Module):
-  """A small Transformer decoder, used in pretraining alone."""
+  """A small Transformer decoder, used in pretraining only."""
 
   vocab_size: int
   width: int
@@ -111,14 +111,14 @@ class Decoder(nn.Module):
 
 
 class TextExperiment(Experiment):
-  """A config such as `configs/shapes_text.py`'s.
+  """Text pretraining; its config is like `configs/shapes_text.py`.
 
-  The workdir's `export/` gets the encoder as a Hugging Face folder after the
-  last step, with `provenance.json`: what a linear probe reads from it. With
-  `train.num_steps` = 0 that is the untrained encoder, to compare with.
+  After the last step the encoder is written to the workdir's `export/` as a
+  Hugging Face folder, with a linear probe's accuracies in `provenance.json`.
+  With `train.num_steps` = 0 it is the untrained encoder, as a baseline.
 
   Attributes:
-    world: the `World` class whose captions are read.
+    world: the `World` class whose captions are used.
     vocabulary: bytes of the sentencepiece model.
     encoder: the `T5Encoder`.
     decoder: the `Decoder`.
@@ -167,7 +167,7 @@ class TextExperiment(Experiment):
     return {'encoder': encoder, 'decoder': decoder}
 
   def loss(self, params, key, batch, frozen):
-    """Cross-entropy in nats; the batch's mean is that of all its tokens."""
+    """Cross-entropy in nats, scaled so that its mean is over all tokens."""
     del key, frozen
     memory = self.encoder.apply(
       {'params': params['encoder']}, batch['ids'], batch['mask']
@@ -199,7 +199,7 @@ class TextExperiment(Experiment):
     return choose
 
   def example(self, example):
-    # Of the eval split always the same task.
+    # Each example of the eval split always has the same task.
     item = example.get('item')
     if item is None:
       item = self._item(random.Random(example['index']), example)
@@ -217,7 +217,7 @@ class TextExperiment(Experiment):
     )
 
   def make_preview(self, frozen):
-    """Captions with what the decoder says of the thing at a noun."""
+    """Eval captions, each with the decoder's description of one thing."""
     del frozen
     if jax.process_index() != 0:
       return lambda params: None
@@ -249,7 +249,7 @@ class TextExperiment(Experiment):
     return preview
 
   def _say(self, params, ids, mask, visible):
-    """The decoder's likeliest words, one after the other: [B, T] ids."""
+    """Greedy decoding: [B, T] ids."""
     memory = self.encoder.apply({'params': params['encoder']}, ids, mask)
 
     def step(t, said):
@@ -263,7 +263,7 @@ class TextExperiment(Experiment):
     return jax.lax.fori_loop(0, TARGET_LEN, step, start)
 
   def finish(self, state, frozen):
-    """Saves the encoder, and prints what a linear probe reads from it."""
+    """Saves the encoder and prints a linear probe's accuracies."""
     del frozen
     out = self.workdir / 'export'
     if jax.process_index() != 0 or (out / PROVENANCE).exists():
@@ -299,10 +299,10 @@ class TextExperiment(Experiment):
 
     Args:
       folder: to write.
-      params: the encoder's.
+      params: of the encoder.
 
     Returns:
-      the digest by which a stage knows it.
+      the encoder's digest, which a stage records.
     """
     length = self.config.tasks.max_len
     tokens = {

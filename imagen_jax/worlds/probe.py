@@ -1,9 +1,9 @@
-"""What a linear map can read from a frozen encoder about each thing.
+"""Linear probe of a frozen text encoder.
 
-The probe looks at one token per thing, its noun: in "a small red star above a
-blue moon" the feature at "star" must tell that it is red, small, a star and
-above something, and the feature at "moon" that it is blue and below. A linear
-map is all that the keys and values of a U-Net's attention apply, too.
+The probe reads one token per thing, its noun: in "a small red star above a blue
+moon" the embedding at "star" must encode red, small, star and above, and the
+embedding at "moon" blue and below. The keys and values of a U-Net's
+cross-attention are linear maps, too.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from imagen_jax.worlds.world import World
 
 ACROSS, DOWN = captions.RELATIONS[:2], captions.RELATIONS[2:]
 ASPECTS = ('shape', 'colour', 'count', 'size', 'fill', 'across', 'down')
-# What the gate is about: each thing's colour, shape and place.
+# The aspects that the gate checks.
 GATE = ('shape', 'colour', 'across', 'down')
 
 
 def relations_of(meaning, group):
-  """[(word, other group)] of one group, each relation seen from both ends."""
+  """[(word, other group)] of one group, as subject or as object."""
   return [
     (word, b) if a == group else (captions.OPPOSITE[word], a)
     for a, word, b in meaning.relations
@@ -27,7 +27,7 @@ def relations_of(meaning, group):
 
 
 def facts(meaning, group):
-  """{aspect: value} of one group; 'none' for what the caption leaves open."""
+  """{aspect: value} of one group; 'none' where the caption does not say."""
   g = meaning.groups[group]
   words = [word for word, _ in relations_of(meaning, group)]
   return {
@@ -42,7 +42,7 @@ def facts(meaning, group):
 
 
 def features(encoder, scenes, find):
-  """The nouns' embeddings [N, D] and their facts, a list of N dicts."""
+  """Embeddings of the nouns [N, D] and their facts, a list of N dicts."""
   emb, _ = encoder.encode([s.caption for s in scenes], batch_size=256)
   rows, labels = [], []
   for i, s in enumerate(scenes):
@@ -63,7 +63,8 @@ def linear_readout(x, labels, tests, *, ridge=1e-3):
     ridge: weight decay, relative to the features' variance.
 
   Returns:
-    {name: {aspect: accuracy in [0, 1]}}, without what is the same everywhere.
+    {name: {aspect: accuracy in [0, 1]}}, without aspects that are constant in
+    `labels`.
   """
   mean, deviation = x.mean(0), x.std(0) + 1e-6
 
@@ -92,8 +93,8 @@ def probe(
   """Fits on training captions, tests on unseen ones.
 
   Returns:
-    {'eval' | 'heldout': {aspect: accuracy}}; 'heldout' are captions with
-    combinations that the training split never shows.
+    {'eval' | 'heldout': {aspect: accuracy}}; 'heldout' captions have
+    combinations that are held out of training.
   """
 
   def take(split, number, heldout=False):
@@ -110,14 +111,14 @@ def probe(
 
 
 def passes(scores, least=0.99):
-  """Whether every aspect of the gate is read with at least this accuracy."""
+  """Whether every aspect of `GATE` has at least this accuracy."""
   return all(
     s.get(aspect, 1) >= least for s in scores.values() for aspect in GATE
   )
 
 
 def table(scores):
-  """The accuracies in percent, a line per test set."""
+  """The accuracies in percent, one line per test set."""
   return '\n'.join(
     f'  {name:8}' + '  '.join(f'{a} {100 * v:.2f}' for a, v in score.items())
     for name, score in scores.items()

@@ -1,8 +1,8 @@
-"""From a typed prompt of the shapes world to its meaning.
+"""Parses a typed prompt of the shapes world into its meaning.
 
-`understand` reads back every sentence that `captions.write` can write, and
-the small variations a person makes, so that an image rendered from a typed
-prompt can be judged like any other.
+`understand` parses every sentence that `captions.write` can write and small
+variations of them, so an image sampled from a typed prompt can be judged like
+any other.
 """
 
 import re
@@ -12,7 +12,7 @@ from imagen_jax.worlds.captions import Group, Meaning
 
 
 def _said(group):
-  """{way of saying: word} of a tuple of words."""
+  """{synonym: word} of a tuple of words."""
   return {
     way: word for word in group for way in captions.SAID.get(word, (word,))
   }

@@ -1,7 +1,7 @@
-"""Reads an image of shapes back by classical vision: what is where.
+"""Detects the shapes in an image by classical vision.
 
-Written from the words of the captions only: the judge's colours, shapes
-and patterns (`naming`, `silhouettes`) share neither numbers nor formulas with
+The judge's colours, fills and shapes (`naming`, `silhouettes`) are defined from
+the words of the captions alone. They share neither numbers nor formulas with
 the renderer, so agreement between the two is evidence. The background is the
 median of the border; things are the connected regions that differ from it.
 """
@@ -15,7 +15,7 @@ from imagen_jax.worlds.naming import background_name, colour_name, fill_name
 from imagen_jax.worlds.regions import box_mean, extreme, label, smooth
 from imagen_jax.worlds.silhouettes import shape_name
 
-WORK = 128  # images larger than this are averaged down to find things
+WORK = 128  # things are found at less than twice this resolution
 FILL_SIZE = 256  # smallest image in which a fill is read
 SPECK = 0.004  # regions below this fraction of the image are ignored
 SMALL = 0.36  # things below this fraction of the image's side are small
@@ -23,11 +23,11 @@ SMALL = 0.36  # things below this fraction of the image's side are small
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A thing found; places and extents are fractions of the image.
+  """A detected thing; positions and extents are fractions of the image.
 
-  `shape` and `colour` are caption words, or 'unknown'; None is what was not
-  read, such as the `fill` in too small an image; `match` is the overlap with
-  the silhouette.
+  `shape` and `colour` are caption words, or 'unknown'. None marks what was not
+  read, such as the `fill` in an image that is too small. `match` is the overlap
+  with the silhouette, in [0, 1].
   """
 
   shape: str
@@ -54,9 +54,9 @@ def _thing(pixels, full, ground, labels, k):
 
   Args:
     pixels: [h, w, 3] in [0, 1], at working resolution.
-    full: the same image, a whole number of times larger, for fills.
+    full: the same image, larger by an integer factor, for fills.
     ground: [3], the background.
-    labels, k: regions of `pixels`, and the one meant.
+    labels, k: regions of `pixels`, and the index of this one.
   """
   region = labels == k
   h, w = region.shape
@@ -74,7 +74,7 @@ def _thing(pixels, full, ground, labels, k):
   deep = extreme(core, 1, np.min)
   if deep.sum() < 12:
     deep = core
-  # How far each pixel has gone from the background to the thing's colour.
+  # Soft mask: 0 at the background's colour, 1 at the thing's.
   way = crop[core].mean(0) - ground
   mask = np.clip((crop - ground) @ way / max(way @ way, 1e-3), 0, 1)
   mask = np.where(core, 1, np.where((labels[near] > 0) & ~part, 0, mask))
@@ -122,9 +122,9 @@ def read(image: UInt8[np.ndarray, 'h w 3']) -> Reading:
   border[ring:-ring, ring:-ring] = False
   ground = np.median(pixels[border], axis=0)
   distance = np.linalg.norm(pixels - ground, axis=-1)
-  # A pixel belongs to a thing when it has gone a good part of the way to it
-  # from the background: less than half, as the dark tone of a fill may be
-  # near a black background.
+  # A pixel belongs to a thing if its distance from the background is 0.36 of
+  # the local maximum or more: less than half, because the dark tone of a fill
+  # may be close to a black background.
   local = extreme(distance, max(1, round(0.04 * h)), np.max)
   labels, number = label(distance > np.maximum(0.12, 0.36 * local))
   things = (

@@ -1,4 +1,4 @@
-"""Small array tools of the judge: means, blurs, connected regions."""
+"""Array helpers of the judge: means, blurs, connected regions."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ def label(
   Runs of each row are joined to the runs they touch in the row above.
 
   Returns:
-    0 outside and 1..n inside, and n.
+    labels (0 outside, 1..n inside) and n.
   """
   h, w = mask.shape
   edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)

@@ -1,10 +1,10 @@
 """Renders the scenes of the shapes world: geometry, palette, antialiasing.
 
-A shape is a test on points (u, v) of the square [-1, 1]², u to the right and v
-downwards; it touches the square's left and right or top and bottom sides. A
-fill is a test on the distances from the thing's centre, in pattern periods.
-Each pixel is the mean of a grid of such tests, so an image rendered at 64 is
-nearly the 4×4 box mean of the same image rendered at 256.
+A shape is a predicate on points (u, v) of the square [-1, 1]², u to the right
+and v downwards; it touches the square's left and right or top and bottom sides.
+A fill is a predicate on offsets from the thing's centre, in pattern periods.
+Each pixel is the mean of such predicates over a grid of subpixels, so an image
+rendered at 64 is nearly the 4×4 box mean of the same image rendered at 256.
 """
 
 import functools
@@ -37,10 +37,10 @@ PERIOD = 0.08  # of a fill's pattern, as a fraction of the image
 
 
 def second_tone(colour: str) -> tuple[int, ...]:
-  """The other tone of a two-tone fill, uint8-ranged (r, g, b).
+  """The other tone of a two-tone fill, (r, g, b) in 0..255.
 
-  A shade of the colour itself, so that the colour stays nameable (a lighter
-  red would be a pink); black, which has no shade, takes a grey.
+  A darker shade of the same colour, so that its name still fits (a lighter red
+  would be pink). Black has no darker shade and gets a grey.
   """
   if colour == 'black':
     return (104, 104, 110)
@@ -49,7 +49,7 @@ def second_tone(colour: str) -> tuple[int, ...]:
 
 
 def contrast(colour: str, background: str, fill: str | None = None) -> float:
-  """Least RGB distance from a background of a thing's tones and their mixes."""
+  """Least RGB distance between a background and mixes of a thing's tones."""
   ground = np.array(BACKGROUND[background], float)
   base = np.array(PALETTE[colour]) - ground
   along = np.zeros(3)

@@ -1,10 +1,10 @@
 """The shapes world: captioned scenes, example i a pure function of its index.
 
-One to five friendly shapes on a plain background, and a caption a person could
-have typed. There is no file to download: `scene` invents example i of a split
-from (seed, split, i) alone, and `render` renders it at any resolution. Some
-combinations never occur in the training split, so that what a model makes of
-them shows whether it composes; they are listed in `heldout.json`.
+A scene has one to five shapes on a plain background and a caption that a person
+could have typed. There is nothing to download: `scene` generates example i of a
+split from (seed, split, i) alone, and `render` renders it at any resolution.
+The combinations in `heldout.json` never occur in the training split; they test
+whether a model composes.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ CONTRAST = 75  # least RGB distance of a thing from its background
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """One rendered shape; places and diameter are fractions of the image."""
+  """One rendered shape; x, y and diameter are fractions of the image."""
 
   shape: str
   colour: str
@@ -71,7 +71,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What is rendered (`things`, in the caption's order) and what is said."""
+  """A scene to render and its caption; `things` are in the meaning's order."""
 
   caption: str
   things: tuple[Thing, ...]
@@ -82,10 +82,11 @@ class Scene:
 
 @functools.cache
 def heldout() -> dict[str, frozenset[tuple[str, ...]]]:
-  """The combinations kept out of training, by kind.
+  """The combinations held out of training, by kind.
 
-  Kinds: 'colour_shape', 'fill_shape' and 'relation_pair', whose (word, a, b)
-  come both ways round: a star above a heart is a heart below a star.
+  Kinds: 'colour_shape', 'fill_shape' and 'relation_pair'. Each (word, a, b) of
+  'relation_pair' comes with its inverse: a star above a heart is a heart below
+  a star.
   """
   path = importlib.resources.files('imagen_jax.worlds') / 'heldout.json'
   lists = json.loads(path.read_text(encoding='utf-8'))
@@ -103,7 +104,7 @@ def _listed(kind):
 
 @functools.cache
 def _colours_on(background, fill=None):
-  """Colours that stand out from a background and do not share its name."""
+  """Colours with enough contrast on a background, and another name."""
   return tuple(
     c
     for c in captions.COLOURS
@@ -112,7 +113,7 @@ def _colours_on(background, fill=None):
 
 
 def _group(rng, background, **said):
-  """A random group that is not held out; `said` fixes some of its fields."""
+  """A random group that is not held out, with the fields `said` fixed."""
   colours = _colours_on(background, said.get('fill'))
   while True:
     group = Group(
@@ -160,7 +161,7 @@ def _relation(rng, background):
     groups = _groups(rng, background, number)
     relations = ((0, pick(rng, captions.RELATIONS), 1),)
     if number == 3:
-      # The other axis, so that the three make an L with the first as corner.
+      # On the other axis: the three form an L with the first as its corner.
       across = relations[0][1] in ('left of', 'right of')
       second = ('above', 'below') if across else ('left of', 'right of')
       relations += ((0, pick(rng, second), 2),)
@@ -184,7 +185,7 @@ def _count(rng, background):
 
 
 def _filled(rng, background, *others):
-  """A group with a fill, unlike the others in colour or in shape."""
+  """A group with a fill that differs from the others in colour or shape."""
   while True:
     group = _group(rng, background, fill=pick(rng, captions.FILLS))
     if all((group.colour, group.shape) != (g.colour, g.shape) for g in others):
@@ -246,13 +247,13 @@ def scene(
   """Scene `i` of a split: a pure function of its arguments.
 
   Args:
-    seed: any int; another seed is another world of the same kind.
+    seed: any int.
     split: 'train' or 'eval'; they share no random stream, and only 'eval' has
       held-out combinations.
     i: any int >= 0.
     category: one of `CATEGORIES`, or None for the training mixture.
-    mixture: fractions of the categories, {name: fraction}, that add up to 1;
-      None: `MIXTURE`. Without influence where `category` is given.
+    mixture: {category: fraction}, adding up to 1; None: `MIXTURE`. Ignored if
+      `category` is given.
 
   Returns:
     A `Scene`.
@@ -322,12 +323,13 @@ class ShapesSource(World):
     seed: of the world.
     split: 'train' or 'eval'.
     size: side of the images in pixels.
-    num: how many scenes the source holds; the world itself has no end.
+    num: number of scenes.
     category: None for the training mixture.
-    mixture: fractions of the categories in it; None: `MIXTURE`.
+    mixture: as in `scene`.
 
   Raises:
-    UsageError: `mixture` names no category of training, or does not add up.
+    UsageError: `mixture` has an unknown category or a negative fraction, or
+      does not add up to 1.
   """
 
   nouns = staticmethod(shape_nouns)

@@ -1,8 +1,8 @@
-"""The judge's own idea of each shape: silhouettes, compared by overlap.
+"""The judge's shape classifier: silhouettes compared by overlap.
 
-Every shape has a few silhouettes, wide and narrow, made from formulas of this
-file. A thing's mask is moved to their centroid and scaled to their area, and
-takes the name of the one with the largest soft intersection over union.
+Every shape has a few silhouettes of different proportions, defined in this
+file. A thing's mask is aligned to their centroid and area and gets the name of
+the silhouette with the largest soft intersection over union.
 """
 
 import functools
@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from imagen_jax.worlds.regions import box_mean
 
-MATCH = 0.78  # least overlap with a silhouette that names a shape
-GRID, REACH = 32, 1.05  # samples, and their reach in units of sqrt(area)
+MATCH = 0.78  # least overlap with a silhouette; below, the shape is unknown
+GRID, REACH = 32, 1.05  # samples a side; half-width in units of sqrt(area)
 
 
 def _polygon(x, y, corners):
@@ -37,7 +37,7 @@ def _lobes(x, y, spread, tip, bulge):
 
 
 def _silhouettes():
-  """(name, test of points) of every silhouette, y downwards, of any scale."""
+  """(name, predicate on points) of every silhouette, y downwards."""
   yield 'circle', lambda x, y: np.hypot(x, y) < 0.8
   for aspect in (0.85, 1, 1.18):
     yield (
@@ -78,7 +78,7 @@ def _silhouettes():
 
 
 def _normalised(weight, x, y):
-  """Centroid and sqrt(area) of weights at places: where and how large."""
+  """Centroid and sqrt(area) of weights at points (x, y)."""
   total = weight.sum()
   cx, cy = (weight * x).sum() / total, (weight * y).sum() / total
   return cx, cy, np.sqrt(total)
@@ -86,7 +86,7 @@ def _normalised(weight, x, y):
 
 @functools.cache
 def _templates():
-  """Names, and silhouettes [n, GRID²] about their centroids at equal area."""
+  """Names, and silhouettes [n, GRID²], centred and scaled to equal area."""
   fine = np.linspace(-1, 1, 201)
   x, y = np.meshgrid(fine, fine)
   steps = (np.arange(GRID * 3) + 0.5) / (GRID * 3) * 2 - 1
@@ -101,7 +101,7 @@ def _templates():
 
 
 def _sample(values, x, y):
-  """Bilinear samples of a 2-d array at pixel places; 0 outside."""
+  """Bilinear samples of a 2-d array at pixel coordinates; 0 outside."""
   values = np.pad(values, 1)
   x = np.clip(x + 1, 0, values.shape[1] - 1.001)
   y = np.clip(y + 1, 0, values.shape[0] - 1.001)
@@ -118,8 +118,8 @@ def shape_name(mask: Float[np.ndarray, 'h w']) -> tuple[str, float]:
   cx, cy, side = _normalised(mask, x, y)
   steps = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * side
   sx, sy = np.meshgrid(cx + steps, cy + steps)
-  # The edges of a small image are a pixel wide: sharpen them about their
-  # middle, where the outline is.
+  # Edges of a small image are a pixel wide: sharpen them about the outline,
+  # where the mask is 1/2.
   seen = np.clip(3 * _sample(mask, sx, sy).ravel() - 1, 0, 1)
   names, masks = _templates()
   overlap = np.minimum(masks, seen).sum(1) / np.maximum(masks, seen).sum(1)

@@ -1,9 +1,9 @@
 """The shapes suite: does the image show what the prompt says?
 
-DrawBench's idea (Section 3, Saharia et al. 2022) in a world where no rater is
-needed: prompts by category, and the classical judge in place of people. The
-scenes come from a seed of their own in the split 'eval', which shares no
-random stream with training; `heldout` holds only combinations never trained.
+Like DrawBench (Section 3, Saharia et al. 2022), with prompts by category, but
+with the classical judge in place of human raters. The scenes have a seed of
+their own and come from the split 'eval', which shares no random stream with
+training; the category `heldout` has only combinations held out of training.
 """
 
 import collections
@@ -30,12 +30,12 @@ from imagen_jax.worlds import shapes
 from imagen_jax.worlds.judge import compare, judge, read
 from imagen_jax.worlds.reading import FILL_SIZE, Found, Reading
 
-SEED = 2205  # of the worlds kept for evaluation; nothing else uses it
+SEED = 2205  # of the evaluation scenes; nothing else uses it
 CONTROL = 'shuffled'
 
 
 def scene(category: str, number: int) -> shapes.Scene:
-  """Scene `number` of a category, of those reserved for evaluation."""
+  """Scene `number` of a category of the evaluation scenes."""
   return shapes.scene(SEED, 'eval', number, category=category)
 
 
@@ -46,7 +46,7 @@ class ShapesSuite(Suite):
   Attributes:
     categories: those to score.
     num: images of each.
-    from_truth: the first stage upsamples true images.
+    from_truth: whether the first stage upsamples true images.
   """
 
   categories: tuple[str, ...]
@@ -90,7 +90,7 @@ class ShapesSuite(Suite):
     )
 
   def digest(self) -> str:
-    # Not of `num`: a longer run resumes a shorter one.
+    # `num` is not part of it: a longer run may resume a shorter one.
     some = dataclasses.replace(self, categories=shapes.CATEGORIES, num=20)
     return digest([item.prompt for item in some.items()])
 
@@ -100,8 +100,8 @@ class ShapesSuite(Suite):
   def judge(self, item: Item, image: UInt8[np.ndarray, 'h w 3']) -> Record:
     """The judge's verdict on an image and what it read.
 
-    `judge` in it says whether the judge finds the true image of the same
-    scene correct, at the same size.
+    `judge` in the record is its verdict on the true image of the same scene
+    at the same size.
     """
     meaning = scene(item.category, item.number).meaning
     reading = read(image)
@@ -120,8 +120,8 @@ class ShapesSuite(Suite):
     """Accuracies of the model, and of the judge on true images.
 
     The model's have two more categories: `shuffled`, the same images judged by
-    the prompt of the next one in their category, and `judge`, the judge's
-    accuracy over all true images.
+    the next prompt of their category, and `judge`, the judge's accuracy over
+    all true images.
     """
     result, own, control, truth = {}, {}, [], []
     for category in self.categories:
@@ -137,10 +137,10 @@ class ShapesSuite(Suite):
     return {self.label: result, self.reference: own}
 
   def confusions(self, records: Records) -> dict[str, dict[str, dict]]:
-    """{what: {prompted: {seen: count}}} for colour, shape, fill and number.
+    """Confusion matrices {aspect: {prompted: {seen: count}}}.
 
-    Colours, shapes and fills are those of prompts for one thing of which the
-    image shows one thing; numbers those of all prompts.
+    Aspects: colour, shape and fill, where prompt and image both have one thing;
+    number, over all prompts.
     """
     fields = ('colour', 'shape', 'fill')
     tables: dict[str, dict[str, dict]] = {

@@ -1,11 +1,10 @@
-"""What a small text encoder is pretrained on: captions alone.
+"""Pretraining tasks of a small text encoder, on captions alone.
 
-Two tasks share one encoder and one small decoder, which is thrown away:
-span corruption, as T5 was trained (Raffel et al. 2020, Section 3.1.4), and
-descriptions: of one thing of the caption, in a fixed order of words, by a
-decoder that sees the embedding of that thing's noun and nothing else. The
-second makes each noun a summary of its thing: what is said of it, and where it
-stands.
+Two tasks share one encoder and one small decoder. Span corruption is T5's own
+objective (Raffel et al. 2020, Section 3.1.4). Description has the decoder
+describe one thing of the caption, in a fixed word order, from the embedding of
+that thing's noun and nothing else; it makes each noun's embedding a summary of
+its thing's attributes and relations.
 """
 
 import random
@@ -19,16 +18,16 @@ from imagen_jax.worlds import captions, probe
 
 SENTINELS = 8  # <extra_id_0> … <extra_id_7>, the last ids, counted downwards
 TARGET_LEN = 20  # the longest description has 17 tokens
-ATTEMPTS = 20  # at an item that is short enough
+ATTEMPTS = 20  # to make an item that is short enough
 
 
 class Item(NamedTuple):
   """One example.
 
   Attributes:
-    ids: of the encoder's tokens.
-    visible: the position that the decoder sees, None for all of them.
-    target: ids of what the decoder should say.
+    ids: the encoder's tokens.
+    visible: the only position that the decoder sees; None: all of them.
+    target: the decoder's tokens.
   """
 
   ids: list[int]
@@ -37,7 +36,7 @@ class Item(NamedTuple):
 
 
 def description(meaning: captions.Meaning, group: int) -> str:
-  """One thing in words of a fixed order, with what it relates to."""
+  """One thing in a fixed word order: attributes, relations, background."""
   g = meaning.groups[group]
   words = [captions.NUMBERS[g.count - 1], g.size, g.fill, g.colour, g.shape]
   for word, other in probe.relations_of(meaning, group):
@@ -49,15 +48,15 @@ def description(meaning: captions.Meaning, group: int) -> str:
 
 
 def corrupt(rng, ids, first_sentinel, *, density, mean_span):
-  """Span corruption of one caption: (what is left, what is missing).
+  """Span corruption of one caption: (input ids, target ids).
 
-  About `density` of the tokens go, in spans of `mean_span` on average. Each
-  span leaves a sentinel, counted down from `first_sentinel`; the target is
-  each sentinel followed by its span.
+  A fraction `density` of the tokens is removed, in spans of `mean_span` on
+  average. A sentinel takes the place of each span, counted down from
+  `first_sentinel`; the target is each sentinel followed by its span.
   """
   number = max(1, round(density * len(ids)))
   spans = min(max(1, round(number / mean_span)), SENTINELS)
-  # Random compositions: lengths of the spans, and of what lies between.
+  # Random compositions: lengths of the spans, and of the gaps between them.
   lengths = _compose(rng, number, spans)
   gaps = _compose(rng, len(ids) - number + 2, spans + 1)
   gaps[0], gaps[-1] = gaps[0] - 1, gaps[-1] - 1
@@ -71,14 +70,14 @@ def corrupt(rng, ids, first_sentinel, *, density, mean_span):
 
 
 def _compose(rng, total, parts):
-  """`parts` whole numbers >= 1 of the given sum (0s where it is too small)."""
+  """Random integers >= 1 with the given sum: `parts`, or `total` if fewer."""
   parts = min(parts, total)
   cuts = sorted(rng.sample(range(1, total), parts - 1))
   return [b - a for a, b in zip([0, *cuts], [*cuts, total])]
 
 
 def _with_unknown_words(rng, caption):
-  """The caption with one or two words put in that nobody has ever seen."""
+  """The caption with one or two random out-of-vocabulary words inserted."""
   words = caption.split()
   for _ in range(1 + (rng.random() < 0.3)):
     word = ''.join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7)))
@@ -92,7 +91,7 @@ def make_item(
   """A random task on a scene's caption.
 
   Args:
-    rng: of the choice.
+    rng: chooses the task.
     scene: with `caption` and `meaning`.
     nouns: finds the nouns of a caption, see `World.nouns`.
     tokenizer: of the encoder.
@@ -123,10 +122,10 @@ def make_item(
 
 
 def fitting_item(rng, scene, nouns, tokenizer, tasks, max_len) -> Item:
-  """`make_item` until it fits `max_len` tokens and `TARGET_LEN` of them.
+  """An item of at most `max_len` input and `TARGET_LEN` target tokens.
 
   Raises:
-    ValueError: the caption is too long for any task.
+    ValueError: none of `ATTEMPTS` items fits.
   """
   for _ in range(ATTEMPTS):
     item = make_item(rng, scene, nouns, tokenizer, tasks)

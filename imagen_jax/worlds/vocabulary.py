@@ -16,10 +16,13 @@ CHARACTERS = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
 
 
 def train_vocabulary(texts: Iterable[str]) -> bytes:
-  """Bytes of a sentencepiece unigram model, with T5's special ids.
+  """Trains a sentencepiece unigram model with T5's special ids.
 
-  Every word of the captions is a piece; any other word is spelled in ASCII
-  characters, and what is left is <unk>. Upper case is read as lower case.
+  Every word of the captions is a piece. Any other word is split into ASCII
+  characters; other characters are <unk>. Text is lower-cased.
+
+  Returns:
+    the serialized model.
   """
   lines = [' '.join(re.findall(r'\w+|[^\w\s]', text.lower())) for text in texts]
   words = {}
@@ -28,8 +31,8 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
       words[word] = words.get(word, 0) + 1
   out = io.BytesIO()
   with tempfile.TemporaryDirectory() as folder:
-    # Seeds: sentencepiece's own are substrings of at least two words, which
-    # would cut up 'small'.
+    # Seed pieces. Sentencepiece's own are substrings that at least two words
+    # share, which would split 'small'.
     seeds = pathlib.Path(folder) / 'seeds.tsv'
     seeds.write_text(
       ''.join(f'▁{word}\t{n}\n' for word, n in sorted(words.items()))
@@ -63,7 +66,7 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
       num_threads=1,
       minloglevel=2,
     )
-  # The model records where its inputs lay, which is another place each time.
+  # The model records the paths of its inputs, which differ in every run.
   model = sentencepiece_model_pb2.ModelProto.FromString(out.getvalue())
   model.trainer_spec.ClearField('seed_sentencepieces_file')
   model.normalizer_spec.ClearField('normalization_rule_tsv')

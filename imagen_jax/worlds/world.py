@@ -1,4 +1,4 @@
-"""What a synthetic world gives besides images: scenes and their meaning."""
+"""The interface of a synthetic world: scenes with captions and meanings."""
 
 import abc
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from imagen_jax.worlds.captions import Meaning
 
 
 class World(Source):
-  """A source that renders scenes; captions can be had without rendering."""
+  """A source of rendered scenes; `scenes` gives captions without rendering."""
 
   has_eval_split = endless = True
 
@@ -19,10 +19,7 @@ class World(Source):
   ) -> Sequence:
     """The first `number` scenes of a split, with `caption` and `meaning`.
 
-    Args:
-      seed, split: of the world.
-      number: how many.
-      heldout: of 'eval', only combinations that are never trained.
+    With `heldout`, only combinations held out of training (split 'eval').
     """
 
   @staticmethod

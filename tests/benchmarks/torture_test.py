@@ -1,4 +1,4 @@
-"""A short form of benchmarks/torture.py, which ends with 1 if it lost."""
+"""A short run of benchmarks/torture.py, whose exit code is 1 on failure."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Requests, keys and batches: an image does not depend on its company."""
+"""Requests, keys and batches: an image does not depend on its batch."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def test_image_keys_differ_by_seed_prompt_and_number():
 
 
 def test_image_keys_are_threefry_whatever_the_default():
-  """A golden key: were it to change, every seed would mean new images."""
+  """A golden key: if it changed, every seed would give other images."""
   with jax.default_prng_impl('rbg'):
     key = batching.image_key(7, 'a red circle', 3)
   assert jax.random.key_impl(key) == 'threefry2x32'

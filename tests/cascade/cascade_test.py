@@ -1,4 +1,4 @@
-"""The whole way from prompts to images, on a tiny random cascade."""
+"""From prompts to images with a tiny random cascade."""
 
 import functools
 import json
@@ -64,7 +64,7 @@ def test_seed_prompt_and_index_all_matter(cascade):
 
 
 def programs(cascade, **choices):
-  """How many programs its stages have been compiled to."""
+  """The number of compiled programs of each stage."""
   return [
     sampling.compiled(
       stage, config.spec, sharding.batch_sharding(cascade._mesh(0))
@@ -87,7 +87,7 @@ def test_guidance_and_augmentation_matter_and_need_no_new_compilation(cascade):
 
 
 def test_an_empty_prompt_is_unconditional(cascade):
-  """Guidance cancels there: both branches see the null condition."""
+  """Guidance has no effect: both branches have the null condition."""
   a = generate(cascade, [''], guidance=3.0)['base'].astype(int)
   b = generate(cascade, [''], guidance=7.0)['base'].astype(int)
   assert np.abs(a - b).max() <= 1
@@ -110,7 +110,7 @@ def test_chain_equals_its_stages_run_one_by_one(model, cascade):
   whole = generate(cascade, [RED], aug_level=0.0)
   later = imagen_jax.load(model, stages=['sr1'])
   again = generate(later, [RED], low_res=whole['base'], aug_level=0.0)['sr1']
-  # The chain hands on floats, a user's image has 8 bits.
+  # Stages pass floats to one another; a user's image has 8 bits.
   assert np.abs(again.astype(int) - whole['sr1']).mean() < 2
 
 
@@ -157,7 +157,7 @@ def test_the_grid_interval_and_options_reach_the_sampler(model):
 
 
 def test_a_trajectory_ends_with_the_image(model, cascade):
-  """Of `sample`'s own noise: image 0 of a prompt, step by step."""
+  """The trajectory uses the noise of `sample`: image 0 of a prompt."""
   stage, config = cascade.stages[0], cascade.settings()[0]
   params = model_folder.load_params(model_folder.load_stage(model / 'base'))
   embedding = cascade.embed([RED])
@@ -169,7 +169,7 @@ def test_a_trajectory_ends_with_the_image(model, cascade):
   assert path.z.shape == (config.steps, 1, 8, 8, 3)
   last = conditioning.to_uint8(path.x[-1]).astype(int)
   image = generate(cascade, [RED])['base']
-  assert np.abs(last - image).max() <= 2  # another program, other roundings
+  assert np.abs(last - image).max() <= 2  # another program rounds differently
 
 
 def test_guidance_needs_a_model_trained_with_caption_dropout(model, tmp_path):

@@ -1,4 +1,4 @@
-"""From a config's `stage` section to a stage."""
+"""Building a stage from a config's `stage` section."""
 
 import dataclasses
 import sys
@@ -91,7 +91,7 @@ def test_options_of_a_weighting_reach_the_loss(weighting, key, values):
 
 
 class Constant(Network):
-  """A network of the user's own: every pixel has one learned colour."""
+  """A user's own network: one learned colour for all pixels."""
 
   scale: float = 1.0
 

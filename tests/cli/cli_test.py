@@ -1,4 +1,4 @@
-"""The commands as people call them: files, records, one-sentence errors."""
+"""The commands as users call them: files, records, one-sentence errors."""
 
 import json
 import pathlib
@@ -245,7 +245,7 @@ def test_a_users_mistake_is_one_sentence(
 ):
   if breaking is not None:
     model = shutil.copytree(model, tmp_path / 'm')
-    # The copy's own encoder is the only one it may use.
+    # Let the copy use no encoder but its own.
     for name in ('base', 'sr1'):
       path = model / name / 'stage.json'
       record = json.loads(path.read_text())
@@ -338,7 +338,7 @@ def test_help_and_import_do_not_start_jax():
 
 @pytest.mark.slow
 def test_sampling_opens_no_connection(model, tmp_path):
-  """Any socket but a loopback one raises, in a process of its own."""
+  """In a process where connecting any socket but a loopback one raises."""
   code = (
     'import socket, sys\n'
     'connect = socket.socket.connect\n'

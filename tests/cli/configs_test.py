@@ -1,4 +1,4 @@
-"""Every command ends well; configs are found, and changed only as they can."""
+"""Exit codes and errors of commands; finding configs and overriding keys."""
 
 import errno
 import os

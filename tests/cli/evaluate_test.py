@@ -1,4 +1,4 @@
-"""evaluate.py: scores as the contract has them, runs that continue."""
+"""evaluate.py: the format of the scores, and resumed runs."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def test_an_image_does_not_depend_on_shards_or_interruptions(
   args += ['--categories', 'pair,count']
   run(*args, '--shard', '1/2')
   assert not (tmp_path / 'scores.json').exists()
-  # One finished image is lost with its half-written line.
+  # The last record is half-written, so its image counts as missing.
   lines = tmp_path / 'shapes/run/records-1-of-2.jsonl'
   data = lines.read_bytes()
   lines.write_bytes(data[:-20])

@@ -1,4 +1,4 @@
-"""The defaults: complete, explained, and the only ones."""
+"""The defaults are complete, commented and the only ones."""
 
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ NAMES = sorted(
 
 
 def keys(config, section=''):
-  """The keys of a config, without those of sections that take any."""
+  """The keys of a config, without those inside open sections."""
   for key, value in config.items():
     name = f'{section}{key}'
     yield name
@@ -37,7 +37,7 @@ def keys(config, section=''):
 def test_a_config_has_every_key_of_its_kind_and_no_other(name):
   config = load_config(name)
   assert set(keys(config)) == set(keys(common.template(config.kind)))
-  # … and says them itself: nothing is left to complete.
+  # The file itself sets all of them: `complete` adds nothing.
   own = importlib.import_module(f'imagen_jax.configs.{name}').get_config()
   assert config.to_dict() == own.to_dict()
 

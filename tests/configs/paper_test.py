@@ -1,4 +1,4 @@
-"""The paper's three stages at full size, by shape alone."""
+"""The paper's three stages at full size, with abstract parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def test_stages_are_as_the_paper_says():
   assert {s.cond_drop for s in made.values()} == {0.1}
   assert made['imagen_sr1024'].crop == 256
   assert not any(made['imagen_sr1024'].net.self_attention)
-  # The linear schedule's end, log(alpha²/sigma²) of 1,000 betas up to 0.02.
+  # The end of the linear schedule: log(alpha²/sigma²) of 1000 betas to 0.02.
   logsnr = made['imagen_sr1024'].logsnr_fn(jnp.asarray(1.0))
   assert float(logsnr) == pytest.approx(-10.05, abs=0.1)
 

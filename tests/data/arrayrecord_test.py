@@ -1,4 +1,4 @@
-"""Prepared data: nothing lost, nothing half-written, no wrong embeddings."""
+"""Prepared data: complete, never half-written, with the right embeddings."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def images(tmp_path):
 
 
 def embed(captions):
-  """One token per word; the row tells which caption and which word."""
+  """One token per word; its embedding encodes the caption and the word."""
   return [
     np.array(
       [[int(c.split()[1]), n, 0.1] for n in range(len(c.split()))],
@@ -155,7 +155,7 @@ def test_a_cut_writing_looks_unfinished_and_goes_on(
     m.setattr(FolderSource, 'read', lambda s, i: reads.append(i) or read(s, i))
     reads.clear()
     write(images, out, text=True)
-  assert len(reads) == 10 - after // 4 * 4  # whole parts are not made again
+  assert len(reads) == 10 - after // 4 * 4  # finished parts are kept
   assert not (out / 'unfinished.json').exists()
   names = sorted(file.name for file in out.iterdir())
   assert names == sorted(f.name for f in (tmp_path / 'whole').iterdir())
@@ -197,7 +197,7 @@ def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
     ArrayRecordSource(out, 16)
   for place in range(0, 4):
     data = bytearray(whole)
-    # The records' pixels are noise, so the middle of each is its pixels.
+    # Most of a record are its pixels, so this flips a bit of a pixel.
     start = data.find(f'caption {place}'.encode())
     data[(start if start > 0 else 400 + 900 * place) + 200] ^= 8
     part.write_bytes(data)

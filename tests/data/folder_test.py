@@ -1,4 +1,4 @@
-"""Folders of captioned images, with the traps that real ones hold."""
+"""Folders of captioned images, with the defects that real ones have."""
 
 import json
 import logging
@@ -156,7 +156,7 @@ def test_names_that_leave_the_folder_and_repeated_ones_are_left_out(tmp_path):
 
 
 def bomb(width, height):
-  """A PNG of a kilobyte that says it is huge."""
+  """A PNG of about a kilobyte with a huge size in its header."""
 
   def chunk(kind, data):
     crc = struct.pack('>I', zlib.crc32(kind + data))
@@ -275,7 +275,7 @@ def test_whole_ratios_are_box_means(tmp_path):
   image = pixels(48, 48)
   file = add(tmp_path, 'a.png', image)
   means = image.reshape(16, 3, 16, 3, 3).mean(axis=(1, 3))
-  # Rounded to 8 bits after the rows and after the columns.
+  # Pillow rounds to 8 bits after each axis.
   assert np.abs(read_image(file, 16) - means).max() <= 1
 
 
@@ -330,7 +330,7 @@ def test_sixteen_bits_of_grey_become_eight(tmp_path):
 
 
 def test_sixteen_bits_of_colour_become_eight():
-  # Pillow writes none, so the file is spelled out: one row of two pixels.
+  # Pillow does not write such files: rows of four times the same two pixels.
   row = struct.pack('>6H', 65535, 0, 257 * 100, 0, 65535, 257 * 7)
   rows = (b'\0' + row * 4) * 8
 

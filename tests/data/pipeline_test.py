@@ -1,4 +1,4 @@
-"""The order of the data is a function of (seed, step) on any hosts."""
+"""Data order is a function of (seed, step), on any number of hosts."""
 
 import io
 import itertools
@@ -19,7 +19,7 @@ NUM = 10
 
 
 class Numbers:
-  """Ten one-pixel images, telling their number in colour and caption."""
+  """One-pixel images whose colour and caption encode their number."""
 
   def __init__(self, num=NUM):
     self.num = num
@@ -36,7 +36,7 @@ def jitter(example, rng):
 
 
 def take(num_batches, source=None, *, num_hosts=1, batch_size=4, **options):
-  """(numbers, noise), [num_batches, batch_size], of the global batches."""
+  """(numbers, noise) of the global batches, [num_batches, batch_size] each."""
   options = dict(seed=3, batch_size=batch_size, augment=jitter) | options
   hosts = [
     batches(source or Numbers(), host=host, num_hosts=num_hosts, **options)
@@ -55,7 +55,7 @@ def take(num_batches, source=None, *, num_hosts=1, batch_size=4, **options):
 @pytest.mark.parametrize('num', [3, 10, 16])
 @pytest.mark.parametrize('num_hosts', [2, 4, 8])
 def test_global_batches_are_the_same_on_any_number_of_hosts(num_hosts, num):
-  """Images and random numbers, over several epochs that 8 need not divide."""
+  """Images and random numbers, over several epochs; 8 may not divide `num`."""
   together = take(10, Numbers(num), batch_size=8)
   apart = take(10, Numbers(num), batch_size=8, num_hosts=num_hosts)
   np.testing.assert_array_equal(together[0], apart[0])
@@ -135,7 +135,7 @@ def test_an_empty_source_is_refused():
 
 @pytest.fixture(scope='module')
 def sets(tmp_path_factory):
-  """{kind: path} of the same seven images, telling their number in red."""
+  """{kind: path} of the same seven images; red encodes their number."""
   root = tmp_path_factory.mktemp('sets')
   folder, prepared = root / 'folder', root / 'arrayrecord'
   folder.mkdir()
@@ -166,7 +166,7 @@ def test_every_source_gives_one_order_on_any_number_of_hosts(
 
 
 class Sided:
-  """Images dark on their left, half of them saying so."""
+  """Images dark on the left; half of the captions mention left or right."""
 
   def __len__(self):
     return 64

@@ -1,4 +1,4 @@
-"""TFDS builds without TensorFlow."""
+"""Reading TFDS builds without TensorFlow."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def png(value, side=16):
 
 
 def build(data_dir, captions='captions', broken=False):
-  """A build shaped like coco_captions: two captions to an image."""
+  """A build like coco_captions, with two captions per image."""
   import tensorflow_datasets as tfds
 
   class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -1,4 +1,4 @@
-"""Tars as they are found in the wild, read without trusting them."""
+"""WebDataset tars from untrusted sources, with the defects of real ones."""
 
 import io
 import json
@@ -247,7 +247,7 @@ def test_the_index_is_kept_outside_and_remade_when_the_tar_changes(
   assert len(list((own_cache / 'imagen_jax' / 'index').iterdir())) == 1
   tmp_path.chmod(0o755)
   with monkeypatch.context() as m:
-    m.setattr(webdataset, '_members', None)  # would raise if it were called
+    m.setattr(webdataset, '_members', None)  # raises if called
     assert len(WebDatasetSource(tar, 16)) == 3
   write(tar, good(4))
   assert len(WebDatasetSource(tar, 16)) == 4

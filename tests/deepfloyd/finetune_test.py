@@ -28,7 +28,7 @@ def images(batch=512):
 
 
 def knowing(x, *, miss=0.0, fraction=0.0):
-  """A network that knows x: the noise, `miss` off, and a given variance."""
+  """An oracle: the true noise plus `miss`, and a given variance."""
 
   def predict(z, t):
     row = jax.tree.map(lambda c: jnp.asarray(c)[t][:, None, None, None], PLAN)
@@ -51,7 +51,7 @@ def test_knowing_the_image_and_the_lower_variance_costs_nothing():
   x = images()
   values, details = loss.hybrid_loss(jax.random.key(0), knowing(x), x, PLAN)
   later = np.asarray(details['t'] > 0)
-  # 1 / alpha magnifies the rounding of eps near the end of the process.
+  # 1 / alpha magnifies rounding errors of eps at high noise levels.
   early = later & np.asarray(details['t'] < 0.9)
   np.testing.assert_allclose(details['bound'][early], 0, atol=0.05)
   np.testing.assert_allclose(details['mse'][early], 0, atol=1e-6)

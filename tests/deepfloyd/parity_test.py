@@ -1,11 +1,11 @@
-"""DeepFloyd IF against diffusers itself, with the same weights and noise.
+"""DeepFloyd IF against diffusers, with the same weights and noise.
 
-Three things would hide a mistake behind rounding. At step 999 the schedule
-magnifies an error of the network 20,000 times, so whole runs start at 990 or
-later. diffusers multiplies ᾱ up in float32, 1e-5 off, so its table is lent to
-this project's plans. And a random network answers to a change of its input by
-a larger one, step after step (torch in float32 is 4e-4 to 7e-4 from torch in
-float64 over ten steps), so whole runs use a network with a calmer last layer.
+Rounding could hide mistakes for three reasons. At step 999 the schedule
+magnifies an error of the network 20,000 times, so whole runs start at step 990
+or below. diffusers computes ᾱ in float32, with an error of 1e-5, so this
+project's plans use its table. A random network amplifies a perturbation of its
+input at every step (torch in float32 is 4e-4 to 7e-4 from torch in float64
+after ten steps), so whole runs scale down the last layer.
 """
 
 import jax
@@ -45,12 +45,12 @@ def nhwc(x):
   return np.moveaxis(x.numpy(), 1, -1)
 
 
-CALM = 0.1  # of the last layer's weights in whole runs
+CALM = 0.1  # factor on the last layer's weights in whole runs
 
 
 @pytest.fixture
 def lent(monkeypatch):
-  """diffusers' own ᾱ, in place of the exact one."""
+  """Replaces the exact ᾱ by diffusers' float32 one."""
 
   def alphas_cumprod(made):
     oracle = diffusers.DDPMScheduler(beta_schedule=made.beta_schedule)
@@ -132,7 +132,7 @@ def test_every_step_of_ddpm(lent):
   steps = schedule.respaced('smart27')
   oracle.set_timesteps(timesteps=steps.tolist())
   generate = lambda c: rng.normal(size=(2, 8, 8, c)).astype(np.float32)
-  for i in range(1, len(steps)):  # 999 apart: see above
+  for i in range(1, len(steps)):  # without step 999, see the module's docstring
     z, out, fresh = generate(3), generate(6), generate(3)
     out[..., 3:] = np.tanh(out[..., 3:])
     diffusers.schedulers.scheduling_ddpm.randn_tensor = (
@@ -226,7 +226,7 @@ def test_cleaning(caption):
 
 
 class Noises:
-  """The same standard noise for diffusers, in its order, and for this."""
+  """The same standard normal noise for diffusers and for this project."""
 
   def __init__(self, shape, order):
     self._rng = np.random.default_rng(9)
@@ -241,7 +241,7 @@ class Noises:
   def noise(self):
     named = dict(zip(self.order, self.generated))
     steps = self.generated[len(self.order) :]
-    steps.append(np.zeros_like(steps[0]))  # the last one generates none
+    steps.append(np.zeros_like(steps[0]))  # the last step adds no noise
     steps = jnp.asarray(np.stack(steps))
     start = jnp.asarray(named['start'])
     low = jnp.asarray(named.get('low', named['start']))

@@ -1,4 +1,4 @@
-"""DeepFloyd IF from the folder to the image, and through sample.py."""
+"""DeepFloyd IF from a folder to images, from Python and with sample.py."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def first(folder):
 
 @pytest.fixture(scope='module')
 def generated(model):
-  """What one call with two prompts generates, two images each."""
+  """The images of one call with two prompts, two images each."""
   return model.sample(['a red circle', 'a star'], num_images=2, seed=5, **STEPS)
 
 
@@ -143,7 +143,7 @@ def test_padding_is_read_and_embeddings_are_kept(folder, tmp_path, monkeypatch):
   where = folder / FIRST
   made = text.embed(['a star', ''], where, cache=tmp_path)
   assert made.shape == (2, 77, 32) and np.abs(made).min(axis=-1).max() > 0
-  # The empty prompt: only </s> is attended to, so all padding looks alike.
+  # In the empty prompt only </s> is attended to, so all padding is equal.
   np.testing.assert_allclose(made[1, 1:], made[1, 1:2].repeat(76, 0), atol=1e-5)
   assert np.abs(made[1, 0] - made[1, 1]).max() > 1e-3
   monkeypatch.setattr(text, 'encoder', None)  # T5 is not needed again
@@ -254,8 +254,8 @@ def test_a_stage_of_our_own_upsamples_what_if_generated(
   first = ['--stages', FIRST]
   assert sample.main([*argv, *first, '--upsample_with', f'{ours}/sr1']) == 0
   with Image.open(capsys.readouterr().out.split()[0]) as image:
-    assert image.size == (16, 16)  # 8 by IF, twice as many by sr1
-  # One that generates from text alone, one that takes another size.
+    assert image.size == (16, 16)  # 8 pixels from IF, doubled by sr1
+  # A model that starts from text alone, and one with another input size.
   for folder_of_ours, stages_ in ((ours, first), (f'{ours}/sr1', [])):
     more = [*stages_, '--upsample_with', str(folder_of_ours)]
     assert sample.main([*argv, *more]) == 2

@@ -1,7 +1,7 @@
 """IF's schedules: steps, respacings, and published constants of the samplers.
 
-The constants are those of diffusers' own scheduler tests, which run on a
-sample of rising numbers with the model x · t / (t + 1).
+The constants are those of diffusers' own scheduler tests, whose sample is a
+ramp and whose model is x · t / (t + 1).
 """
 
 import hashlib
@@ -94,7 +94,7 @@ def test_learned_variance_lies_between_the_two(t, log_variance):
   plan = schedule.plan(IF, np.arange(1000)[::-1])
   row = 999 - t
   low, high = plan.log_low[row], plan.log_high[row]
-  fraction = (0.5 + 1) / 2  # of a network that says 0.5
+  fraction = (0.5 + 1) / 2  # of a network that outputs 0.5
   assert low + fraction * (high - low) == pytest.approx(log_variance, abs=2e-6)
 
 
@@ -105,7 +105,7 @@ def test_small_variance_of_ifs_schedule(t, std):
 
 
 def run(plan, made):
-  """The test run of diffusers' schedulers: (sum, mean) of the absolute."""
+  """The run of diffusers' scheduler tests: (sum, mean) of absolute values."""
   count = 4 * 3 * 8 * 8
   z = jnp.arange(count, dtype=jnp.float32).reshape(3, 8, 8, 4) / count
   z = jnp.moveaxis(z, 3, 0)
@@ -220,7 +220,7 @@ def test_guidance_and_mixing_weigh_the_branches():
   )
   eps, v = predict(jnp.zeros((2, 8, 8, 3)), jnp.asarray(5.0))
   np.testing.assert_allclose(eps, 1 + 7 * (3 * 0.75 + 5 * 0.25 - 1))
-  np.testing.assert_allclose(v, 3.0)  # the conditional half's, unguided
+  np.testing.assert_allclose(v, 3.0)  # of the conditional half, unguided
   alone = sampling.predictor(Net(), {}, sampling.Texts(text[0]))
   np.testing.assert_allclose(alone(jnp.zeros((2, 8, 8, 3)), 5.0)[0], 3.0)
 

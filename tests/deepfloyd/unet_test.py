@@ -1,8 +1,8 @@
-"""DeepFloyd IF: the U-Net against diffusers' own numbers, and its files.
+"""DeepFloyd IF's U-Net against recorded outputs of diffusers, and its files.
 
-`golden/deepfloyd_unet.npz` holds what diffusers 0.42.1 computed in float64
-with the parameters and inputs of `tiny_if`. The tolerance is absolute: every
-mutation below, each of them a mistake that a port can make, exceeds it.
+`golden/deepfloyd_unet.npz` holds the outputs of diffusers 0.42.1 in float64
+with the parameters and inputs of `tiny_if`. The tolerance is absolute. Every
+mutation below, each a plausible porting mistake, exceeds it.
 """
 
 import json
@@ -30,7 +30,7 @@ TOLERANCE = 2e-5
 
 
 def error(name, changed=None):
-  """Greatest difference from diffusers; `changed` replaces config fields."""
+  """Largest difference from diffusers; `changed` replaces config fields."""
   module, params = tiny_if.network(name)
   fields = {**vars(module.config), **(changed or {})}
   module = unet.IFUNet(config.UNetConfig(**fields))
@@ -77,7 +77,7 @@ def _per_token(patch):
     x = x.reshape(batch * tokens, 1, 1, width)
     return norm(self, x).reshape(batch, tokens, 1, width)
 
-  # Flax wraps methods when the class is made, so the plain one goes in.
+  # Flax wraps methods when a class is created, so a subclass is needed.
   patch.setattr(unet, 'GroupNorm', _subclass(unet.GroupNorm, call))
 
 
@@ -127,7 +127,7 @@ def _skips_of_the_way_down(patch):
     level = plain(*args, **kwargs)
 
     def call(h, skips, *rest):
-      if skips[0].shape == skips[1].shape:  # the others would not fit
+      if skips[0].shape == skips[1].shape:  # others cannot be swapped
         skips[:2] = skips[1::-1]
       return level(h, skips, *rest)
 
@@ -145,7 +145,7 @@ def _skip_before_h(patch):
   patch.setattr(unet.jnp, 'concatenate', concatenate)
 
 
-# name: (config fields, patch or None), each run on like_2.
+# name: (config fields, patch or None), each applied to like_2.
 MUTATIONS = {
   '√2 for 1/0.7071': ({'resnet_out_scale_factor': math.sqrt(2)}, None),
   'epsilon 1e-6': ({'norm_eps': 1e-6}, None),
@@ -208,7 +208,7 @@ def test_pooled_text_is_a_text_of_its_own():
 
 
 def pooling(text, params, heads):
-  """The pooled vector written with loops, in float64."""
+  """Attention pooling written with loops, in float64."""
 
   def dense(name, x):
     return x @ params[name]['kernel'] + params[name]['bias']
@@ -281,7 +281,7 @@ def test_keys_that_older_files_lack_have_diffusers_defaults():
 
 @pytest.fixture
 def folder(tmp_path):
-  """A checkpoint in float16, with one tensor of another type."""
+  """A checkpoint in float16, with one tensor of another dtype."""
   _, params = tiny_if.network('fast_1')
   params = jax.tree.map(lambda x: x.astype(np.float16), params)
   params['conv_in']['bias'] = params['conv_in']['bias'].astype(
@@ -293,7 +293,7 @@ def folder(tmp_path):
 
 
 def stored(folder):
-  """{name: (type, shape, bytes)} of a folder's tensors."""
+  """{name: (dtype, shape, bytes)} of a folder's tensors."""
   tensors = hub_folder.open_tensors(
     folder, weights.STEM, what='', convert=''
   ).items()
@@ -448,7 +448,7 @@ def test_layers_are_this_projects():
   assert unet.upsample is layers.upsample
 
 
-# width of the levels, layers, super-resolution: tensors, millions.
+# Widths and blocks of the levels, super-resolution, tensors, parameters / 1e6.
 PUBLISHED = {
   'IF-I-L': ((320, 640, 960, 1280), 3, False, 775, 935.4),
   'IF-I-XL': ((704, 1408, 2112, 2816), 3, False, 775, 4304.7),

@@ -17,7 +17,7 @@ def normal(seed, shape=SHAPE, scale=1.0):
 
 
 def network(z, logsnr, branch):
-  """Two branches that differ; 'both' is the pair."""
+  """Two different branches; 'both' returns the pair."""
   cond, uncond = jnp.tanh(z) * 0.9, jnp.sin(z) * 0.4
   return (cond, uncond) if branch == 'both' else cond
 
@@ -52,7 +52,7 @@ def test_guidance_weight_one_is_the_conditional_model():
   z, logsnr = normal(0), jnp.zeros(4)
   alone = jax.jit(guidance.guided(network))(z, logsnr)
   traced = jax.jit(lambda w: guidance.guided(network, weight=w)(z, logsnr))
-  close = dict(rtol=1e-5, atol=1e-6)  # other fusions, other roundings
+  close = dict(rtol=1e-5, atol=1e-6)  # other fusions round differently
   np.testing.assert_allclose(traced(jnp.float32(1)), alone, **close)
   assert not np.allclose(traced(jnp.float32(2)), alone, **close)
 
@@ -140,7 +140,7 @@ def test_dynamic_threshold_is_the_papers_per_sample():
     expected = np.clip(sample, -s, s) / s
     np.testing.assert_allclose(result[row], expected, rtol=1e-6)
   assert np.abs(result).max() == 1
-  # Its neighbours in the batch do not matter.
+  # The rest of the batch does not matter.
   alone = guidance.dynamic_threshold(x[2:3])
   np.testing.assert_array_equal(result[2:3], alone)
 
@@ -169,7 +169,7 @@ def test_bisected_percentile_is_the_sorted_one(case):
   ours = jax.jit(guidance.magnitude_percentile, static_argnums=1)
   for percentile in (99.5, 50, 100):
     found = ours(x, percentile)
-    # In float32 jnp.percentile rounds the position between two values too.
+    # In float32 jnp.percentile also rounds the interpolation weight.
     with jax.enable_x64(True):
       expected = jnp.percentile(
         jnp.abs(x).reshape(len(x), -1).astype(jnp.float64), percentile, axis=1
@@ -178,7 +178,7 @@ def test_bisected_percentile_is_the_sorted_one(case):
 
 
 def test_bisected_percentile_is_exact_on_order_statistics():
-  """201 values: 99.5 % is the 200th of them, to the last bit."""
+  """The 99.5th percentile of 201 values is the 200th of them."""
   x = normal(8, (5, 201))
   expected = np.sort(np.abs(x), axis=1)[:, 199]
   found = guidance.magnitude_percentile(x, 99.5)

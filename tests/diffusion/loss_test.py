@@ -1,4 +1,4 @@
-"""The loss: the paper's by default, the others exact reweightings of it."""
+"""The loss: the paper's by default; other weightings reweight it exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def images(batch=8, dtype=jnp.float64):
 
 
 def denoiser(prediction):
-  """One and the same (bad) denoiser, answering in eps, v or x."""
+  """The same (bad) denoiser in eps, v or x parameterisation."""
 
   def predict(z, logsnr):
     eps = jnp.tanh(z)
@@ -37,7 +37,7 @@ def denoiser(prediction):
 
 
 def mild(t):
-  """A schedule without extremes, where float64 leaves many digits."""
+  """A schedule without extreme log-SNRs, accurate in float64."""
   return schedule.cosine_logsnr(t, logsnr_min=-8, logsnr_max=8)
 
 
@@ -72,7 +72,7 @@ def test_noise_is_standard_and_independent_of_time_and_image():
   assert float(value.mean()) == pytest.approx(1, abs=4 * 0.102 / 16)
   assert float(value.std()) == pytest.approx(0.102, abs=0.02)
   assert abs(np.corrcoef(value, aux['t'])[0, 1]) < 0.25
-  # Nor are they made of the same random bits.
+  # They do not share random bits either.
   eps = np.ravel(seen[0])
   assert abs(np.corrcoef(eps[:batch], aux['t'])[0, 1]) < 0.25
   assert abs(np.corrcoef(eps.reshape(batch, -1)[:, 0], aux['t'])[0, 1]) < 0.25
@@ -164,7 +164,7 @@ def test_weights_on_the_eps_error_are_the_published_ones(float64):
 
 
 def test_sigmoid_weighting_is_the_same_integral_under_any_schedule(float64):
-  """∫ sigmoid(b − λ) dλ over the log-SNRs both schedules cover."""
+  """∫ sigmoid(b − λ) dλ over log-SNRs that both schedules cover."""
   low, high, num = -4.0, 4.0, 200_000
   t = jnp.linspace(0, 1, num)
   integrals = []

@@ -1,4 +1,4 @@
-"""The forward process, its posterior and the conversions, as identities."""
+"""Identities of the forward process, its posterior and the conversions."""
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def test_gamma_is_a_geometric_mean_of_the_two_variances():
 
 
 def test_chained_posteriors_compose():
-  """Two steps t -> s -> r about a known x end where one step t -> r does."""
+  """Two steps t -> s -> r with known x have the moments of one step t -> r."""
   x, z = images(1)
   far, half, near = -3.0, -0.5, 2.0
   mid, var_mid = process.posterior(z, x, logsnr_t=far, logsnr_s=half)

@@ -1,11 +1,11 @@
-"""The samplers, against data whose exact denoiser is known.
+"""The samplers on data whose optimal denoiser is known.
 
-For pixels x ~ N(mu, s²) the perfect denoiser is linear,
+For pixels x ~ N(mu, s²) the optimal denoiser is affine,
 
   E[x | z] = mu + s² alpha / (alpha² s² + sigma²) (z − alpha mu),
 
 and the probability-flow ODE keeps (z − alpha mu) / sqrt(alpha² s² + sigma²)
-constant, so the image that a given noise turns into is known exactly.
+constant, so the image of a given noise is known exactly.
 """
 
 import functools
@@ -32,7 +32,7 @@ def gaussian_denoise(z, logsnr, *, mu=MU, s=S):
 
 
 def gaussian_flow(z, logsnr, *, mu=MU, s=S):
-  """Where the probability-flow ODE takes z, in closed form."""
+  """The image at the end of the probability-flow ODE from z, in closed form."""
   alpha, sigma = alpha_sigma(logsnr)
   return mu + s * (z - alpha * mu) / jnp.sqrt(alpha**2 * s**2 + sigma**2)
 
@@ -44,7 +44,7 @@ def keys(num, seed=0):
 def sampled(
   keys, denoise, *, z=None, start=1.0, inpaint=None, seen=False, **options
 ):
-  """`samplers.sample` with the spec that the options make."""
+  """`samplers.sample`, or `trajectory` if `seen`, with a spec of `options`."""
   spec = SamplerSpec(**{'sampler': 'ddpm', 'gamma': 0.0} | options)
   if z is None:
     shape = SHAPE if inpaint is None else inpaint.known.shape[1:]
@@ -90,7 +90,7 @@ def flow_errors(sampler, grid, all_steps):
   'sampler, low, high', [('dpmpp', 1.8, 2.3), ('ddim', 0.85, 1.15)]
 )
 def test_order_of_the_deterministic_solvers(sampler, low, high):
-  """Error against the exact flow falls as steps^−2 and steps^−1."""
+  """The error against the exact flow decreases as steps^−2 and steps^−1."""
   steps = [64, 128, 256]
   errors = flow_errors(sampler, 'logsnr', steps)
   order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
@@ -106,7 +106,7 @@ def test_error_falls_on_the_time_uniform_grid(sampler):
 
 
 def moments(steps, gamma):
-  """Mean and standard deviation of DDPM's images, without sampling any.
+  """Mean and standard deviation of DDPM's images, without sampling.
 
   Each step is affine in (z, noise), so three probes give its coefficients.
   """
@@ -134,7 +134,7 @@ def moments(steps, gamma):
 @pytest.mark.parametrize('gamma', [0.0, 0.3, 1.0])
 def test_ddpm_moments_converge_to_the_datas(gamma):
   results = [moments(steps, gamma) for steps in (32, 64, 128)]
-  # The mean is right for any number of steps, but for starting from N(0, 1).
+  # For any number of steps the only error of the mean is the start, N(0, 1).
   np.testing.assert_allclose([m for m, _ in results], MU, atol=1e-6)
   errors = np.abs([s - S for _, s in results])
   assert errors[-1] < 0.04
@@ -199,7 +199,7 @@ def test_first_step_of_the_multistep_solver_is_ddim():
 
 
 def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
-  """For x linear in the half log-SNR the step is off by O(h³) only."""
+  """For x linear in the half log-SNR the error of a step is O(h³)."""
   with jax.enable_x64(True):
 
     def error(h):
@@ -228,7 +228,7 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
 
 @pytest.mark.parametrize('grid', ['time', 'logsnr'])
 def test_the_network_sees_every_point_but_the_last(grid):
-  """The points run from pure noise towards the data, each seen once."""
+  """From pure noise towards the data, each point exactly once."""
   told = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
   path = trajectory(told, steps=5, grid=grid)
   times = jnp.linspace(1, 0, 6)
@@ -273,7 +273,7 @@ def test_ddim_derives_eps_anew_from_a_thresholded_image():
 
 
 def test_noise_is_fresh_at_every_step_and_standard():
-  """With x = 0 what each step adds is its noise alone."""
+  """With x = 0 each step's deviation from the mean is its noise alone."""
   path = trajectory(lambda z, logsnr: 0 * z, num=512, steps=4)
   noises = [path.z[0]]
   for i in range(3):
@@ -316,7 +316,7 @@ def test_eta_and_gamma_reach_the_steps():
 
 
 def test_sampling_can_start_from_a_noisy_image():
-  """From z at t = 0.4 of a known image, close to it again."""
+  """A start from z at t = 0.4 ends at the closed-form flow's image."""
   start = 0.4
   logsnr = cosine_logsnr(jnp.float32(start))
   image = jnp.full((2, *SHAPE), 0.8)
@@ -394,7 +394,7 @@ def test_impossible_settings_are_named(field, value):
 
 
 def test_a_new_sampler_is_a_function_and_a_line_in_the_table(monkeypatch):
-  """One that ignores the prediction and keeps eta of the noise."""
+  """This one ignores the prediction and scales z by eta."""
 
   def step(z, x, noise, *, logsnr_t, logsnr_s, last, eta):
     return eta * z
@@ -429,7 +429,7 @@ def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
     out = run(mask, sampler)
     np.testing.assert_array_equal(out[kept], known[kept])
     assert np.abs(out - known)[~kept].min() > 1e-5
-  # A mask that paints everywhere is no mask, the noise being the same.
+  # With the same noise, a mask of ones is the same as no mask.
   everywhere = run(jnp.ones_like(mask))
   np.testing.assert_allclose(everywhere, run(None), atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The log-SNR schedules: ends, formulas, the discrete one they stand for."""
+"""The log-SNR schedules: ends, formulas, and the discrete schedule."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_linear_follows_the_discrete_thousand_steps():
   t = np.arange(1, 1001) / 1000
   with jax.enable_x64(True):
     continuous = schedule.linear_logsnr(jnp.asarray(t))
-  # They meet at the fine end and drift apart by log(1 − beta) + beta.
+  # Equal at low noise; they diverge by log(1 − beta) + beta.
   np.testing.assert_allclose(continuous, discrete, atol=0.1)
   assert discrete[-1] == pytest.approx(-10.118, abs=1e-3)
   assert continuous[-1] == pytest.approx(-10.05, abs=1e-3)
@@ -90,7 +90,7 @@ def test_shift_is_two_logs_of_the_ratio():
 
 
 def test_shifted_noise_hides_a_box_mean_as_much():
-  """After averaging 4×4 boxes the shifted 256 process has the SNR of 64."""
+  """After a 4×4 box mean the shifted schedule at 256 has the SNR of 64."""
   logsnr = 1.0
   alpha, sigma = schedule.alpha_sigma(
     schedule.shifted_logsnr(logsnr, resolution=256)

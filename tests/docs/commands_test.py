@@ -22,7 +22,7 @@ COMMAND = re.compile(rf'(?:^|[ ;])({"|".join(map(re.escape, MAIN))}) (--.*)')
 
 
 def commands(page):
-  """(name of the module in cli/, arguments) of each command of a page."""
+  """(module in cli/, arguments) of each command of a page."""
   text = page.read_text(encoding='utf-8')
   for language, block in BLOCK.findall(text):
     if language:

@@ -21,7 +21,7 @@ BLOCK = re.compile(r'^```python title="(\w+\.py)"\n(.*?)^```', re.M | re.S)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """A folder with the page's modules, which Python finds."""
+  """A folder with the page's modules, on Python's path."""
   for name, code in BLOCK.findall(PAGE.read_text(encoding='utf-8')):
     (tmp_path / name).write_text(code, encoding='utf-8')
   monkeypatch.syspath_prepend(tmp_path)

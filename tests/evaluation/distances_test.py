@@ -1,4 +1,4 @@
-"""Distances of image sets against closed forms and naive loops."""
+"""Distances between image sets, against closed forms and naive loops."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_precision_and_recall_are_those_of_naive_loops(rng):
 
   found = distances.precision_recall(real, generated, k=2, block=7)
   assert found == (naive(generated, real, 2), naive(real, generated, 2))
-  # Generated images that all lie in the middle are precise and miss the rest.
+  # Generated features near the mean have high precision and low recall.
   assert found[0] > 0.9 > 0.6 > found[1]
 
 

@@ -1,4 +1,4 @@
-"""CLIP and Inception with a user's weights: checked by name and shape."""
+"""CLIP and Inception with a user's weights, checked by name and shape."""
 
 import json
 import pickle
@@ -42,8 +42,8 @@ def test_inception_has_the_published_tensors():
   assert len(shapes) == 94 * 5
   sizes = {name: int(np.prod(s.shape)) for name, s in shapes.items()}
   learned = [n for n in sizes if 'running' not in n]
-  # InceptionV3 has 23,834,568 parameters without its auxiliary classifier
-  # and 2048·1000 + 1000 of them in the classifier.
+  # InceptionV3 has 23,834,568 parameters without its auxiliary classifier;
+  # 2048·1000 + 1000 of them are in the classifier.
   assert sum(sizes[n] for n in learned) == 23_834_568 - 2_049_000
   assert shapes['Mixed_6b.branch7x7dbl_5.conv.weight'].shape == (192, 128, 1, 7)
   assert shapes['Mixed_7c.branch_pool.conv.weight'].shape == (192, 2048, 1, 1)
@@ -68,7 +68,7 @@ def test_clip_from_a_folder(tmp_path):
   # The features of an image or prompt do not depend on the rest of a batch.
   np.testing.assert_array_equal(found.image(IMAGES[1:2]), images[1:2])
   np.testing.assert_array_equal(found.text(PROMPTS[2:]), texts[2:])
-  long = found.text(['abcdefghij' * 9])  # cut, and still read at its end
+  long = found.text(['abcdefghij' * 9])  # truncated, with its end token
   assert np.isfinite(long).all()
 
 
@@ -97,7 +97,7 @@ def test_other_weights_are_refused_by_name_and_shape(tmp_path, damage):
 
 
 class Trap:
-  """An object whose unpickling would leave a mark."""
+  """An object whose unpickling prints."""
 
   def __reduce__(self):
     return (print, ('unpickled',))

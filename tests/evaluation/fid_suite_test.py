@@ -1,4 +1,4 @@
-"""The FID protocol, with features that are an image's mean colour."""
+"""The FID protocol, with an image's mean colour as its features."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from tests.evaluation.runs import finish
 
 
 class Greys(Source):
-  """Real images of one grey each, with their captions."""
+  """Real images, each of one grey level, with captions."""
 
   def __len__(self):
     return 12

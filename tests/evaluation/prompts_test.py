@@ -1,4 +1,4 @@
-"""Lists of prompts in the files that people have."""
+"""Lists of prompts in the file formats of common benchmarks."""
 
 import pytest
 

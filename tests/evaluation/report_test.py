@@ -1,4 +1,4 @@
-"""The page that shows an evaluation, and its charts."""
+"""The report page of an evaluation, and its charts."""
 
 import re
 
@@ -73,7 +73,7 @@ def test_the_page_shows_what_the_suite_says_of_itself(page):
   assert page.count('class="control"') == 1
   assert page.count('class="mark"') == 2  # the reference has no control
   # Two of three images are correct in the run's section; the sweep shows one
-  # prompt of each category of its two runs.
+  # prompt per category for each of its two runs.
   assert page.count('<figure class="yes">') == 2 + 2 * 2
   assert page.count('<figure class="no">') == 1
   assert page.count('<h2>') == 2  # none of the reference
@@ -81,7 +81,7 @@ def test_the_page_shows_what_the_suite_says_of_itself(page):
 
 def test_an_interval_reaches_over_its_bar():
   chart = charts.bars([charts.Bar('a', accuracy([True] * 15 + [False] * 5))])
-  # 450 pixels from x = 120, and Wilson's interval of 15 of 20.
+  # The axis is 450 pixels from x = 120; Wilson's interval of 15 of 20.
   assert f'M{120 + 450 * 0.5313:.0f}' in re.sub(r'\.\d', '', chart)
   assert 'width="337.5"' in chart
 
@@ -123,5 +123,5 @@ def test_curves_over_words_and_numbers():
   line = ('a', [('ddpm', 0.5, (0.4, 0.6)), ('ddim', 0.7, None)])
   chart = charts.curves([line], 't', ('sampler', 'y'), percent=True)
   assert 'ddpm' in chart and chart.count('<circle') == 2
-  # 0 % is 170 pixels down, 100 % is 26.
+  # 0 % is at y = 170, 100 % at y = 26.
   assert f'cy="{170 - 144 * 0.5:.1f}"' in chart

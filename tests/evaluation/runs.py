@@ -1,4 +1,4 @@
-"""Runs of a suite without a model."""
+"""Evaluation runs of a suite without a model."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from imagen_jax.evaluation import generation, report, scores
 
 
 class Painter(Cascade):
-  """A cascade that paints an item by a function of it."""
+  """A fake cascade whose images are a function of the item."""
 
   def __init__(self, items, paint):
     self.items = {(item.prompt, item.index): item for item in items}
@@ -19,7 +19,7 @@ class Painter(Cascade):
 
 
 def finish(out, suite, paint, point=''):
-  """Generates and scores a run; returns the suite's scores."""
+  """Samples and scores a run; returns the suite's scores."""
   folder = out / suite.label / (point or 'run')
   generation.open_run(folder, {'prompts': suite.digest()})
   run = generation.Run(suite, folder)

@@ -1,4 +1,4 @@
-"""Accuracies and their intervals."""
+"""Accuracies and their confidence intervals."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from imagen_jax.evaluation import scores
 
 
 def test_wilsons_interval():
-  # Table values; Wilson's interval of 15 of 20 and of 0 of 10.
+  # Tabulated intervals of 15 of 20 and of 0 of 10.
   np.testing.assert_allclose(scores.wilson(15, 20), (0.5313, 0.8881), atol=1e-4)
   np.testing.assert_allclose(scores.wilson(0, 10), (0, 0.2775), atol=1e-4)
   assert scores.wilson(10, 10)[1] == 1
@@ -26,7 +26,7 @@ def test_an_accuracy_as_text():
 
 
 def test_the_mean_has_a_normal_interval():
-  # The standard deviation of 0 and 2 is √2, of their mean 1.
+  # The standard deviation of 0 and 2 is √2, that of their mean is 1.
   assert scores.mean([0.0, 2.0]) == {
     'mean': 1,
     'n': 2,

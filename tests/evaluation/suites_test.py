@@ -1,4 +1,4 @@
-"""From a config to its suite, and a whole evaluation from Python."""
+"""Choosing a suite from a config, and evaluating from Python."""
 
 import json
 
@@ -146,7 +146,7 @@ def test_a_sweep_makes_all_combinations(model, tmp_path):
     out=tmp_path,
     num=1,
     sampling=FAST,
-    # One compiled program for all: guidance and level are not compiled in.
+    # One compiled program for all: guidance and level are traced.
     sweep={'aug_level': (0, 0.1), 'base.guidance': (2.0, 3)},
   )
   assert list(evaluate(config).scores) == [

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, or are named and skipped."""
+"""Checkpoints are restored bit for bit, or named and skipped."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def same_bits(a, b):
 
 @pytest.fixture(scope='module')
 def two_steps(tmp_path_factory):
-  """A run with steps 100 and 200, to be copied by those who damage it."""
+  """Checkpoints of steps 100 and 200; tests that damage them use `copy`."""
   directory = tmp_path_factory.mktemp('two') / 'checkpoints'
   with Checkpoints(directory) as checkpoints:
     checkpoints.save(100, fresh(1), {'data_step': 100})
@@ -121,7 +121,7 @@ def test_the_buffers_may_be_donated_while_the_save_is_under_way(tmp_path):
   step = jax.jit(
     lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
   )
-  # A compiled step: what overwrites the buffers must not have to wait.
+  # Compile first, so that the step overwrites the buffers without delay.
   jax.block_until_ready(step({'w': jnp.zeros((512, 512))}))
   state = {'w': jnp.arange(512 * 512.0).reshape(512, 512)}
   with Checkpoints(tmp_path / 'c') as checkpoints:
@@ -152,7 +152,7 @@ def flip(path, generator):
 
 
 def damage_every_file(copy, hurt, expect):
-  """Hurts each file of step 200 in turn; says which went unnoticed."""
+  """Damages each file of step 200 in turn; `verify` must name it."""
   unnoticed = []
   with Checkpoints(copy) as checkpoints:
     checkpoints.verify(200)
@@ -388,7 +388,7 @@ def test_what_a_failed_save_left_unwritten_is_dropped_without_a_word(tmp_path):
     with Checkpoints(tmp_path / 'file' / 'c') as checkpoints:
       with pytest.raises(ModelError, match='c/1'):
         checkpoints.save(1, {'w': jnp.zeros(3)}, wait=True)
-    async_serialize_from_host()  # orbax's writes that had not begun
+    async_serialize_from_host()  # like orbax's writes that have not begun
   assert not heard
 
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and are read or named."""
+"""Files are written atomically; a file that cannot be read is named."""
 
 import errno
 import hashlib
@@ -11,14 +11,14 @@ from imagen_jax.io import files
 
 
 def make(path, text='new'):
-  """Replaces a file."""
+  """Writes or replaces a file."""
   with files.replacing(path) as temporary:
     temporary.write_text('half')
     temporary.write_text(text)
 
 
 def make_folder(path, text='new'):
-  """Makes a folder with a file."""
+  """Writes a folder with a file."""
   with files.replacing(path) as temporary:
     temporary.mkdir()
     (temporary / 'file').write_text(text)

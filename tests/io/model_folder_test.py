@@ -1,4 +1,4 @@
-"""A model on disk: exact, digested, chained, and never overwritten."""
+"""A model on disk: exact weights, digests, chained stages, no overwriting."""
 
 import json
 

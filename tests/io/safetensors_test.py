@@ -1,4 +1,4 @@
-"""Our safetensors files are the library's; damage is named."""
+"""safetensors files, byte-equal to the library's; damaged files are named."""
 
 import ml_dtypes
 import numpy as np

@@ -1,9 +1,8 @@
-"""The T5 encoder against transformers' torch one, live and from a record.
+"""The T5 encoder against transformers' in torch, live and recorded.
 
 `golden/t5.npz` holds two tiny random T5s under their torch names, a batch with
-padding, and what transformers made of it. `python -m tests.nets.t5_test`
-writes it anew (torch and transformers are needed for that, and for
-`pytest -m parity`).
+padding, and transformers' outputs. `python -m tests.nets.t5_test` writes it
+(this and `pytest -m parity` need torch and transformers).
 """
 
 import json
@@ -181,8 +180,8 @@ def test_bfloat16_is_close_and_its_output_float32():
 
 
 def test_bfloat16_keeps_the_residual_stream_in_float32():
-  # Embeddings 2000 times as large as what the layers add to them: a stream in
-  # bfloat16, of 8 bits, would round every layer's addition away.
+  # Embeddings 2000 times as large as the layers' outputs: a residual stream in
+  # bfloat16, with 8 bits of precision, would round those away.
   module, params = tiny()
   params['embedding'] = 2000 * np.asarray(
     params['embedding'].astype(jnp.bfloat16), np.float32
@@ -190,7 +189,7 @@ def test_bfloat16_keeps_the_residual_stream_in_float32():
   ids, mask = padded_batch(4, 40, lengths=(8, 5))
 
   def added(dtype):
-    """What the layers add, seen through the last norm."""
+    """The layers' contribution to the output, after the last norm."""
     m = module.clone(dtype=dtype)
     none = params | {
       'layers': params['layers']

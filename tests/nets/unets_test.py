@@ -1,4 +1,4 @@
-"""The U-Nets: what masked text may do (nothing), shapes, scans, norms."""
+"""The U-Nets: masked text, shapes, scans, norms, sizes."""
 
 import functools
 
@@ -22,7 +22,7 @@ BASE = UNet(
   head_dim=8,
   norm_groups=4,
 )
-# Attention to the text alone, as in the 256→1024 model.
+# Cross-attention to the text alone, as in the 256→1024 model.
 CROSS = EfficientUNet(
   channels=(8, 16),
   num_res_blocks=(1, 2),
@@ -48,9 +48,9 @@ def inputs(net, size=8, seed=0):
 
 
 def random_like(shapes, spread=0.2):
-  """Parameters of these shapes with nothing at its initial zero or one.
+  """Random parameters of these shapes, scales around 1.
 
-  Made by NumPy: an initialiser takes longer to compile than a whole test.
+  From NumPy: compiling an initialiser takes longer than a whole test.
   """
   rng = np.random.default_rng(1)
 
@@ -85,7 +85,7 @@ def test_masked_text_contributes_exactly_nothing(name):
   b = apply(name)(z, logsnr, other, mask, *extra)
   np.testing.assert_array_equal(a, b)
   shown = apply(name)(z, logsnr, text[..., ::-1], mask, *extra)
-  assert np.abs(a - shown).max() > 1e-3  # text that is seen does matter
+  assert np.abs(a - shown).max() > 1e-3  # visible text matters
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -153,9 +153,10 @@ def test_blocks_of_a_run_are_stacked():
 
 
 def test_residual_sums_are_divided_by_sqrt_2():
-  """Blocks whose branches are zero each leave 1/√2 of their input.
+  """Blocks whose residual branches are zero scale their input by 1/√2.
 
-  The last norm shows it for an input so small that its epsilon rules.
+  The input is so small that epsilon dominates the last norm, which therefore
+  preserves the scale.
   """
 
   def seen(blocks):
@@ -173,7 +174,7 @@ def test_residual_sums_are_divided_by_sqrt_2():
     shapes = jax.eval_shape(net.init, jax.random.key(0), *args)['params']
     p = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     p['conv_in']['kernel'][1, 1, :3, :3] = np.eye(3)
-    # On the decoder the shortcut passes the block's input, not the skip.
+    # In the decoder the shortcut passes the block's input, not the skip.
     p['up_0']['res']['shortcut']['kernel'][:, 0, 0, :4, :] = np.eye(4)
     p['norm_out']['scale'][:] = 1
     last = lambda module, _: module.name == 'norm_out'
@@ -241,7 +242,7 @@ def test_pooled_text_of_the_null_condition_is_zero():
   ],
 )
 def test_the_defaults_have_the_papers_sizes(net, size, low, least, most):
-  """2 B and 600 M parameters (4.1), by shape alone."""
+  """2 B and 600 M parameters (Section 4.1), from abstract shapes."""
   z, level = jnp.zeros((1, size, size, 3)), jnp.zeros((1,))
   text, mask = jnp.zeros((1, 128, 4096)), jnp.ones((1, 128), bool)
   extra = (z, level) if low else ()

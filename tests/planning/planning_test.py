@@ -1,4 +1,4 @@
-"""The planner: its counts against XLA's, its memory, its sentences."""
+"""The planner: FLOPs and memory against XLA's, and its errors."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def test_a_loop_counts_its_length_and_a_matrix_product_two_per_term():
 @pytest.mark.parametrize('name', ['base', 'sr1'])
 def test_operations_of_a_training_step_are_xlas(name):
   work = tiny_job(name)
-  if name == 'sr1':  # XLA counts the body of a loop once: no loops for it
+  if name == 'sr1':  # XLA counts a loop's body once, so loops are unrolled
     text = work.experiment.text
     on_cpu = StageExperiment(work.config, text=text, cached_text=True)
     unrolled = dataclasses.replace(work, experiment=on_cpu)
@@ -231,7 +231,7 @@ def test_the_tpu_compiler_takes_the_steps(name, step):
   assert 'all-reduce' in done.collectives or step == 'sample'
 
 
-# 64→256 and 256→1024 with 128 and 256 channels; and 64→256 as it is.
+# 64→256 and 256→1024 with 128 and 256 channels.
 SMALL = [
   'stage.net.channels=(128,256)',
   'stage.net.num_res_blocks=(2,2)',

@@ -1,4 +1,4 @@
-"""What scripts/launch.py prints is a script that a shell understands."""
+"""scripts/launch.py prints a valid shell script."""
 
 import importlib.util
 import pathlib
@@ -35,7 +35,7 @@ def test_a_slurm_job_starts_one_process_per_gpu_and_queues_again(
     launch, capsys, 'slurm', '--nodes', '4', '--gpus', '2', '--', '--config.a=1'
   )
   assert '--nodes=4' in text and '--ntasks-per-node=2' in text
-  # Run it with stand-ins for the cluster's commands.
+  # Run it with fakes of the cluster's commands.
   for name, body in (
     ('srun', 'printf "%s\\n" "$@" > "$LOG"; exit $CODE'),
     ('scontrol', 'echo again >> "$LOG"'),
@@ -66,7 +66,7 @@ def test_a_tpu_job_goes_on_after_an_interruption_that_saved(
   inner = next(
     w for w in words if w.startswith('--command=cd imagen_jax && un')
   )
-  # `python` fails with 143 twice, then ends well.
+  # A fake `python` that exits with CODE until its run number ENOUGH.
   (tmp_path / 'imagen_jax').mkdir()
   (tmp_path / 'python').write_text(
     '#!/bin/bash\necho x >> count\n'

@@ -1,4 +1,4 @@
-"""A random T5 folder for the tests of its parts."""
+"""A random T5 folder for the tests of the text encoder."""
 
 import pathlib
 import shutil
@@ -10,7 +10,7 @@ from tests import tiny_text
 
 @pytest.fixture(scope='session')
 def t5(tmp_path_factory):
-  """A random T5 folder, to be read."""
+  """A random T5 folder; read only."""
   folder = tmp_path_factory.mktemp('text') / 't5'
   tiny_text.random_folder(folder)
   return folder
@@ -18,5 +18,5 @@ def t5(tmp_path_factory):
 
 @pytest.fixture
 def folder(t5, tmp_path):
-  """A copy of it, to be changed."""
+  """A copy of `t5` that a test may change."""
   return pathlib.Path(shutil.copytree(t5, tmp_path / 't5'))

@@ -1,4 +1,4 @@
-"""The frozen encoder: prompts to embeddings, each alone."""
+"""The frozen encoder: embeddings that do not depend on the batch."""
 
 import subprocess
 import sys

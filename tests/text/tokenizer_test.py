@@ -1,4 +1,4 @@
-"""Token ids: sentencepiece's pieces, </s>, padding; transformers agrees."""
+"""Token ids: sentencepiece's pieces, </s>, padding, as in transformers."""
 
 import pickle
 
@@ -13,7 +13,7 @@ from tests.tiny_text import varied
 
 
 def check_ids(path, prompts):
-  """The tokenizer's rows against sentencepiece's ids, one by one."""
+  """Compares each row of the tokenizer with sentencepiece's ids."""
   reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
   max_len = 64
   ids, mask, cut = Tokenizer(path)(prompts, max_len)

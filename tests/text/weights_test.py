@@ -1,4 +1,4 @@
-"""T5 weights in Hugging Face folders: exact, sharded, or refused by name."""
+"""T5 weights in Hugging Face folders: read exactly, or refused by name."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from tests import tiny_text
 
 
 def shard(folder, parts=2):
-  """Splits a folder's weights over several files, as large models come."""
+  """Splits a folder's weights over several files, as in large models."""
   tensors = load_file(folder / weights.SINGLE)
   (folder / weights.SINGLE).unlink()
   names = sorted(tensors)
@@ -239,7 +239,7 @@ print(status('VmHWM') - before - held)
   not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux'
 )
 def test_loading_shards_takes_no_more_host_memory_than_one_of_them(tmp_path):
-  """On CPU the devices' memory is the host's, so it is subtracted."""
+  """On CPU device memory is host memory, so it is subtracted."""
   size = dict(num_layers=16, num_heads=16, head_dim=64, width=1024)
   for name, layers in (('small', 1), ('large', 16)):
     size['num_layers'] = layers

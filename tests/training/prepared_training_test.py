@@ -1,4 +1,4 @@
-"""Prepared data in training: stored embeddings, one low-resolution function."""
+"""Training on prepared data with stored embeddings; low-resolution inputs."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def test_embeddings_of_another_encoder_are_refused(
 
 
 def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(model):
-  def loss(params, key, batch, frozen):  # a network takes minutes
+  def loss(params, key, batch, frozen):  # a network would take minutes
     seen = jnp.where(batch['mask'][..., None], batch['text'] ** 2, 0)
     return params['w'] * seen.mean((1, 2)), {}
 
@@ -110,7 +110,7 @@ def test_a_step_is_the_same_with_tokens_and_with_their_embeddings(model):
 def test_training_and_sampling_make_the_low_resolution_input_alike(
   model, monkeypatch
 ):
-  """The tensor the network is given, caught in both, noise and level equal."""
+  """With equal noise and level, the network gets the same tensor in both."""
   encoder = load_text_encoder(model / 'text')
   made = tiny_model.build(tiny_model.config('sr1'), encoder)
   given = {}
@@ -126,7 +126,7 @@ def test_training_and_sampling_make_the_low_resolution_input_alike(
   image = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
   x = jnp.asarray(image, jnp.float32) / 127.5 - 1
   low = conditioning.box_downsample(x, 8)
-  # Sampling samples noise image by image, so both images get the same.
+  # Sampling generates noise per image, so both images get the same noise.
   one = rng.normal(size=low.shape[1:])
   eps = jnp.asarray(np.stack([one, one]), jnp.float32)
   normal = jax.random.normal

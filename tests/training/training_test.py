@@ -1,4 +1,4 @@
-"""Training: resuming, the guard, the averages, one loss per batch."""
+"""Training: resuming, the NaN guard, EMA, optimizers, the stage's loss."""
 
 import dataclasses
 import functools
@@ -108,7 +108,7 @@ def test_sampling_a_workdir_uses_its_ema(run, model, tmp_path):
 
 @pytest.fixture(scope='module')
 def step(model):
-  """(a jitted step, a state, a batch, text parameters)."""
+  """(jitted step, state, batch, text encoder's parameters)."""
   encoder = load_text_encoder(model / 'text')
   made = StageExperiment(tiny_model.config('sr1'), text=encoder)
   tx = optimizer(1e-2)
@@ -285,7 +285,7 @@ def test_levels_reach_max_level_and_no_further(model):
 
 def test_pixels_are_weighed_by_the_contrast_of_the_small_image():
   low = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3))
-  low[1, :, :4] = 0.3  # flat, and so is its neighbourhood up to column 2
+  low[1, :, :4] = 0.3  # the 3×3 neighbourhoods are flat up to column 2
   weight = np.asarray(objective.contrast_weight(jnp.asarray(low), 0.05, 12))
   assert weight.shape == (2, 12, 12, 1)
   padded = np.pad(low, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
@@ -306,7 +306,7 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
   squares = np.stack([grey, grey])
   squares[0, 6:10, 6:10], squares[1, 6:10, 6:10] = pale[0, 0], black[0, 0]
 
-  class Flat:  # it sees neither square
+  class Flat:  # predicts neither square
     def apply(self, variables, z, *_, **__):
       return jnp.full_like(z, 200 / 127.5 - 1)
 
@@ -370,7 +370,7 @@ def test_accumulating_averages_the_gradients_of_the_parts(unroll):
   after, metrics = jax.jit(make(accumulate=4))(state, batch, {})
 
   def part(params, i):
-    # Row r belongs to part r % 4, which has a key of its own.
+    # Row r belongs to part r % 4; each part has its own key.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), i)
     rows = {name: array[i::4] for name, array in batch.items()}
     return jnp.mean(loss_fn(params, key, rows, {})[0])
@@ -383,7 +383,7 @@ def test_accumulating_averages_the_gradients_of_the_parts(unroll):
     after.params['w'], state.params['w'] - mean, rtol=1e-5
   )
   np.testing.assert_allclose(metrics['loss'], sum(losses) / 4, rtol=1e-5)
-  # The bands' sums and counts are averaged over the parts as well.
+  # Sums and counts of the noise bands are averaged over the parts as well.
   np.testing.assert_allclose(metrics['band_count'].sum(), 2)
   once, _ = jax.jit(make())(state, batch, {})
   assert not np.allclose(once.params['w'], after.params['w'])

@@ -1,4 +1,4 @@
-"""What a person watches: the report, the metrics, the loggers, the watchdog."""
+"""Monitoring: the report, the metrics, the loggers, the watchdog."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from tests import tiny_model
 
 
 class FakeWriter:
-  """Stands for tensorboardX and wandb, which are extras."""
+  """A fake of tensorboardX's and wandb's writers, which are extras."""
 
   made = []
 
@@ -49,7 +49,7 @@ def config(model):
 
 @pytest.fixture(scope='module')
 def watched(model, tmp_path_factory):
-  """(config, workdir, printed lines, logger) of a run with everything on."""
+  """(config, workdir, printed lines, logger) of a run with all monitoring."""
   config = tiny_model.config(log_every=2)
   config.text.path = str(model / 'text')
   config.train.update(eval_every=3, log_to='tensorboard', sample_every=3)
@@ -81,7 +81,7 @@ def test_metrics_have_noise_bands_norms_speed_and_the_heldout_loss(watched):
   assert 0 <= row['data_wait_percent'] <= 100
   each = row['images_per_sec'] / 8
   assert row['images_per_sec_per_device'] == pytest.approx(each, rel=0.01)
-  # peak was 1e12: the MFU in percent is a hundredth of the TFLOPs · 1e4
+  # At a peak of 1 TFLOP/s the MFU in percent is 100 times the TFLOP/s.
   fraction = 100 * row['tflops_per_device']
   assert row['mfu_percent'] == pytest.approx(fraction, abs=0.01)
 
@@ -98,7 +98,7 @@ def test_the_loss_is_the_mean_over_its_bands(tmp_path):
     metrics.waited(0.25)
     metrics.log(1, 8, [step, step | {'loss': np.nan}])
   row = rows(folder)[1]
-  assert row['loss'] == 2.0  # the step that was left out is not in it
+  assert row['loss'] == 2.0  # the step with NaN is left out
   assert [row[f'loss_t{b}'] for b in ('0-0.25', '0.25-0.5', '0.75-1')] == [
     1,
     2,
@@ -112,9 +112,9 @@ def test_pauses_are_not_training_time(tmp_path, monkeypatch):
   now = iter([0.0, 10.0, 60.0, 61.0, 70.0])
   monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
   metrics = Metrics(tmp_path / 'metrics.jsonl', start_step=0, num_steps=9)
-  with metrics.paused():  # from 10 to 60
+  with metrics.paused():  # from 10 s to 60 s
     pass
-  metrics.log(1, 22, [])  # at 61: 11 seconds of training
+  metrics.log(1, 22, [])  # at 61 s, after 11 s of training
   assert rows(tmp_path)[1]['images_per_sec'] == 2.0
 
 

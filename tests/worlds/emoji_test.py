@@ -1,4 +1,4 @@
-"""Emoji scenes, with a colour font of four squares made for the test."""
+"""Emoji scenes, with a test font of four coloured squares."""
 
 import importlib.util
 import pathlib
@@ -33,7 +33,7 @@ def square(left, right):
 
 @pytest.fixture(scope='module')
 def font(tmp_path_factory):
-  """A font in which four of the things are squares of one colour each."""
+  """A font with glyphs for four of the things, each a coloured square."""
   build = FontBuilder(1000, isTTF=True)
   names = ['.notdef', *COLOURS]
   build.setupGlyphOrder(names)
@@ -169,7 +169,7 @@ def test_the_configs_make_networks(name):
 
 
 class Words:
-  """A tokenizer of a piece for every word."""
+  """A tokenizer with one piece per word."""
 
   def pieces(self, text):
     return text.split()

@@ -1,4 +1,4 @@
-"""The judge: what it reads, what it accepts, and how rarely it errs."""
+"""The judge: what it reads, what it accepts, and its error rate."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ CIRCLE = ('circle', 'red', 'plain', 0.3, 0.25, 0.3)
 SQUARE = ('square', 'blue', 'plain', 0.4, 0.72, 0.4)
 
 
-# In full: `python -m imagen_jax.worlds.judge_accuracy`.
+# `python -m imagen_jax.worlds.judge_accuracy` measures more sizes and scenes.
 SIZES = [(32, 50), (64, 50), (128, 25), (256, 17)]
 
 
@@ -150,7 +150,7 @@ def test_relations_follow_the_offset_less_a_tenth_of_the_extents():
   assert related(at(0.5, 0.2), 'above', thing)
   assert related(at(0.5, 0.8), 'below', thing)
   assert not related(at(0.2, 0.5), 'right of', thing)
-  # 60 degrees off is the limit, after 0.04 is taken from each side.
+  # The limit is 60 degrees, after 0.04 is subtracted from each offset.
   assert related(at(0.5 - 0.14, 0.5 - 0.04 - 0.17), 'left of', thing)
   assert not related(at(0.5 - 0.14, 0.5 - 0.04 - 0.18), 'left of', thing)
   assert not related(at(0.47, 0.5), 'left of', thing)

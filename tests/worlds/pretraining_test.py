@@ -1,4 +1,4 @@
-"""The pretraining of a world's text encoder, and what a probe reads in it."""
+"""Pretraining a world's text encoder, and its linear probe."""
 
 import functools
 import json
@@ -99,7 +99,7 @@ def test_the_probe_reads_what_is_there_and_not_what_is_not():
 
 
 def quick(config, workdir, **probed):
-  """Trains with a small probe."""
+  """Trains with a small probe; returns the provenance."""
   with pytest.MonkeyPatch.context() as patch:
     small = functools.partial(probe.probe, **probed)
     patch.setattr(probe, 'probe', small)
@@ -154,7 +154,7 @@ def test_a_stage_finds_the_encoder_in_its_workdir(small_run):
   _, workdir, provenance = small_run
   folder = model_folder.text_folder(str(workdir))
   assert load_text_encoder(folder).digest == provenance['digest']
-  with pytest.raises(ModelError):  # and a workdir of text is no stage
+  with pytest.raises(ModelError):  # a text encoder's workdir is no stage
     model_folder.find_stages(workdir)
 
 

@@ -1,4 +1,4 @@
-"""The shapes world: scenes, captions, held-out combinations, renderer."""
+"""The shapes world: scenes, captions, held-out combinations, rendering."""
 
 import hashlib
 import pickle
@@ -49,7 +49,7 @@ def test_seeds_splits_and_categories_share_no_stream():
 
 
 def combinations(scene):
-  """{kind: set of combinations} that a scene shows or states."""
+  """{kind: combinations} that a scene shows or its caption states."""
   return {
     'colour_shape': {(t.colour, t.shape) for t in scene.things},
     'fill_shape': {(t.fill, t.shape) for t in scene.things},
@@ -77,7 +77,7 @@ def test_held_out_scenes_show_exactly_one_held_out_combination():
     assert sum(map(len, hits.values())) == 1, scene.caption
     for kind, found in hits.items():
       seen[kind] |= found
-  # A relation is rendered from either end of it.
+  # Relations come in both directions.
   assert seen == held
 
 
@@ -224,7 +224,7 @@ def test_a_mixture_sets_the_fractions_of_the_categories():
     shapes.scene(0, 'train', i, mixture=mixture).category for i in range(400)
   ]
   assert set(found) == {'fill', 'single'}
-  assert 270 < found.count('fill') < 330  # 2 sigma and a half
+  assert 270 < found.count('fill') < 330  # 3.5 sigma about 300
   source = make_source(kind='shapes', size=16, mixture={'fill': 1.0})
   said = [source[i]['caption'] for i in range(20)]
   assert said == [

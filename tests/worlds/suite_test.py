@@ -1,4 +1,4 @@
-"""The shapes suite: its prompts, its judge's own accuracy, its control."""
+"""The shapes suite: prompts, the judge's accuracy, the control."""
 
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.config import EvalConfig
@@ -12,7 +12,7 @@ def test_a_config_chooses_categories_in_the_suites_order():
   assert suite.categories == ('pair', 'fill') and suite.num == 2
   whole = ShapesSource.suite(EvalConfig())
   assert whole.categories == CATEGORIES and whole.num == 300
-  assert whole.digest() == suite.digest()  # one continues the other
+  assert whole.digest() == suite.digest()  # so one may resume the other
 
 
 def test_equal_prompts_get_different_images():
