@@ -119,8 +119,8 @@ def find_shards(path: str | os.PathLike[str]) -> tuple[str, ...]:
       'download the tars and give their path.'
     )
   if os.path.isdir(path):
-    found = glob.glob(os.path.join(glob.escape(path), '**', '*.tar'))
-    found += glob.glob(os.path.join(glob.escape(path), '*.tar'))
+    pattern = os.path.join(glob.escape(path), '**', '*.tar')
+    found = glob.glob(pattern, recursive=True)
   else:
     found = [
       name

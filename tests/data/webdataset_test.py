@@ -86,6 +86,13 @@ def test_paths_patterns_and_folders(tmp_path, pattern):
   assert len(source) == (1 if pattern == 'a-0.tar' else 2)
 
 
+def test_tars_are_found_in_folders_of_any_depth(tmp_path):
+  for folder in ('', 'a', 'a/b/c'):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    write(tmp_path / folder / 'x.tar', sample('1'))
+  assert len(WebDatasetSource(tmp_path, 16)) == 3
+
+
 def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
   tmp_path, caplog
 ):
