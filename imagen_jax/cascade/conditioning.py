@@ -21,7 +21,7 @@ from imagen_jax.typing import (
 
 
 def box_downsample(image: Image, size: int) -> LowRes:
-  """Downsamples images by the mean of each box, here and everywhere.
+  """Downsamples images by the mean of each box.
 
   Args:
     image: [B, H, W, C], H a multiple of `size`.

@@ -97,7 +97,7 @@ def _open(data: Encoded) -> Image.Image:
     raise BadSample('it does not exist') from error
   except Image.DecompressionBombError:
     raise BadSample(_HUGE) from None
-  except Exception as error:  # each of Pillow's readers has its own
+  except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be read as an image') from error
   width, height = image.size
   problem = None
@@ -118,7 +118,7 @@ def _load(image: Image.Image) -> Image.Image:
   try:
     # Cameras store the sensor's rows and the orientation in EXIF.
     return _rgb(ImageOps.exif_transpose(image))
-  except Exception as error:  # each of Pillow's readers has its own
+  except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be decoded') from error
 
 

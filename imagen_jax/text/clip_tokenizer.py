@@ -30,7 +30,7 @@ def load(
     )
   try:
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-  except Exception as error:  # each library has its own
+  except Exception as error:  # each library raises its own
     raise ModelError(
       f'the tokenizer in {folder} cannot be read ({error}); copy it again.'
     ) from None

@@ -37,7 +37,7 @@ class Tokenizer:
       self._pieces: _Fast | _Pieces = (
         _Fast(path) if path.name == FAST else _Pieces(data)
       )
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
       raise ModelError(
         f'{path} cannot be read as a T5 vocabulary ({error}); download it '
         'again.'
