@@ -13,15 +13,15 @@ import importlib
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# Sections that take further keys. They are the arguments of a function or
-# class, which checks them: the optimizer's in optax, a network's module, …
+# Sections that take further keys. These are arguments of a function or class
+# that checks them, such as an optax optimizer or a network.
 OPEN = (
   'data.mixture',
   'stage.net',
   'stage.schedule',
   'train.optimizer.options',
 )
-# Kinds with keys of their own: the config that lists all of them.
+# Kinds with keys of their own, and the config that lists these.
 TEMPLATES = {'if_finetune': 'if_finetune', 'text': 'shapes_text'}
 
 
@@ -32,10 +32,10 @@ def base():
       # What is trained: 'stage', 'if_finetune', 'text', or a class of yours,
       # 'my_module:MyExperiment'.
       'kind': 'stage',
-      # Of the parameters, the order of the data, noise and times.
+      # Seed of the parameters, the order of the data, noise and times.
       'seed': 0,
-      # Of activations: 'float32', 'bfloat16', or 'auto': bfloat16 where the
-      # device multiplies it natively. Parameters are float32.
+      # Of activations: 'float32', 'bfloat16', or 'auto', which is bfloat16
+      # where the device multiplies it natively. Parameters are float32.
       'dtype': 'auto',
       'text': text(),
       'data': data(),
@@ -63,11 +63,12 @@ def template(kind):
 def stage():
   """One model of the cascade."""
   return {
-    # Of its directory in a model folder.
+    # Name of its directory in a model folder.
     'name': 'base',
     # Side of its images in pixels; the paper's stages have 64, 256, 1024.
     'resolution': 64,
-    # Side of the images it upsamples; None: it has text alone (a base model).
+    # Side of the images it upsamples; None: it generates images from text
+    # alone (a base model).
     'low_resolution': placeholder(int),
     # The network: kind 'unet' (F.1), 'efficient_unet' (B.1, F.2, F.3) or a
     # class of yours, 'my_module:MyNet'; then its attributes, whose defaults
@@ -79,23 +80,23 @@ def stage():
     'schedule': {'kind': 'cosine'},
     # What the network predicts: 'eps' (the paper's), 'v' or 'x'.
     'prediction': 'eps',
-    # Of the squared error over time: 'eps', 'v', 'x', 'min_snr' or 'sigmoid';
-    # None, as in the paper: the plain error of the prediction.
+    # Weighting of the squared error: 'eps', 'v', 'x', 'min_snr' or 'sigmoid';
+    # None, as in the paper: the unweighted error of the prediction.
     'weighting': placeholder(str),
     # γ of 'min_snr'; 5 is Hang et al.'s.
     'min_snr_gamma': 5.0,
     # Bias of 'sigmoid', in log-SNR.
     'sigmoid_bias': 0.0,
-    # Spread the times evenly over the batch: the same mean, less variance.
-    # The paper samples them independently.
+    # Spread the times evenly over the batch: the loss has the same mean and
+    # less variance. The paper samples them independently.
     'stratified': False,
     # Fraction of captions dropped, for guidance; 0.1 in the paper (4.1).
     'cond_drop': 0.1,
     # Highest level of the noise on low-resolution images, in [0, 1]; 1 in the
     # paper (2.4).
     'max_level': 1.0,
-    # Weighs faint edges up, a variance > 0 of the low-resolution image; None,
-    # as in the paper: not.
+    # Emphasises low-contrast edges, see `objective.contrast_weight`; a variance
+    # > 0, or None, as in the paper: all pixels are weighted equally.
     'contrast_floor': placeholder(float),
     # Side of the training crops in pixels; None: whole images. 256 for the
     # paper's 256→1024 (2.5).
@@ -105,14 +106,14 @@ def stage():
 
 
 def sampling():
-  """How a stage is sampled unless a call says otherwise."""
+  """The default sampling settings of a stage."""
   return {
     # 'ddpm' (ancestral, the paper's), 'ddim' or 'dpmpp'.
     'sampler': 'ddpm',
-    # Evaluations of the network; with guidance each is two branches.
+    # Evaluations of the network, of both branches with guidance.
     'steps': 256,
-    # w of classifier-free guidance; 1 is none. Table 1 has 1.35 for the base
-    # model and 8 for 64→256.
+    # Classifier-free guidance weight; 1 is no guidance. Table 1 has 1.35 for
+    # the base model and 8 for 64→256.
     'guidance': 1.0,
     # (lowest, highest) log-SNR at which to guide; None: always.
     'guidance_interval': placeholder(tuple),
@@ -121,14 +122,14 @@ def sampling():
     # Of dynamic thresholding, on a scale of 0 to 100; 99.5 in the paper.
     'percentile': 99.5,
     # Noise on the low-resolution image, in [0, 1]. The paper: 0 for the best
-    # FID, 0.1 to 0.3 for the eye.
+    # FID, 0.1 to 0.3 for the best-looking images.
     'aug_level': 0.0,
-    # Of DDPM, between the two variances of eq. 6, in [0, 1]; the paper gives
-    # no value.
+    # Of DDPM, interpolates between the two variances of eq. 6, in [0, 1]; the
+    # paper gives no value.
     'gamma': 0.3,
     # Of DDIM, in [0, 1]; 0 is deterministic.
     'eta': 0.0,
-    # When starting from an image: how far back to noise, in (0, 1].
+    # Time to which a starting image is noised, in (0, 1].
     'strength': 1.0,
     # Steps are evenly spaced in 'time' or in 'logsnr'.
     'grid': 'time',
@@ -140,7 +141,7 @@ def text():
   return {
     # A folder of T5 v1.1 in Hugging Face layout (config.json, safetensors,
     # spiece.model); the paper's is google/t5-v1_1-xxl. 'demo' is the bundled
-    # one, which knows the words of the demo's captions.
+    # one, whose vocabulary is that of the demo's captions.
     'path': 'demo',
     # Tokens of a caption; the rest is cut off.
     'max_len': 128,
@@ -157,18 +158,18 @@ def data():
     'kind': 'folder',
     # A directory; for tars a pattern such as 'shards/*.tar'.
     'path': placeholder(str),
-    # A second set of the same kind, never trained on, for the held-out loss;
-    # None: the source's own split, if it has one.
+    # Held-out data of the same kind, for the held-out loss; None: the source's
+    # own split, if it has one.
     'eval_path': placeholder(str),
-    # Of the scenes that 'shapes' and 'emoji' generate.
+    # Seed of the scenes that 'shapes' and 'emoji' generate.
     'seed': 0,
     # How images are downsampled: 'area', 'bicubic' or 'lanczos'.
     'resize': 'area',
-    # Mirror half of the images. Captions that say left or right forbid it.
+    # Mirror half of the images. Wrong if captions say left or right.
     'flip': False,
     # Fraction of damaged images above which a run stops.
     'max_bad': 0.01,
-    # Of 'shapes': {category: fraction of the scenes}; None: the world's own.
+    # Of 'shapes': {category: fraction of the scenes}; None: its default.
     'mixture': None,
   }
 
@@ -176,16 +177,16 @@ def data():
 def train():
   """The training loop."""
   return {
-    # In all, counted from the first start; 2.5 M in the paper.
+    # Total number of steps, resumed or not; 2.5 M in the paper.
     'num_steps': 100_000,
-    # Images of a step over all devices; 2,048 in the paper.
+    # Images per step, over all devices; 2,048 in the paper.
     'batch_size': 64,
-    # Parts of a batch whose gradients are taken one after the other, for less
+    # Gradient accumulation: a batch is processed in this many parts, for less
     # memory.
     'accumulate': 1,
-    # The next four are numbers of steps. Metrics:
+    # The next four are intervals in steps. Metrics:
     'log_every': 50,
-    # A checkpoint; as much is lost at most when a machine dies.
+    # Checkpoints; a crash loses at most this many steps.
     'checkpoint_every': 500,
     # A grid of samples; None: never.
     'sample_every': 1000,
@@ -195,17 +196,18 @@ def train():
     'checkpoint_dir': placeholder(str),
     # How many of the latest checkpoints are kept.
     'keep_last': 2,
-    # A checkpoint of every so many steps is kept for good; None: none.
+    # Checkpoints at multiples of this are kept for good; None: none.
     'keep_every': placeholder(int),
-    # Of the EMA that is sampled, after its warm-up. The paper gives none.
+    # Of the EMA that is sampled, after its warm-up. The paper gives no value.
     'ema_decay': 0.9999,
-    # As many steps in a row with NaN or Inf end the run.
+    # The run ends after this many consecutive steps with NaN or Inf.
     'max_bad_steps': 20,
-    # A step that takes longer, in seconds, ends the run; 0: never.
+    # The run ends if a step takes longer than this, in seconds; 0: never.
     'hang_seconds': 1800.0,
-    # A step from which five are traced into WORKDIR/profile.
+    # Step from which five are profiled, into WORKDIR/profile.
     'profile_at': placeholder(int),
-    # 'tensorboard', 'wandb' or both, with a comma, besides metrics.jsonl.
+    # 'tensorboard', 'wandb' or both, separated by a comma, besides
+    # metrics.jsonl.
     'log_to': '',
     'optimizer': optimizer(),
   }
@@ -217,14 +219,15 @@ def optimizer():
     # 'adam' (the paper's for super-resolution), 'adafactor' (its base
     # model's, for the memory) or 'muon'.
     'kind': 'adam',
-    # At its peak; 1e-4 in the paper.
+    # Peak learning rate; 1e-4 in the paper.
     'learning_rate': 1e-4,
     # Steps of linear warm-up; 10,000 in the paper.
     'warmup': 10_000,
-    # A cosine to 0 at `num_steps` (the paper's), or a constant rate, with
-    # which a run can be made longer at any time.
+    # Cosine decay to 0 at `num_steps` (the paper's), or a constant rate, with
+    # which a run can be extended at any time.
     'decay': True,
-    # Largest norm of the gradient; None: not clipped. The paper gives none.
+    # Gradient norm at which to clip; None: no clipping. The paper gives no
+    # value.
     'clip': 1.0,
     # Arguments of optax.adam, optax.adafactor or optax.contrib.muon.
     'options': {},
@@ -232,7 +235,7 @@ def optimizer():
 
 
 def mesh():
-  """How the devices are used."""
+  """The device mesh."""
   return {
     # Data-parallel groups; −1: as many as there are devices.
     'data': -1,

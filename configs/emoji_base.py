@@ -3,12 +3,12 @@ r"""The base model of the emoji scenes: text → 64×64 (F.1, small).
   python train.py --config emoji_base --workdir runs/emoji/base
 
 Scenes such as "two dogs to the left of a red car": one to five of fifty-six
-things, rendered by the system's colour emoji font (Noto Color Emoji; where it
+objects, rendered with the system's colour emoji font (Noto Color Emoji; if it
 is not found, `--config.data.path=FONT`), with counts, relations and
 backgrounds, see `imagen_jax/worlds/emoji.py`. A tenth of the pairs is held out.
 The text encoder is `emoji_text`'s, or a folder of T5 v1.1 weights.
 
-Cost: for a GPU. A step of 128 images is 6.6e12 FLOPs (1.5e13 with 96 channels).
+Cost: a step of 128 images is 6.6e12 FLOPs (1.5e13 with 96 channels); use a GPU.
 
 Result: trained for 1,344 steps only, see docs/emoji.md.
 """

@@ -2,8 +2,8 @@ r"""A text encoder for the emoji scenes: `shapes_text` on other captions.
 
   python train.py --config emoji_text --workdir runs/emoji/text
 
-684,288 parameters; 12 minutes on 2 cores busy with other work. The linear probe
-at the nouns reads, in % of unseen captions | of pairs that are held out (an
+684,288 parameters; 12 minutes on 2 cores busy with other work. Accuracy of a
+linear probe at the nouns, in % on unseen captions | held-out pairs (an
 untrained encoder in brackets):
 
   thing 99.9 | 99.9 (99.5 | 99.8)         count 100.0 | 100.0 (96.3 | 97.7)

@@ -4,38 +4,38 @@ r"""A 64×64 base model of your own images, each with a caption beside it.
       --config.data.path=DIR --config.text.path=T5-V1_1-LARGE
 
 DIR holds images with `.txt` captions of the same name, or a
-`metadata.jsonl`. Tars are read with `--config.data.kind=webdataset
---config.data.path='shards/*.tar'`, what imagen-prepare wrote with
+`metadata.jsonl`. For tars use `--config.data.kind=webdataset
+--config.data.path='shards/*.tar'`, for the output of imagen-prepare
 `--config.data.kind=arrayrecord`.
 
 Cost: 25.8 M parameters; a step of 128 images is 6.6e12 FLOPs. One H100 trained
-this network at 1,387 images/s while another training shared it (docs/gpu.md):
+this network at 1,387 images/s while another run shared the GPU (docs/gpu.md):
 2.6 hours for the 12.8 M images.
 
-The paper's base model with less of everything (F.1), but for:
+A smaller version of the paper's base model (F.1), except for:
 
   v-prediction  learns faster than eps and does not shift colours (Salimans and
-                Ho 2022; Imagen Video, Ho et al. 2022); its plain error weighs
-                the error of the image with SNR + 1.
+                Ho 2022; Imagen Video, Ho et al. 2022); its unweighted error is
+                the error of x times SNR + 1.
   Adam          Adafactor saves memory that this network does not need, and its
                 rate, relative to a parameter's size, leaves zero-initialised
                 layers at zero for 10,000 steps.
   2e-4          DDPM's rate for its 36 M network at the same batch and EMA
                 (Ho et al. 2020).
   1,000 steps   of warm-up, about what Adam's b2 of 0.999 averages over; then a
-                constant rate, so that a run can be made longer at any time.
+                constant rate, so that a run can be extended at any time.
 
 The schedule is the paper's cosine, with log-SNR limits of ±15 as
 `diffusion/schedule.py` derives for 64×64.
 
-No result is printed: none was measured.
+No result was measured.
 """
 
 from imagen_jax.configs import common
 
 
 def get_config():
-  """One base stage at the paper's resolution, a small width."""
+  """A base stage at the paper's resolution and a small width."""
   config = common.stage_run()
   config.stage.net = {
     'kind': 'unet',
@@ -51,8 +51,8 @@ def get_config():
   config.stage.stratified = True
   # Between Table 1's 1.35, the best FID, and the 5 of Figure A.10.
   config.stage.sampling.guidance = 2.0
-  # The demo's encoder is enough for a trial of the command; real captions need
-  # T5 v1.1, the larger the better (2.1).
+  # The demo's encoder is enough to try the command; real captions need T5 v1.1,
+  # the larger the better (2.1).
   config.text.update(path='demo', max_len=64)
   config.train.update(num_steps=100_000, batch_size=128)
   config.train.optimizer.update(learning_rate=2e-4, warmup=1000, decay=False)

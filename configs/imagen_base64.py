@@ -6,13 +6,13 @@ r"""The paper's 64×64 base model: 2.26 B parameters (Sections 2.5, 4.1, F.1).
 Cost in the paper: 2.5 M steps of 2,048 images on 256 TPU v4 chips. Cost here:
 `python plan.py --config imagen_base64`, and docs/tpu.md.
 
-Printed (F.1): embed_dim 512, channel_mult 1 2 3 4, 3 residual blocks, attention
+Given in F.1: embed_dim 512, channel_mult 1 2 3 4, 3 residual blocks, attention
 and text at 32, 16, 8 with heads of 64, BigGAN blocks, scale-shift norm,
 attention-pooled text, dropout 0; eps-prediction, cosine schedule; Adafactor
 with optax's defaults, rate 1e-4, 10,000 warm-up steps, cosine decay; text
 dropped for 10 % (4.1). The listing's `end_value=2500000` is the number of steps
 in the wrong place: as printed, the rate would rise to 2.5 million; here it
-falls to 0. `lrs` and `weight_decay` are no arguments of optax's.
+falls to 0. `lrs` and `weight_decay` are not arguments of optax.adafactor.
 
 Chosen, because the paper does not say: one skip per residual block and a 4th
 block in the decoder (ADM, which F.1 adapts); a conditioning vector of 4 × 512;
@@ -25,7 +25,7 @@ text projected to that width before K, V and the pooler. This gives
 
 Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16, ancestral sampling in
 256 steps with gamma 0.3. Guidance 1.35 is Table 1's (the best FID); the images
-of Figure A.10 have 5.
+of Figure A.10 use 5.
 
 T5-XXL is read from a folder in Hugging Face layout (google/t5-v1_1-xxl:
 config.json, safetensors, spiece.model). Adafactor's rate is relative to a
@@ -52,12 +52,12 @@ def get_config():
     'text_width': 2048,
     'dropout': 0.0,
     'norm_groups': 32,
-    'remat': 'nothing_saveable',  # all is computed again: the least memory
+    'remat': 'nothing_saveable',  # recomputes everything: the least memory
   }
   config.stage.sampling.guidance = 1.35
   config.text.update(path='t5-v1_1-xxl', dtype='bfloat16')
   config.train.update(num_steps=2_500_000, batch_size=2048)
-  # A long run: rarer, and a checkpoint of every 100,000 steps for good.
+  # A long run: longer intervals; every 100,000 steps a checkpoint for good.
   config.train.update(log_every=100, checkpoint_every=5000, eval_every=5000)
   config.train.update(sample_every=10_000, keep_every=100_000)
   config.train.hang_seconds = 3600.0

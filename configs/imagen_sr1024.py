@@ -6,7 +6,7 @@ r"""The paper's 256→1024 model: an Efficient U-Net of 584 M parameters (F.3).
 Cost in the paper: 2.5 M steps of 2,048 crops on 128 TPU v4 chips. Cost here:
 `python plan.py --config imagen_sr1024`, and docs/tpu.md.
 
-Printed (F.3): F.2's blocks without self-attention, the attention to the text
+Given in F.3: F.2's blocks without self-attention, the attention to the text
 kept ("critical"); the linear schedule of 1,000 steps from 1e-4 to 0.02; trained
 on 64→256 crops of 256→1024 images (2.5). All else as `imagen_sr256`.
 

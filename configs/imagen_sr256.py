@@ -6,7 +6,7 @@ r"""The paper's 64→256 model: an Efficient U-Net of 592 M parameters (B.1, F.2
 Cost in the paper: 2.5 M steps of 2,048 images on 128 TPU v4 chips. Cost here:
 `python plan.py --config imagen_sr256`, and docs/tpu.md.
 
-Printed (F.2): blocks of 128, 256, 512, 1024 channels with 2, 4, 8, 8 residual
+Given in F.2: blocks of 128, 256, 512, 1024 channels with 2, 4, 8, 8 residual
 blocks, each halving the side; attention to pixels and text with 8 heads at the
 last; scale-shift norm, attention-pooled text, dropout 0; eps-prediction, cosine
 schedule; Adam (0.9, 0.999, 1e-8), rate 1e-4, 10,000 warm-up steps; text dropped
@@ -26,8 +26,8 @@ This gives 591,952,771 parameters:
 With raw 4,096-d text it would be 661.7 M, without the shortcuts 581.2 M.
 
 Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16; DDIM in 128 steps,
-noise level 0.1 when sampling (the paper: 0 is best for FID, 0.1 to 0.3 for the
-eye). Guidance 8 is Table 1's.
+noise level 0.1 when sampling (the paper: 0 for the best FID, 0.1 to 0.3 for the
+best-looking images). Guidance 8 is Table 1's.
 """
 
 from imagen_jax.configs import imagen_base64

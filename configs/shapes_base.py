@@ -3,11 +3,11 @@ r"""The demo's base model: text → 16×16 scenes of shapes (F.1, small).
   python train.py --config shapes_base --workdir runs/shapes/base
 
 Source: Appendix F.1, with these differences. v-prediction, because
-eps-prediction needs far more steps to settle colours. Muon, see `shapes_sr1`.
-The learning rate is constant, so that a run can be made longer at any time.
+eps-prediction needs far more steps for the right colours. Muon: `shapes_sr1`.
+The learning rate is constant, so that a run can be extended at any time.
 
-Resolution: 16 pixels hold nearly all of a scene for a quarter of the work of
-32, and the super-resolution stages read the caption too. `python
+Resolution: 16 pixels show nearly all of a scene at a quarter of the cost of 32,
+and the super-resolution stages are conditioned on the caption too. `python
 benchmarks/base_resolution.py` trains a small classifier on renders with noise
 of 0.04. In scenes of five different shapes, each 4 to 5 pixels wide, it
 recognises 98.9 % of the shapes at 16 pixels and 100.0 % at 32, and locates them
@@ -16,7 +16,7 @@ to 0.5 % and 0.2 % of the image.
 Cost of the bundled weights: 806,400 images in 386 minutes on 2 cores that also
 ran tests.
 
-  1. On the world's own mixture, 6,000 steps of 32 with Adam at 1e-3 (loss
+  1. On the default mixture, 6,000 steps of 32 images with Adam at 1e-3 (loss
      0.076), then from their EMA 3,200 steps with Muon and a cosine to 0
      (held-out loss 0.0505, not comparable with the losses below).
   2. On this file's mixture, with more scenes that need composition and hardly
@@ -77,7 +77,7 @@ def get_config():
     'fill': 0.05,
   }
   config.train.update(num_steps=8000, batch_size=32)
-  config.train.ema_decay = 0.999  # of a short run
+  config.train.ema_decay = 0.999  # for a short run
   config.train.optimizer.update(kind='muon', learning_rate=3e-3, warmup=200)
   config.train.optimizer.decay = False
   return config

@@ -10,7 +10,7 @@ require. With v-prediction the same network was still grainy after 1,500 steps,
 with a loss of 0.16.
 
 `max_level` 0.4 instead of 1 (2.4): the base model's samples are better than
-what higher levels show, and a third of the loss comes from those levels.
+images at higher levels, from which a third of the loss would come.
 
 Muon, and levels up to 0.4, because a small network then learns more in the same
 time: `python benchmarks/first_steps.py --config shapes_sr1`. After 400 steps
@@ -30,14 +30,15 @@ faster in 200 steps and cost half as much again.
 parameters, for comparison.
 
 Text attention at 16×16 as well as at 8×8, and weight decay: an earlier network
-of 728,099 parameters had attention at 8×8 alone, one block a level and no
+of 728,099 parameters had attention at 8×8 only, one block per level and no
 weight decay. After 18,500 steps it ignored that level: removing it changed
-nothing, and text arrived as the pooled vector alone, which cannot say which of
-two objects is dotted. Given true 16-pixel images, it and sr2 got 39 of the 48
+nothing, and the only text was the pooled vector, which cannot say which of two
+objects is dotted. Given true 16-pixel images, it and sr2 got 39 of the 48
 patterned scenes right; this network gets all 48, with the first command below.
 
-`contrast_floor`: a blurred edge costs the square of its contrast, so white and
-pink objects on light backgrounds stayed blurred with either network. Given true
+`contrast_floor`: the loss of a blurred edge grows with the square of its
+contrast, so white and pink objects on light backgrounds stayed blurred with
+either network. Given true
 images, 90 of 96 single objects and 88 of 96 pairs were right at 64 pixels
 before, and 95 and 92 with the bundled weights: the second command.
 
@@ -81,7 +82,7 @@ NETS = {
     'emb_channels': 128,
     'norm_groups': 8,
   },
-  # As many parameters, to compare with.
+  # The same number of parameters, for comparison.
   'unet': {
     'channels': 24,
     'channel_mults': (1, 1, 2, 2),

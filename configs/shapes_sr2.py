@@ -2,12 +2,12 @@ r"""The demo's last super-resolution model: 64→256 pixels (F.3, small).
 
   python train.py --config shapes_sr2 --workdir runs/shapes/sr2
 
-Source: Appendix F.3. As the paper's 256→1024 model it has no self-attention,
+Source: Appendix F.3. Like the paper's 256→1024 model it has no self-attention,
 keeps the attention to the text, trains on crops and generates whole images. It
-adds the patterns, which 16 pixels cannot hold.
+adds the patterns, which 16 pixels cannot show.
 
 Cost of the bundled weights: 85,440 crops in 61 minutes on 2 cores that also ran
-tests. 1,840 steps of the world's own mixture, then from their EMA 3,500 steps
+tests. 1,840 steps of the default mixture, then from their EMA 3,500 steps
 of a mixture that was half `fill` (this file as of 7b46af0), with a cosine to 0.
 Held-out loss 0.0027. Given true 16-pixel images, sr1 and sr2 get 381 of 384
 scenes right; given true 64-pixel images, sr2 gets 48 of 48 patterned scenes:

@@ -1,4 +1,4 @@
-"""Which type activations are computed in."""
+"""The dtype of activations."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from imagen_jax.errors import UsageError
 
 
 def resolve_dtype(name: str) -> DTypeLike:
-  """'float32', 'bfloat16' or 'auto' as a jax type.
+  """The jax dtype of 'float32' ('fp32'), 'bfloat16' ('bf16') or 'auto'.
 
   'auto' is bfloat16 where the device multiplies it natively (every TPU, NVIDIA
-  GPUs from compute capability 8.0 on) and float32 elsewhere. Parameters are
-  float32 either way.
+  GPUs from compute capability 8.0) and float32 elsewhere. Parameters are always
+  float32.
 
   Raises:
     UsageError: for any other name.

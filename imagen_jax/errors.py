@@ -1,13 +1,13 @@
-"""What a user can do wrong, one exception per exit code.
+"""User errors, one exception per exit code.
 
-Every message is one sentence that says what failed, in which file, step or
-key, why it probably did, and what to run next. `cli/errors.py` turns these
-into an exit code and a single line; library users catch them as exceptions.
+Every message is one sentence: what failed, in which file, step or key, the
+likely cause, and what to run next. `cli/errors.py` turns these into an exit
+code and a single line; library users catch them as exceptions.
 """
 
 
 class ImagenError(Exception):
-  """A mistake the user can mend; shown as one sentence, never a traceback."""
+  """An error the user can fix; shown as one sentence, never a traceback."""
 
   exit_code = 1
 
@@ -17,7 +17,7 @@ class UsageError(ImagenError):
 
   Attributes:
     key: the argument's name, such as 'low_res'; None where there is none. The
-      command line says its flag instead.
+      command line names its flag instead.
   """
 
   exit_code = 2
@@ -40,6 +40,6 @@ class ModelError(ImagenError):
 
 
 class NumericError(ImagenError):
-  """Training or sampling left the finite numbers (exit code 5)."""
+  """Training or sampling produced NaN or Inf (exit code 5)."""
 
   exit_code = 5

@@ -1,4 +1,4 @@
-"""From a config's `kind` to the class that it names."""
+"""Resolves a config's `kind` to a class."""
 
 import difflib
 import importlib
@@ -8,13 +8,13 @@ from imagen_jax.errors import UsageError
 
 
 def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
-  """The class of a kind, imported when it is asked for.
+  """The class of a kind, imported on demand.
 
   Args:
     kind: a name in the table, or 'my_module:MyClass' of the user's own.
     table: {name: 'package.module:Class'}.
     key: the config key that holds `kind`, for the message.
-    base: what the class derives from.
+    base: the class must derive from this.
 
   Raises:
     UsageError: no such name, module or class, or a class of another base.
@@ -29,7 +29,7 @@ def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
   try:
     module = importlib.import_module(module_name)
   except ModuleNotFoundError as error:
-    # A module that it imports in turn may be what is missing.
+    # The missing module may be one that it imports in turn.
     raise UsageError(
       f'{key} is {kind!r}, and {error.name} cannot be imported; install it, '
       'or run the command where Python finds it (PYTHONPATH).'

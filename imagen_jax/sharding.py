@@ -1,9 +1,9 @@
-"""The device mesh, and where every array lives on it.
+"""The device mesh and the shardings of all arrays.
 
 One mesh with two axes. A batch is split over both; parameters, EMA and
 optimizer state are replicated over 'data' and split over 'fsdp' by one rule
-that looks at shapes only, so that no network knows about devices. A single
-device is the 1 x 1 mesh, not a special case.
+that depends on shapes only, so that networks are independent of devices. A
+single device is the 1 x 1 mesh, not a special case.
 """
 
 import functools
@@ -38,10 +38,9 @@ FOR_PARAMS = 0.6  # fraction of a device's memory; activations need the rest
 def set_cpu_devices(n: int | None = None) -> None:
   """Splits the CPU into `n` virtual devices, one per usable core by default.
 
-  XLA runs one program per device, so on CPU this is what puts every core to
-  work. Call it before anything touches a device: once jax has started, and
-  where the user has chosen a number already, it changes nothing. Devices of
-  other kinds are not affected.
+  XLA runs one program per device, so this is what uses all cores of a CPU. Call
+  it before jax starts its backends: afterwards, or if the user has chosen a
+  number, it has no effect. Devices of other kinds are not affected.
   """
   config: Any = jax.config  # its flags are made at import
   chosen = config.jax_num_cpu_devices > 0 or (
@@ -65,8 +64,8 @@ def make_mesh(
   """A mesh of `data` x `fsdp` devices; -1 stands for all the rest.
 
   Args:
-    data: copies of the state, each working on its own part of the batch.
-    fsdp: devices that share one copy of the state.
+    data: copies of the state, each for its own part of the batch.
+    fsdp: devices over which one copy of the state is split.
     devices: the devices to use, all of them by default. A single process may
       use fewer than there are; several processes must use all.
 
@@ -103,17 +102,17 @@ def make_mesh(
       'processes cannot do; use -1 for one of them.'
     )
   grid = device_grid(devices[:n], sizes['data'], sizes['fsdp'])
-  # Auto: Linen knows nothing of Explicit axes.
+  # Auto: Linen does not support Explicit axes.
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def device_grid(devices: Devices, data: int, fsdp: int) -> np.ndarray:
-  """Devices as an array [data, fsdp] that suits the links between them.
+  """Arranges devices as [data, fsdp] to match their interconnect.
 
-  Slices are joined by the data centre's network, which is slow: only the sums
-  of gradients over `data` cross it, never a parameter that `fsdp` splits. In a
-  slice an axis of the torus may be split between the two, as 128 × 2 splits
-  the chips 4 × 8 × 8 of a v4 slice.
+  The network between slices is slow: only the sums of gradients over `data`
+  cross it, never the parameters that `fsdp` splits. Within a slice, one axis of
+  the torus may be split between the two, as in 128 × 2 on the 4 × 8 × 8 chips
+  of a v4 slice.
 
   Raises:
     UsageError: the slices do not divide `data`.
@@ -139,15 +138,15 @@ def device_grid(devices: Devices, data: int, fsdp: int) -> np.ndarray:
 def sampling_mesh(
   num_bytes: int, fsdp: int | None = None, *, devices: Devices | None = None
 ) -> Mesh:
-  """The mesh that generates images with a network of `num_bytes` of parameters.
+  """The mesh for sampling from a network with `num_bytes` of parameters.
 
-  Every accelerator takes part, with its own images and, where they fit, all
-  the parameters; where not, they are split over as few devices as hold them.
-  On CPU it is one device, whose threads share an image.
+  Every accelerator generates its own images and holds all parameters if they
+  fit; otherwise they are split over the fewest devices that hold them. On CPU
+  it is one device, whose threads work on the same image.
 
   Args:
     num_bytes: size of the parameters.
-    fsdp: devices that share one copy; None chooses the fewest that hold it.
+    fsdp: devices over which one copy is split; None is the fewest that hold it.
     devices: the devices to use, all of them by default.
   """
   devices = list(jax.devices() if devices is None else devices)
@@ -163,7 +162,7 @@ def sampling_mesh(
 def least_split(num_bytes: int, room: float, num_devices: int) -> int:
   """The smallest divisor n of `num_devices` with num_bytes / n <= room.
 
-  All of them when none is enough.
+  `num_devices` if even that does not fit.
   """
   sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   return next((n for n in sizes if num_bytes / n <= room), num_devices)
@@ -185,11 +184,11 @@ def leaf_sharding(
   """The sharding of one leaf of parameters or state, from its shape alone.
 
   The largest dimension that the fsdp axis divides is split over it. The first
-  dimension is taken only when no other will do: in a stack of scanned blocks
-  it counts the blocks, and a scan over a split axis would fetch every block
-  from somewhere else. Ties go to the last dimension, the one that is
-  contiguous in memory. A leaf of fewer than `min_size` elements is replicated:
-  gathering it costs more than keeping it.
+  dimension is used only if no other is divisible: in stacked parameters it is
+  the scan's, and a scan over a split axis would fetch every block from another
+  device. Ties go to the last dimension, which is contiguous in memory. A leaf
+  of fewer than `min_size` elements is replicated: gathering it costs more than
+  keeping it.
 
   Args:
     leaf: array or `jax.ShapeDtypeStruct`.
@@ -216,7 +215,7 @@ def state_shardings(
 
 
 def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
-  """The abstract tree with a sharding on every leaf, as restoring wants it."""
+  """The abstract tree with a sharding on every leaf, for restoring."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract_tree,
@@ -225,7 +224,7 @@ def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Refuses a global batch that the mesh's devices cannot share equally.
+  """Rejects a global batch that cannot be split equally over the mesh.
 
   Raises:
     UsageError: devices times `accumulate` does not divide `batch_size`.
@@ -244,7 +243,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """This process's part of a batch, as global arrays on the mesh.
+  """Makes global arrays on the mesh from this process's part of a batch.
 
   Args:
     batch: tree of host arrays [b, ...]; the global batch is the
@@ -259,7 +258,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
-  """A batch that every process holds whole, as global arrays on the mesh."""
+  """Makes global arrays on the mesh from a batch that every process holds."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]),
@@ -268,10 +267,10 @@ def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-  """A global array as a NumPy array that every process holds whole.
+  """Fetches a global array as a NumPy array, whole on every process.
 
-  On one process the devices give their parts to the host and none of them
-  ever holds more.
+  With one process the shards are copied straight to the host; no device holds
+  the whole array.
   """
   if not x.is_fully_addressable:
     x = multihost_utils.process_allgather(x, tiled=True)
@@ -279,15 +278,15 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 def gather(param: Array, dtype: DTypeLike | None = None) -> Array:
-  """A parameter that is split over 'fsdp', whole on every device.
+  """Gathers a parameter that is split over 'fsdp'.
 
   For use inside jitted code under `jax.set_mesh`, where the parameter is used,
-  so that one layer at a time is whole, in the backward pass as in the forward.
-  Where nothing is split it is only the cast.
+  so that only one layer at a time is gathered, in the forward and the backward
+  pass. Without a split it only casts.
 
   Args:
     param: array.
-    dtype: type in which it travels and is used; None for its own.
+    dtype: type in which it is gathered and used; None for its own.
   """
   mesh = jax.sharding.get_abstract_mesh()
   cast = param if dtype is None else param.astype(dtype)
@@ -314,10 +313,10 @@ def _gather_forward(
 def _gather_backward(
   spec: PartitionSpec, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-  """The sum over the devices, of which each keeps its shard.
+  """Sums the gradient over the devices; each keeps its shard.
 
-  The barrier makes it keep no more: without it XLA fuses the slicing into the
-  optimizer, and all gradients stay whole until then.
+  Without the barrier XLA fuses the slicing into the optimizer, and all
+  gradients stay whole until then.
   """
   gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
   gradient = jax.lax.with_sharding_constraint(gradient, spec)
@@ -331,7 +330,7 @@ def constrain_batch(x: Tree) -> Tree:
   """Keeps the leading axis of every array in `x` split over the mesh.
 
   For use inside jitted code under `jax.set_mesh`. Without a mesh it is the
-  identity, so networks and samplers that call it run anywhere.
+  identity.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x

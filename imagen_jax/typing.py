@@ -1,6 +1,7 @@
-"""Array types, named as in the paper; their shapes are in these terms.
+"""Array types, named as in the paper.
 
-b images, h × w pixels, c channels, l text positions, d their width.
+In the shapes: b images, h × w pixels, c channels, l text positions, d width of
+the text embeddings.
 """
 
 import jax
@@ -11,9 +12,9 @@ Array = jax.Array | np.ndarray
 
 # Arrays of any shape.
 Values = Float[Array, '...']
-# Numbers of any shape, Python's own included; of samples: [b] or a scalar.
+# Arrays or Python numbers; per sample, [b] or a scalar.
 Scalars = Values | np.floating | float
-# z, x, eps and v, whatever they are images of.
+# z, x, eps and v of any shape.
 Sample = Float[Array, 'b *shape']
 LogSNR = Float[Array, ' b']
 

@@ -1,8 +1,7 @@
-"""Many images from a stage, a batch of one size at a time.
+"""Generates a stage's images in batches of one size, for any model.
 
-Image i of a prompt has a key of its own, and every batch the same shape, the
-last one being padded: an image does not depend on what else is generated.
-Nothing here knows which model it is.
+Every image has its own key, and every batch the same shape (the last one is
+padded), so an image does not depend on what else is generated.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.typing import KeyData
 
-SEEDS = 2**32  # jax would drop higher bits without a word
+SEEDS = 2**32  # jax silently drops higher bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +27,11 @@ class Request:
   """Which images to generate.
 
   Attributes:
-    prompts: what to generate; images of one prompt stand together.
+    prompts: at least one; the images of a prompt are consecutive.
     seed: in [0, 2³²).
-    indices: the numbers of the images of each prompt.
-    batch_size: images generated at a time; None: all of them up to 4.
-    callback: called as callback(stage's name, images done, images in all).
+    indices: which images of each prompt.
+    batch_size: images per batch; None: all of them, at most 4.
+    callback: called as callback(stage name, images done, images in total).
 
   Raises:
     UsageError: there is nothing to generate, or a number is out of range.
@@ -61,16 +60,16 @@ class Request:
 
   @functools.cached_property
   def rows(self) -> list[tuple[int, int]]:
-    """(number of its prompt, number among the prompt's images) per image."""
+    """(index of its prompt, index in the prompt's images) per image."""
     return [(p, i) for p in range(len(self.prompts)) for i in self.indices]
 
   @property
   def batch(self) -> int:
-    """Images at a time."""
+    """Images per batch."""
     return self.batch_size or min(4, len(self.rows))
 
   def key_data(self, rows: np.ndarray, resolution: int) -> KeyData:
-    """uint32 [B, 2]: of a stage's keys for some of `rows`."""
+    """uint32 [B, 2]: the key data of images for the stage of a resolution."""
     keys = [
       jax.random.fold_in(image_key(self.seed, self.prompts[p], i), resolution)
       for p, i in (self.rows[row] for row in rows)
@@ -79,15 +78,16 @@ class Request:
 
 
 def image_key(seed: int, prompt: str, i: int) -> jax.Array:
-  """The key of image i of a prompt: the same in every batch and session.
+  """The key of image i of a prompt, the same in every batch and run.
 
-  Threefry by name, not jax's default, so that a seed means the same image
+  Always Threefry, whatever jax's default, so that a seed means the same image
   on every device and in later versions.
 
   Args:
     seed: in [0, 2³²).
-    prompt: the caption, exactly as given; its first 4 bytes of SHA-256 count.
-    i: number of the image among those of the prompt.
+    prompt: the caption, exactly as given; the first 4 bytes of its SHA-256 are
+      folded in.
+    i: index of the image among those of the prompt.
   """
   key = jax.random.key(seed, impl='threefry2x32')
   digest = hashlib.sha256(prompt.encode('utf-8')).digest()
@@ -102,13 +102,13 @@ def generate(
   inputs: Callable[[np.ndarray], Any],
   sample: Callable[[Any], jax.Array],
 ) -> np.ndarray:
-  """One stage's images of all rows of a request.
+  """Generates one stage's images for all rows of a request.
 
   Args:
     request: which images.
     name: of the stage, for the callback.
     mesh: to generate on.
-    inputs: numbers of rows [B] -> tree of host arrays [B, ...].
+    inputs: indices of rows [B] -> tree of host arrays [B, ...].
     sample: that tree, on the mesh -> [B, H, W, 3].
 
   Returns:
@@ -117,7 +117,7 @@ def generate(
   count, generated = len(request.rows), []
   batch = -(-request.batch // mesh.size) * mesh.size
   for start in range(0, count, batch):
-    # Copies of the last row fill the last batch.
+    # The last batch is padded with copies of the last row.
     rows = np.minimum(np.arange(start, start + batch), count - 1)
     arrays = sharding.put_whole_batch(inputs(rows), mesh)
     with jax.set_mesh(mesh):
@@ -129,16 +129,17 @@ def generate(
 
 
 def free(params: Any) -> None:
-  """Removes a stage's parameters from the devices: the next one needs room."""
+  """Frees a stage's parameters on the devices, for those of the next stage."""
   jax.tree.map(lambda leaf: leaf.delete(), params)
 
 
 def per_stage(
   choices: Mapping[str, Any], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-  """The choices of each stage, from one value for all or a list with one each.
+  """The choices of each stage, from one value for all or a list of one each.
 
-  None leaves the stage's own; a tuple counts as a list, but for an interval.
+  None keeps the stage's default. A tuple counts as a list, except for
+  `guidance_interval`.
 
   Raises:
     UsageError: a list of another length.
@@ -168,7 +169,7 @@ def check_images(
   mask: PIL.Image.Image | None = None,
   strength: Any = None,
 ) -> None:
-  """Refuses images that the first stage cannot start from.
+  """Rejects images that the first stage cannot start from.
 
   Args:
     stage: its name.
@@ -176,10 +177,10 @@ def check_images(
     low_res: the image or images to upsample.
     image: the image to start from.
     mask: where to inpaint it.
-    strength: what the caller chose, which is of no use without `image`.
+    strength: the caller's choice; it needs `image`.
 
   Raises:
-    UsageError: one is missing, without effect or of another shape.
+    UsageError: one is missing, has no effect or has another shape.
   """
   if upsamples and low_res is None:
     raise UsageError(
@@ -209,10 +210,10 @@ def check_images(
 
 
 def check_size(stage: str, width: int, height: int, multiple: int) -> None:
-  """Refuses a shape that a stage's network cannot generate.
+  """Rejects a shape that a stage's network cannot generate.
 
   Raises:
-    UsageError: a side is 0 or no multiple of `multiple`.
+    UsageError: a side is 0 or not a multiple of `multiple`.
   """
   if min(width, height) < 1 or width % multiple or height % multiple:
     raise UsageError(
@@ -230,8 +231,8 @@ def start_from(
   """The image to start from and its mask, at a stage's size.
 
   Returns:
-    {'image': [H, W, 3] in [−1, 1], 'inpaint_mask': [H, W, 1] of 0 and 1}, of
-    those that are given.
+    {'image': [H, W, 3] in [−1, 1], 'inpaint_mask': [H, W, 1] of 0 and 1},
+    without those that are None.
   """
   start = {}
   if image is not None:
@@ -244,7 +245,7 @@ def start_from(
 def repeated(
   arrays: Mapping[str, np.ndarray], batch: int
 ) -> dict[str, np.ndarray]:
-  """The same arrays for every image of a batch: [...] -> [batch, ...]."""
+  """Repeats arrays for every image of a batch: [...] -> [batch, ...]."""
   return {
     name: np.broadcast_to(array, (batch, *array.shape))
     for name, array in arrays.items()

@@ -1,8 +1,8 @@
 """The cascade: prompts in, images out (Sections 2 and 4.1, Figure A.4).
 
 A frozen text encoder, a base model, and super-resolution models, each of which
-upsamples what the one before it generated. Only one of them is on the device at
-a time: the text encoder leaves before the base model comes.
+upsamples the previous stage's images. Only one of them is on the devices at a
+time.
 """
 
 import dataclasses
@@ -39,21 +39,21 @@ def load(
   fsdp: int | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> 'Cascade':
-  """Opens a model: its stages' shapes now, their weights when sampling.
+  """Opens a model folder; weights are loaded when sampling.
 
   Args:
     path: a model folder (exported stages, or training workdirs, one directory
       each); None is the bundled demo model.
-    dtype: activations' type, 'auto', 'float32' or 'bfloat16'.
+    dtype: of the activations, 'auto', 'float32' or 'bfloat16'.
     stages: names of the stages to use, in order; None is all of them.
-    fsdp: devices over which one copy of a network is split; None is the least
-      that holds it.
-    devices: those to generate on, all of them by default; of several processes
-      each then generates the same images.
+    fsdp: devices over which one copy of a network is split; None is the fewest
+      that hold it.
+    devices: those to generate on. By default all of them, and every process
+      then generates the same images.
 
   Raises:
-    ModelError: the folder is missing, incomplete, corrupted, or its stages do
-      not follow one another.
+    ModelError: the folder is missing, incomplete or corrupted, or a stage
+      does not upsample the images of the one before it.
     UsageError: a name in `stages` is unknown.
   """
   path = model_folder.demo_path() if path is None else pathlib.Path(path)
@@ -63,13 +63,13 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-  """Prompts as the text encoder sees them.
+  """Prompts with their text embeddings.
 
   Attributes:
     prompts: the strings.
-    text: float32 [N, L, D], zeros beyond each prompt's end.
-    mask: bool [N, L].
-    cut: how many tokens of each prompt did not fit.
+    text: float32 [N, L, D], zeros at padding.
+    mask: bool [N, L], True at tokens.
+    cut: how many tokens of each prompt were cut off.
   """
 
   prompts: tuple[str, ...]
@@ -79,12 +79,12 @@ class Embedding:
 
 
 class Cascade:
-  """A model folder that can be sampled.
+  """The text encoder and the stages of a model folder, ready to sample.
 
   Attributes:
     path: the folder.
     stages: `Stage`s, in order.
-    dtype: activations' type.
+    dtype: of the activations.
   """
 
   def __init__(
@@ -124,11 +124,11 @@ class Cascade:
 
   @property
   def data_kinds(self) -> set[str]:
-    """The `data.kind`s of the sources that its stages were trained on."""
+    """The `data.kind`s that its stages were trained on."""
     return {record.config['data']['kind'] for record in self._records}
 
   def embed(self, prompts: Sequence[str]) -> Embedding:
-    """Encodes prompts; the text encoder leaves the device afterwards.
+    """Encodes prompts; the text encoder is loaded for this call only.
 
     Raises:
       ModelError: the text encoder is missing, or not the one that the stages
@@ -161,14 +161,14 @@ class Cascade:
     )
 
   def settings(self, **choices: Any) -> list[SamplingConfig]:
-    """How every stage is sampled: its own defaults, changed by `choices`.
+    """The sampling settings of every stage: its defaults, then `choices`.
 
     Each choice is one value for all stages or a list with one per stage; None
     keeps the stage's default. `threshold='none'` is no thresholding.
 
     Raises:
-      UsageError: a list's length is not the number of stages, or a value
-        cannot work or has no effect.
+      UsageError: a list's length is not the number of stages, or a value is
+        invalid or has no effect.
     """
     names = [stage.name for stage in self.stages]
     result = []
@@ -200,31 +200,31 @@ class Cascade:
     callback: Callable[[str, int, int], None] | None = None,
     **choices: Any,
   ) -> dict[str, np.ndarray]:
-    """Samples images of prompts.
+    """Samples images from prompts.
 
     Image i of a prompt depends on (seed, prompt, i) and the settings, not on
     what else is generated.
 
     Args:
       prompts: strings, or their `Embedding`. An empty string is unconditional:
-        guidance does nothing there.
+        guidance has no effect on it.
       seed: in [0, 2³²).
       num_images: images of each prompt.
-      indices: their numbers, instead of 0 … num_images − 1.
-      low_res: uint8 [N, h, w, 3], the images that the first selected stage
-        upsamples, when that is not the base; one per image, or one for all.
+      indices: which of them, instead of 0 … num_images − 1.
+      low_res: uint8 [N, h, w, 3], the images to upsample if the first stage is
+        not a base model; one per image, or one for all.
       image: an image of any shape to start from, see `SamplerSpec.strength`,
         or to inpaint.
       mask: of the same shape, white where to inpaint; elsewhere every stage
-        keeps `image`, resized, to the bit.
-      batch_size: images generated at a time, all of them up to 4 by default.
-      callback: called as callback(stage_name, done, total) as images come.
+        keeps `image`, resized, bit for bit.
+      batch_size: images per batch; None: all of them, at most 4.
+      callback: called as callback(stage_name, done, total) after each batch.
       **choices: fields of `SamplingConfig` (sampler, steps, guidance, …), one
         value or a list with one per stage.
 
     Returns:
-      {stage name: uint8 [N, H, W, 3]}, in the order of the stages; images of
-      one prompt stand together.
+      {stage name: uint8 [N, H, W, 3]}, in the order of the stages; the images
+      of a prompt are consecutive.
 
     Raises:
       UsageError, ModelError: as `settings`, `embed` and `load`.
@@ -269,7 +269,7 @@ class Cascade:
     request: Request,
     inputs: Callable[[np.ndarray], SampleInputs],
   ) -> np.ndarray:
-    """One stage for every row: float32 [N, H, W, 3] in [−1, 1]."""
+    """One stage's images of all rows: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(model_folder.float32_bytes(record))
     params = model_folder.load_params(
       record,
@@ -288,7 +288,7 @@ def _check_effects(
   configs: Sequence[SamplingConfig],
   choices: Mapping[str, Any],
 ) -> None:
-  """Refuses choices that change nothing in any of the stages."""
+  """Rejects choices that have no effect on any stage."""
   options = {name for s in SAMPLERS.values() for name in s.options}
   for name in sorted(options.intersection(choices)):
     used = any(name in SAMPLERS[c.sampler].options for c in configs)
@@ -340,7 +340,7 @@ def _stage_inputs(
   low: Image | None,
   start: dict[str, np.ndarray],
 ) -> Callable[[np.ndarray], SampleInputs]:
-  """Numbers of rows -> `SampleInputs` on the host, but for the scalars."""
+  """A function, indices of rows -> `SampleInputs` without the scalars."""
   # An empty prompt is the null condition: both branches are then equal.
   empty = np.array([not prompt.strip() for prompt in embedding.prompts])
   text = np.where(empty[:, None, None], 0, embedding.text)

@@ -1,6 +1,6 @@
-"""What a stage is given: low-resolution images, captions or none.
+"""The conditioning of a stage: low-resolution images, text or the null text.
 
-The same functions serve training and sampling.
+Training and sampling use the same functions.
 """
 
 import jax
@@ -21,11 +21,11 @@ from imagen_jax.typing import (
 
 
 def box_downsample(image: Image, size: int) -> LowRes:
-  """The one way this project makes an image smaller: the mean of each box.
+  """Downsamples images by the mean of each box.
 
   Args:
     image: [B, H, W, C], H a multiple of `size`.
-    size: the side of the result.
+    size: height of the result.
   """
   batch, height, width, channels = image.shape
   factor = height // size
@@ -52,16 +52,16 @@ def to_uint8(image: Float[Array, '*b h w c']) -> UInt8[np.ndarray, '*b h w c']:
 def low_res_input(
   stage: Stage, eps: LowRes, low: LowRes, level: AugLevel
 ) -> Image:
-  """The low-resolution condition (2.4): noise first, then upsample.
+  """The low-resolution condition, augmented, then upsampled (2.4).
 
   Args:
     stage: a super-resolution stage.
-    eps: standard normal noise shaped like `low`.
+    eps: standard normal noise of the shape of `low`.
     low: [B, h, w, 3] in [−1, 1].
     level: [B] augmentation level in [0, 1].
 
   Returns:
-    [B, H, W, 3] at the stage's scale.
+    [B, H, W, 3] at the stage's resolution.
   """
   return upsample(process.augment(eps, low, level), stage.factor)
 
@@ -69,11 +69,11 @@ def low_res_input(
 def null_where(
   dropped: Bool[Array, ' b'], text: TextEmb, mask: TextMask
 ) -> tuple[TextEmb, TextMask]:
-  """The null condition where `dropped` [B] says so, in training and sampling.
+  """Replaces the text by the null condition where `dropped` [B] is True.
 
-  Zeros for the sequence and every position masked, so that neither the words
+  The sequence is zeroed and every position masked, so that neither the words
   nor the length of the caption remain (4.1: "zeroing out the text
-  embeddings"); the pooled vector is then exactly zero too.
+  embeddings"). The pooled vector is then exactly zero too.
   """
   text = jnp.where(dropped[:, None, None], 0, text)
   return text, mask & ~dropped[:, None]

@@ -1,4 +1,4 @@
-"""The loss that a stage is trained with."""
+"""The training loss of a stage."""
 
 import functools
 from typing import Any
@@ -92,22 +92,22 @@ def loss(
 
 
 def contrast_weight(low: LowRes, floor: float, size: int) -> PixelMask:
-  """Weights that make faint things count in the loss of a large image.
+  """Pixel weights that emphasise low-contrast edges in the loss.
 
-  A blurred edge costs the square of its contrast, so that white things on a
-  light background stay clouds while black ones are still being polished. Each
-  pixel is weighed with floor / (floor + c), c the variance of the small
-  image's 3×3 pixels around it, mean over the channels. The network sees that
-  image too, but for the augmentation's noise, so that what it should predict
-  hardly changes. Not in the paper.
+  The loss of a blurred edge grows with the square of its contrast, so light
+  objects on a light background stay blurred long after dark ones are sharp.
+  The weight of a pixel is floor / (floor + c), where c is the variance of the
+  3×3 low-resolution pixels around it, averaged over the channels. The network
+  is conditioned on that image, up to the augmentation's noise, so the optimal
+  prediction hardly changes. Not in the paper.
 
   Args:
-    low: [B, h, h, 3], the small image in [−1, 1], without noise.
-    floor: a variance, positive; the smaller, the more alike all edges count.
-    size: side of the large image, a multiple of h.
+    low: [B, h, h, 3], the low-resolution image in [−1, 1], without noise.
+    floor: a variance > 0; the smaller, the more equally all edges count.
+    size: side of the full-resolution image, a multiple of h.
 
   Returns:
-    [B, size, size, 1] in (0, 1]; 1 where the small image is flat.
+    [B, size, size, 1] in (0, 1]; 1 where the low-resolution image is flat.
   """
   padded = jnp.pad(low, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
   mean = nn.avg_pool(padded, (3, 3))
@@ -128,13 +128,13 @@ def crop(
 ) -> tuple[
   Float[Array, 'b {side} {side} c'], Float[Array, 'b low_side low_side c']
 ]:
-  """The same random square of the image and of its small version.
+  """The same random crop of images and their low-resolution versions.
 
   Args:
     key: one key for the whole batch.
     x: [B, H, W, 3].
-    low: [B, h, w, 3], the same images, smaller by a whole factor.
-    side: of the square in `x`, a multiple of that factor.
+    low: [B, h, w, 3], the same images, downsampled by an integer factor.
+    side: of the crop of `x`, a multiple of that factor.
   """
   factor = x.shape[1] // low.shape[1]
   low_side = side // factor

@@ -1,4 +1,4 @@
-"""Images from a stage."""
+"""Sampling from a stage."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,17 +27,17 @@ from imagen_jax.typing import (
 
 
 class SampleInputs(NamedTuple):
-  """What images are sampled from; None for what plays no part.
+  """The arrays that images are sampled from; None where there are none.
 
   Attributes:
     keys: [B] keys, one per image; `compiled` takes their data, uint32 [B, 2].
     text: [B, L, D] embeddings.
     mask: [B, L] bool, True at real tokens.
-    low_res: [B, h, w, 3] in [−1, 1], of a super-resolution stage.
-    guidance: w, a scalar; None computes no unconditional branch.
+    low_res: [B, h, w, 3] in [−1, 1], for a super-resolution stage.
+    guidance: w, a scalar; None evaluates the conditional branch only.
     aug_level: noise on `low_res`, a scalar in [0, 1].
-    image: [B, H, W, 3] in [−1, 1], an image to start from at
-      `SamplerSpec.strength`; its shape is the result's.
+    image: [B, H, W, 3] in [−1, 1], an image to start from, see
+      `SamplerSpec.strength`, or to inpaint; the result has its shape.
     inpaint_mask: [B, H, W, 1], with `image`: 1 where to inpaint, 0 where to
       keep it.
   """
@@ -59,9 +59,9 @@ def network(
   mask: TextMask,
   low_res: tuple[Image, AugLevel] | tuple[()] = (),
 ) -> Callable:
-  """`f(z, logsnr, branch)` for `diffusion.guidance.guided`.
+  """The network as f(z, logsnr, branch), for `diffusion.guidance.guided`.
 
-  branch: 'cond', or 'both', which runs the conditional model and the null
+  `branch` is 'cond', or 'both', which evaluates the text and the null
   condition as one batch of 2B rows and returns the pair.
 
   Args:
@@ -69,7 +69,7 @@ def network(
     params: its parameters.
     text: [B, L, D] embeddings.
     mask: [B, L] bool.
-    low_res: of a super-resolution stage the upsampled low-resolution images
+    low_res: for a super-resolution stage, the upsampled low-resolution images
       [B, H, W, 3] and their augmentation levels [B].
   """
 
@@ -97,12 +97,12 @@ def sample(
   Args:
     stage: the stage.
     params: its parameters.
-    spec: how.
-    inputs: from what.
+    spec: the sampler's settings.
+    inputs: keys, conditioning and images to start from.
 
   Returns:
-    [B, H, W, 3] float32 in [−1, 1], of the shape of `inputs.image`, or of
-    `inputs.low_res` upsampled, or square.
+    [B, H, W, 3] float32 in [−1, 1], of the shape of `inputs.low_res`
+    upsampled, else of `inputs.image`, else square.
   """
   arguments = _arguments(stage, params, spec, inputs)
   return jnp.clip(samplers.sample(**arguments), -1, 1)
@@ -111,14 +111,14 @@ def sample(
 def trajectory(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
 ) -> Trajectory:
-  """The noisy images and the predictions that `sample` goes through."""
+  """The noisy images and the predictions of all steps of `sample`."""
   return samplers.trajectory(**_arguments(stage, params, spec, inputs))
 
 
 def _arguments(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
 ) -> dict[str, Any]:
-  """Of `samplers.sample`: the first z, the log-SNRs and the denoiser."""
+  """The arguments of `samplers.sample`."""
   keys, image = inputs.keys, inputs.image
   height = width = stage.resolution
   if image is not None:
@@ -177,12 +177,12 @@ def compiled(
   spec: SamplerSpec,
   shardings: jax.sharding.Sharding | None = None,
 ) -> Callable[[dict, SampleInputs], jax.Array]:
-  """The jitted `sample` of one stage, which a process makes once.
+  """The jitted `sample` of a stage, cached.
 
   Args:
     stage: the stage.
-    spec: how.
-    shardings: where the images go.
+    spec: the sampler's settings.
+    shardings: of the images.
 
   Returns:
     (params, inputs with key data for keys) -> images.
@@ -198,11 +198,11 @@ def compiled(
 
 
 def check_sampling(stage: Stage, config: SamplingConfig) -> None:
-  """Refuses what cannot work with this stage, in one sentence each.
+  """Rejects settings that this stage was not trained for.
 
   Raises:
-    UsageError: guidance without dropout, or an augmentation level outside
-      [0, max_level].
+    UsageError: guidance without caption dropout, or an augmentation level
+      outside [0, max_level].
   """
   if config.guidance != 1 and stage.cond_drop == 0:
     raise UsageError(

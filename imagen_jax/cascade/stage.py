@@ -1,4 +1,4 @@
-"""What a stage is: its network, schedule and defaults, and its parameters."""
+"""A stage of the cascade: network, schedule, settings and parameters."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
 from imagen_jax.typing import Array
 
-# The networks of the paper; 'my_module:MyNet' is one of the user's own.
+# The networks of the paper; 'my_module:MyNet' names a user's own.
 NETS = {
   'unet': 'imagen_jax.nets.unet:UNet',
   'efficient_unet': 'imagen_jax.nets.efficient_unet:EfficientUNet',
@@ -33,10 +33,10 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(SamplerSpec):
-  """How a stage is sampled: `stage.sampling`; all can be chosen per call.
+  """The sampling settings of a stage; each can be overridden per call.
 
   Attributes:
-    guidance: w in w·cond + (1 − w)·uncond; 1 is none.
+    guidance: w in w·cond + (1 − w)·uncond; 1 is no guidance.
     aug_level: noise added to the low-resolution image, in [0, 1] (2.4).
   """
 
@@ -45,13 +45,13 @@ class SamplingConfig(SamplerSpec):
 
   @property
   def spec(self) -> SamplerSpec:
-    """What of it is compiled in."""
+    """The settings that are compiled in."""
     fields = dataclasses.fields(SamplerSpec)
     return SamplerSpec(**{f.name: getattr(self, f.name) for f in fields})
 
   @property
   def scalars(self) -> dict[str, np.float32 | None]:
-    """The rest of it, as `sampling.SampleInputs` has it."""
+    """The other settings, as fields of `sampling.SampleInputs`."""
     return {
       'guidance': None if self.guidance == 1 else np.float32(self.guidance),
       'aug_level': np.float32(self.aug_level),
@@ -71,19 +71,19 @@ class Stage:
     text_dim: width of the text embeddings.
     text_len: number of text positions.
     prediction: 'eps' (the paper's), 'v' or 'x'.
-    weighting: see `diffusion.loss`; None is the MSE of the prediction itself.
+    weighting: see `diffusion.loss`; None is the MSE of the prediction.
     stratified: spread the training times evenly over the batch.
     min_snr_gamma: γ of weighting 'min_snr'.
     sigmoid_bias: b of weighting 'sigmoid'.
-    cond_drop: fraction of captions dropped in training (0.1); 0 forbids
-      guidance.
+    cond_drop: fraction of captions dropped in training (0.1 in the paper); 0
+      rules out guidance.
     max_level: training samples augmentation levels from U(0, max_level); the
       paper's is 1 (2.4).
-    contrast_floor: weigh faint edges up in training, see
-      `objective.contrast_weight`; None, as in the paper, weighs all alike.
+    contrast_floor: emphasise low-contrast edges in training, see
+      `objective.contrast_weight`; None, as in the paper, weights all equally.
     crop: side of the training crops, None for whole images. The paper
       trains 256→1024 on 256-pixel crops.
-    sampling: how it is sampled unless a call says otherwise.
+    sampling: the default sampling settings.
   """
 
   name: str
@@ -106,14 +106,14 @@ class Stage:
 
   @property
   def factor(self) -> int:
-    """How many times larger its images are than those it upsamples."""
+    """The upsampling factor of a super-resolution stage."""
     if self.low_resolution is None:
       raise ValueError(f'stage {self.name} does not upsample')
     return self.resolution // self.low_resolution
 
   @property
   def loss_spec(self) -> LossSpec:
-    """Which error it is trained on."""
+    """The fields of the loss."""
     fields = dataclasses.fields(LossSpec)
     return LossSpec(**{f.name: getattr(self, f.name) for f in fields})
 
@@ -131,11 +131,11 @@ def from_config(
     config: name, resolution, low_resolution, net {kind, …}, schedule {kind,
       …}, and any other field of `Stage`; `sampling` holds `SamplingConfig`'s.
     text_dim: width of the text encoder's embeddings.
-    text_len: its number of positions.
-    dtype: activations' type.
+    text_len: number of text positions.
+    dtype: of the activations.
 
   Raises:
-    UsageError: naming the key that is wrong.
+    UsageError: a key is unknown or its value is invalid.
   """
   config = dict(config)
   net, chosen = _section(config, 'net'), _section(config, 'sampling')
@@ -165,7 +165,7 @@ def from_config(
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-  """Takes a section out of a config; lists become tuples, which hash."""
+  """Pops a section of a config; lists become tuples, which are hashable."""
   return {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in dict(config.pop(name)).items()
@@ -185,7 +185,7 @@ def _check_names(where: str, given: Mapping[str, Any], cls: type) -> None:
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
-  """Refuses values of `stage` that cannot work or would have no effect."""
+  """Rejects values of `stage` that are invalid or have no effect."""
   weighting = config.get('weighting')
   for key, choices in (
     ('prediction', PREDICTIONS),
@@ -231,8 +231,8 @@ def make_schedule(
 
   Args:
     kind: a name in `SCHEDULES`.
-    shift_from: resolution at which the schedule holds unshifted; None: no
-      shift. At `resolution` the log-SNR moves by 2·log(shift_from/resolution).
+    shift_from: resolution for which the schedule is meant; None: no shift.
+      The log-SNR is shifted by 2·log(shift_from/resolution).
     resolution: the stage's, with `shift_from`.
     **options: of the schedule's function.
 
@@ -265,7 +265,7 @@ def make_schedule(
 
 
 def init_params(stage: Stage, key: jax.Array) -> dict:
-  """Fresh float32 parameters; `param_shapes` gives their shapes alone."""
+  """Initialises the float32 parameters of a stage."""
   side = stage.crop or stage.resolution
   z = jnp.zeros((1, side, side, 3))
   level = jnp.zeros((1,))
@@ -279,7 +279,7 @@ def param_shapes(stage: Stage) -> dict:
   """The shapes of `init_params`' result.
 
   Raises:
-    UsageError: the values of `stage.net` do not make a network.
+    UsageError: the values of `stage.net` do not define a valid network.
   """
   try:
     return jax.eval_shape(
@@ -295,5 +295,5 @@ def param_shapes(stage: Stage) -> dict:
 
 
 def num_params(params: Any) -> int:
-  """How many numbers a parameter tree holds."""
+  """The number of parameters in a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,8 +1,8 @@
 """Classifier-free guidance and thresholding (Sections 2.2 and 2.3).
 
-Large guidance weights push the predicted image out of [−1, 1], where the
-network never saw one; thresholding brings it back at every step. A sampler
-knows nothing of either: `guided` turns a network into denoise(z, logsnr) -> x.
+Large guidance weights push the predicted image outside [−1, 1], the range of
+the training data; thresholding brings it back at every step. Samplers are
+independent of both: `guided` turns a network into denoise(z, logsnr) -> x.
 """
 
 import math
@@ -21,8 +21,8 @@ def guide(cond: Sample, uncond: Sample, weight: Scalars) -> Sample:
   """Classifier-free guidance: w · cond + (1 − w) · uncond (eq. 2).
 
   w = 1 is the conditional model, w = 0 the unconditional one. The weights add
-  up to 1 and x, eps and v are affine in each other at a given z, so it makes
-  no difference which of them is guided.
+  up to 1 and x, eps and v are affine in each other at a given z, so guiding
+  any of them gives the same result.
 
   Args:
     cond, uncond: [B, ...].
@@ -38,10 +38,10 @@ def static_threshold(x: Sample) -> Sample:
 
 
 def dynamic_threshold(x: Sample, *, percentile: float = 99.5) -> Sample:
-  """Clips to the percentile s of |x| and divides by it, if s > 1 (A.31).
+  """Clips x to ±s and divides by s = max(1, percentile of |x|) (A.31).
 
-  Per sample, over all its pixels and channels: x is [B, H, W, C]. Pixels near
-  saturation are pushed inwards instead of piling up at the ends.
+  The percentile is per sample, over the pixels and channels of x [B, H, W, C].
+  Saturated pixels are pushed inwards, not only clipped.
   """
   s = magnitude_percentile(x, percentile)
   s = over(x, jnp.maximum(s, 1))
@@ -51,18 +51,17 @@ def dynamic_threshold(x: Sample, *, percentile: float = 99.5) -> Sample:
 def magnitude_percentile(x: Sample, percentile: float) -> LogSNR:
   """The percentile of |x| per sample, [B, ...] -> [B], without sorting.
 
-  The same number as jnp.percentile(|x|, percentile) with its linear
-  interpolation. Sorting a 1024² image takes about a second on a CPU. But
-  non-negative floats are ordered like the integers with the same bits, so a
-  bisection over the bits, counting the values below, finds an order statistic
-  exactly in as many passes as there are bits.
+  Equal to jnp.percentile(|x|, percentile) with linear interpolation. Sorting
+  a 1024² image takes about a second on a CPU. Non-negative floats are ordered
+  like the integers with the same bits, so bisection over the bits finds an
+  order statistic exactly, with one counting pass per bit.
 
   Args:
     x: [B, ...], float32 or wider.
     percentile: a Python number on a scale of 0 to 100.
 
   Raises:
-    ValueError: percentile is above 100, or at most 1: surely a fraction.
+    ValueError: percentile is above 100, or at most 1 (probably a fraction).
   """
   if not 1 < percentile <= 100:
     raise ValueError(
@@ -76,16 +75,16 @@ def magnitude_percentile(x: Sample, percentile: float) -> LogSNR:
   position = percentile / 100 * (x.shape[1] - 1)
   rank, fraction = math.floor(position), position % 1
 
-  # The greatest pattern with at most `rank` values strictly below it is the
-  # value of that rank: settle its bits from the top (the sign bit is 0).
+  # The greatest bit pattern with at most `rank` values strictly below it is
+  # the value of that rank: set its bits from the top (the sign bit is 0).
   def settle(i: Array, value: Array) -> Array:
     trial = value | (jnp.ones_like(value) << (num_bits - 2 - i))
     below = jnp.sum(bits < trial[:, None], axis=1)
     return jnp.where(below <= rank, trial, value)
 
   value = jax.lax.fori_loop(0, num_bits - 1, settle, jnp.zeros_like(bits[:, 0]))
-  # The value one rank up is the same again if there are enough copies of it,
-  # else the least of those above.
+  # The value of the next rank is the same one if it is repeated, else the
+  # smallest value above it.
   as_float = jax.lax.bitcast_convert_type(value, x.dtype)
   at_most = jnp.sum(bits <= value[:, None], axis=1)
   above = jnp.min(jnp.where(bits > value[:, None], x, jnp.inf), axis=1)
@@ -104,22 +103,22 @@ def guided(
   percentile: float = 99.5,
   interval: tuple[float, float] | None = None,
 ) -> Callable[[Array, Array], Array]:
-  """denoise(z, logsnr) -> x, guided and thresholded, for a sampler.
+  """Makes denoise(z, logsnr) -> x, with guidance and thresholding.
 
-  All arithmetic outside the network has z's dtype, float32 or wider. The
-  samplers derive eps anew from the thresholded x.
+  Arithmetic outside the network is in z's dtype, float32 or wider. Samplers
+  recompute eps from the thresholded x.
 
   Args:
     network: (z [B, ...], logsnr [B], branch) -> output; `branch` is 'cond',
       or 'both' for the pair (cond, uncond), best from one call with 2B rows.
-    weight: w of `guide`, a number or [B]; None is the conditional model alone,
-      one branch.
+    weight: guidance weight w, a number or [B]; None evaluates the conditional
+      branch only.
     prediction: what the network returns, 'eps', 'v' or 'x'.
     threshold: 'dynamic', 'static' or None.
     percentile: of dynamic thresholding, on a scale of 0 to 100.
-    interval: (low, high) in log-SNR, ends included: guide only there
-      (Kynkäänniemi et al. 2024); elsewhere the conditional branch alone is
-      computed. None is everywhere.
+    interval: (low, high) log-SNR, inclusive, where guidance is applied
+      (Kynkäänniemi et al. 2024); elsewhere only the conditional branch is
+      computed. None: everywhere.
   """
   if threshold not in THRESHOLDS:
     raise ValueError(f'threshold is one of {THRESHOLDS}, not {threshold!r}')

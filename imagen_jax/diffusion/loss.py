@@ -1,21 +1,20 @@
-"""The training objective: denoise, at a random time (Section 2.2, App. A).
+"""The training objective: denoising at a random time (Section 2.2, App. A).
 
-Imagen predicts eps and minimises E ‖eps − eps̃‖² over t ~ U(0, 1). Whatever
-the network predicts, its squared error is the eps error times a number that
-depends on the log-SNR alone,
+Imagen predicts eps and minimises E ‖eps − eps̃‖² over t ~ U(0, 1). The squared
+errors of eps, x and v differ by factors that depend on the log-SNR only,
 
   ‖eps − eps̃‖² = snr ‖x − x̃‖² = alpha² ‖v − ṽ‖²,
 
-so a weighting can be stated once, as a weight on the eps error:
+so a weighting is defined as a weight on the eps error:
 
   'eps'      1: the paper
-  'x'        1 / snr: the plain error of the image
-  'v'        1 / alpha² = 1 + 1 / snr: the plain error of v
+  'x'        1 / snr: the unweighted error of x
+  'v'        1 / alpha² = 1 + 1 / snr: the unweighted error of v
   'min_snr'  min(1, γ / snr), γ = 5: the x error times min(snr, γ) (Hang et
              al. 2023)
   'sigmoid'  sigmoid(b − logsnr) · (−d logsnr / dt): the second factor makes
-             it an integral over log-SNR that no longer depends on the
-             schedule (Kingma and Gao 2023; simpler diffusion 2024)
+             the loss an integral over log-SNR, independent of the schedule
+             (Kingma and Gao 2023; simpler diffusion 2024)
 """
 
 import dataclasses
@@ -33,14 +32,15 @@ WEIGHTINGS = ('eps', 'x', 'v', 'min_snr', 'sigmoid')
 
 @dataclasses.dataclass(frozen=True)
 class LossSpec:
-  """Which error is minimised.
+  """The loss: prediction, weighting and sampling of the times.
 
   Attributes:
     prediction: what the network returns, 'eps' (the paper), 'v' or 'x'.
-    weighting: one of `WEIGHTINGS`, see the top of this file; None is the plain
-      mean squared error of the prediction.
-    stratified: times evenly spaced over the batch with one random offset.
-      Each is still U(0, 1); their mean loss varies less. The paper's is plain.
+    weighting: one of `WEIGHTINGS`, see the top of this file; None is the
+      unweighted mean squared error of the prediction.
+    stratified: times evenly spaced over the batch with one random offset. Each
+      is still U(0, 1), and the batch's loss has less variance. The paper
+      samples them independently.
     min_snr_gamma: γ of 'min_snr'.
     sigmoid_bias: b of 'sigmoid'.
   """
@@ -60,7 +60,7 @@ def log_weight(
   min_snr_gamma: float = 5.0,
   sigmoid_bias: float = 0.0,
 ) -> Values:
-  """log of a weighting's weight on the eps error; see above. [B] -> [B].
+  """The log of a weighting's weight on the eps error, [B] -> [B].
 
   `slope` is d logsnr / dt, needed by 'sigmoid' only.
   """
@@ -92,22 +92,22 @@ def diffusion_loss(
   """The weighted squared error of a denoiser at a random time (eq. 1).
 
   Noise and times are sampled for the whole batch from one key, so the result
-  does not depend on how the batch is laid out over devices.
+  does not depend on how the batch is sharded.
 
   Args:
     key: a jax.random key.
     x: [B, H, W, C], images in [−1, 1].
-    predict: (z [B, H, W, C], logsnr [B]) -> the network's output; parameters,
-      text and low-resolution images are in its closure.
+    predict: (z [B, H, W, C], logsnr [B]) -> the network's output; it closes
+      over parameters, text and low-resolution images.
     logsnr_fn: the schedule, t [B] -> logsnr [B].
-    spec: which error.
-    pixel_weight: [B, H, W, 1], factors of the pixels' squared errors; they may
-      depend on what `predict` is given, but not on x, lest the best prediction
-      be another one. None is 1 everywhere.
+    spec: prediction, weighting and sampling of the times.
+    pixel_weight: [B, H, W, 1], weights of the pixels' squared errors. They may
+      depend on the inputs of `predict` but not on x, which would change the
+      optimal prediction. None is 1 everywhere.
 
   Returns:
-    loss [B], and a dict of [B]: t, logsnr, mse (the prediction's, with
-    `pixel_weight` alone), weight (loss = weight · mse). All float32 or wider.
+    loss [B], and a dict of [B]: t, logsnr, mse (of the prediction, with
+    `pixel_weight` only), weight (loss = weight · mse). All float32 or wider.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   batch = x.shape[0]
@@ -127,8 +127,8 @@ def diffusion_loss(
     error = pixel_weight * error
   mse = jnp.mean(error, axis=range(1, x.ndim))
 
-  # From the prediction's error to the eps error, and then its weight. In
-  # logarithms the two cancel exactly where they should.
+  # Convert the prediction's error to the eps error, then apply the weight. In
+  # logarithms equal factors cancel exactly.
   log_ratio = log_weight(
     spec.weighting or spec.prediction,
     logsnr,

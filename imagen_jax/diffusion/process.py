@@ -1,12 +1,12 @@
-"""The forward process, its posterior, and three names for one prediction.
+"""The forward process, its posterior, and the eps, x and v predictions.
 
-A network that sees z = alpha x + sigma eps may be asked for the noise eps
-(Imagen), for the image x, or for v = alpha eps − sigma x (progressive
-distillation, Imagen Video). Given z and the log-SNR each determines the other
-two. x, eps, v and z are [B, ...]; logsnr is [B] or a scalar.
+Given z = alpha x + sigma eps, a network may predict the noise eps (Imagen),
+the image x, or v = alpha eps − sigma x (progressive distillation, Imagen
+Video). With z and the log-SNR, each determines the other two. x, eps, v and z
+are [B, ...]; logsnr is [B] or a scalar.
 
-Results have the wider of the arguments' dtypes: with z and logsnr in float32
-a bfloat16 network output is converted exactly and all arithmetic is float32.
+Results have the widest dtype of the arguments: with z and logsnr in float32,
+a bfloat16 network output is converted exactly and the arithmetic is float32.
 """
 
 import math
@@ -21,7 +21,7 @@ PREDICTIONS = ('eps', 'v', 'x')
 
 
 def over(x: Values, per_sample: Scalars) -> Values:
-  """[B] or a scalar as [B, 1, ..., 1], to broadcast over x's other axes."""
+  """Reshapes [B] or a scalar to [B, 1, ..., 1], to broadcast against x."""
   per_sample = jnp.asarray(per_sample)
   missing = (1,) * (x.ndim - per_sample.ndim)
   return per_sample.reshape(per_sample.shape + missing)
@@ -64,7 +64,7 @@ def v_from_x_eps(x: Values, eps: Values, logsnr: Scalars) -> Values:
 
 
 def target(prediction: str, x: Values, eps: Values, logsnr: Scalars) -> Values:
-  """What a network with this prediction ('eps', 'v' or 'x') should return."""
+  """The regression target of a prediction, 'eps', 'v' or 'x'."""
   match prediction:
     case 'eps':
       return eps
@@ -76,7 +76,7 @@ def target(prediction: str, x: Values, eps: Values, logsnr: Scalars) -> Values:
 
 
 def to_x(prediction: str, output: Values, z: Values, logsnr: Scalars) -> Values:
-  """The image a network's output stands for, given what it saw."""
+  """The predicted x, from a network's output and its inputs z and logsnr."""
   output = output.astype(jnp.promote_types(output.dtype, z.dtype))
   match prediction:
     case 'eps':
@@ -96,23 +96,23 @@ def posterior(
   logsnr_s: Scalars,
   gamma: Scalars = 0.0,
 ) -> tuple[Values, Values]:
-  """(mean, variance) of a step back from z_t to z_s, s < t (App. A, eq. 5–6).
+  """Mean and variance of a reverse step from z_t to z_s (App. A, eq. 5–6).
 
     mean     = e^(λt−λs) (alpha_s / alpha_t) z + (1 − e^(λt−λs)) alpha_s x
     variance = (σ̃²_s|t)^(1−γ) (σ²_t|s)^γ
 
-  interpolates, in the logarithm, between the variance of q(z_s | z_t, x),
-  σ̃² = (1 − e^(λt−λs)) sigma_s² (γ = 0: right if x is known), and that of
-  q(z_t | z_s), σ² = (1 − e^(λt−λs)) sigma_t² (γ = 1: right for data that is
-  itself N(0, I)). Both hold the factor in front, so it is taken out.
+  The variance is interpolated in the logarithm between that of
+  q(z_s | z_t, x), σ̃² = (1 − e^(λt−λs)) sigma_s² (γ = 0: exact if x is known),
+  and that of q(z_t | z_s), σ² = (1 − e^(λt−λs)) sigma_t² (γ = 1: exact for
+  data from N(0, I)). The code factors out 1 − e^(λt−λs).
 
   Args:
     z, x: [B, ...], the noisy image and the (estimated) clean one.
     logsnr_t, logsnr_s: λt ≤ λs, [B] or scalars.
-    gamma: in [0, 1]. The paper does not give its values.
+    gamma: in [0, 1]. The paper gives no value.
 
   Returns:
-    mean [B, ...] and variance, [B, 1, ..., 1] or a scalar alike.
+    mean [B, ...] and variance, [B, 1, ..., 1] or a scalar.
   """
   logsnr_t, logsnr_s = over(z, logsnr_t), over(z, logsnr_s)
   alpha_t, _ = alpha_sigma(logsnr_t)
@@ -129,14 +129,14 @@ def posterior(
 def augment(eps: LowRes, x_low: LowRes, level: Scalars) -> LowRes:
   """Noise-conditioning augmentation of a low-resolution image (2.4, A.32).
 
-  Gaussian noise that resembles the forward process, added once, at the low
-  resolution, before upsampling; the super-resolution network is conditioned on
-  `level`. In training level ~ U(0, 1) per sample; at sampling it is fixed (the
-  paper's best-looking samples used 0.1 to 0.3, its best FID 0).
+  Gaussian noise as in the forward process, added once, at the low resolution,
+  before upsampling; the super-resolution network is conditioned on `level`.
+  In training level ~ U(0, 1) per sample; in sampling it is fixed (the paper's
+  best-looking samples used 0.1 to 0.3, its best FID 0).
 
-  The paper does not say which schedule turns a level into noise. This is the
-  cosine one without its ends cut off, alpha = cos(π level / 2): level 0 is
-  the image bit for bit, 0.1, 0.2 and 0.3 are sigma 0.16, 0.31 and 0.45.
+  The paper does not say which schedule maps a level to noise. This is the
+  cosine schedule without truncation, alpha = cos(π level / 2): level 0 is the
+  image bit for bit; 0.1, 0.2 and 0.3 are sigma 0.16, 0.31 and 0.45.
 
   Args:
     eps: [B, h, w, C], standard noise.

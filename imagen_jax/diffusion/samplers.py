@@ -1,14 +1,14 @@
-"""From noise to an image: ancestral DDPM, DDIM and DPM-Solver++ (App. A).
+"""Samplers: ancestral DDPM, DDIM and DPM-Solver++ (App. A).
 
-A sampler sees only denoise(z, logsnr) -> x. One step of each of them is a
+A sampler needs only denoise(z, logsnr) -> x. The step of each sampler is a
 function with the same arguments,
 
   step(z, x, noise, *, logsnr_t, logsnr_s, last, **options) -> z_s
 
-where z is z_t, x = denoise(z_t), noise is standard and fresh, and last =
-(x, logsnr) of the step before, for multistep solvers. Before the first step
-`last` lies at a log-SNR of −inf. z, x and noise are [B, ...], log-SNRs scalar.
-A new sampler is such a function and its line in `SAMPLERS`.
+where z is z_t, x = denoise(z_t), noise is fresh standard noise, and last =
+(x, logsnr) of the previous step, for multistep solvers. At the first step the
+log-SNR of `last` is −inf. z, x and noise are [B, ...], log-SNRs are scalars.
+To add a sampler, write such a function and its entry in `SAMPLERS`.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def ddpm_step(
   last: Past | None = None,
   gamma: float = 0.0,
 ) -> Values:
-  """The ancestral sampler, its variance interpolated by gamma (eq. 6)."""
+  """Ancestral sampling, with the variance interpolated by gamma (eq. 6)."""
   del last
   mean, variance = posterior(
     z, x, logsnr_t=logsnr_t, logsnr_s=logsnr_s, gamma=gamma
@@ -57,10 +57,10 @@ def ddim_step(
   last: Past | None = None,
   eta: float = 0.0,
 ) -> Values:
-  """DDIM: keep the image, shrink the noise (eq. 5; Song et al. 2021).
+  """DDIM: z_s = alpha_s x + sigma_s eps (eq. 5; Song et al. 2021).
 
-  eta in [0, 1] replaces that much of the noise's standard deviation by fresh
-  noise: 0 is deterministic, 1 is the ancestral sampler with gamma = 0.
+  eta in [0, 1] scales the standard deviation of the fresh noise: 0 is
+  deterministic, 1 is the ancestral sampler with gamma = 0.
   """
   del last
   alpha, sigma = alpha_sigma(logsnr_s)
@@ -83,10 +83,10 @@ def dpmpp_step(
   """DPM-Solver++(2M): extrapolate x over the step (Lu et al. 2022, alg. 2).
 
   With h = (logsnr_s − logsnr_t) / 2, the exact solution for constant x is
-  z_s = (sigma_s / sigma_t) z_t + alpha_s (1 − e^−h) x, which is DDIM; x at
-  the middle of the step instead, on the line through the last two
-  predictions, makes it second order. The first step has no past: its h_last
-  is infinite, the slope's weight zero.
+  z_s = (sigma_s / sigma_t) z_t + alpha_s (1 − e^−h) x, which is DDIM. Taking
+  x at the middle of the step, on the line through the last two predictions,
+  makes it second order. At the first step h_last is infinite, so the slope
+  has weight zero.
   """
   del noise
   x_last, logsnr_last = last
@@ -100,12 +100,12 @@ def dpmpp_step(
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """One line of `SAMPLERS`.
+  """An entry of `SAMPLERS`.
 
   Attributes:
     step: see the top of this file.
     options: the fields of `SamplerSpec` that `step` takes.
-    stochastic: whether it uses fresh noise with a given spec.
+    stochastic: whether it needs fresh noise for a given spec.
   """
 
   step: Callable
@@ -124,10 +124,10 @@ GRIDS = ('time', 'logsnr')
 
 
 class SettingError(ValueError):
-  """A field of `SamplerSpec` has a value that cannot work.
+  """A field of `SamplerSpec` has an invalid value.
 
   Attributes:
-    field: its name, with which the message starts.
+    field: its name; the message starts with it.
   """
 
   def __init__(self, field: str, value: object, rule: str):
@@ -137,23 +137,23 @@ class SettingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
-  """How to sample: all that is compiled in, so that it can be a cache's key.
+  """The sampler's settings that are compiled in; hashable, for the cache.
 
   Attributes:
     sampler: a name in `SAMPLERS`.
-    steps: evaluations of the network (each of two branches when guided).
+    steps: evaluations of the network (of both branches with guidance).
     threshold: 'dynamic', 'static' or None (Section 2.3).
     percentile: of dynamic thresholding, on a scale of 0 to 100.
     guidance_interval: (lowest, highest) log-SNR at which to guide, or None for
       everywhere.
-    gamma: of 'ddpm', between the two variances of eq. 6.
+    gamma: of 'ddpm', interpolates between the two variances of eq. 6.
     eta: of 'ddim'; 0 is deterministic.
-    strength: when starting from an image, how far back to noise, in (0, 1];
-      the number of steps shrinks with it.
+    strength: the time in (0, 1] to which a starting image is noised; the
+      number of steps is proportional to it.
     grid: the steps are evenly spaced in 'time' (the paper) or in 'logsnr'.
 
   Raises:
-    SettingError: a value cannot work.
+    SettingError: a value is invalid.
   """
 
   sampler: str = 'dpmpp'
@@ -201,10 +201,10 @@ class SamplerSpec:
 
 
 class Inpaint(NamedTuple):
-  """An image to keep in part.
+  """A known image and the mask of the region to inpaint.
 
-  There every step gets it with the noise that the step expects, and the result
-  has it as it is.
+  Outside the mask, every step's z is the known image with that step's noise
+  level, and the result is the known image itself.
 
   Attributes:
     known: [B, H, W, C], the image.
@@ -216,12 +216,12 @@ class Inpaint(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-  """What a sampler went through, step by step.
+  """The noisy images and predictions of all steps of a sampler.
 
   Attributes:
     z: [N, B, H, W, C], the noisy image before each step.
-    x: [N, B, H, W, C], its prediction; the last one is the result.
-    logsnr: [N], where the network was evaluated.
+    x: [N, B, H, W, C], the prediction at each step; the last is the result.
+    logsnr: [N], the log-SNR of z.
   """
 
   z: Float[Array, 'n b h w c']
@@ -252,12 +252,12 @@ def logsnr_grid(
   start: float = 1.0,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, ' n']:
-  """The log-SNRs from time `start` down to the data, rising.
+  """The increasing log-SNRs of the steps from time `start` to 0.
 
   Args:
     logsnr_fn: the schedule, t -> logsnr.
-    spec: its `steps` would go all the way from t = 1; `start` takes its
-      fraction of them, at least 1, and the result has one number more.
+    spec: its `grid` and `steps`; there are N = max(1, round(steps · start))
+      steps, and N + 1 log-SNRs.
     start: a time in (0, 1].
     dtype: float32 or wider.
   """
@@ -277,21 +277,21 @@ def sample(
   spec: SamplerSpec,
   inpaint: Inpaint | None = None,
 ) -> Image:
-  """An image from noise, in one evaluation of `denoise` per step.
+  """Samples images from noise, with one evaluation of `denoise` per step.
 
   Step i goes from logsnr[i] to logsnr[i + 1]; the last one returns the
-  predicted x itself, without noise. All is one lax.scan, so the network is
-  compiled once for any number of steps.
+  predicted x itself, without noise. The steps are one lax.scan, so the network
+  is compiled once, whatever their number.
 
   Args:
     keys: [B], one key per image. Row b's noise depends on keys[b] and the step
-      alone, not on the batch it is sampled in.
-    z: [B, H, W, C], noisy as at logsnr[0]; all arithmetic has its dtype,
-      float32 or wider.
+      only, not on the rest of the batch.
+    z: [B, H, W, C], the noisy images at logsnr[0]; arithmetic is in their
+      dtype, float32 or wider.
     logsnr: see `logsnr_grid`.
     denoise: (z [B, H, W, C], logsnr [B]) -> x [B, H, W, C].
-    spec: its sampler and the options of that.
-    inpaint: what to keep; None inpaints everywhere.
+    spec: the sampler and its options.
+    inpaint: what to keep; None generates the whole image.
   """
   return _run(keys, z, logsnr, denoise, spec, inpaint, record=False)[0]
 
@@ -305,7 +305,7 @@ def trajectory(
   spec: SamplerSpec,
   inpaint: Inpaint | None = None,
 ) -> Trajectory:
-  """All that `sample` goes through, from the same arguments."""
+  """The trajectory of `sample`, which takes the same arguments."""
   _, (z, x) = _run(keys, z, logsnr, denoise, spec, inpaint, record=True)
   return Trajectory(z, x, logsnr[:-1])
 
@@ -320,7 +320,7 @@ def _run(
   *,
   record: bool,
 ) -> tuple[Image, Any]:
-  """(the images, (z, x) of each step if `record`)."""
+  """(images, (z, x) of all steps if `record`, else None)."""
   sampler, steps, dtype = SAMPLERS[spec.sampler], len(logsnr) - 1, z.dtype
   options = {name: getattr(spec, name) for name in sampler.options}
   step = functools.partial(sampler.step, **options)
@@ -336,15 +336,14 @@ def _run(
     noise = normal(i + 1) if fresh else jnp.zeros_like(z)
     z_next = step(z, x, noise, logsnr_t=logsnr_t, logsnr_s=logsnr_s, last=last)
     if inpaint is not None:
-      # Noise of its own number, so that an image without a mask stays what
-      # it was.
+      # A separate noise index: the sampler's noise is the same without a mask.
       kept = diffuse(inpaint.known, normal(steps + 1 + i), logsnr_s)
       z_next = jnp.where(inpaint.mask > 0, z_next, kept)
       x = jnp.where((inpaint.mask > 0) | (i < steps - 1), x, inpaint.known)
     return (z_next, (x, logsnr_t)), (z, x) if record else None
 
   past: Past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
-  # The last prediction is the result, whatever the step after it would be.
+  # The result is the last prediction; the z after it is not used.
   (_, (x, _)), seen = jax.lax.scan(
     body, (z, past), (jnp.arange(steps), logsnr[:-1], logsnr[1:])
   )

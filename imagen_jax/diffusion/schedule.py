@@ -1,14 +1,13 @@
-"""How much noise there is at time t, as a log signal-to-noise ratio.
+"""Noise schedules: the log signal-to-noise ratio at time t.
 
 The forward process is variance-preserving in continuous time (Appendix A):
 
   z_t = alpha_t x + sigma_t eps,   alpha² + sigma² = 1,   eps ~ N(0, I),
   logsnr = log(alpha² / sigma²), falling from t = 0 (data) to t = 1 (noise).
 
-A schedule is a function logsnr(t) and nothing else. The networks, the losses
-and the samplers are conditioned on the log-SNR, never on the time, so a
-schedule can be exchanged without touching them. Numbers follow the dtype of
-their arguments.
+A schedule is a function logsnr(t). Networks, losses and samplers use the
+log-SNR, never the time, so a schedule can be replaced without changing them.
+Results have the dtype of the arguments.
 """
 
 import math
@@ -23,7 +22,7 @@ def alpha_sigma(logsnr: Scalars) -> tuple[Values, Values]:
   """(alpha, sigma) of the variance-preserving process at a log-SNR (App. A).
 
   alpha² = sigmoid(logsnr), sigma² = sigmoid(−logsnr): alpha² + sigma² = 1 for
-  every logsnr, and neither is a difference of nearly equal numbers.
+  every logsnr, without cancellation.
   """
   return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
@@ -31,22 +30,22 @@ def alpha_sigma(logsnr: Scalars) -> tuple[Values, Values]:
 def cosine_logsnr(
   t: Scalars, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0
 ) -> Values:
-  """The cosine schedule: alpha = cos(πt/2), its two ends cut off (F.1, F.2).
+  """The cosine schedule: alpha = cos(πt/2), truncated at both ends (F.1, F.2).
 
   t in [0, 1], any shape, gives logsnr from `logsnr_max` down to `logsnr_min`:
-  −2 log tan(a t + b), with a and b such that the ends are met. It is Nichol
-  and Dhariwal's schedule without their offset s, which only kept their first
-  discrete step from being empty; in continuous time the cut does that.
+  −2 log tan(a t + b), where a and b follow from the limits. It is Nichol and
+  Dhariwal's schedule without their offset s, which kept the noise of the first
+  discrete step from vanishing; in continuous time the truncation does that.
 
-  The paper does not give the limits. ±15 (alpha or sigma of 5.5e-4) because
+  The paper does not give the limits. ±15 (alpha or sigma of 5.5e-4), because
   * at t = 1 sampling starts from N(0, I) instead of the true N(alpha x,
     sigma²): ½ Σ alpha² x² is at most 0.002 nats for a 64² image of ±1s and
     0.5 for 1024²; at −10 it is 0.3 and 71.
   * x = (z − sigma eps) / alpha magnifies an error in eps by 1/alpha: 1808
-    here, 22026 at −20, where fp32 rounding alone would cost x a third of a
-    grey level.
-  * at t = 0 the noise left is a fourteenth of an 8-bit grey level; at +10 it
-    would be nearly a whole one.
+    here, 22026 at −20, where fp32 rounding alone would change x by a third of
+    a grey level.
+  * at t = 0 the remaining noise is a fourteenth of an 8-bit grey level; at +10
+    it would be nearly a whole one.
   """
   b = math.atan(math.exp(-0.5 * logsnr_max))
   a = math.atan(math.exp(-0.5 * logsnr_min)) - b
@@ -63,15 +62,14 @@ def linear_logsnr(
 ) -> Values:
   """The "1000 step linear schedule" of 256→1024, in continuous time (F.3).
 
-  t in [0, 1], any shape. The discrete process shrinks the signal's square by
-  1 − beta at each step, beta rising linearly; between the steps
+  t in [0, 1], any shape. Each step of the discrete process multiplies alpha²
+  by 1 − beta, with beta increasing linearly. In continuous time
 
-    alpha²(t) = exp(−num_steps ∫₀ᵗ beta),   logsnr = −log(1/alpha² − 1),
+    alpha²(t) = exp(−num_steps ∫₀ᵗ beta),   logsnr = −log(1/alpha² − 1).
 
-  which for the default numbers is −log expm1(0.1 t + 9.95 t²), −10.05 at
-  t = 1 (the discrete process ends at −10.12: log(1 − beta) instead of −beta).
-  Without noise at t = 0 that would be infinite; it is capped at `logsnr_max`,
-  which matters below t = 3e-6 only.
+  With the defaults this is −log expm1(0.1 t + 9.95 t²), −10.05 at t = 1 (the
+  discrete process, with log(1 − beta) instead of −beta, ends at −10.12). At
+  t = 0 it would be infinite; the cap `logsnr_max` acts below t = 3e-6 only.
   """
   slope = 0.5 * (beta_end - beta_start)
   integral = num_steps * (beta_start * t + slope * t**2)
@@ -83,14 +81,15 @@ def linear_logsnr(
 def shifted_logsnr(
   logsnr: Scalars, *, resolution: int, base_resolution: int = 64
 ) -> Values:
-  """The log-SNR that hides as much of a larger image (simple diffusion).
+  """Shifts a log-SNR to a higher resolution (Hoogeboom et al. 2023).
 
-  Averaging over a (resolution / base_resolution)² block, what an image's
-  content survives, divides the noise's variance by the block's size. Adding
-  2 log(base_resolution / resolution), −2.77 from 64 to 256, takes it back:
+  Averaging over blocks of (resolution / base_resolution)² pixels preserves the
+  content of an image but divides the variance of the noise by the block's
+  size. Adding 2 log(base_resolution / resolution), −2.77 from 64 to 256,
+  compensates for that:
 
     logsnr_fn = lambda t: shifted_logsnr(cosine_logsnr(t), resolution=256)
 
-  Both ends shift too (Hoogeboom et al. 2023).
+  Both limits are shifted too.
   """
   return jnp.asarray(logsnr) + 2 * math.log(base_resolution / resolution)

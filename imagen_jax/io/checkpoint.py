@@ -1,11 +1,11 @@
-"""Checkpoints of a training state: asynchronous, atomic, digested.
+"""Checkpoints of a training state: asynchronous, atomic, with digests.
 
   checkpoints/300/state/…                        the arrays, by Orbax
   checkpoints/300/manifest-00000-of-00001.json   digests, leaves, `extra`
 
-A step counts once its manifest is there; see `manifest.py`. A state is a tree
-of arrays of at least one element each (Orbax stores no empty ones); typed keys
-come back as typed keys.
+A step is complete once its manifest exists; see `manifest.py`. A state is a
+tree of arrays of at least one element each (Orbax stores no empty ones); typed
+keys are restored as typed keys.
 """
 
 import concurrent.futures
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
   """The checkpoints of one run, in one directory.
 
-  At most one save is on its way at a time. Closing waits for it; so does
-  leaving the `with` block.
+  At most one save is in progress. `close`, or leaving the `with` block, waits
+  for it.
   """
 
   def __init__(
@@ -51,8 +51,8 @@ class Checkpoints:
       directory: a local path or a bucket's, such as gs://….
       keep_last: how many of the newest steps are kept.
       keep_every: steps that are a multiple of it are kept for good.
-      warn: called with a sentence about each step that is skipped; logged by
-        default.
+      warn: called with a sentence about each step that is skipped; None: logs
+        it.
     """
     if keep_last < 1:
       raise UsageError(
@@ -68,8 +68,8 @@ class Checkpoints:
     self._last_saved: int | None = None
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
-    # Its threads log with a traceback what is raised here in one sentence.
-    # So do writes that were queued behind a failed one, on their event loop.
+    # Orbax's threads, and writes queued behind a failed one in their event
+    # loop, log a traceback of what is raised here in one sentence.
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_of_a_thread)
     self._orbax = ocp.AsyncCheckpointer(
@@ -83,7 +83,7 @@ class Checkpoints:
     self.close()
 
   def all_steps(self) -> list[int]:
-    """The complete steps, in order; their digests are not compared here."""
+    """The complete steps, in order; digests are not checked."""
     return [s for s in self._steps() if manifest.is_whole(self._path(s))]
 
   def latest_step(self) -> int | None:
@@ -100,14 +100,14 @@ class Checkpoints:
   ) -> None:
     """Saves a state in the background; its buffers may be donated right away.
 
-    An error of the save before surfaces here, in `wait` or in `close`. Saving
-    the step that was just saved does nothing.
+    An error of the save is raised by the next `save`, `wait` or `close`.
+    Saving the last saved step again does nothing.
 
     Args:
       step: its number.
       state: tree of arrays or numbers.
-      extra: JSON-ready dict kept with it.
-      wait: return only when the step is on disk and digested.
+      extra: JSON-ready dict stored with it.
+      wait: return only when the step and its manifest are on disk.
 
     Raises:
       ModelError: the directory cannot be written, or holds this step or a
@@ -131,10 +131,10 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Returns when the last save is on disk and digested.
+    """Waits until the last saved step and its manifest are on disk.
 
     Raises:
-      ModelError: it could not be written.
+      ModelError: they could not be written.
     """
     if self._pending is not None:
       (step, finished), self._pending = self._pending, None
@@ -142,7 +142,7 @@ class Checkpoints:
         finished.result()
 
   def close(self) -> None:
-    """Waits for the last save and gives the threads back."""
+    """Waits for the last save and stops the threads."""
     try:
       self.wait()
     finally:
@@ -150,7 +150,7 @@ class Checkpoints:
       self._orbax.close()
 
   def verify(self, step: int) -> dict[str, Any]:
-    """Compares every file of a step with its digest.
+    """Checks every file of a step against its digest.
 
     Returns:
       the step's `extra`.
@@ -161,7 +161,7 @@ class Checkpoints:
     return self._verified(step)['extra']
 
   def newest_good(self) -> tuple[int, str]:
-    """(step, digest) of the newest step whose every file is good.
+    """(step, digest) of the newest step whose files are all intact.
 
     Raises:
       ModelError: no step is good.
@@ -172,14 +172,14 @@ class Checkpoints:
   def restore(
     self, abstract_state: Any, step: int | None = None
   ) -> tuple[Any, dict[str, Any], int]:
-    """Reads the newest good step, onto any mesh.
+    """Restores the newest good step, onto any mesh.
 
-    A step whose files are incomplete or damaged is named and skipped.
+    Incomplete or damaged steps are skipped with a warning.
 
     Args:
-      abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s; where a leaf
-        has a sharding, it is put there, else on the first device.
-      step: this step and no other.
+      abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s; a leaf without
+        a sharding is put on the first device.
+      step: this step only; the newest good one by default.
 
     Returns:
       (state, extra, step).
@@ -214,19 +214,19 @@ class Checkpoints:
   def restore_subtree(
     self, name: str, step: int | None = None
   ) -> tuple[Any, dict[str, Any], int]:
-    """Reads one part of the state, such as 'ema_params', and nothing else.
+    """Restores one field of the state only, such as 'ema_params'.
 
-    Every file's digest is still compared.
+    Every file's digest is still checked.
 
     Args:
       name: a top-level field that holds nested dicts of arrays.
-      step: this step and no other; the newest good one by default.
+      step: this step only; the newest good one by default.
 
     Returns:
       (nested dict of numpy arrays, extra, step).
 
     Raises:
-      ModelError: no step is good, or the state has no such part.
+      ModelError: no step is good, or the state has no such field.
     """
     step, body = self._newest_good(step)
     wanted: dict[str, Any] = {}
@@ -270,7 +270,7 @@ class Checkpoints:
     return sorted(int(name) for name in names if name.isdecimal())
 
   def _make_room(self, step: int) -> None:
-    """Clears away what a killed run left in the place of this step."""
+    """Removes what a killed run left at this step; refuses an earlier step."""
     later = [s for s in self.all_steps() if s >= step and s not in self._bad]
     if later:
       raise ModelError(
@@ -288,14 +288,14 @@ class Checkpoints:
   def _remove(self, step: int) -> None:
     path = self._path(step)
     if path.exists():
-      # Manifests first: half a removal must not look like a whole step.
+      # Manifests first: a partly removed step must not look complete.
       for name in path.glob('manifest-*'):
         name.unlink()
       path.rmtree()
     self._bad.discard(step)
 
   def _finish(self, step: int, fields: Mapping[str, Any]) -> None:
-    """In the background: commit, then manifest, then old steps away."""
+    """In the background: commits, writes the manifest, removes old steps."""
     self._orbax.wait_until_finished()
     first = jax.process_index() == 0
     manifest.write(
@@ -321,10 +321,10 @@ class Checkpoints:
       yield
     except (OSError, ValueError, RuntimeError) as error:
       text = str(error).strip() or type(error).__name__
-      # orbax wraps what the file system said in pages.
+      # orbax buries the file system's error in a long message.
       reason = files.storage_reason(error) or text.splitlines()[0][:200]
       last = self.latest_step()
-      # What orbax had not begun to write when this failed, it just drops.
+      # orbax drops the writes that it had not started, without awaiting them.
       warnings.filterwarnings(
         'ignore', "coroutine 'async_serialize.* was never awaited"
       )
@@ -340,12 +340,12 @@ class Checkpoints:
         self._path(step), args=ocp.args.Composite(state=args)
       )['state']
     except Exception:
-      # A trainer may have removed the step meanwhile; then say so.
+      # A running training may have removed the step; if so, say that.
       manifest.verify(self._path(step))
       raise
 
   def _verified(self, step: int) -> dict[str, Any]:
-    """The first process's manifest of a step whose every file is good."""
+    """Verifies a step and returns the first process's manifest."""
     path = self._path(step)
     body = manifest.verify(path)[0]
     if body['step'] != step:
@@ -396,7 +396,7 @@ def _leaves(tree: Any) -> dict[str, str]:
 
 
 def _arrays(tree: Any) -> Any:
-  """Numbers as arrays of the type that jax gives them."""
+  """Converts numbers to arrays of the dtype that jax gives them."""
 
   def array(x: Any) -> jax.Array | np.ndarray:
     if isinstance(x, jax.Array):

@@ -1,9 +1,9 @@
-"""One rule from an image's bytes to training pixels, for every source.
+"""Decodes images for training, in the same way for every source.
 
-Upright (EXIF), on white where transparent, 16 bits as 8, palette and CMYK as
-RGB, of an animation the first frame; then the central square, made smaller
-with antialiasing. Size and format are read from the header first, so that a
-file which would unpack to gigabytes is refused before it does.
+Images are turned upright (EXIF), composited on white where transparent, and
+converted to 8-bit RGB; an animation gives its first frame. Then the central
+square is downsampled with antialiasing. Size and format are read from the
+header first, so that a file that would unpack to gigabytes is rejected.
 """
 
 import io
@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-# An image file: its bytes, its path, or itself, open.
+# An image file: its bytes, its path, or the open file.
 Encoded: TypeAlias = bytes | str | os.PathLike[str] | IO[bytes]
 
-# Pillow knows more formats, some of which start other programs.
+# Pillow supports more formats, some of which run other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 MAX_PIXELS = 2**26  # 67 million: 201 MB as RGB
@@ -29,18 +29,18 @@ RESIZE = {
   'bicubic': Image.Resampling.BICUBIC,
   'lanczos': Image.Resampling.LANCZOS,
 }
-# What Pillow only warns of is refused here.
+# Pillow only warns about sizes that are rejected here.
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
 class BadSample(Exception):
-  """An image or caption cannot be used; the message completes 'because'."""
+  """An image or caption cannot be used; the message is a clause with why."""
 
 
 def decode(
   data: Encoded, size: int, resize: str = 'area'
 ) -> UInt8[np.ndarray, '{size} {size} 3']:
-  """An image as pixels: upright, on white, square.
+  """Decodes an image: upright, on white, square.
 
   Args:
     data: the file's bytes, its path, or an open file.
@@ -49,7 +49,7 @@ def decode(
       'lanczos'; all antialiased.
 
   Raises:
-    BadSample: damaged, of an unusable kind, too large to unpack, too small.
+    BadSample: it is damaged, unsupported, too large to unpack, or too small.
   """
   with _open(data) as image:
     if min(image.size) < size:
@@ -58,7 +58,7 @@ def decode(
 
 
 def inspect(data: Encoded) -> tuple[int, int]:
-  """(width, height) of an image that decodes from beginning to end.
+  """(width, height) of an image, which is decoded completely as a check.
 
   Raises:
     BadSample: as `decode`.
@@ -75,8 +75,8 @@ def resize_square(
   """The central square of an RGB Pillow image, as pixels."""
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
-  # Pillow widens each kernel by the ratio, so none of the three aliases; BOX
-  # is the mean over the target pixel's area, fractions of pixels too.
+  # Pillow scales each kernel with the ratio, so all three antialias; BOX is
+  # the mean over the target pixel's area, including fractions of pixels.
   square = image.resize(
     (size, size),
     RESIZE[resize],
@@ -86,7 +86,7 @@ def resize_square(
 
 
 def _open(data: Encoded) -> Image.Image:
-  """A Pillow image of which only the header is read yet, checked."""
+  """Opens an image and checks its header; pixels are not read yet."""
   if isinstance(data, bytes):
     if not data:
       raise BadSample('it is empty')
@@ -97,7 +97,7 @@ def _open(data: Encoded) -> Image.Image:
     raise BadSample('it does not exist') from error
   except Image.DecompressionBombError:
     raise BadSample(_HUGE) from None
-  except Exception as error:  # each of Pillow's readers has its own
+  except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be read as an image') from error
   width, height = image.size
   problem = None
@@ -114,22 +114,22 @@ def _open(data: Encoded) -> Image.Image:
 
 
 def _load(image: Image.Image) -> Image.Image:
-  """A Pillow image decoded, upright, RGB."""
+  """Decodes a Pillow image: upright, RGB."""
   try:
-    # Cameras store the sensor's rows and say in EXIF how they were held.
+    # Cameras store the sensor's rows and the orientation in EXIF.
     return _rgb(ImageOps.exif_transpose(image))
-  except Exception as error:  # each of Pillow's readers has its own
+  except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be decoded') from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-  """Any Pillow mode as RGB, without the traps of a bare convert('RGB')."""
+  """Converts any Pillow mode to RGB, where convert('RGB') alone is wrong."""
   if image.mode.startswith('I'):
     # 16-bit grey; convert would clip everything above 255 to white.
     grey = np.clip(np.asarray(image, np.float32) / 257, 0, 255)
     image = Image.fromarray(np.rint(grey).astype(np.uint8))
   elif image.has_transparency_data:
-    # convert would show whatever colour hides under the transparent pixels.
+    # convert would show the hidden colour of transparent pixels.
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')
     image = Image.alpha_composite(white, image)

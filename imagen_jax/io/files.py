@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, read with one sentence for what fails.
+"""Atomic writes, and reads whose errors are one sentence.
 
-A reader sees the old file or the new one, never half of one: what is written
-goes to a temporary file in the same directory, is synced, and then renamed.
+A reader sees the old file or the new one, never a partial one: data are
+written to a temporary file in the same directory, synced, and renamed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self, TypedDict, TypeVar
 from imagen_jax.errors import ImagenError, ModelError
 
 COPY_AGAIN = 'copy it again from where it came'
-# The file system is to blame for these; {} is the file.
+# Errors of the file system; {} is the file.
 STORAGE = {
   errno.ENOSPC: 'the disk is full at {}; free space, or write elsewhere.',
   errno.EDQUOT: 'the disk quota is used up at {}; free space there.',
@@ -30,7 +30,7 @@ STORAGE = {
 
 
 class Path(Protocol):
-  """What is used here of a `pathlib.Path` or, in a bucket, an `epath.Path`."""
+  """The methods used here of `pathlib.Path` or, in a bucket, `epath.Path`."""
 
   @property
   def name(self) -> str: ...
@@ -58,15 +58,14 @@ class Digest(TypedDict):
 def replacing(
   path: str | os.PathLike[str], *, error: type[ImagenError] | None = None
 ) -> Iterator[pathlib.Path]:
-  """A new path beside `path`, renamed to it when the block ends well.
+  """Yields a temporary path beside `path`, renamed to it on success.
 
-  The block writes a file there, or makes a directory; a directory takes the
-  place of nothing or of an empty one. When the block raises, what it wrote is
-  removed.
+  The block writes a file there, or makes a directory; a directory cannot
+  replace one that is not empty. If the block raises, what it wrote is removed.
 
   Args:
-    path: what appears, complete; its directory is made if need be.
-    error: raised in place of an `OSError`; None lets that through.
+    path: the final path; its directory is created if missing.
+    error: raised instead of an `OSError`; None raises that itself.
   """
   path = pathlib.Path(path)
   temporary = _beside(path)
@@ -92,7 +91,7 @@ def replacing(
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-  """Writes a file, on a file system or in a bucket."""
+  """Writes a file atomically, on a file system or in a bucket."""
   temporary = _beside(path)
   try:
     with temporary.open('wb') as file:
@@ -124,17 +123,17 @@ def read_json(
   missing: str | None = None,
   version: int | None = None,
 ) -> dict[str, Any]:
-  """A JSON object as a dictionary.
+  """Reads a JSON object.
 
   Args:
     path: the file.
-    error: what is raised.
+    error: type of the exceptions.
     advice: what to do about a file that cannot be read, for the message.
-    missing: what to do where there is no file; None is `advice`.
+    missing: what to do about a missing file; None is `advice`.
     version: the `format_version` that the object must have; None: any.
 
   Raises:
-    error: the file is missing, no JSON object, or of another version.
+    error: the file is missing, not a JSON object, or of another version.
   """
   path = pathlib.Path(path)
   try:
@@ -157,14 +156,14 @@ def read_json(
 
 
 def digest(path: Path) -> Digest:
-  """The size and sha256 of a file, which is read in pieces."""
+  """The size and sha256 of a file, read in chunks."""
   with path.open('rb') as file:
     sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     return {'bytes': file.tell(), 'sha256': sha256}
 
 
 def storage_reason(error: BaseException | None) -> str | None:
-  """What the file system said, however deep a library wrapped it; or None."""
+  """The file system's error within a library's message, or None."""
   text = str(error)
   return next((w for w in map(os.strerror, STORAGE) if w in text), None)
 
@@ -184,5 +183,5 @@ def git_commit() -> str | None:
 
 
 def _beside(path: P) -> P:
-  """A name that no other writer of `path` uses; hidden, so no one reads it."""
+  """A hidden temporary name that no other writer of `path` uses."""
   return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')

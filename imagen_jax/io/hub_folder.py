@@ -1,4 +1,4 @@
-"""Folders in Hugging Face layout: JSON and safetensors, nothing unpickled."""
+"""Folders in Hugging Face layout: JSON and safetensors, never pickles."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ from imagen_jax.errors import ModelError
 from imagen_jax.io import files, safetensors
 from imagen_jax.io.safetensors import Tensor
 
-# transformers takes files without this mark for TensorFlow's, or refuses them.
+# Without this, transformers takes a file for TensorFlow's, or rejects it.
 METADATA = {'format': 'pt'}
 AGAIN = 'download the folder again'
 FLOATS = [
@@ -26,8 +26,8 @@ def open_tensors(
   """{name: `Tensor`} over a folder's weights; no data is read yet.
 
   The weights are `stem.safetensors`, or shards listed in
-  `stem.safetensors.index.json`; where a folder has neither, its one variant,
-  such as `stem.fp16.safetensors`.
+  `stem.safetensors.index.json`; if a folder has neither, its only variant, such
+  as `stem.fp16.safetensors`.
 
   Args:
     folder: in Hugging Face layout.
@@ -36,7 +36,7 @@ def open_tensors(
     convert: how a pickled model becomes safetensors, for the message.
 
   Raises:
-    ModelError: there are no weights, or they are pickled, damaged, or no
+    ModelError: there are no weights, or they are pickled, damaged, or not
       floating-point numbers.
   """
   folder = pathlib.Path(folder)
@@ -98,7 +98,7 @@ def _open_floats(path: pathlib.Path) -> dict[str, Tensor]:
 def check_names(
   folder: pathlib.Path, given: Collection[str], wanted: Collection[str]
 ) -> None:
-  """Refuses tensors that a network lacks, and a network that lacks tensors.
+  """Checks that a folder has all tensors of a network and no others.
 
   Raises:
     ModelError: naming the first tensor that is unknown or missing.
@@ -122,7 +122,7 @@ def check_names(
 def read_shaped(
   folder: pathlib.Path, name: str, tensor: Tensor, shape: tuple[int, ...]
 ) -> np.ndarray:
-  """A tensor's data.
+  """Reads a tensor of a known shape.
 
   Raises:
     ModelError: it has another shape.

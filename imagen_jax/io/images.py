@@ -1,4 +1,4 @@
-"""Images on disk: PNG files that carry how they were made, and grids."""
+"""Image files: PNG with metadata, grids, and users' input images."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def grid(
 def upsample(
   images: UInt8[np.ndarray, 'b h w c'], min_side: int
 ) -> UInt8[np.ndarray, 'b big_h big_w c']:
-  """Repeats pixels until images are at least `min_side` wide."""
+  """Repeats pixels so that images are at least `min_side` pixels wide."""
   factor = -(-min_side // images.shape[2])
   return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
@@ -54,7 +54,7 @@ def save_png(
 ) -> None:
   """Writes an image with `metadata` (a JSON object) in a tEXt chunk.
 
-  The prompt stands in its own chunk too, so that other programs show it.
+  The prompt also has a chunk of its own, which other programs show.
   """
   info = PngImagePlugin.PngInfo()
   if metadata is not None:
@@ -67,10 +67,10 @@ def save_png(
 
 
 def read_metadata(path: AnyPath) -> dict[str, Any]:
-  """The JSON object that `save_png` put into an image.
+  """The metadata that `save_png` stored in an image.
 
   Raises:
-    DataError: when the file is no image, or carries no such record.
+    DataError: the file is not an image, or has no such metadata.
   """
   try:
     with Image.open(path) as image:
@@ -88,10 +88,10 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
 def read_image(
   path: AnyPath, size: int
 ) -> UInt8[np.ndarray, '{size} {size} 3']:
-  """A user's image: its central square, box-resized.
+  """Reads a user's image: its central square, box-downsampled.
 
   Raises:
-    DataError: when the file is no image or smaller than `size`.
+    DataError: the file is not an image, or smaller than `size`.
   """
   from imagen_jax.io import decode
 
@@ -106,18 +106,17 @@ def read_image(
 def read_low_res(
   path: AnyPath, side: int, multiple: int
 ) -> UInt8[np.ndarray, 'h w 3']:
-  """A user's image for a stage to upsample.
+  """Reads a user's image for a stage to upsample.
 
-  Its shape is kept, but for what is cut off to make both sides whole
-  multiples.
+  Its aspect ratio is kept, up to a crop that makes both sides multiples.
 
   Args:
     path: of the file.
-    side: of the shorter side of the result.
-    multiple: of both its sides.
+    side: length of the result's shorter side.
+    multiple: both sides of the result are multiples of this.
 
   Raises:
-    DataError: it is no image, or smaller than `side`.
+    DataError: it is not an image, or smaller than `side`.
   """
   image = open_image(path)
   width, height = shaped(*image.size, side, multiple)
@@ -132,10 +131,10 @@ def read_low_res(
 
 
 def open_image(path: AnyPath, mode: str = 'RGB') -> Image.Image:
-  """An image file as a PIL image of any shape.
+  """Opens an image file as a PIL image of any shape.
 
   Raises:
-    DataError: it is no image.
+    DataError: it is not an image.
   """
   try:
     with Image.open(path) as image:
@@ -147,7 +146,7 @@ def open_image(path: AnyPath, mode: str = 'RGB') -> Image.Image:
 def shaped(
   width: int, height: int, side: int, multiple: int = 8
 ) -> tuple[int, int]:
-  """(width, height) with `side` as the short one, both in whole multiples."""
+  """(width, height) scaled to shorter side `side`, rounded to `multiple`."""
   ratio = width / height
   if ratio >= 1:
     return round(side / multiple * ratio) * multiple, side
@@ -157,10 +156,7 @@ def shaped(
 def to_float(
   image: Image.Image, width: int, height: int
 ) -> Float32[np.ndarray, '{height} {width} 3']:
-  """A PIL image as numbers in [−1, 1].
-
-  Bicubic where its size changes, every pixel kept where not.
-  """
+  """A PIL image in [−1, 1], resized with bicubic if its size differs."""
   if image.size != (width, height):
     image = image.resize((width, height), Image.Resampling.BICUBIC)
   return np.asarray(image.convert('RGB'), np.float32) / 127.5 - 1

@@ -1,10 +1,10 @@
-"""Digests of a directory's files, so that damage is noticed when reading.
+"""Manifests: digests of a directory's files, which detect damage.
 
-Orbax makes a checkpoint appear all at once but reads back flipped bits as
-weights. So a manifest is written next to the files once they are complete:
-the size and sha256 of each, and a digest of the manifest itself. Every process
-of a job describes the files it wrote, in `manifest-00000-of-00001.json` and
-so on; a directory that lacks one of them is incomplete.
+Orbax writes checkpoints atomically but does not detect bit rot. So a manifest
+is written beside the files once they are complete: the size and sha256 of each,
+and a digest of the manifest itself. Every process of a job lists the files it
+wrote, in `manifest-00000-of-00001.json` and so on; a directory that lacks one
+of them is incomplete.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ _OWNER = re.compile(r'(?:^|[._])process_(\d+)$')
 
 
 class Damaged(ModelError):
-  """The files are not those that were written, or not all of them."""
+  """Files are missing, or differ from those that were written."""
 
 
 def name(process: int, processes: int) -> str:
@@ -40,13 +40,13 @@ def write(
   process: int = 0,
   processes: int = 1,
 ) -> None:
-  """Digests the files that `process` wrote, and adds its manifest.
+  """Writes the manifest of the files that `process` wrote.
 
   Args:
-    directory: path of a complete directory that nobody writes to any more.
-    fields: JSON-ready dict recorded beside the digests.
+    directory: a complete directory; nothing else is written to it any more.
+    fields: JSON-ready dict stored with the digests.
     process: index of this process.
-    processes: how many write manifests here.
+    processes: number of processes that write manifests here.
   """
   own = [f for f in _files(directory) if _owner(f, processes) == process]
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -63,7 +63,7 @@ def write(
 
 
 def is_whole(directory: epath.Path) -> bool:
-  """Whether the manifest of every process is there; nothing is read."""
+  """Whether every process's manifest exists; none is read."""
   found = [m for m in map(_NAME.fullmatch, _names(directory)) if m]
   return any(
     sum(m[2] == count for m in found) == int(count)
@@ -72,11 +72,11 @@ def is_whole(directory: epath.Path) -> bool:
 
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
-  """The checked manifests of a directory, in the order of the processes.
+  """Reads and checks a directory's manifests, in the order of the processes.
 
   Raises:
     Damaged: a manifest is missing or has changed since it was written.
-    ModelError: a newer version of the format wrote it.
+    ModelError: it has another format version.
   """
   if not is_whole(directory):
     raise Damaged(f'{directory} is incomplete: it lacks its manifest.')
@@ -85,7 +85,7 @@ def read(directory: epath.Path) -> list[dict[str, Any]]:
 
 
 def verify(directory: epath.Path) -> list[dict[str, Any]]:
-  """Compares every file with its digest; returns `read(directory)`.
+  """Checks every file against its digest; returns `read(directory)`.
 
   Raises:
     Damaged: naming the first file that is missing or differs.
@@ -124,8 +124,8 @@ def _read(path: epath.Path) -> dict[str, Any]:
   try:
     body = json.loads(raw)
     digest = body.pop('digest')
-    # The digest is of the content; that the bytes are the content's only
-    # spelling covers what parsing would forgive, such as a blank or a case.
+    # The digest is of the parsed content. The bytes must be its canonical
+    # form too, to detect changes that parsing ignores, such as a blank.
     whole = digest == _self_digest(body) and raw == _text(
       {**body, 'digest': digest}
     ).encode('ascii')
@@ -154,9 +154,9 @@ def _names(directory: epath.Path) -> list[str]:
 
 
 def _files(directory: epath.Path, prefix: str = '') -> Iterator[str]:
-  """Every file below, by relative path, but for the manifests themselves.
+  """The relative paths of all files below, except the manifests.
 
-  Those that another process is writing now begin with a dot.
+  A manifest that another process is writing begins with a dot.
   """
   for path in sorted(directory.iterdir()):
     if path.is_dir():
@@ -166,7 +166,7 @@ def _files(directory: epath.Path, prefix: str = '') -> Iterator[str]:
 
 
 def _owner(file: str, processes: int) -> int:
-  """The process that wrote a file, as Orbax names them; the first if shared."""
+  """The process that wrote a file, from Orbax's name; 0 if shared."""
   owners = [m for m in map(_OWNER.search, file.split('/')) if m]
   owner = int(owners[0][1]) if owners else 0
   return owner if owner < processes else 0

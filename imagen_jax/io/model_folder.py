@@ -6,8 +6,8 @@
   model/text/                      the text encoder, in Hugging Face layout
 
 A stage can also be a training workdir (`config.json` and `checkpoints/`);
-then the EMA of its newest good checkpoint is used. Nothing here executes what
-it reads: a model folder is safe from anyone.
+then the EMA of its newest good checkpoint is used. Reading executes nothing, so
+an untrusted model folder is safe to open.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ DTYPES: dict[str, Any] = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
-  """What a stage's directory says of itself, without its weights.
+  """The description of a stage on disk, without its weights.
 
   Attributes:
     path: its directory.
-    config: the whole config that trained it; `config['stage']` is its shape.
+    config: the whole config that trained it; `config['stage']` defines it.
     text: `dim`, `max_len` and `digest` of the text encoder.
     weights: `dtype`, `bytes` and `sha256`; None for a training workdir.
-    provenance: how it came to be; {} for a training workdir.
+    provenance: how it was made; {} for a training workdir.
   """
 
   path: pathlib.Path
@@ -68,7 +68,7 @@ class StageRecord:
 
   @functools.cached_property
   def checkpoint(self) -> tuple[int, str]:
-    """(step, digest) of a workdir's newest good checkpoint, found once."""
+    """(step, digest) of a workdir's newest good checkpoint, cached."""
     with _checkpoints(self) as checkpoints:
       return checkpoints.newest_good()
 
@@ -82,14 +82,14 @@ def save_stage(
   provenance: Mapping[str, Any],
   dtype: str = 'bfloat16',
 ) -> None:
-  """Writes one stage; it appears complete or not at all.
+  """Writes one stage atomically.
 
   Args:
     path: its directory, which must not exist.
     params: nested dict of arrays.
     config: the whole config that trained it, as a plain dict.
     text: `dim`, `max_len` and `digest` of the text encoder.
-    provenance: how it came to be: command, commit, steps, time, jax.
+    provenance: how it was made: command, commit, steps, time, jax.
     dtype: of the stored weights, 'bfloat16' or 'float32'.
 
   Raises:
@@ -126,7 +126,7 @@ def load_stage(path: AnyPath) -> StageRecord:
   """The `StageRecord` of one directory, exported stage or training workdir.
 
   Raises:
-    ModelError: it is neither, half of one, or of a newer format.
+    ModelError: it is neither, incomplete, or of another format.
   """
   path = pathlib.Path(path)
   exported = (path / RECORD).exists()
@@ -168,14 +168,14 @@ def find_stages(
 
   Args:
     path: a folder of stages, or one stage.
-    names: use these alone; all by default.
+    names: of the stages to use; all by default.
 
   Returns:
-    list of `StageRecord`s, each upsampling what the one before it generates.
+    list of `StageRecord`s, each upsampling the images of the one before it.
 
   Raises:
-    ModelError: the folder is missing or incomplete, or its stages do not
-      follow one another.
+    ModelError: the folder is missing or incomplete, or a stage does not
+      upsample the images of the one before it.
     UsageError: a name is unknown.
   """
   path = pathlib.Path(path)
@@ -223,14 +223,13 @@ def load_params(
 
   Args:
     record: from `find_stages` or `load_stage`.
-    weights: of a training workdir, 'ema' or 'raw'.
-    step: of a training workdir, which checkpoint; the newest good one by
-      default.
-    put: moves one float32 array to the devices; of an exported stage no more
-      than one array is then ever in the host's memory. None: nothing moves.
+    weights: 'ema' or 'raw', of a training workdir.
+    step: checkpoint of a training workdir; the newest good one by default.
+    put: moves one float32 array to the devices; of an exported stage, the host
+      then holds at most one array at a time. None: all stay on the host.
 
   Returns:
-    nested dict of float32 numpy arrays, or of what `put` made of them.
+    nested dict of float32 numpy arrays, or of the results of `put`.
 
   Raises:
     ModelError: naming the file that is missing or damaged.
@@ -266,10 +265,10 @@ def load_params(
 
 
 def float32_bytes(record: StageRecord) -> int:
-  """Bytes of an exported stage's parameters; 0 of a workdir, whose are unknown.
+  """Bytes of an exported stage's parameters in float32; 0 for a workdir.
 
-  A network that must be split over devices is therefore sampled from its
-  export, unless the number of devices is given.
+  A workdir's size is unknown. To split its network over devices, export it, or
+  give the number of devices.
   """
   if record.weights is None:
     return 0
@@ -278,20 +277,20 @@ def float32_bytes(record: StageRecord) -> int:
 
 
 def weights_digest(record: StageRecord) -> str:
-  """The sha256 that stands for a stage's weights."""
+  """The sha256 that identifies a stage's weights."""
   if record.weights is None:
     return record.checkpoint[1]
   return record.weights['sha256']
 
 
 def model_digest(records: Sequence[StageRecord]) -> str:
-  """16 hex digits that stand for all the weights, text encoder included."""
+  """16 hex digits that identify all weights, the text encoder's included."""
   digests = [weights_digest(r) + r.text['digest'] for r in records]
   return hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]
 
 
 def demo_path() -> pathlib.Path:
-  """The folder of the model that comes with the package."""
+  """The folder of the bundled demo model."""
   return pathlib.Path(__file__).parents[1] / 'assets' / 'demo'
 
 
@@ -300,7 +299,7 @@ def text_folder(configured: AnyPath) -> pathlib.Path:
 
   Args:
     configured: 'demo' for the bundled encoder, a folder in Hugging Face
-      layout, or the workdir of a finished pretraining, whose `export` it is.
+      layout, or the workdir of a finished pretraining, which has an `export`.
   """
   if configured == 'demo':
     return demo_path() / 'text'
@@ -310,13 +309,13 @@ def text_folder(configured: AnyPath) -> pathlib.Path:
 
 
 def text_path(path: AnyPath, record: StageRecord) -> pathlib.Path:
-  """Where a stage's text encoder lies.
+  """The folder of a stage's text encoder.
 
-  The folder `text` beside the stage wins over the path in the stage's config,
-  which may be another machine's.
+  A folder `text` beside the stage takes precedence over the path in the stage's
+  config, which may be another machine's.
 
   Raises:
-    ModelError: it lies nowhere.
+    ModelError: there is none.
   """
   candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
   if configured := record.config['text']['path']:
@@ -332,7 +331,7 @@ def text_path(path: AnyPath, record: StageRecord) -> pathlib.Path:
 
 
 def _checkpoints(record: StageRecord) -> 'Checkpoints':
-  # Orbax takes a third of a second to import, and finished models need none.
+  # Orbax takes a third of a second to import; exported stages do not need it.
   from imagen_jax.io.checkpoint import Checkpoints
 
   elsewhere = record.config['train']['checkpoint_dir']
@@ -340,7 +339,7 @@ def _checkpoints(record: StageRecord) -> 'Checkpoints':
 
 
 def _is_stage(path: pathlib.Path) -> bool:
-  """Whether a directory looks like a stage, even half of one."""
+  """Whether a directory looks like a stage, even an incomplete one."""
   if path.name.startswith('.'):  # what a killed export left
     return False
   try:  # a workdir, perhaps before its first checkpoint

@@ -1,9 +1,9 @@
-"""Safetensors files, a tensor at a time: the only door to the library.
+"""Safetensors files, read and written one tensor at a time.
 
-The library reads: opening parses the header and checks that the tensors fill
-the file, and data come when asked for. It cannot write so (all tensors of a
-file must be in memory at once), so the writer is our own. Its files are the
-library's to the byte.
+Reading uses the library, which nothing else imports: opening parses the header
+and checks that the tensors fill the file; data are read on request. The
+library's writer needs all tensors of a file in memory, so the writer here is
+our own. It writes the same bytes.
 """
 
 import functools
@@ -21,7 +21,7 @@ import safetensors
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files
 
-# In the library's order: of a file's tensors, the last type's come first.
+# In the library's order: a file starts with the tensors of the last type.
 DTYPES: dict[str, Any] = {
   'BOOL': np.bool_,
   'U8': np.uint8,
@@ -41,7 +41,7 @@ NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-  """A tensor whose data are elsewhere until `read()` returns its array."""
+  """A tensor whose data are read or computed by `read()`."""
 
   dtype: np.dtype[Any]
   shape: tuple[int, ...]
@@ -49,14 +49,14 @@ class Tensor(NamedTuple):
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-  """{name: `Tensor`} of a file, by name; no data are read yet.
+  """{name: `Tensor`} of a file, sorted by name; no data are read yet.
 
   Raises:
-    ModelError: the file is missing, no safetensors, or cut short. Reading a
+    ModelError: the file is missing, not safetensors, or truncated. Reading a
       tensor may raise it as well.
   """
   try:
-    # Not mapped: pages of a mapped file count as this process's memory.
+    # Not memory-mapped: mapped pages count as this process's memory.
     file = safetensors.safe_open(path, 'np', backend='pread')
     return {name: _tensor(path, file, name) for name in sorted(file.keys())}
   except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -96,10 +96,10 @@ def write_file(
   *,
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes tensors one after the other, never two of them in memory.
+  """Writes tensors one at a time, with at most one in memory.
 
   Args:
-    path: the file, which appears complete or not at all.
+    path: the file, written atomically.
     tensors: {name: `Tensor`}, in any order.
     metadata: of the file's header.
 

@@ -1,9 +1,9 @@
-"""One attention for every network, and the text attention of the U-Nets.
+"""Dot-product attention, and the text attention of the U-Nets.
 
-Imagen feeds the caption to its U-Nets twice (Section 2.5, Appendix D.3.1):
-the token sequence through attention, where "the text embedding sequence is
-concatenated to the key-value pairs of each self-attention layer", and a pooled
-vector added to the time embedding. Text is LayerNorm-ed in both places.
+Imagen's U-Nets are conditioned on the text twice (Section 2.5, Appendix
+D.3.1): by attention to the token sequence, where "the text embedding sequence
+is concatenated to the key-value pairs of each self-attention layer", and by a
+pooled vector added to the time embedding. Both apply LayerNorm to the text.
 """
 
 import functools
@@ -33,12 +33,12 @@ def attention(
     q: [B, T, N, H] queries, N heads of size H.
     k: [B, S, N, H] keys.
     v: [B, S, N, H] values.
-    mask: [B, S] bool, True where a key may be seen; None sees them all. A row
-      with no visible key at all gives exact zeros (a bare softmax would give
-      the mean of v).
-    implementation: 'xla', or 'cudnn' on an NVIDIA GPU. cuDNN takes half
-      precision and head sizes that are multiples of 8 up to 128 only; where
-      it cannot, 'xla' computes the same function.
+    mask: [B, S] bool, False where a key is masked; None masks none. A row
+      whose keys are all masked gives exact zeros (softmax alone would give the
+      mean of v).
+    implementation: 'xla', or 'cudnn' on an NVIDIA GPU. cuDNN supports half
+      precision and head sizes that are multiples of 8 up to 128; 'xla' is used
+      for all else.
 
   Returns:
     [B, T, N, H] in q's dtype; the softmax is computed in float32.
@@ -59,7 +59,7 @@ def attention(
 
 
 def _cudnn_can(q: Float[Array, 'b t heads size']) -> bool:
-  """Whether cuDNN's fused attention takes these queries on this backend."""
+  """Whether cuDNN's fused attention supports these queries and backend."""
   half = q.dtype in (jnp.bfloat16, jnp.float16)
   return (
     half
@@ -72,9 +72,9 @@ def _cudnn_can(q: Float[Array, 'b t heads size']) -> bool:
 class TextAttention(nn.Module):
   """Attention from pixels to [text; pixels], added to its input (D.3.1).
 
-  With `self_attention` the text's keys and values stand in one softmax beside
-  the pixels' own (base and 64→256 models); without it pixels see text alone
-  (the 256→1024 model, whose cost must not grow with the square of the area).
+  With `self_attention` one softmax covers the keys of text and pixels (base
+  and 64→256 models). Without it pixels attend to the text alone (the 256→1024
+  model, where the quadratic cost of self-attention is too high).
 
   Attributes:
     head_dim: size of a head; the base model uses 64. Ignored when `num_heads`
@@ -82,8 +82,8 @@ class TextAttention(nn.Module):
     num_heads: number of heads; the Efficient U-Net uses 8.
     inner: total width of the heads; None is the width of the input. The
       Efficient U-Net uses twice its channels (Figure A.28).
-    self_attention: whether pixels see pixels.
-    text: whether pixels see text.
+    self_attention: whether pixels attend to pixels.
+    text: whether pixels attend to the text.
     norm_groups: groups of the input's GroupNorm.
     implementation: see `attention`.
     dtype: computation type of the projections.
@@ -102,7 +102,7 @@ class TextAttention(nn.Module):
   def __call__(
     self, x: Float[Array, 'b h w c'], text: TextEmb, mask: TextMask
   ) -> Float[Array, 'b h w c']:
-    """Adds to the pixels x what they see of the text and of one another."""
+    """x plus the result of the attention."""
     batch, height, width, channels = x.shape
     inner = self.inner or channels
     heads = self.num_heads or inner // self.head_dim
@@ -132,7 +132,7 @@ class TextAttention(nn.Module):
       jnp.concatenate(masks, axis=1),
       implementation=self.implementation,
     )
-    # Zero at the start, so that a new block is the identity.
+    # Zero-initialised, so that the block starts as the identity.
     out = DenseGeneral(
       channels,
       axis=(-2, -1),
@@ -147,8 +147,8 @@ class TextPool(nn.Module):
   """The attention-pooled text vector added to the time embedding (2.5, F.1).
 
   One query, the mean of the caption's normalised tokens plus a learned vector,
-  looks at all of them. A caption with every position masked gives exact zeros,
-  which is the null condition of classifier-free guidance.
+  attends to all of them. A caption with every position masked gives exact
+  zeros, the null condition of classifier-free guidance.
 
   Attributes:
     features: width of the result.

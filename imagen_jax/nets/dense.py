@@ -1,9 +1,9 @@
-"""Dense layers and convolutions whose parameters may be split over devices.
+"""Dense layers and convolutions whose parameters may be sharded.
 
-Each gathers its own parameters just before it uses them, in the type it
-computes in. Left to choose, XLA's partitioner lets the split of a kernel spread
-to the activations, and then moves those: for the 64→256 model on 256 chips it
-gathered a whole batch of 2,048 images on every chip.
+Each gathers its own parameters just before it uses them, in its computation
+dtype. Otherwise XLA's partitioner propagates the sharding of a kernel to the
+activations and then gathers those: for the 64→256 model on 256 chips, a whole
+batch of 2,048 images on every chip.
 """
 
 import functools
@@ -19,7 +19,7 @@ from imagen_jax.typing import Array
 def _promote(
   *args: Array | None, dtype: Any = None, inexact: bool = True
 ) -> list[Any]:
-  """Flax's `promote_dtype` of a layer's input and its gathered parameters."""
+  """Flax's `promote_dtype` of (input, *parameters), which it also gathers."""
   whole = promote_dtype(*args, dtype=dtype, inexact=inexact)
   for i, param in enumerate(args[1:], start=1):
     if param is not None:

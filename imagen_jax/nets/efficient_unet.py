@@ -1,10 +1,10 @@
 """The super-resolution models' Efficient U-Net (Appendix B.1, F.2, F.3).
 
-Three changes against the ordinary U-Net: most residual blocks sit at the low
-resolutions, where they are cheap; a residual sum is divided by √2; a block
+It differs from the base U-Net in three ways: most residual blocks are at the
+low resolutions, where they are cheap; residual sums are divided by √2; a block
 downsamples before its convolutions and upsamples after them. The residual
-blocks of one level have equal shapes, so each run of them is one `nn.scan`
-with stacked parameters, which keeps compilation short.
+blocks of a level have equal shapes and are one `nn.scan` over stacked
+parameters, which keeps compilation short.
 """
 
 import functools
@@ -40,7 +40,7 @@ from imagen_jax.typing import (
 
 
 class _DownStep(nn.Module):
-  """One residual block of a run in the encoder; its result is also a skip."""
+  """One residual block of the encoder's scan; its result is also a skip."""
 
   block: Callable[..., nn.Module]
 
@@ -57,7 +57,7 @@ class _DownStep(nn.Module):
 
 
 class _UpStep(nn.Module):
-  """One residual block of a run in the decoder, fed with one skip."""
+  """One residual block of the decoder's scan, with one skip as input."""
 
   block: Callable[..., nn.Module]
 
@@ -74,7 +74,7 @@ class _UpStep(nn.Module):
 
 
 class EfficientUNet(Network):
-  """The super-resolution U-Net; the defaults are 64→256's (F.2).
+  """The super-resolution U-Net; the defaults are the 64→256 model's (F.2).
 
   Every sequence has one entry per block, the highest resolution first.
 
@@ -82,23 +82,23 @@ class EfficientUNet(Network):
     channels: width of each block.
     num_res_blocks: residual blocks in each block, of the encoder and of the
       decoder alike.
-    strides: 2 where a block first halves the resolution, 1 where not.
-    self_attention: whether the attention at a block's end sees pixels.
-    text_attention: whether it sees the text; a block with neither has none.
+    strides: 2 where a block starts by halving the resolution, else 1.
+    self_attention: whether the attention at a block's end is over pixels.
+    text_attention: whether it is over the text; with neither there is none.
     num_heads: heads of the attention, whose width is twice the block's.
     emb_channels: width of the conditioning vector.
-    text_width: text is projected to this width before all else; None: raw.
+    text_width: width to which the text is projected first; None: it is not.
     conv_shortcut: see `ResBlock`.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
-    remat: None, or the name in `jax.checkpoint_policies` of what is kept of
-      residual blocks and attentions for the backward pass.
+    remat: None, or the policy in `jax.checkpoint_policies` with which residual
+      blocks and attentions are rematerialised.
     unroll: whether the scans are unrolled. None: on CPU only, where XLA's
       gradient of a convolution inside a rolled loop is 17–30 times slower
       than outside. The parameters are the same.
     attention: implementation, see `nets.attention.attention`.
     out_channels: channels of the prediction.
-    dtype: activations' type; parameters are float32.
+    dtype: of the activations; parameters are float32.
   """
 
   channels: Sequence[int] = (128, 256, 512, 1024)
@@ -175,7 +175,7 @@ class EfficientUNet(Network):
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=length,
-        # At least 2: jax leaves a loop of length 1 a loop.
+        # At least 2: with unroll=1 jax rolls even a loop of length 1.
         unroll=max(length, 2) if unroll else 1,
       )
       return scanned(block, name=name)(h, skips, emb, train)
@@ -212,7 +212,7 @@ class EfficientUNet(Network):
       h = attend(h, b, f'down_{b}_attn')
 
     for b in reversed(range(len(self.channels))):
-      # The last skip made is the first used.
+      # Skips are used in reverse order.
       h, _ = run(_UpStep, h, skips[b][::-1], b, f'up_{b}')
       h = attend(h, b, f'up_{b}_attn')
       above = self.channels[max(b - 1, 0)]

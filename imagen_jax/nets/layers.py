@@ -1,4 +1,4 @@
-"""The blocks that both U-Nets of Imagen are made of (Appendix F, A.27)."""
+"""Building blocks of both U-Nets (Appendix F, Figure A.27)."""
 
 import math
 from typing import TypeVar
@@ -20,7 +20,7 @@ Module = TypeVar('Module', bound=type[nn.Module])
 def sinusoidal(x: Float[Array, ' b'], dim: int) -> Float[Array, 'b {dim}']:
   """Sine and cosine features of a number in [0, 1], in float32.
 
-  Frequencies fall geometrically from 1000 to 0.1, the Transformer's for
+  Frequencies fall geometrically from 1000 to 0.1, as the Transformer's do for
   positions 0…1000; `dim` is even.
   """
   frequencies = 1000.0 * jnp.exp(
@@ -33,9 +33,9 @@ def sinusoidal(x: Float[Array, ' b'], dim: int) -> Float[Array, 'b {dim}']:
 def noise_angle(logsnr: LogSNR) -> LogSNR:
   """A log-SNR as the angle atan(sigma/alpha)·2/π in [0, 1], in float32.
 
-  This is the time of the untruncated cosine schedule at that noise, whatever
-  the schedule: the networks are conditioned on the noise, not on the time
-  (Appendix A).
+  This is the time at which the untruncated cosine schedule has this log-SNR,
+  whatever the schedule in use: the networks are conditioned on the noise
+  level, not on the time (Appendix A).
   """
   return jnp.arctan2(
     jnp.exp(-0.5 * jnp.clip(logsnr.astype(jnp.float32), -20, 20)), 1.0
@@ -43,7 +43,7 @@ def noise_angle(logsnr: LogSNR) -> LogSNR:
 
 
 class Conditioning(nn.Module):
-  """Time, augmentation level and pooled text in one vector (Figure A.28).
+  """The conditioning vector: time, augmentation, pooled text (Figure A.28).
 
   Attributes:
     features: width of the vector (4 × channels in the base model).
@@ -94,7 +94,7 @@ def conv(
   dtype: DTypeLike,
   name: str,
 ) -> nn.Module:
-  """A SAME convolution; zero-initialised where a block starts as identity."""
+  """A convolution with SAME padding; `zero` initialises its kernel to 0."""
   return Conv(
     features,
     (kernel, kernel),
@@ -114,7 +114,7 @@ def downsample(x: Float[Array, 'b h w c']) -> Float[Array, 'b h//2 w//2 c']:
 
 
 def upsample(x: Float[Array, 'b h w c']) -> Float[Array, 'b 2*h 2*w c']:
-  """Nearest-neighbour doubling."""
+  """2× nearest-neighbour upsampling."""
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -122,16 +122,16 @@ class ResBlock(nn.Module):
   """A residual block with scale-shift conditioning (BigGAN; Figure A.27).
 
   GroupNorm → swish → [resample] → conv3×3 → GroupNorm·(1+scale)+shift → swish
-  → conv3×3 (zero at the start), plus a shortcut. scale and shift come from
-  the conditioning vector.
+  → conv3×3 (zero-initialised), plus a shortcut. scale and shift come from the
+  conditioning vector.
 
   Attributes:
     features: channels of the result.
-    resample: None, 'down' (average pooling) or 'up' (nearest), of both paths.
-    residual_scale: the sum's factor; 1/√2 in the Efficient U-Net (B.1), which
-      keeps the variance however many blocks follow one another.
+    resample: None, 'down' (average pooling) or 'up' (nearest), on both paths.
+    residual_scale: factor of the residual sum; 1/√2 in the Efficient U-Net
+      (B.1), which keeps the variance constant over many blocks.
     conv_shortcut: a 1×1 convolution on the shortcut even where the width does
-      not change (so in Figure A.27).
+      not change (as in Figure A.27).
     dropout: rate before the second convolution.
     norm_groups: groups of the GroupNorms.
     dtype: computation type.
@@ -152,7 +152,7 @@ class ResBlock(nn.Module):
     emb: Float[Array, 'b e'],
     train: bool = False,
   ) -> Float[Array, 'b h2 w2 {self.features}']:
-    """The block's result for pixels x and the conditioning vector."""
+    """Applies the block to x, given the conditioning vector."""
     resample = {None: lambda h: h, 'down': downsample, 'up': upsample}[
       self.resample
     ]
@@ -176,13 +176,13 @@ class ResBlock(nn.Module):
 def remat(
   module: Module, policy: str | None, static: tuple[int, ...] = ()
 ) -> Module:
-  """`module` recomputed in the backward pass (None: not).
+  """Rematerialises a module in the backward pass; None: leaves it as it is.
 
   Args:
     module: a Linen class.
     policy: a name in `jax.checkpoint_policies`, such as 'nothing_saveable'.
-    static: numbers of the arguments of `__call__` that are Python values;
-      argument 0 is the module itself.
+    static: indices of the arguments of `__call__` that are Python values;
+      index 0 is the module itself.
   """
   if policy is None:
     return module

@@ -1,4 +1,4 @@
-"""What a network of a stage is; derive from it to bring your own."""
+"""The base class of a stage's network; derive from it to add your own."""
 
 import flax.linen as nn
 
@@ -6,16 +6,16 @@ from imagen_jax.typing import AugLevel, Image, LogSNR, TextEmb, TextMask
 
 
 class Network(nn.Module):
-  """A denoiser: z, its log-SNR and a text give eps, v or x.
+  """A denoiser: predicts eps, v or x from z, its log-SNR and the text.
 
-  A class needs `__call__` and, if it downsamples, `multiple`. `stage.net`
-  holds its attributes; `resolution` (side of the stage's images in pixels) and
-  `dtype` (activations' type) are filled in where the class has them.
+  A class needs `__call__` and, if it downsamples, `multiple`. The config's
+  `stage.net` sets its attributes; `resolution` (side of the stage's images in
+  pixels) and `dtype` (of the activations) are filled in if the class has them.
   """
 
   @property
   def multiple(self) -> int:
-    """Heights and widths of its images are multiples of this."""
+    """Height and width of the images must be multiples of this."""
     return 1
 
   def __call__(

@@ -15,13 +15,13 @@ from imagen_jax.typing import Array
 class GroupNorm(nn.Module):
   """Group normalisation with statistics in float32 (Wu and He 2018).
 
-  Means over pixels are taken channel by channel before channels are grouped:
-  XLA on CPU then reads memory in order, and is faster than with Flax's layer,
-  of which this is the same function with the same parameters.
+  The same function and parameters as Flax's layer, but faster on CPU: means
+  over pixels are taken per channel before channels are grouped, so that XLA
+  reads memory in order.
 
   Attributes:
     num_groups: number of groups; divides the channels.
-    dtype: type of the result.
+    dtype: of the result.
     epsilon: added to the variance.
   """
 
@@ -31,7 +31,7 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
-    """Normalises each group of channels over its pixels, to `dtype`."""
+    """Normalises each group of channels over its pixels; casts to `dtype`."""
     channels = x.shape[-1]
     scale = sharding.gather(
       self.param('scale', nn.initializers.ones, (channels,))
@@ -41,9 +41,9 @@ class GroupNorm(nn.Module):
     )
     x = x.astype(jnp.float32)
 
-    # To groups and back by products with a matrix of zeros and ones: a reshape
-    # here would be fused into the loop over the pixels, which then divides an
-    # index for each of them and cannot be vectorised.
+    # Channels are mapped to groups and back by a matrix of zeros and ones. XLA
+    # would fuse a reshape into the loop over the pixels, which would then
+    # divide an index per pixel and could not be vectorised.
     size = channels // self.num_groups
     member = jnp.repeat(jnp.eye(self.num_groups), size, axis=1)
     dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)

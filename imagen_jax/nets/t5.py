@@ -1,10 +1,10 @@
 """The T5 encoder, Imagen's frozen text encoder (Section 2.1).
 
-One module is all three families: v1.0 (ReLU), v1.1 and Flan (gated GELU). Its
-layers are one `nn.scan` over stacked parameters, so that XXL's 24 compile like
-one. T5's peculiarities: RMS norms without bias before each sublayer, attention
-that is not scaled by √head size, and a learned bias on the distance between
-two tokens, which all layers share (Raffel et al. 2020, Section 2.1).
+One module covers v1.0 (ReLU), v1.1 and Flan (gated GELU). The layers are one
+`nn.scan` over stacked parameters, so that XXL's 24 compile as fast as one.
+Specific to T5: RMS norm without bias before each sublayer, attention logits
+not divided by √head size, and a learned bias on the distance between two
+tokens, shared by all layers (Raffel et al. 2020, Section 2.1).
 """
 
 import math
@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from imagen_jax import sharding
 from imagen_jax.typing import Array, TextEmb, TextMask
 
-# T5 v1.1 and Flan by name, as `T5Encoder(**SIZES['xxl'])`: Imagen's own and
-# the smaller ones of its ablation (Appendix D.1).
+# T5 v1.1 and Flan by name, as in `T5Encoder(**SIZES['xxl'])`: Imagen's encoder
+# and the smaller ones of its ablation (Appendix D.1).
 SIZES = {
   'small': dict(width=512, num_layers=8, num_heads=6, mlp_dim=1024),
   'base': dict(width=768, num_layers=12, num_heads=12, mlp_dim=2048),
@@ -33,19 +33,19 @@ SIZES = {
 def distance_buckets(
   length: int, *, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, '{length} {length}']:
-  """The bucket of the distance of each query and key.
+  """The bucket of the distance between each query and key.
 
-  Half of the buckets are for keys after the query, half for the others. Of
-  each half, one half holds one distance per bucket; the other grows
-  geometrically up to `max_distance`, beyond which all share the last.
+  Half of the buckets are for keys after the query, half for the others. In
+  each half, the first half of the buckets hold one distance each; the others
+  grow geometrically up to `max_distance`, beyond which all share the last.
   """
   position = np.arange(length)
   distance = position[None, :] - position[:, None]
   half = num_buckets // 2
   exact = half // 2
   far = np.maximum(np.abs(distance), exact)
-  # float32, as in the models' training: at the edge of a bucket its rounding
-  # decides on which side a distance falls.
+  # float32, as in training: at the edge of a bucket the rounding decides which
+  # bucket a distance is in.
   fraction = np.log((far / exact).astype(np.float32)) / np.float32(
     math.log(max_distance / exact)
   )
@@ -65,7 +65,7 @@ def _rms_norm(
 
 
 class _Block(nn.Module):
-  """One layer: self-attention and feed-forward, each added to the stream."""
+  """One layer: self-attention and feed-forward, both residual."""
 
   num_heads: int
   head_dim: int
@@ -80,9 +80,9 @@ class _Block(nn.Module):
     x: Float[Array, 'b l d'],
     bias: Float[Array, 'b heads l l'],
   ) -> tuple[Float[Array, 'b l d'], None]:
-    """The stream x after this layer, float32 as the bias is."""
+    """The residual stream x after this layer, in float32."""
     width, heads, size = x.shape[-1], self.num_heads, self.head_dim
-    # 'highest', because TPUs and recent GPUs otherwise shorten float32.
+    # TPUs and recent GPUs otherwise multiply float32 with fewer bits.
     precision = 'highest' if self.dtype == jnp.float32 else None
 
     def weight(name: str, shape: tuple[int, ...], fan: int) -> Array:
@@ -104,7 +104,7 @@ class _Block(nn.Module):
 
     heads_in = width, heads, size
     h = norm('attention_norm', x)
-    # The missing 1/√size of the logits lives in the query's initial scale.
+    # The logits are not scaled by 1/√size; the query's initialisation is.
     q = product('btd,dnh->btnh', h, weight('query', heads_in, width * size))
     k = product('btd,dnh->btnh', h, weight('key', heads_in, width))
     v = product('btd,dnh->btnh', h, weight('value', heads_in, width))
@@ -132,17 +132,17 @@ class T5Encoder(nn.Module):
 
   Attributes:
     vocab_size: rows of the embedding table.
-    width: D, the embeddings' (`d_model`).
+    width: D, of the embeddings (`d_model`).
     num_layers: number of layers.
     num_heads: heads per layer.
     head_dim: size of a head (`d_kv`).
     mlp_dim: width of the feed-forward (`d_ff`).
     gated: gated GELU (v1.1, Flan) instead of ReLU (v1.0).
     num_buckets: of the distance bias.
-    max_distance: from here on, distances share a bucket.
+    max_distance: distances from here on share a bucket.
     epsilon: of the norms.
     dtype: of the matrix products. The residual stream, the norms, the
-      attention's logits and its softmax are float32 always.
+      attention logits and the softmax are always float32.
   """
 
   vocab_size: int = 32128
@@ -166,12 +166,12 @@ class T5Encoder(nn.Module):
     Args:
       ids: [B, L] int32 tokens, each < vocab_size.
       mask: [B, L] bool, False at padding.
-      keep_padding: leave at padding what the layers made of it, for networks
-        that were trained to look there.
+      keep_padding: return the layers' output at padding too, for networks that
+        were trained to attend to it.
 
     Returns:
-      [B, L, D] float32, exact zeros at padding unless it is kept: a row that
-      is padding alone is all zeros, whatever its ids.
+      [B, L, D] float32, exact zeros at padding unless it is kept; a row of
+      padding only is then all zeros, whatever its ids.
     """
     table = self.param(
       'embedding', nn.initializers.normal(1.0), (self.vocab_size, self.width)
@@ -187,7 +187,7 @@ class T5Encoder(nn.Module):
       max_distance=self.max_distance,
     )
     bias = jnp.moveaxis(distances[buckets], -1, 0).astype(jnp.float32)
-    # Finite, so that a row without any token is a mean and not NaN.
+    # Finite, so that a row without any token gives a mean, not NaN.
     bias = jnp.where(mask[:, None, None, :], bias, -1e9)
     blocks = nn.scan(
       _Block,

@@ -1,8 +1,8 @@
 """The base model's U-Net (Sections 2.5 and 4.1, Appendix F.1).
 
-The architecture of Dhariwal and Nichol's ADM with wider channels: BigGAN
-residual blocks that resample, scale-shift normalisation, and attention over
-[text; pixels] after every residual block of the lower resolutions.
+Dhariwal and Nichol's ADM with more channels: BigGAN residual blocks for
+resampling, scale-shift normalisation, and attention over [text; pixels] after
+every residual block at the lower resolutions.
 """
 
 from collections.abc import Sequence
@@ -31,23 +31,23 @@ class UNet(Network):
   """The 64×64 text-to-image U-Net of F.1; the defaults are the paper's.
 
   Attributes:
-    resolution: side of the images it is made for, in pixels; it decides at
-      which levels `attention_resolutions` lie, other sizes run too.
+    resolution: side of the training images in pixels; it maps
+      `attention_resolutions` to levels. Other sizes work too.
     channels: width of the first level (`embed_dim`).
-    channel_mults: width of each level over `channels`.
-    num_res_blocks: residual blocks of a level in the encoder; the decoder has
-      one more, and each takes one skip. A number, or one per level.
+    channel_mults: width of each level in multiples of `channels`.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has
+      one more, each with one skip. A number, or one per level.
     attention_resolutions: where attention follows every residual block.
     head_dim: size of an attention head.
     emb_channels: width of the conditioning vector; None is 4 × channels.
-    text_width: text is projected to this width before all else; None: raw.
+    text_width: width to which the text is projected first; None: it is not.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
-    remat: None, or the name in `jax.checkpoint_policies` of what is kept of
-      residual blocks and attentions for the backward pass.
+    remat: None, or the policy in `jax.checkpoint_policies` with which residual
+      blocks and attentions are rematerialised.
     attention: implementation, see `nets.attention.attention`.
     out_channels: channels of the prediction.
-    dtype: activations' type; parameters are float32.
+    dtype: of the activations; parameters are float32.
   """
 
   resolution: int = 64

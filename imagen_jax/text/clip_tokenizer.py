@@ -1,4 +1,4 @@
-"""Sentences to CLIP's token ids, for the CLIP score (Section 4.1)."""
+"""CLIP's tokenizer, for the CLIP score (Section 4.1)."""
 
 import os
 import pathlib
@@ -12,9 +12,9 @@ from imagen_jax.errors import ModelError
 def load(
   folder: str | os.PathLike[str], length: int
 ) -> Callable[[Sequence[str]], np.ndarray]:
-  """A function of N sentences to int32 ids [N, length].
+  """Loads a function from N sentences to int32 ids [N, length].
 
-  Longer sentences are cut, with their end mark kept.
+  Longer sentences are truncated; the end token is kept.
 
   Raises:
     ModelError: the folder has no tokenizer.
@@ -30,7 +30,7 @@ def load(
     )
   try:
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-  except Exception as error:  # each library has its own
+  except Exception as error:  # each library raises its own
     raise ModelError(
       f'the tokenizer in {folder} cannot be read ({error}); copy it again.'
     ) from None

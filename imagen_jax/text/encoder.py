@@ -31,7 +31,7 @@ MAX_LEN = 128
 def encode_tokens(
   module: T5Encoder, params: Params, ids: Int[Array, 'b l'], mask: TextMask
 ) -> TextEmb:
-  """Embeddings of tokens; to be used inside a jitted training step as well.
+  """Embeds tokens, also inside a jitted training step.
 
   Args:
     module: the `T5Encoder`.
@@ -55,9 +55,9 @@ class TextEncoder:
     params: its parameters, on the devices.
     tokenizer: the `Tokenizer`.
     dim: D, width of the embeddings.
-    max_len: L, positions where no other number is asked for.
-    digest: sha256 over hyper-parameters, weights and vocabulary: a model is
-      usable only with the encoder it was trained with.
+    max_len: L, the default number of positions.
+    digest: sha256 over hyper-parameters, weights and vocabulary: a stage can
+      only be used with the encoder it was trained with.
   """
 
   module: T5Encoder
@@ -84,8 +84,8 @@ class TextEncoder:
   ) -> tuple[Float[np.ndarray, 'b l d'], Bool[np.ndarray, 'b l']]:
     """Embeds prompts, `batch_size` at a time.
 
-    The last batch is filled up with padding, so that there is one compiled
-    program and a prompt's embedding does not depend on the other prompts.
+    The last batch is padded, so that only one program is compiled and a
+    prompt's embedding does not depend on the other prompts.
 
     Args:
       prompts: list of B strings.
@@ -117,20 +117,20 @@ def load_text_encoder(
   max_len: int | None = None,
   place: Place | None = None,
 ) -> TextEncoder:
-  """Loads a T5 in Hugging Face layout: the demo's, or t5-v1_1-xxl itself.
+  """Loads a T5 in Hugging Face layout: the demo's, or one like t5-v1_1-xxl.
 
   Args:
     path: folder with `config.json`, safetensors and `spiece.model`.
     dtype: 'float32', or 'bfloat16' for matrices and their products (half the
       memory; the residual stream, norms and softmax stay float32).
-    max_len: positions of a prompt; None is 128, or the folder's own
-      `model_max_length` where that is less.
-    place: where each leaf of the parameters goes, see `weights.load_params`;
-      with it no more than one tensor is ever in the host's memory.
+    max_len: positions of a prompt; None is 128, or the folder's
+      `model_max_length` if that is less.
+    place: gives the sharding of each parameter, see `weights.load_params`;
+      with it, the host holds at most one tensor at a time.
 
   Raises:
-    ModelError: the folder is no usable T5; the sentence names file and key.
-    UsageError: unknown dtype, or no room for a token.
+    ModelError: the folder is not a usable T5; the message names file and key.
+    UsageError: unknown dtype, or max_len has no room for a token.
   """
   path = pathlib.Path(path)
   types = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -145,8 +145,8 @@ def load_text_encoder(
   config = weights.read_config(path)
   module = weights.module_from_config(path, config, dtype=types[dtype])
   tokenizer = load_tokenizer(path)
-  # tokenizer.json counts <extra_id_…>, which real vocabularies keep below
-  # vocab_size as well.
+  # The size of a tokenizer.json includes <extra_id_…>; in real models these
+  # are below vocab_size too.
   if tokenizer.size > module.vocab_size:
     raise ModelError(
       f'{path} has a tokenizer of {tokenizer.size} pieces and vocab_size '

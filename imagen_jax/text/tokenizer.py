@@ -1,4 +1,4 @@
-"""Captions to T5 token ids: sentencepiece's pieces, then </s>, then padding."""
+"""T5's tokenizer: sentencepiece ids, then </s>, then padding."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ PAD, EOS = 0, 1
 
 
 class Tokenizer:
-  """Token ids as T5 was trained with; picklable, for data workers.
+  """T5's tokenizer; picklable, for data workers.
 
   Attributes:
-    size: number of pieces; every id is below.
+    size: number of pieces; every id is smaller.
     digest: sha256 of the vocabulary file.
   """
 
@@ -37,7 +37,7 @@ class Tokenizer:
       self._pieces: _Fast | _Pieces = (
         _Fast(path) if path.name == FAST else _Pieces(data)
       )
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
       raise ModelError(
         f'{path} cannot be read as a T5 vocabulary ({error}); download it '
         'again.'
@@ -57,7 +57,7 @@ class Tokenizer:
 
     Returns:
       (ids [B, L] int32, 0 at padding; mask [B, L] bool, True at tokens and at
-      </s>; cut [B] int32, how many tokens of each prompt were left out).
+      </s>; cut [B] int32, how many tokens of each prompt were cut off).
     """
     ids = np.full((len(prompts), max_len), PAD, np.int32)
     mask = np.zeros((len(prompts), max_len), bool)
@@ -76,7 +76,7 @@ class Tokenizer:
 
 
 class _Pieces:
-  """sentencepiece itself; 20 times faster to import than transformers."""
+  """sentencepiece, which imports 20 times faster than transformers."""
 
   def __init__(self, data: bytes) -> None:
     self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -90,7 +90,7 @@ class _Pieces:
 
 
 class _Fast:
-  """The pieces of a folder that has only a `tokenizer.json`."""
+  """The tokenizer of a folder that has only a `tokenizer.json`."""
 
   def __init__(self, path: pathlib.Path) -> None:
     from transformers import AutoTokenizer  # slow to import: only here

@@ -2,8 +2,8 @@
 
 A folder holds `config.json`, the weights as `model.safetensors` or as shards
 with `model.safetensors.index.json`, and a tokenizer. Tensors are read one at a
-time straight into their stacked place on the devices, so that the host never
-holds more than one of them. Nothing is unpickled, ever.
+time; given their shardings, each goes straight into its stack on the devices,
+and the host holds at most one. Pickles are never read.
 """
 
 import functools
@@ -27,11 +27,11 @@ from imagen_jax.nets.t5 import T5Encoder
 
 SINGLE = 'model.safetensors'
 
-# The sharding of a leaf, which is an array or describes one.
+# The sharding of a leaf, an array or a `jax.ShapeDtypeStruct`.
 Place: TypeAlias = Callable[[Any], jax.sharding.Sharding]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
-# Flax name: Hugging Face name, of a parameter that all layers have.
+# {Flax name: Hugging Face name} of the parameters of each layer.
 LAYER = {
   'attention_norm': 'layer.0.layer_norm.weight',
   'query': 'layer.0.SelfAttention.q.weight',
@@ -50,9 +50,9 @@ TOP = {
   ),
   'norm': 'encoder.final_layer_norm.weight',
 }
-# The same tensor as shared.weight, under the name of its use.
+# Another name of shared.weight.
 ALIAS = 'encoder.embed_tokens.weight'
-# A full T5 also brings its decoder, which Imagen does not use.
+# A full T5 also has a decoder, which Imagen does not use.
 IGNORED = ('decoder.', 'lm_head.')
 # These stay float32 whatever the dtype of the products.
 PRECISE = ('attention_norm', 'mlp_norm', 'norm', 'distance_bias')
@@ -65,10 +65,10 @@ CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """A folder's `config.json` as a dictionary.
+  """Reads a folder's `config.json`.
 
   Raises:
-    ModelError: the file is missing or no JSON.
+    ModelError: the file is missing or not JSON.
   """
   return read_json(
     pathlib.Path(folder) / 'config.json',
@@ -78,7 +78,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_max_length(folder: str | os.PathLike[str]) -> float:
-  """The most tokens a folder's `tokenizer_config.json` allows, or infinity."""
+  """`model_max_length` of a folder's `tokenizer_config.json`, or infinity."""
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
     return math.inf
@@ -94,12 +94,12 @@ def module_from_config(
   """The `T5Encoder` that a Hugging Face `config.json` describes.
 
   Args:
-    folder: where the config is from, for the messages.
+    folder: where the config is from, for error messages.
     config: `read_config(folder)`.
     dtype: the module's.
 
   Raises:
-    ModelError: it is not of a T5 this project can build.
+    ModelError: it does not describe a supported T5.
   """
   path = pathlib.Path(folder) / 'config.json'
   kind = config.get('model_type', 't5')
@@ -148,28 +148,28 @@ def load_params(
 ) -> tuple[dict[str, Any], str]:
   """Reads a folder's weights for `module`, tensor by tensor.
 
-  Matrices come in `module.dtype`, norms and the distance bias in float32.
+  Matrices are in `module.dtype`, norms and the distance bias in float32.
 
   Args:
     folder: in Hugging Face layout.
     module: the `T5Encoder`.
-    place: gives the sharding of a leaf, a `jax.ShapeDtypeStruct`; None keeps
-      everything on the default device, where a small encoder loads fastest.
+    place: gives the sharding of a leaf; None puts everything on the default
+      device, where a small encoder loads fastest.
 
   Returns:
-    (params, digest): the tree `module.apply({'params': params}, …)` wants, and
-    the sha256 of the encoder's tensors, independent of how they are sharded.
+    (params, digest): the tree for `module.apply({'params': params}, …)`, and
+    the sha256 of the encoder's tensors, independent of the files' shards.
 
   Raises:
-    ModelError: weights are missing, pickled, cut short, or do not fit the
-      config; the sentence names the file and the tensor.
+    ModelError: weights are missing, pickled, truncated, or do not fit the
+      config; the message names the file and the tensor.
   """
   folder = pathlib.Path(folder)
   tensors = _open(folder, module)
   digests: dict[str, str] = {}
 
   def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor in the Flax orientation, of the given shape."""
+    """A tensor in Flax's layout, of the given shape."""
     stored = _torch_shape(shape, name)
     array = hub_folder.read_shaped(folder, name, tensors[name], stored)
     digests[name] = _sha256(array)
@@ -200,7 +200,7 @@ def load_params(
 
 
 def _open(folder: pathlib.Path, module: T5Encoder) -> dict[str, Tensor]:
-  """A folder's tensors, which are those of the module and a decoder's."""
+  """Opens a folder with the module's tensors, and perhaps a decoder's."""
   tensors = hub_folder.open_tensors(folder, 'model', what=WHAT, convert=CONVERT)
   if ALIAS in tensors:
     alias = tensors.pop(ALIAS)
@@ -256,7 +256,7 @@ def save_folder(
   """Writes an encoder as a Hugging Face folder that transformers can load.
 
   Args:
-    folder: created if need be.
+    folder: created if missing.
     module: the `T5Encoder`.
     params: its parameters.
     files: {name: bytes} of further files, such as the tokenizer's.
@@ -281,7 +281,7 @@ def save_folder(
 
 
 def _exported(name: str, leaf: jax.Array, dtype: DTypeLike | None) -> Tensor:
-  """A parameter as torch keeps it, made when it is written."""
+  """A parameter in torch's layout, converted when it is written."""
   kind = np.dtype(leaf.dtype if dtype is None else dtype)
 
   def read() -> np.ndarray:
@@ -294,7 +294,7 @@ def _exported(name: str, leaf: jax.Array, dtype: DTypeLike | None) -> Tensor:
 
 
 def _config(module: T5Encoder) -> dict[str, Any]:
-  """What transformers calls a module's hyper-parameters."""
+  """A module's hyper-parameters as transformers' `config.json`."""
   return {
     'architectures': ['T5EncoderModel'],
     'model_type': 't5',
@@ -330,7 +330,7 @@ def _torch_name(name: str, i: int, module: T5Encoder) -> str:
 
 
 def _turned(name: str) -> bool:
-  """Whether a tensor is a Linear's, which torch keeps as [out, in]."""
+  """Whether a tensor is a Linear's, which torch stores as [out, in]."""
   return name.endswith(
     tuple(f'.{w}.weight' for w in ('q', 'k', 'v', 'o'))
     + tuple(f'.{w}.weight' for w in ('wi', 'wi_0', 'wi_1', 'wo'))
@@ -340,7 +340,7 @@ def _turned(name: str) -> bool:
 def _torch_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
   if not _turned(name):
     return tuple(shape)
-  # [D, N, H] -> [N·H, D], but the way out, [N, H, D], -> [D, N·H].
+  # [D, N, H] -> [N·H, D], but the output projection [N, H, D] -> [D, N·H].
   split = len(shape) - 1 if name.endswith('.o.weight') else 1
   return math.prod(shape[split:]), math.prod(shape[:split])
 
