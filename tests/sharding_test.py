@@ -118,7 +118,7 @@ def test_one_fsdp_device_replicates_everything():
   assert spec((256, 256), fsdp=1) == ()
 
 
-def test_a_state_takes_its_share_of_each_device():
+def test_a_state_takes_its_fraction_of_each_device():
   mesh = sharding.make_mesh(1, 8)
   tree = {'w': jnp.zeros((256, 512)), 'key': jax.random.key(0)}
   shardings = jax.device_put(tree, sharding.state_shardings(tree, mesh))
@@ -196,7 +196,7 @@ def test_parameters_are_split_over_as_few_devices_as_hold_them():
   assert sharding.least_split(1000, 10, 8) == 8
 
 
-def test_parameters_travel_and_activations_stay():
+def test_parameters_are_gathered_and_activations_stay():
   """Devices gather kernels and never another device's activations."""
   block = ResBlock(64)
   x, emb = jnp.zeros((16, 4, 4, 32)), jnp.zeros((16, 128))
@@ -223,7 +223,7 @@ def test_parameters_travel_and_activations_stay():
   assert ' all-to-all(' not in text
 
 
-def test_parameters_travel_in_the_type_they_are_used_in():
+def test_parameters_are_gathered_in_the_type_they_are_used_in():
   mesh = sharding.make_mesh(2, 4)
   w = jax.ShapeDtypeStruct((256, 512), jnp.float32)
   w = sharding.with_shardings(w, sharding.leaf_sharding(w, mesh))

@@ -37,7 +37,7 @@ def test_every_stage_gives_its_images(cascade):
   assert out['sr1'].dtype == np.uint8
 
 
-def test_an_image_does_not_depend_on_its_company(cascade):
+def test_an_image_does_not_depend_on_its_batch(cascade):
   alone = generate(cascade, [BLUE])['sr1'][0]
   among = generate(cascade, [RED, 'a star', BLUE])['sr1'][2]
   np.testing.assert_array_equal(alone, among)
@@ -192,7 +192,7 @@ def test_another_text_encoder_is_refused(model, tmp_path):
     generate(imagen_jax.load(copy), [RED])
 
 
-def test_progress_is_told(cascade):
+def test_progress_is_reported(cascade):
   told = []
   generate(cascade, [RED], num_images=3, callback=lambda *a: told.append(a))
   assert told == [('base', 2, 3), ('base', 3, 3), ('sr1', 2, 3), ('sr1', 3, 3)]
@@ -228,7 +228,7 @@ def given_image():
   return Image.fromarray(pixels), Image.fromarray(mask)
 
 
-def test_repainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
+def test_inpainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
   image, mask = given_image()
   out = generate(cascade, [RED], image=image, mask=mask)
   kept = np.asarray(mask) == 0

@@ -363,7 +363,7 @@ def test_sampling_opens_no_connection(model, tmp_path):
 @pytest.mark.parametrize(
   'signal_name,code', [('SIGTERM', 143), ('SIGINT', 130)]
 )
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
   model, tmp_path, signal_name, code
 ):
   import signal

@@ -132,7 +132,7 @@ def test_embeddings_of_captions_cleaned_otherwise_are_refused(
 
 
 @pytest.mark.parametrize('after', [0, 3, 4, 9])
-def test_a_cut_writing_looks_unfinished_and_goes_on(
+def test_an_interrupted_preparation_resumes(
   images, tmp_path, monkeypatch, after
 ):
   write(images, tmp_path / 'whole', text=True)

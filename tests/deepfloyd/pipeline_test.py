@@ -62,7 +62,7 @@ def test_stages_follow_one_another(model, generated):
     assert np.isfinite(value).all() and np.abs(value).max() <= 1
 
 
-def test_an_image_does_not_depend_on_its_company(model, generated):
+def test_an_image_does_not_depend_on_its_batch(model, generated):
   alone = model.sample('a star', num_images=2, seed=5, batch_size=4, **STEPS)
   for name, value in alone.items():
     np.testing.assert_allclose(value, generated[name][2:], atol=1e-4)
@@ -90,7 +90,7 @@ def test_a_network_split_over_devices_generates_the_same(folder, first):
 
 
 @pytest.mark.slow
-def test_repainting_keeps_the_rest_to_the_bit(model):
+def test_inpainting_keeps_the_rest_to_the_bit(model):
   given = photo()
   mask = np.zeros((8, 16), np.uint8)
   mask[2:6, 4:12] = 255

@@ -120,7 +120,7 @@ def _interleaved(patch):
   )
 
 
-def _skips_of_the_way_down(patch):
+def _encoder_skips(patch):
   plain = unet.UpLevel
 
   def up_level(*args, **kwargs):
@@ -161,7 +161,7 @@ MUTATIONS = {
   'heads interleaved': ({}, _interleaved),
   'strided instead of averaged': ({}, _patch(unet, 'downsample', _strided)),
   'scale and shift swapped': ({}, _swapped),
-  'earliest skip first': ({}, _skips_of_the_way_down),
+  'earliest skip first': ({}, _encoder_skips),
   'skip before h': ({}, _skip_before_h),
 }
 

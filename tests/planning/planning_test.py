@@ -67,7 +67,7 @@ def test_a_loop_counts_its_length_and_a_matrix_product_two_per_term():
 
 
 @pytest.mark.parametrize('name', ['base', 'sr1'])
-def test_operations_of_a_training_step_are_xlas(name):
+def test_flops_of_a_training_step_are_xlas(name):
   work = tiny_job(name)
   if name == 'sr1':  # XLA counts a loop's body once, so loops are unrolled
     text = work.experiment.text
@@ -93,7 +93,7 @@ def test_fused_values_take_no_memory_and_keep_what_they_are_made_of():
   assert peak == pytest.approx(2 * 4096, abs=16)
 
 
-def test_recomputation_needs_less_memory_and_more_operations():
+def test_rematerialization_needs_less_memory_and_more_flops():
   work = tiny_job(batch_size=64)
   again = work.with_remat('nothing_saveable')
   plain, less = work.trace('train', 64), again.trace('train', 64)
@@ -115,7 +115,7 @@ def test_parameters_are_split_by_the_rule_that_training_uses():
   assert mine == pytest.approx(real)
 
 
-def test_accumulating_leaves_the_operations_and_lowers_the_memory():
+def test_accumulating_keeps_the_flops_and_lowers_the_memory():
   whole, parts = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
   a, b = whole.trace('train', 64), parts.trace('train', 64)
   assert count_flops(b) == pytest.approx(count_flops(a), rel=0.05)
@@ -132,7 +132,7 @@ def test_the_best_split_fits_and_is_the_fastest_that_does():
   assert analytic.best(plans, small) is None
 
 
-def test_what_does_not_fit_is_told_by_how_much_and_what_would():
+def test_what_does_not_fit_says_by_how_much_and_what_would():
   work, halves = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
   whole, less = (
     analytic.make_plan(w, chips.CHIPS['v5e'], data=1, fsdp=1)
@@ -199,7 +199,7 @@ def test_a_mistake_in_planning_is_one_sentence(tmp_path, capsys, argv, words):
   assert error.startswith('error: ') and words in error
 
 
-def test_an_encoder_that_cannot_be_told_is_asked_for(tmp_path, capsys):
+def test_an_unknown_encoder_is_asked_for(tmp_path, capsys):
   config = str(write_config(tmp_path))
   assert cli.main(['--config', config, '--config.text.path=my/words']) == 2
   assert 'add --text' in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_a_slurm_job_starts_one_process_per_gpu_and_queues_again(
   ]
 
 
-def test_a_tpu_job_goes_on_after_an_interruption_that_saved(
+def test_a_tpu_job_resumes_after_an_interruption_that_saved(
   launch, capsys, tmp_path
 ):
   text = rendered(

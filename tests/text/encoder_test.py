@@ -10,7 +10,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.text.encoder import load_text_encoder
 
 
-def test_embeddings_are_zero_at_padding_and_do_not_depend_on_company(folder):
+def test_embeddings_are_zero_at_padding_and_do_not_depend_on_the_batch(folder):
   encoder = load_text_encoder(folder)
   prompts = ['a red star', '', 'two large blue circles above a square'] * 4
   emb, mask = encoder.encode(prompts, max_len=12)

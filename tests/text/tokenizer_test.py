@@ -42,7 +42,7 @@ def test_a_long_prompt_keeps_eos_and_says_how_much_was_cut(folder):
   assert ids[1, 2] == EOS and list(mask[1]) == [1, 1, 1, 0, 0]
 
 
-def test_a_tokenizer_travels_to_workers(folder):
+def test_a_tokenizer_can_be_pickled(folder):
   tokenizer = load_text_encoder(folder).tokenizer
   copy = pickle.loads(pickle.dumps(tokenizer))
   assert copy.pieces('a red star') == tokenizer.pieces('a red star')

@@ -130,7 +130,7 @@ def test_the_report_says_what_every_device_will_hold(watched):
   assert mine == real.addressable_shards[0].data.nbytes == 4 * 256 * 256 // 4
 
 
-def test_devices_hold_their_share_and_the_small_arrays_which_are_listed():
+def test_devices_hold_their_fraction_and_the_small_arrays_which_are_listed():
   config = load_config('shapes_base')
   stage = stages.from_config(config.stage.to_dict(), text_dim=128, text_len=32)
   tx = make_optimizer(config.train)
@@ -229,7 +229,7 @@ def claim(folder, config, **options):
   workdir.claim(folder, config, text, **options)
 
 
-def test_insisting_goes_on_with_another_config(config, tmp_path):
+def test_force_resumes_with_another_config(config, tmp_path):
   claim(tmp_path, config)
   config.stage.cond_drop = 0.2
   with pytest.raises(UsageError, match='cond_drop was 0.1.*--force'):
@@ -265,7 +265,7 @@ def test_a_hang_ends_the_run_with_a_sentence():
   assert len(said) == 1 and 'for 0.2 s after step 7' in said[0]
 
 
-def test_a_run_that_goes_on_is_left_alone():
+def test_a_run_that_makes_progress_is_left_alone():
   said = []
   with Watchdog(0.3, end=said.append) as alive:
     for step in range(8):
