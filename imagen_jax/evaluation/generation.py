@@ -206,10 +206,8 @@ def read_images(
 
 
 def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:
-  # Atomic, since a record may only name a complete image.
   metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}
-  with files.replacing(path) as temporary:
-    image_io.save_png(temporary, image, metadata)
+  image_io.save_png(path, image, metadata)
 
 
 class _Lines:

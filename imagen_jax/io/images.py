@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -11,6 +10,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 METADATA_KEY = 'imagen_jax'
@@ -61,9 +61,8 @@ def save_png(
     if 'prompt' in metadata:
       info.add_itxt('prompt', metadata['prompt'])
     info.add_text(METADATA_KEY, json.dumps(metadata))
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(image).save(path, 'PNG', pnginfo=info)
+  with files.replacing(path) as temporary:
+    Image.fromarray(image).save(temporary, 'PNG', pnginfo=info)
 
 
 def read_metadata(path: AnyPath) -> dict[str, Any]:
