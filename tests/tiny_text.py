@@ -50,7 +50,11 @@ def random_params(module, seed=0):
     name = path[-1].key
     if name.endswith('norm'):
       return jnp.asarray(1 + 0.03 * normal)
-    return jnp.asarray((1 if name == 'embedding' else 0.2) * normal)
+    if name in ('embedding', 'distance_bias'):
+      return jnp.asarray((1 if name == 'embedding' else 0.2) * normal)
+    # [layers, inputs, …] and, of attention's output, [layers, heads, size, D].
+    inputs = shape.shape[1:3] if name == 'out' else shape.shape[1:2]
+    return jnp.asarray(normal / np.sqrt(np.prod(inputs)))
 
   return jax.tree_util.tree_map_with_path(leaf, shapes['params'])
 
