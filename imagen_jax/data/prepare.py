@@ -127,13 +127,14 @@ def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
         raise UsageError(
           f'{out} holds another prepared set, of {key} '
           f'{short(before.get(key))!r} where this is {short(now[key])!r}; '
-          'choose another --out.'
+          'choose another.',
+          key='out',
         )
       for cut in out.glob('.part-*.tmp'):  # left by a killed process
         cut.unlink()
       return
   if out.exists() and any(out.iterdir()):
-    raise UsageError(f'{out} is not empty; choose another --out.')
+    raise UsageError(f'{out} is not empty; choose another.', key='out')
   out.mkdir(parents=True, exist_ok=True)
   files.write_json(out / UNFINISHED, header)
 

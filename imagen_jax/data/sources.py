@@ -62,9 +62,7 @@ def make_source(
   path = options.get('path')
   if cls.path_is is not None:
     if not path:
-      raise UsageError(
-        f'data.path is not set: add --config.data.path=…, {cls.path_is}.'
-      )
+      raise UsageError(f'data.path is not set; it names {cls.path_is}.')
     if re.match(r'\w+://', str(path)):
       raise UsageError(
         f'data.path {path} is not on a file system: mount it first (gcsfuse '

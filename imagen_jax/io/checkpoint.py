@@ -275,7 +275,7 @@ class Checkpoints:
     if later:
       raise ModelError(
         f'{self.directory} already holds step {later[-1]}, so step {step} '
-        'is not saved there: resume from it, or use another --workdir.'
+        'is not saved there: resume from it, or use another workdir.'
       )
     with self._saving(step):
       self.directory.mkdir(parents=True, exist_ok=True)
@@ -367,7 +367,7 @@ class Checkpoints:
       raise ModelError(
         f'{self.directory} holds no good checkpoint: all of '
         f'{", ".join(map(str, steps))} are incomplete or damaged; restore '
-        'them from a copy, or start again in another --workdir.'
+        'them from a copy, or start again in another workdir.'
       )
     raise ModelError(
       f'{self.directory} holds no checkpoint; train first, or check the path.'
@@ -415,5 +415,5 @@ def _check_leaves(
       raise ModelError(
         f'{path} was saved by another model: {name} is {there or "absent"} '
         f'there and {here or "absent"} here; use the config that it was '
-        'trained with, or another --workdir.'
+        'trained with, or another workdir.'
       )

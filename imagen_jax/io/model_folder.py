@@ -181,7 +181,7 @@ def find_stages(
   path = pathlib.Path(path)
   if not path.is_dir():
     raise ModelError(
-      f'there is no model folder {path}; check --model, or leave it out for '
+      f'there is no model folder {path}; check the path, or leave it out for '
       'the demo model.'
     )
   if _is_stage(path):
@@ -191,7 +191,7 @@ def find_stages(
   if not found:
     raise ModelError(
       f'{path} holds no stage: no directory in it has a stage.json or a '
-      "training's config.json; check --model, or train first."
+      "training's config.json; check the path, or train first."
     )
   found.sort(key=lambda r: (r.low_resolution or 0, r.resolution))
   if names is not None:
@@ -207,7 +207,7 @@ def find_stages(
       raise ModelError(
         f'the stages {lower.name} ({_span(lower)}) and {upper.name} '
         f'({_span(upper)}) in {path} do not follow one another; choose ones '
-        'that do with --stages.'
+        'that do.'
       )
   return found
 

@@ -75,11 +75,12 @@ def claim(
     if changed and not force:
       raise UsageError(
         f'{path} belongs to another run: {"; ".join(changed)}; use another '
-        '--workdir, or repeat the command that started this one (--force '
-        'continues all the same).'
+        'workdir, repeat the command that started this one, or force it to '
+        'resume all the same.',
+        key='force',
       )
     for change in changed:
-      logging.getLogger(__name__).warning('--force: %s', change)
+      logging.getLogger(__name__).warning('forced: %s', change)
   if write:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, record)

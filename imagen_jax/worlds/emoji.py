@@ -262,8 +262,7 @@ def find_font(path: str | os.PathLike | None = None) -> pathlib.Path:
         return found[0]
   raise DataError(
     'no Noto Color Emoji font was found on this system: install it (package '
-    'fonts-noto-color-emoji on Debian and Ubuntu) or give the file with '
-    '--config.data.path=NotoColorEmoji.ttf.'
+    'fonts-noto-color-emoji on Debian and Ubuntu) or set data.path to the file.'
   )
 
 
