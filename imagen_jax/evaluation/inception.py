@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 SIZE = 299
-FEATURES = 2048
 
 Maps = Float[Array, 'b _ _ _']
 Pair = tuple[int, int]  # along height and width

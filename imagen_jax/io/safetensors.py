@@ -85,11 +85,6 @@ def _unreadable(path: Any, error: Exception) -> ModelError:
   )
 
 
-def of_array(array: np.ndarray) -> Tensor:
-  """An array in memory as a `Tensor`."""
-  return Tensor(array.dtype, array.shape, lambda: array)
-
-
 def write_file(
   path: str | os.PathLike[str],
   tensors: Mapping[str, Tensor],
