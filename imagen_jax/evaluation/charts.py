@@ -3,17 +3,20 @@
 import dataclasses
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from imagen_jax.evaluation.scores import Score
 
 COLOURS = ('#2563eb', '#ea580c', '#059669', '#9333ea', '#dc2626', '#0891b2')
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 298, 210, 48, 16, 40, 26  # of curves
+PERCENT = {y: f'{100 * y:.0f} %' for y in (0.0, 0.25, 0.5, 0.75, 1.0)}
 
 # (x, y, (low, high) of y or None); x values that are text are evenly spaced, in
 # order of appearance.
-Point = tuple[float | str, float, tuple[float, float] | None]
+Value = float | str
+Point = tuple[Value, float, tuple[float, float] | None]
 Line = tuple[str, Sequence[Point]]  # (name, points)
+Pair = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,78 +41,29 @@ def bars(rows: Sequence[Bar]) -> str:
   width, height, left, right = 720, 30, 120, 150
   span, bottom = width - left - right, height * len(rows)
   parts = []
-  for tick in (0, 0.25, 0.5, 0.75, 1):
+  for tick, label in PERCENT.items():
     x = left + span * tick
-    parts.append(
-      f'<line class="rule" x1="{x}" x2="{x}" y1="0" y2="{bottom}"/>'
-      f'<text class="tick" x="{x}" y="{bottom + 16}" '
-      f'text-anchor="middle">{100 * tick:.0f} %</text>'
-    )
+    parts.append(_line((x, x), (0, bottom), 'class="rule"'))
+    parts.append(_text(x, bottom + 16, label))
   for i, bar in enumerate(rows):
     y, value = height * i + height / 2, bar.score['accuracy']
     a, b = (left + span * end for end in bar.score['ci95'])
-    parts.append(
-      f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">'
-      f'{html.escape(bar.name)}</text>'
+    parts += [
+      _text(left - 10, y + 4, bar.name, anchor='end', style=''),
       f'<rect class="{"control" if bar.control else "bar"}" x="{left}" '
-      f'y="{y - 9}" width="{max(span * value, 1):.1f}" height="18" rx="3"/>'
+      f'y="{y - 9}" width="{max(span * value, 1):.1f}" height="18" rx="3"/>',
       f'<path class="whisker" d="M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 4}v8'
-      f'M{b:.1f} {y - 4}v8"/>'
-    )
+      f'M{b:.1f} {y - 4}v8"/>',
+    ]
     if bar.mark is not None:
       x = left + span * bar.mark
-      parts.append(
-        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 12}" '
-        f'y2="{y + 12}"/>'
-      )
+      parts.append(_line((x, x), (y - 12, y + 12), 'class="mark"'))
     parts.append(
       f'<text x="{left + span + 14}" y="{y + 4}"><tspan class="value">'
       f'{100 * value:.1f} %</tspan>  <tspan class="tick">of {bar.score["n"]}'
-      f'</tspan></text>'
+      '</tspan></text>'
     )
   return _svg(width, bottom + 24, parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-  """The axes of a line chart.
-
-  Attributes:
-    place: {x: its coordinate}; text is numbered from 0.
-    xs, ys: ticks, {coordinate: label}.
-  """
-
-  place: dict[float | str, float]
-  xs: dict[float, str]
-  ys: dict[float, str]
-
-  def at(self, x: float, y: float) -> tuple[float, float]:
-    """Pixel coordinates of a point, y downwards."""
-    low, high = (pick([*self.xs, *self.place.values()]) for pick in (min, max))
-    bottom, top = min(self.ys), max(self.ys)
-    along = (x - low) / ((high - low) or 1)
-    up = (y - bottom) / ((top - bottom) or 1)
-    return (
-      LEFT + (WIDTH - LEFT - RIGHT) * along,
-      HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * up,
-    )
-
-
-def _axes(lines: Sequence[Line], percent: bool) -> _Axes:
-  names = list(dict.fromkeys(x for _, line in lines for x, *_ in line))
-  values = [y for _, line in lines for _, y, _ in line]
-  if any(isinstance(x, str) for x in names):
-    place = {x: float(i) for i, x in enumerate(names)}
-    xs = {float(i): str(x) for i, x in enumerate(names)}
-  else:
-    place = {x: float(x) for x in names}
-    ends = min(place.values()), max(place.values())
-    xs = {x: f'{x:g}' for x in _ticks(*ends)}
-  if percent:
-    ys = {y: f'{100 * y:.0f} %' for y in (0.0, 0.25, 0.5, 0.75, 1.0)}
-  else:
-    ys = {y: f'{y:g}' for y in _ticks(min(values), max(values))}
-  return _Axes(place, xs, ys)
 
 
 def curves(
@@ -126,57 +80,35 @@ def curves(
     names: of x and y.
     percent: whether the y axis is 0 to 100 %.
   """
-  axes = _axes(lines, percent)
-  parts = [
-    f'<text class="value" x="{LEFT}" y="14">{html.escape(title)}</text>',
-    *_grid(axes, names[0]),
-  ]
+  points = [point for _, line in lines for point in line]
+  right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+  xs, x_at = _axis([x for x, _, _ in points], (LEFT, right))
+  ys, y_at = _axis([y for _, y, _ in points], (bottom, TOP), percent)
+  parts = [_text(LEFT, 14, title, anchor='start', style='value')]
+  for y, label in ys.items():
+    v = y_at(y)
+    parts.append(_line((LEFT, right), (v, v), 'class="rule"'))
+    parts.append(_text(LEFT - 6, v + 4, label, anchor='end'))
+  parts += [_text(x_at(x), bottom + 16, label) for x, label in xs.items()]
+  parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 6, names[0]))
   for i, (_, line) in enumerate(lines):
-    parts += _curve(axes, line, names, COLOURS[i % len(COLOURS)])
-  return _svg(WIDTH, HEIGHT, parts)
-
-
-def _grid(axes: _Axes, name: str) -> Iterable[str]:
-  for y, label in axes.ys.items():
-    _, v = axes.at(0.0, y)
-    yield (
-      f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v:.1f}" '
-      f'y2="{v:.1f}"/><text class="tick" x="{LEFT - 6}" y="{v + 4:.1f}" '
-      f'text-anchor="end">{label}</text>'
+    colour = COLOURS[i % len(COLOURS)]
+    path = ' '.join(f'{x_at(x):.1f},{y_at(y):.1f}' for x, y, _ in line)
+    parts.append(
+      f'<polyline points="{path}" fill="none" stroke="{colour}" '
+      'stroke-width="2"/>'
     )
-  for x, label in axes.xs.items():
-    u, _ = axes.at(x, 0.0)
-    yield (
-      f'<text class="tick" x="{u:.1f}" y="{HEIGHT - BOTTOM + 16}" '
-      f'text-anchor="middle">{html.escape(label)}</text>'
-    )
-  yield (
-    f'<text class="tick" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" '
-    f'text-anchor="middle">{html.escape(name)}</text>'
-  )
-
-
-def _curve(
-  axes: _Axes, line: Sequence[Point], names: tuple[str, str], colour: str
-) -> Iterable[str]:
-  points = [axes.at(axes.place[x], y) for x, y, _ in line]
-  path = ' '.join(f'{u:.1f},{v:.1f}' for u, v in points)
-  yield (
-    f'<polyline points="{path}" fill="none" stroke="{colour}" '
-    'stroke-width="2"/>'
-  )
-  for (u, v), (x, y, ends) in zip(points, line):
-    if ends:
-      a, b = (axes.at(0.0, end)[1] for end in ends)
-      yield (
-        f'<line x1="{u:.1f}" x2="{u:.1f}" y1="{a:.1f}" y2="{b:.1f}" '
-        f'stroke="{colour}" opacity=".45"/>'
+    for x, y, ends in line:
+      u, v, hint = x_at(x), y_at(y), f'{names[0]} {x}: {names[1]} {y:.4g}'
+      if ends:
+        low, high = map(y_at, ends)
+        look = f'stroke="{colour}" opacity=".45"'
+        parts.append(_line((u, u), (low, high), look))
+      parts.append(
+        f'<circle cx="{u:.1f}" cy="{v:.1f}" r="3.2" fill="{colour}">'
+        f'<title>{html.escape(hint)}</title></circle>'
       )
-    title = html.escape(f'{names[0]} {x}: {names[1]} {y:.4g}')
-    yield (
-      f'<circle cx="{u:.1f}" cy="{v:.1f}" r="3.2" fill="{colour}">'
-      f'<title>{title}</title></circle>'
-    )
+  return _svg(WIDTH, HEIGHT, parts)
 
 
 def legend(names: Iterable[str]) -> str:
@@ -218,15 +150,49 @@ def matrix(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
   )
 
 
+def _axis(
+  values: Sequence[Value], pixels: Pair, percent: bool = False
+) -> tuple[Mapping[Value, str], Callable[[Value], float]]:
+  """({tick: label}, value -> coordinate) of an axis between two pixels."""
+  labels: dict[Value, str]
+  if any(isinstance(value, str) for value in values):
+    labels = {value: str(value) for value in values}
+    number: Callable[[Value], float] = list(labels).index
+    low, high = 0.0, len(labels) - 1.0
+  else:
+    numbers = [float(value) for value in values]
+    ticks = [*PERCENT] if percent else _ticks(min(numbers), max(numbers))
+    labels = {x: PERCENT[x] if percent else f'{x:g}' for x in ticks}
+    number, low, high = float, ticks[0], ticks[-1]
+  start, end = pixels
+  scale = (end - start) / ((high - low) or 1)
+  return labels, lambda value: start + scale * (number(value) - low)
+
+
 def _ticks(low: float, high: float) -> tuple[float, ...]:
   """About four round numbers that enclose [low, high]."""
   span = (high - low) or abs(high) or 1
   step = 10.0 ** math.floor(math.log10(span / 3))
   step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= 4)
   first, last = math.floor(low / step), math.ceil(high / step)
-  if first == last:
-    last += 1
+  last = max(last, first + 1)
   return tuple(round(i * step, 10) for i in range(first, last + 1))
+
+
+def _text(
+  x: float, y: float, text: str, anchor: str = 'middle', style: str = 'tick'
+) -> str:
+  return (
+    f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
+    f'{html.escape(text)}</text>'
+  )
+
+
+def _line(x: Pair, y: Pair, look: str) -> str:
+  return (
+    f'<line {look} x1="{x[0]:.1f}" x2="{x[1]:.1f}" y1="{y[0]:.1f}" '
+    f'y2="{y[1]:.1f}"/>'
+  )
 
 
 def _svg(width: int, height: int, parts: Iterable[str]) -> str:
