@@ -4,6 +4,7 @@ Parameters have the names and layouts of the published Hugging Face tensors,
 so a weights file is used without conversion. Imagen's text encoder is T5.
 """
 
+import dataclasses
 import json
 import pathlib
 import typing
@@ -23,21 +24,19 @@ class _Tower(nn.Module):
   """A pre-norm transformer; its parameters are flat, with dotted names.
 
   Attributes:
-    width: of the residual stream.
-    mlp: hidden width of each MLP.
-    layers, heads: numbers of layers and of attention heads.
-    act: 'quick_gelu' or 'gelu'.
-    eps: of the layer norms.
-    projection: width of the joint embedding space.
+    projection_dim: width of the joint embedding space.
+
+  The others are those of the published config, with the values of ViT-B/32 as
+  defaults.
   """
 
-  width: int
-  mlp: int
-  layers: int
-  heads: int
-  act: str
-  eps: float
-  projection: int
+  projection_dim: int
+  hidden_size: int
+  intermediate_size: int
+  num_attention_heads: int
+  num_hidden_layers: int = 12
+  hidden_act: str = 'quick_gelu'
+  layer_norm_eps: float = 1e-5
 
   def tensor(self, name: str, *shape: int) -> Array:
     return self.param(name, nn.initializers.normal(0.02), shape)
@@ -51,7 +50,7 @@ class _Tower(nn.Module):
 
   def norm(self, name: str, x: Array) -> Array:
     x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
+    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.layer_norm_eps)
     scale = self.tensor(f'{name}.weight', x.shape[-1])
     return x * scale + self.tensor(f'{name}.bias', x.shape[-1])
 
@@ -63,7 +62,7 @@ class _Tower(nn.Module):
     h = self.norm(f'{name}.layer_norm1', x)
     q, k, v = (
       self.linear(f'{name}.self_attn.{part}_proj', h, width).reshape(
-        batch, length, self.heads, -1
+        batch, length, self.num_attention_heads, -1
       )
       for part in 'qkv'
     )
@@ -77,8 +76,8 @@ class _Tower(nn.Module):
     h = h.reshape(batch, length, width)
     x = x + self.linear(f'{name}.self_attn.out_proj', h, width)
     h = self.norm(f'{name}.layer_norm2', x)
-    h = self.linear(f'{name}.mlp.fc1', h, self.mlp)
-    if self.act == 'quick_gelu':
+    h = self.linear(f'{name}.mlp.fc1', h, self.intermediate_size)
+    if self.hidden_act == 'quick_gelu':
       h = h * jax.nn.sigmoid(1.702 * h)
     else:
       h = jax.nn.gelu(h, approximate=False)
@@ -86,94 +85,69 @@ class _Tower(nn.Module):
 
 
 class ClipImage(_Tower):
-  """The image encoder: images to the joint embedding space.
+  """The image encoder: images to the joint embedding space."""
 
-  Attributes:
-    size: side of the images, in pixels.
-    patch: side of a patch.
-  """
-
-  size: int
-  patch: int
+  hidden_size: int = 768
+  intermediate_size: int = 3072
+  num_attention_heads: int = 12
+  image_size: int = 224
+  patch_size: int = 32
 
   @nn.compact
   def __call__(self, image: Float[Array, 'b h w 3']) -> Float[Array, 'b d']:
     """`image` is normalised by `MEAN` and `STD`."""
-    name, patch = 'vision_model.embeddings', self.patch
+    name, width = 'vision_model.embeddings', self.hidden_size
+    patch = (self.patch_size, self.patch_size)
     x = jax.lax.conv_general_dilated(
       image,
-      self.tensor(
-        f'{name}.patch_embedding.weight', self.width, 3, patch, patch
-      ),
-      (patch, patch),
+      self.tensor(f'{name}.patch_embedding.weight', width, 3, *patch),
+      patch,
       'VALID',
       dimension_numbers=('NHWC', 'OIHW', 'NHWC'),
       precision='highest',
-    ).reshape(len(image), -1, self.width)
-    first = self.tensor(f'{name}.class_embedding', self.width)
-    first = jnp.broadcast_to(first, (len(image), 1, self.width))
+    ).reshape(len(image), -1, width)
+    first = self.tensor(f'{name}.class_embedding', width)
+    first = jnp.broadcast_to(first, (len(image), 1, width))
     x = jnp.concatenate([first, x], axis=1)
     x = x + self.tensor(f'{name}.position_embedding.weight', *x.shape[1:])
     x = self.norm('vision_model.pre_layrnorm', x)  # spelt so in the files
-    for i in range(self.layers):
+    for i in range(self.num_hidden_layers):
       x = self.layer(f'vision_model.encoder.layers.{i}', x, causal=False)
     x = self.norm('vision_model.post_layernorm', x[:, 0])
-    return self.linear('visual_projection', x, self.projection, bias=False)
+    return self.linear('visual_projection', x, self.projection_dim, bias=False)
 
 
 class ClipText(_Tower):
   """The text encoder: prompts to the joint embedding space.
 
-  Attributes:
-    vocab: size of the vocabulary.
-    length: tokens of a prompt, padding included.
-    eos: id of the token at which the features are read.
+  The features are read at the token `eos_token_id`.
   """
 
-  vocab: int
-  length: int
-  eos: int
+  hidden_size: int = 512
+  intermediate_size: int = 2048
+  num_attention_heads: int = 8
+  vocab_size: int = 49408
+  max_position_embeddings: int = 77
+  eos_token_id: int = 49407
 
   @nn.compact
   def __call__(self, ids: Int[Array, 'b l']) -> Float[Array, 'b d']:
-    name = 'text_model.embeddings'
+    name, width = 'text_model.embeddings', self.hidden_size
     table = self.tensor(
-      f'{name}.token_embedding.weight', self.vocab, self.width
+      f'{name}.token_embedding.weight', self.vocab_size, width
     )
     position = self.tensor(
-      f'{name}.position_embedding.weight', self.length, self.width
+      f'{name}.position_embedding.weight', self.max_position_embeddings, width
     )
     x = table[ids] + position[: ids.shape[1]]
-    for i in range(self.layers):
+    for i in range(self.num_hidden_layers):
       x = self.layer(f'text_model.encoder.layers.{i}', x, causal=True)
     x = self.norm('text_model.final_layer_norm', x)
     # Old configs give 2 as eos; the real end token has the highest id.
-    end = ids if self.eos == 2 else (ids == self.eos).astype(jnp.int32)
+    eos = self.eos_token_id
+    end = ids if eos == 2 else (ids == eos).astype(jnp.int32)
     x = x[jnp.arange(len(ids)), end.argmax(1)]
-    return self.linear('text_projection', x, self.projection, bias=False)
-
-
-# {our name: (their name, default: that of ViT-B/32)}.
-_SHARED: dict[str, tuple[str, typing.Any]] = {
-  'layers': ('num_hidden_layers', 12),
-  'act': ('hidden_act', 'quick_gelu'),
-  'eps': ('layer_norm_eps', 1e-5),
-}
-_VISION = _SHARED | {
-  'width': ('hidden_size', 768),
-  'mlp': ('intermediate_size', 3072),
-  'heads': ('num_attention_heads', 12),
-  'size': ('image_size', 224),
-  'patch': ('patch_size', 32),
-}
-_TEXT = _SHARED | {
-  'width': ('hidden_size', 512),
-  'mlp': ('intermediate_size', 2048),
-  'heads': ('num_attention_heads', 8),
-  'vocab': ('vocab_size', 49408),
-  'length': ('max_position_embeddings', 77),
-  'eos': ('eos_token_id', 49407),
-}
+    return self.linear('text_projection', x, self.projection_dim, bias=False)
 
 
 def read_config(path: pathlib.Path) -> tuple[ClipImage, ClipText]:
@@ -184,21 +158,23 @@ def read_config(path: pathlib.Path) -> tuple[ClipImage, ClipText]:
   """
   try:
     config = json.loads(path.read_text(encoding='utf-8'))
-    sizes = [
-      {ours: config[part].get(*theirs) for ours, theirs in names.items()}
-      for part, names in (('vision_config', _VISION), ('text_config', _TEXT))
-    ]
-    acts = {s['act'] for s in sizes}
-    if not acts <= {'quick_gelu', 'gelu'}:
-      raise ValueError(f'hidden_act {acts}')
-    projection = config.get('projection_dim', 512)
-    vision, text = sizes
     return (
-      ClipImage(**vision, projection=projection),
-      ClipText(**text, projection=projection),
+      ClipImage(**_fields(ClipImage, config, 'vision_config')),
+      ClipText(**_fields(ClipText, config, 'text_config')),
     )
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ModelError(
       f'{path} is no config of a CLIP model ({error!r}); copy the whole '
       'folder of the model.'
     ) from error
+
+
+def _fields(
+  tower: type[_Tower], config: dict[str, typing.Any], part: str
+) -> dict[str, typing.Any]:
+  """The attributes of a tower that its part of the config gives."""
+  names = {f.name for f in dataclasses.fields(tower)} - {'parent', 'name'}
+  found = {k: v for k, v in config[part].items() if k in names}
+  if found.get('hidden_act', 'gelu') not in ('quick_gelu', 'gelu'):
+    raise ValueError(f'hidden_act {found["hidden_act"]}')
+  return found | {'projection_dim': config.get('projection_dim', 512)}

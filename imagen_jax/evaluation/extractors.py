@@ -86,18 +86,18 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
     path = folder / 'model.npz'
   tensors, digest = read_tensors(path)
   shared = ('logit_scale', 'position_ids')
-  ids = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
+  ids = jax.ShapeDtypeStruct((1, text.max_position_embeddings), jnp.int32)
   image_params = params_for(
-    vision, _image(vision.size), tensors, path, ignored=(*shared, 'text_')
+    vision, _image(vision.image_size), tensors, path, ignored=(*shared, 'text_')
   )
   text_params = params_for(
     text, ids, tensors, path, ignored=(*shared, 'vision_', 'visual_')
   )
   apply_image, apply_text = jax.jit(vision.apply), jax.jit(text.apply)
-  tokenize = clip_tokenizer.load(folder, text.length)
+  tokenize = clip_tokenizer.load(folder, text.max_position_embeddings)
 
   def image(batch: np.ndarray) -> jax.Array:
-    x = _resized(batch, vision.size).astype(np.float32) / 255
+    x = _resized(batch, vision.image_size).astype(np.float32) / 255
     x = (x - np.array(clip.MEAN, np.float32)) / np.array(clip.STD, np.float32)
     return apply_image({'params': image_params}, x)
 
@@ -105,7 +105,7 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
   return TextExtractor(
     image=_batched(image),
     digest=digest,
-    resize=_rule(vision.size),
+    resize=_rule(vision.image_size),
     text=lambda prompts: encode(tokenize(prompts)),
   )
 

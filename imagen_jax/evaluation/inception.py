@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 SIZE = 299
 
 Maps = Float[Array, 'b _ _ _']
-Pair = tuple[int, int]  # along height and width
-# (suffix of the name, features, kernel, padding)
-Step = tuple[str, int, int | Pair, int | Pair]
+Kernel = int | tuple[int, int]  # one side, or height and width
+Step = tuple[str, int, Kernel]  # (suffix of the name, features, kernel)
+ROW, COLUMN = (1, 7), (7, 1)
 
 
 class InceptionV3(nn.Module):
@@ -26,12 +26,12 @@ class InceptionV3(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b 299 299 3']) -> Float[Array, 'b 2048']:
-    x = self._conv('Conv2d_1a_3x3', x, 32, 3, stride=2)
-    x = self._conv('Conv2d_2a_3x3', x, 32, 3)
-    x = self._conv('Conv2d_2b_3x3', x, 64, 3, pad=1)
+    x = self._conv('Conv2d_1a_3x3', x, 32, 3, stride=2, padding='VALID')
+    x = self._conv('Conv2d_2a_3x3', x, 32, 3, padding='VALID')
+    x = self._conv('Conv2d_2b_3x3', x, 64, 3)
     x = _max(x, 2)
     x = self._conv('Conv2d_3b_1x1', x, 80, 1)
-    x = self._conv('Conv2d_4a_3x3', x, 192, 3)
+    x = self._conv('Conv2d_4a_3x3', x, 192, 3, padding='VALID')
     x = _max(x, 2)
     for name, pool in (('5b', 32), ('5c', 64), ('5d', 64)):
       x = self._mixed_a(f'Mixed_{name}', x, pool)
@@ -40,7 +40,7 @@ class InceptionV3(nn.Module):
       x = self._mixed_c(f'Mixed_{name}', x, width)
     x = self._mixed_d('Mixed_7a', x)
     x = self._mixed_e('Mixed_7b', x, _mean)
-    x = self._mixed_e('Mixed_7c', x, lambda x: _max(x, 1, 1))
+    x = self._mixed_e('Mixed_7c', x, lambda x: _max(x, 1, 'SAME'))
     return x.mean((1, 2))
 
   def _conv(
@@ -48,17 +48,16 @@ class InceptionV3(nn.Module):
     name: str,
     x: Maps,
     features: int,
-    kernel: int | Pair,
+    kernel: Kernel,
     *,
     stride: int = 1,
-    pad: int | Pair = 0,
+    padding: str = 'SAME',
   ) -> Maps:
     """Convolution without bias, batch norm with fixed statistics, ReLU."""
-    high, wide = (kernel, kernel) if isinstance(kernel, int) else kernel
-    pads = (pad, pad) if isinstance(pad, int) else pad
+    sides = (kernel, kernel) if isinstance(kernel, int) else kernel
     normal, ones = nn.initializers.he_normal(), nn.initializers.ones
     weight = self.param(
-      f'{name}.conv.weight', normal, (features, x.shape[-1], high, wide)
+      f'{name}.conv.weight', normal, (features, x.shape[-1], *sides)
     )
     scale, bias, mean, var = (
       self.param(f'{name}.bn.{part}', ones, (features,))
@@ -68,7 +67,7 @@ class InceptionV3(nn.Module):
       x,
       weight,
       (stride, stride),
-      [(p, p) for p in pads],
+      padding,
       dimension_numbers=('NHWC', 'OIHW', 'NHWC'),
       precision='highest',
     )
@@ -77,102 +76,89 @@ class InceptionV3(nn.Module):
 
   def _chain(self, name: str, x: Maps, *steps: Step) -> Maps:
     """A sequence of convolutions."""
-    for suffix, features, kernel, pad in steps:
-      x = self._conv(f'{name}.{suffix}', x, features, kernel, pad=pad)
+    for suffix, features, kernel in steps:
+      x = self._conv(f'{name}.{suffix}', x, features, kernel)
     return x
 
+  def _half(self, name: str, x: Maps, features: int) -> Maps:
+    """A convolution that halves the resolution."""
+    return self._conv(name, x, features, 3, stride=2, padding='VALID')
+
   def _mixed_a(self, name: str, x: Maps, pool: int) -> Maps:
-    branches: tuple[list[Step], ...] = (
-      [('branch1x1', 64, 1, 0)],
-      [('branch5x5_1', 48, 1, 0), ('branch5x5_2', 64, 5, 2)],
-      [
-        ('branch3x3dbl_1', 64, 1, 0),
-        ('branch3x3dbl_2', 96, 3, 1),
-        ('branch3x3dbl_3', 96, 3, 1),
-      ],
+    a = self._chain(name, x, ('branch1x1', 64, 1))
+    b = self._chain(name, x, ('branch5x5_1', 48, 1), ('branch5x5_2', 64, 5))
+    c = self._chain(
+      name,
+      x,
+      ('branch3x3dbl_1', 64, 1),
+      ('branch3x3dbl_2', 96, 3),
+      ('branch3x3dbl_3', 96, 3),
     )
-    parts = [self._chain(name, x, *steps) for steps in branches]
-    parts.append(self._conv(f'{name}.branch_pool', _mean(x), pool, 1))
-    return jnp.concatenate(parts, -1)
+    pooled = self._conv(f'{name}.branch_pool', _mean(x), pool, 1)
+    return jnp.concatenate([a, b, c, pooled], -1)
 
   def _mixed_b(self, name: str, x: Maps) -> Maps:
-    a = self._conv(f'{name}.branch3x3', x, 384, 3, stride=2)
+    a = self._half(f'{name}.branch3x3', x, 384)
     b = self._chain(
-      name, x, ('branch3x3dbl_1', 64, 1, 0), ('branch3x3dbl_2', 96, 3, 1)
+      name, x, ('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3)
     )
-    b = self._conv(f'{name}.branch3x3dbl_3', b, 96, 3, stride=2)
+    b = self._half(f'{name}.branch3x3dbl_3', b, 96)
     return jnp.concatenate([a, b, _max(x, 2)], -1)
 
   def _mixed_c(self, name: str, x: Maps, width: int) -> Maps:
-    row, column = ((1, 7), (0, 3)), ((7, 1), (3, 0))
-    branches: tuple[list[Step], ...] = (
-      [('branch1x1', 192, 1, 0)],
-      [
-        ('branch7x7_1', width, 1, 0),
-        ('branch7x7_2', width, *row),
-        ('branch7x7_3', 192, *column),
-      ],
-      [
-        ('branch7x7dbl_1', width, 1, 0),
-        ('branch7x7dbl_2', width, *column),
-        ('branch7x7dbl_3', width, *row),
-        ('branch7x7dbl_4', width, *column),
-        ('branch7x7dbl_5', 192, *row),
-      ],
-    )
-    parts = [self._chain(name, x, *steps) for steps in branches]
-    parts.append(self._conv(f'{name}.branch_pool', _mean(x), 192, 1))
-    return jnp.concatenate(parts, -1)
-
-  def _mixed_d(self, name: str, x: Maps) -> Maps:
-    a = self._conv(f'{name}.branch3x3_1', x, 192, 1)
-    a = self._conv(f'{name}.branch3x3_2', a, 320, 3, stride=2)
+    a = self._chain(name, x, ('branch1x1', 192, 1))
     b = self._chain(
       name,
       x,
-      ('branch7x7x3_1', 192, 1, 0),
-      ('branch7x7x3_2', 192, (1, 7), (0, 3)),
-      ('branch7x7x3_3', 192, (7, 1), (3, 0)),
+      ('branch7x7_1', width, 1),
+      ('branch7x7_2', width, ROW),
+      ('branch7x7_3', 192, COLUMN),
     )
-    b = self._conv(f'{name}.branch7x7x3_4', b, 192, 3, stride=2)
+    c = self._chain(
+      name,
+      x,
+      ('branch7x7dbl_1', width, 1),
+      ('branch7x7dbl_2', width, COLUMN),
+      ('branch7x7dbl_3', width, ROW),
+      ('branch7x7dbl_4', width, COLUMN),
+      ('branch7x7dbl_5', 192, ROW),
+    )
+    pooled = self._conv(f'{name}.branch_pool', _mean(x), 192, 1)
+    return jnp.concatenate([a, b, c, pooled], -1)
+
+  def _mixed_d(self, name: str, x: Maps) -> Maps:
+    a = self._conv(f'{name}.branch3x3_1', x, 192, 1)
+    a = self._half(f'{name}.branch3x3_2', a, 320)
+    b = self._chain(
+      name,
+      x,
+      ('branch7x7x3_1', 192, 1),
+      ('branch7x7x3_2', 192, ROW),
+      ('branch7x7x3_3', 192, COLUMN),
+    )
+    b = self._half(f'{name}.branch7x7x3_4', b, 192)
     return jnp.concatenate([a, b, _max(x, 2)], -1)
 
   def _mixed_e(self, name: str, x: Maps, pool: Callable[[Maps], Maps]) -> Maps:
     one = self._conv(f'{name}.branch1x1', x, 320, 1)
     a = self._conv(f'{name}.branch3x3_1', x, 384, 1)
     b = self._chain(
-      name, x, ('branch3x3dbl_1', 448, 1, 0), ('branch3x3dbl_2', 384, 3, 1)
+      name, x, ('branch3x3dbl_1', 448, 1), ('branch3x3dbl_2', 384, 3)
     )
     sides = [
-      self._conv(f'{name}.{branch}{side}', h, 384, kernel, pad=pad)
-      for branch, h, letters in (
-        ('branch3x3_2', a, 'ab'),
-        ('branch3x3dbl_3', b, 'ab'),
-      )
-      for side, kernel, pad in zip(letters, ((1, 3), (3, 1)), ((0, 1), (1, 0)))
+      self._conv(f'{name}.{branch}{side}', h, 384, kernel)
+      for branch, h in (('branch3x3_2', a), ('branch3x3dbl_3', b))
+      for side, kernel in (('a', (1, 3)), ('b', (3, 1)))
     ]
     pooled = self._conv(f'{name}.branch_pool', pool(x), 192, 1)
     return jnp.concatenate([one, *sides, pooled], -1)
 
 
-def _max(x: Maps, stride: int, pad: int = 0) -> Maps:
+def _max(x: Maps, stride: int, padding: str = 'VALID') -> Maps:
   """3×3 max pooling."""
-  return jax.lax.reduce_window(
-    x,
-    -jnp.inf,
-    jax.lax.max,
-    (1, 3, 3, 1),
-    (1, stride, stride, 1),
-    ((0, 0), (pad, pad), (pad, pad), (0, 0)),
-  )
+  return nn.max_pool(x, (3, 3), (stride, stride), padding)
 
 
 def _mean(x: Maps) -> Maps:
   """3×3 average pooling with stride 1, excluding the padding."""
-
-  def total(x: Maps) -> Maps:
-    return jax.lax.reduce_window(
-      x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), 'SAME'
-    )
-
-  return total(x) / total(jnp.ones_like(x[:1, :, :, :1]))
+  return nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)

@@ -107,14 +107,13 @@ def numbers(categories: Categories) -> str:
 
 def provenance(note: Mapping[str, typing.Any]) -> str:
   """What a suite was measured on, as a collapsed table."""
-  stages = [
-    (name, ', '.join(f'{k} {v}' for k, v in values.items()))
+  rows = {
+    name: ', '.join(f'{k} {v}' for k, v in values.items())
     for name, values in note['stages'].items()
-  ]
-  rest = [(k, v) for k, v in note.items() if k != 'stages']
+  } | {k: v for k, v in note.items() if k != 'stages'}
   return (
     '<details><summary>What this was measured on</summary>'
-    f'{table(stages + rest)}</details>'
+    f'{table(rows.items())}</details>'
   )
 
 
@@ -126,24 +125,20 @@ def figure(folder: pathlib.Path, record: Record, caption: bool = True) -> str:
     tone = 'yes' if record['correct'] else 'no'
     wrong = [k for k, v in record['aspects'].items() if v is False]
     mark = '<b>✓</b> ' if record['correct'] else f'<b>✗ {", ".join(wrong)}</b> '
-  prompt = html.escape(record['prompt'], quote=True)
+  prompt = html.escape(record['prompt'])
   text = f'<figcaption>{mark}{prompt}</figcaption>' if caption else ''
   return f'<figure class="{tone}">{_image(image, prompt)}{text}</figure>'
 
 
 def _image(image: UInt8[np.ndarray, 'h w 3'], alt: str) -> str:
   thumb, file = Image.fromarray(image), io.BytesIO()
-  small = image.shape[0] < THUMB
-  if small:
-    thumb.save(file, 'PNG')
-  else:
+  kind, style = 'png', 'class="pixels"'
+  if image.shape[0] >= THUMB:
     thumb = thumb.resize((THUMB, THUMB), Image.Resampling.BOX)
-    thumb.save(file, 'JPEG', quality=85)
+    kind, style = 'jpeg', ''
+  thumb.save(file, kind, quality=85)
   data = base64.b64encode(file.getvalue()).decode()
-  kind = (
-    'class="pixels" src="data:image/png' if small else ('src="data:image/jpeg')
-  )
-  return f'<img {kind};base64,{data}" alt="{alt}">'
+  return f'<img {style} src="data:image/{kind};base64,{data}" alt="{alt}">'
 
 
 def _text(value: typing.Any) -> str:

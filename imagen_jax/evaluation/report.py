@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from imagen_jax.errors import DataError
 from imagen_jax.evaluation import charts, page, scores
 from imagen_jax.evaluation.generation import read_records
-from imagen_jax.evaluation.suite import Records, Suite
+from imagen_jax.evaluation.suite import Record, Records, Suite
 from imagen_jax.evaluation.sweep_report import keys, sweep_section
 from imagen_jax.io import files
 
@@ -35,22 +35,20 @@ class Section:
 
 def save_section(suite: Suite, folder: pathlib.Path, records: Records) -> None:
   """Writes a finished run's `section.json`."""
-  title, description = suite.heading()
   section = Section(
-    title=title,
-    description=description,
+    *suite.heading(),
     controls=list(suite.controls),
     reference=suite.reference,
     confusions=suite.confusions(records),
   )
-  value = {'format_version': 1} | vars(section)
-  files.write_json(folder / SECTION, value)
+  files.write_json(folder / SECTION, {'format_version': 1} | vars(section))
 
 
 def _read_section(folder: pathlib.Path) -> Section:
   value = files.read_json(folder / SECTION, error=DataError, version=1)
+  del value['format_version']
   try:
-    return Section(**{k: v for k, v in value.items() if k != 'format_version'})
+    return Section(**value)
   except TypeError as error:
     raise DataError(
       f'{folder / SECTION} is not what this version writes ({error}); delete '
@@ -112,8 +110,8 @@ def _section(
     reference = found.get(section.reference or '', {})
     rows = [
       charts.Bar(
-        name=name,
-        score=score,
+        name,
+        score,
         mark=reference.get(name, {}).get('accuracy'),
         control=name in section.controls,
       )
@@ -122,24 +120,21 @@ def _section(
     yield page.cards([charts.bars(rows)])
   else:
     yield page.numbers(categories)
-  tables = {name: table for name, table in section.confusions.items() if table}
+  tables = [
+    charts.matrix(counts, f'{name}: prompted, seen')
+    for name, counts in section.confusions.items()
+    if counts
+  ]
   if tables:
-    yield '<h3>Confusions</h3>' + page.cards(
-      (
-        charts.matrix(t, f'{name}: prompted, seen')
-        for name, t in tables.items()
-      ),
-      row=True,
-    )
+    yield '<h3>Confusions</h3>' + page.cards(tables, row=True)
   yield page.provenance(note)
   yield from _images(out / note['run'], list(categories))
 
 
 def _images(folder: pathlib.Path, categories: list[str]) -> Iterator[str]:
   """The first images of each category, in the order of the scores."""
-  records = sorted(read_records(folder).values(), key=lambda r: r['number'])
-  groups: dict[str, list] = {name: [] for name in categories}
-  for record in records:
+  groups: dict[str, list[Record]] = {name: [] for name in categories}
+  for _, record in sorted(read_records(folder).items()):
     groups.setdefault(record['category'], []).append(record)
   for category, group in groups.items():
     if group:
