@@ -6,6 +6,8 @@ precision and recall (Kynkäänniemi et al. 2019). Pure functions of features,
 in float64: covariances of 2048 correlated features need it.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Float
 
@@ -96,20 +98,14 @@ def kid(
   for _ in range(subsets):
     x = a[rng.choice(len(a), size, replace=False)]
     y = b[rng.choice(len(b), size, replace=False)]
-    found.append(
-      _unbiased(*(_cubic(p, q) for p, q in ((x, x), (y, y), (x, y))))
-    )
+    xx, yy, xy = _cubic(x, x), _cubic(y, y), _cubic(x, y)
+    inside = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
+    found.append(inside / (size * (size - 1)) - 2 * xy.mean())
   return float(np.mean(found)), float(np.std(found))
 
 
 def _cubic(x: FeaturesA, y: FeaturesB) -> Kernel:
   return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def _unbiased(xx: Matrix, yy: Matrix, xy: Kernel) -> float:
-  m = len(xx)
-  inside = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
-  return inside / (m * (m - 1)) - 2 * xy.mean()
 
 
 def cmmd(
@@ -162,32 +158,30 @@ def precision_recall(
   real, generated = (np.asarray(x, np.float64) for x in (real, generated))
   if min(len(real), len(generated)) <= k:
     raise ValueError(f'precision and recall need more than {k} images')
-  return _on_manifold(generated, real, k, block), _on_manifold(
-    real, generated, k, block
-  )
+  precision = _on_manifold(generated, real, k, block)
+  return precision, _on_manifold(real, generated, k, block)
 
 
-def _squared(x: FeaturesA, y: FeaturesB) -> Kernel:
-  """Squared distances [N, M]."""
-  xx, yy = (x * x).sum(1)[:, None], (y * y).sum(1)
-  return np.maximum(xx + yy - 2 * x @ y.T, 0)
+def _squared(x: FeaturesA, y: FeaturesB, block: int) -> Iterator[Kernel]:
+  """Squared distances, `block` rows of x at a time."""
+  yy = (y * y).sum(1)
+  for i in range(0, len(x), block):
+    rows = x[i : i + block]
+    xx = (rows * rows).sum(1, keepdims=True)
+    yield np.maximum(xx + yy - 2 * rows @ y.T, 0)
 
 
 def _on_manifold(
   points: FeaturesA, centres: FeaturesB, k: int, block: int
 ) -> float:
-  blocks = range(0, len(centres), block)
   # The nearest is the centre itself, so the k-th neighbour has index k.
   radius = np.concatenate(
     [
-      np.partition(_squared(centres[i : i + block], centres), k, axis=1)[:, k]
-      for i in blocks
+      np.partition(x, k, axis=1)[:, k]
+      for x in _squared(centres, centres, block)
     ]
   )
-  inside = [
-    (_squared(points[i : i + block], centres) <= radius).any(1)
-    for i in range(0, len(points), block)
-  ]
+  inside = [(x <= radius).any(1) for x in _squared(points, centres, block)]
   return float(np.concatenate(inside).mean())
 
 

@@ -85,8 +85,8 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
   if not path.exists() and (folder / 'model.npz').exists():
     path = folder / 'model.npz'
   tensors, digest = read_tensors(path)
-  shared = ('logit_scale', 'position_ids')
-  ids = jax.ShapeDtypeStruct((1, text.max_position_embeddings), jnp.int32)
+  shared, length = ('logit_scale', 'position_ids'), text.max_position_embeddings
+  ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
   image_params = params_for(
     vision, _image(vision.image_size), tensors, path, ignored=(*shared, 'text_')
   )
@@ -94,7 +94,7 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
     text, ids, tensors, path, ignored=(*shared, 'vision_', 'visual_')
   )
   apply_image, apply_text = jax.jit(vision.apply), jax.jit(text.apply)
-  tokenize = clip_tokenizer.load(folder, text.max_position_embeddings)
+  tokenize = clip_tokenizer.load(folder, length)
 
   def image(batch: np.ndarray) -> jax.Array:
     x = _resized(batch, vision.image_size).astype(np.float32) / 255
@@ -123,12 +123,8 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
   if images.shape[1:3] == (size, size):
     return images
   resample = Image.Resampling.BICUBIC
-  return np.stack(
-    [
-      np.asarray(Image.fromarray(x).resize((size, size), resample))
-      for x in images
-    ]
-  )
+  shown = (Image.fromarray(x).resize((size, size), resample) for x in images)
+  return np.stack([np.asarray(image) for image in shown])
 
 
 def _batched(

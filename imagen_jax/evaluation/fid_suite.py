@@ -8,13 +8,13 @@ import random
 import typing
 
 import numpy as np
-from jaxtyping import Float
 
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation import distances
 from imagen_jax.evaluation.config import EvalConfig
+from imagen_jax.evaluation.distances import FeaturesA, FeaturesB
 from imagen_jax.evaluation.extractors import (
   Extractor,
   TextExtractor,
@@ -101,9 +101,13 @@ class Fid(Suite):
   ) -> dict[str, Categories]:
     items = self.items()
     result: Score = {}
+
+    def features(extractor: Extractor) -> tuple[FeaturesA, FeaturesB]:
+      generated = extractor.image(read_images(folder, records, items))
+      return generated, self._real(folder, extractor)
+
     if self.inception:
-      generated = self.inception.image(read_images(folder, records, items))
-      real = self._real(folder, self.inception)
+      generated, real = features(self.inception)
       if min(len(generated), len(real)) < 4:
         raise DataError(
           f'{len(generated)} generated and {len(real)} real images are too few '
@@ -111,8 +115,7 @@ class Fid(Suite):
         )
       result |= _inception_scores(generated, real)
     if self.clip:
-      generated = self.clip.image(read_images(folder, records, items))
-      real = self._real(folder, self.clip)
+      generated, real = features(self.clip)
       result['cmmd'] = distances.cmmd(generated, real)
       texts = self.clip.text([item.prompt for item in items])
       result['clip_score'] = float(
@@ -121,13 +124,10 @@ class Fid(Suite):
     result |= {'n': len(items), 'n_real': len(self.source)}
     return {'fid': {'all': result}}
 
-  def _real(
-    self, folder: pathlib.Path, extractor: Extractor
-  ) -> Float[np.ndarray, 'n d']:
+  def _real(self, folder: pathlib.Path, extractor: Extractor) -> FeaturesB:
     """Features of all real images, cached for the next run of a sweep."""
     captions = digest([self.captions, len(self.source)])
-    name = f'real-{extractor.digest[:16]}-{captions}.npy'
-    path = folder.parent / name
+    path = folder.parent / f'real-{extractor.digest[:16]}-{captions}.npy'
     if path.exists():
       return np.load(path, allow_pickle=False)
     features = extractor.image(
@@ -140,8 +140,7 @@ class Fid(Suite):
   def provenance(self) -> dict[str, typing.Any]:
     found = {'num': self.num, 'real_resize': 'area'}
     for name in ('inception', 'clip'):
-      extractor = getattr(self, name)
-      if extractor:
+      if extractor := getattr(self, name):
         found[f'{name}_sha256'] = extractor.digest
         found[f'{name}_resize'] = extractor.resize
     return found
@@ -156,17 +155,14 @@ class Fid(Suite):
     ]
 
 
-def _inception_scores(
-  generated: Float[np.ndarray, 'n d'], real: Float[np.ndarray, 'm d']
-) -> Score:
+def _inception_scores(generated: FeaturesA, real: FeaturesB) -> Score:
   kid, kid_sd = distances.kid(generated, real)
   precision, recall = distances.precision_recall(
     real[:NEIGHBOURS], generated[:NEIGHBOURS]
   )
+  moments = *distances.moments(generated), *distances.moments(real)
   return {
-    'frechet': distances.frechet(
-      *distances.moments(generated), *distances.moments(real)
-    ),
+    'frechet': distances.frechet(*moments),
     'kid': kid,
     'kid_sd': kid_sd,
     'precision': precision,

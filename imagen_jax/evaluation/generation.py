@@ -12,6 +12,7 @@ any number of hosts that share the folder, may each generate a fraction of a
 run. Their number may change when the run is resumed.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -83,10 +84,9 @@ def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
   path = folder / 'run.json'
   identity = json.loads(json.dumps(identity))
   if path.exists():
-    before = files.read_json(path, error=DataError, version=FORMAT_VERSION)[
-      'identity'
-    ]
-    for key in {**before, **identity}:
+    old = files.read_json(path, error=DataError, version=FORMAT_VERSION)
+    before = old['identity']
+    for key in before | identity:
       if before.get(key) != identity.get(key):
         raise UsageError(
           f'out: {folder} holds a run with another {key} '
@@ -147,9 +147,9 @@ def generate(
   todo = unfinished(run.suite.items()[i::n], read_records(run.folder))
   # One call of `sample` takes one list of image indices for all prompts.
   todo.sort(key=lambda item: item.index)
-  done = 0
-  progress(done, len(todo))
-  with _Lines(run.folder / f'records-{i}-of-{n}.jsonl') as write:
+  done, total = 0, len(todo)
+  progress(done, total)
+  with _appended(run.folder / f'records-{i}-of-{n}.jsonl') as write:
     for chunk in _chunks(todo, BATCHES * run.batch_size):
       low_res = None
       if run.true_size is not None:
@@ -165,12 +165,16 @@ def generate(
         **run.sampling,
       )
       for item, image in zip(chunk, list(results.values())[-1]):
-        record = dataclasses.asdict(item) | {'file': item.file}
-        record |= run.suite.judge(item, image)
-        _save(run.folder / item.file, image, item, run.seed)
-        write(record)
+        verdict = run.suite.judge(item, image)
+        metadata = {
+          'prompt': item.prompt,
+          'seed': run.seed,
+          'index': item.index,
+        }
+        image_io.save_png(run.folder / item.file, image, metadata)
+        write(dataclasses.asdict(item) | {'file': item.file} | verdict)
       done += len(chunk)
-      progress(done, len(todo))
+      progress(done, total)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
@@ -205,28 +209,17 @@ def read_images(
   return (read_image(folder, records[x.category, x.number]) for x in items)
 
 
-def _save(path: pathlib.Path, image: np.ndarray, item: Item, seed: int) -> None:
-  metadata = {'prompt': item.prompt, 'seed': seed, 'index': item.index}
-  image_io.save_png(path, image, metadata)
+@contextlib.contextmanager
+def _appended(path: pathlib.Path) -> Iterator[Callable[[Record], None]]:
+  """A function that appends JSON lines to a file and flushes after each."""
+  with path.open('a+b') as file:
+    if file.tell():
+      file.seek(-1, os.SEEK_END)
+      if file.read(1) != b'\n':  # killed in the middle of a line
+        file.write(b'\n')
 
+    def write(record: Record) -> None:
+      file.write(json.dumps(record).encode() + b'\n')
+      file.flush()
 
-class _Lines:
-  """Appends JSON lines to a file and flushes after each."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-
-  def __enter__(self) -> Callable[[Record], None]:
-    self.file = self.path.open('a+b')
-    if self.file.tell():
-      self.file.seek(-1, os.SEEK_END)
-      if self.file.read(1) != b'\n':  # killed in the middle of a line
-        self.file.write(b'\n')
-    return self._write
-
-  def _write(self, record: Record) -> None:
-    self.file.write(json.dumps(record).encode() + b'\n')
-    self.file.flush()
-
-  def __exit__(self, *error: object) -> None:
-    self.file.close()
+    yield write

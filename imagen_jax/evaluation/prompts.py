@@ -9,9 +9,11 @@ The project ships none of these files.
 """
 
 import csv
+import io
 import json
 import os
 import pathlib
+from typing import Any
 
 from imagen_jax.errors import DataError
 
@@ -30,14 +32,17 @@ def read_prompts(path: str | os.PathLike) -> list[tuple[str, str]]:
   """
   path = pathlib.Path(path)
   readers = {
-    '.csv': lambda text: _table(path, text, ','),
-    '.tsv': lambda text: _table(path, text, '\t'),
+    '.csv': lambda text: _table(path, text),
+    # Quotes have no meaning there.
+    '.tsv': lambda text: _table(
+      path, text, delimiter='\t', quoting=csv.QUOTE_NONE
+    ),
     '.jsonl': lambda text: _objects(path, text),
     '.txt': lambda text: [(ALL, line) for line in text.splitlines()],
   }
   if path.suffix not in readers:
     raise DataError(
-      f'{path} is no list of prompts: give a {", ".join(readers)} file.'
+      f'{path} is no list of prompts; give a {", ".join(readers)} file.'
     )
   try:
     # Spreadsheet programs write a byte-order mark.
@@ -52,31 +57,30 @@ def read_prompts(path: str | os.PathLike) -> list[tuple[str, str]]:
     if prompt.strip()
   ]
   if not found:
-    raise DataError(f'{path} holds no prompt.')
+    raise DataError(f'{path} holds no prompt; give a file of prompts.')
   return found
 
 
-class _Tabs(csv.excel_tab):
-  quoting = csv.QUOTE_NONE
-
-
 def _table(
-  path: pathlib.Path, text: str, delimiter: str
+  path: pathlib.Path, text: str, **options: Any
 ) -> list[tuple[str, str]]:
-  lines = text.splitlines(keepends=True)
-  # Quotes have a meaning in comma-separated files only.
-  dialect = csv.excel if delimiter == ',' else _Tabs
-  rows = csv.DictReader(lines, dialect=dialect)
+  rows = csv.DictReader(io.StringIO(text), **options)
   columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
   if 'prompt' not in columns:
     raise DataError(
       f'{path} has no column Prompt in its first line; it has '
       f'{", ".join(columns) or "nothing"}.'
     )
-  category = columns.get('category')
-  return [
-    (row.get(category) or ALL, row[columns['prompt']] or '') for row in rows
-  ]
+  category = columns.get('category', '')
+  found = []
+  for row in rows:
+    if None in row:
+      raise DataError(
+        f'{path}, line {rows.line_num}, has more fields than columns; put a '
+        'prompt with commas in quotes.'
+      )
+    found.append((row.get(category) or ALL, row[columns['prompt']] or ''))
+  return found
 
 
 def _objects(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
@@ -92,7 +96,7 @@ def _objects(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
       found.append((category, row['prompt']))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise DataError(
-        f'{path}, line {number}, is not an object with "prompt": mend or '
-        'remove the line.'
+        f'{path}, line {number}, is no JSON object with the text "prompt"; '
+        'correct or remove the line.'
       ) from error
   return found

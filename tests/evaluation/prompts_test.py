@@ -43,6 +43,7 @@ def test_peoples_prompt_files_are_read(name, tmp_path):
   'name, text',
   [
     ('no_prompt_column.csv', 'Text,Category\nx,y\n'),
+    ('no_quotes.csv', 'Prompt\nA cat, asleep\n'),
     ('no_prompt.jsonl', '{"prompt": "a"}\n{"tag": "b"}\n'),
     ('no_object.jsonl', '[1]\n'),
     ('empty.txt', '\n'),
