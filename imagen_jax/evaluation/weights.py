@@ -17,9 +17,7 @@ from imagen_jax.errors import ModelError
 from imagen_jax.io import files, safetensors
 
 
-def read_tensors(
-  path: str | os.PathLike,
-) -> tuple[dict[str, np.ndarray], str]:
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], str]:
   """({name: array}, sha256) of a safetensors or npz file.
 
   Raises:

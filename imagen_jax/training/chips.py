@@ -17,7 +17,6 @@ class Chip:
     bandwidth: bytes per second to and from HBM.
     link: bytes per second, in one direction, between the chip and the others
       of its pod or server.
-    source: the maker's document.
   """
 
   name: str
@@ -25,45 +24,24 @@ class Chip:
   memory: float
   bandwidth: float
   link: float
-  source: str = ''
 
 
 GIB = 2**30
-_TPU = 'Cloud TPU documentation, page "TPU {}" (docs.cloud.google.com/tpu)'
-# TPU pages give the links' bandwidth of both directions together; these are
-# half of that. Their "16 GB of HBM" are 16 GiB, part of which the compiler
-# reserves, see RESERVED.
+# From the pages "TPU v4" to "TPU v6e" of the Cloud TPU documentation
+# (docs.cloud.google.com/tpu), and from NVIDIA's datasheets of A100 80GB SXM,
+# H100 SXM and H200 SXM. TPU pages give the links' bandwidth of both directions
+# together; these are half of that. Their "16 GB of HBM" are 16 GiB, part of
+# which the compiler reserves, see RESERVED.
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v4', 275e12, 32 * GIB, 1228e9, 300e9, _TPU.format('v4')),
-    Chip('v5e', 197e12, 16 * GIB, 819e9, 200e9, _TPU.format('v5e')),
-    Chip('v5p', 459e12, 95 * GIB, 2765e9, 600e9, _TPU.format('v5p')),
-    Chip('v6e', 918e12, 32 * GIB, 1640e9, 400e9, _TPU.format('v6e')),
-    Chip(
-      'a100',
-      312e12,
-      80e9,
-      2039e9,
-      300e9,
-      source='NVIDIA A100 datasheet, 80GB SXM',
-    ),
-    Chip(
-      'h100',
-      989e12,
-      80e9,
-      3350e9,
-      450e9,
-      source='NVIDIA H100 datasheet, SXM',
-    ),
-    Chip(
-      'h200',
-      989e12,
-      141e9,
-      4800e9,
-      450e9,
-      source='NVIDIA H200 datasheet, SXM',
-    ),
+    Chip('v4', 275e12, 32 * GIB, 1228e9, 300e9),
+    Chip('v5e', 197e12, 16 * GIB, 819e9, 200e9),
+    Chip('v5p', 459e12, 95 * GIB, 2765e9, 600e9),
+    Chip('v6e', 918e12, 32 * GIB, 1640e9, 400e9),
+    Chip('a100', 312e12, 80e9, 2039e9, 300e9),
+    Chip('h100', 989e12, 80e9, 3350e9, 450e9),
+    Chip('h200', 989e12, 141e9, 4800e9, 450e9),
   )
 }
 # jax's device kinds; the first match counts: 'TPU v5' is in 'TPU v5 lite' too.
@@ -104,10 +82,8 @@ def find_peak(device_kind: str) -> float | None:
   Args:
     device_kind: jax's name, such as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'.
   """
-  for words, name in KINDS.items():
-    if words in device_kind:
-      return CHIPS[name].flops
-  return None
+  names = (name for words, name in KINDS.items() if words in device_kind)
+  return next((CHIPS[name].flops for name in names), None)
 
 
 def parse_topology(text: str) -> tuple[Chip, int]:
@@ -122,15 +98,14 @@ def parse_topology(text: str) -> tuple[Chip, int]:
       f'topology {text!r}: chip {name!r} is unknown; write a chip and the '
       f'shape in chips, such as {", ".join(EXAMPLES)}.'
     )
-  sizes = shape.split('x')
-  right = all(size.isdigit() and int(size) > 0 for size in sizes)
-  if not right or len(sizes) != DIMENSIONS[name]:
+  sizes = [int(size) if size.isdigit() else 0 for size in shape.split('x')]
+  if min(sizes) < 1 or len(sizes) != DIMENSIONS[name]:
     example = next(e for e in EXAMPLES if e.startswith(name))
     raise UsageError(
       f'topology {text!r}: the shape of {name} is {DIMENSIONS[name]} numbers '
       f'of chips, as in {example}.'
     )
-  return CHIPS[name], math.prod(int(size) for size in sizes)
+  return CHIPS[name], math.prod(sizes)
 
 
 def usable(chip: Chip) -> float:

@@ -178,9 +178,7 @@ class Experiment(abc.ABC):
       data['path'] = eval_path
     return make_source(**data, size=self.resolution, split=split)
 
-  def augmentation(
-    self,
-  ) -> Callable[[dict, np.random.Generator], dict] | None:
+  def augmentation(self) -> Callable[[dict, np.random.Generator], dict] | None:
     """Random augmentation of training examples, before `example`, or None."""
     return flip if self.config.data.flip else None
 

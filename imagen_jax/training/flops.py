@@ -79,35 +79,14 @@ def _conv_flops(eqn: JaxprEqn) -> float:
   numbers = p['dimension_numbers']
   left, right = _shape(eqn.invars[0]), _shape(eqn.invars[1])
   out = _shape(eqn.outvars[0])
+  # (output, tap) pairs that read a real input, in all dimensions.
   pairs = 1
   for d in range(len(out) - 2):
-    pairs *= _pairs(
-      left[numbers.lhs_spec[2 + d]],
-      right[numbers.rhs_spec[2 + d]],
-      out[numbers.out_spec[2 + d]],
-      p['window_strides'][d],
-      p['padding'][d][0],
-      p['lhs_dilation'][d],
-      p['rhs_dilation'][d],
-    )
+    size, kernel = left[numbers.lhs_spec[2 + d]], right[numbers.rhs_spec[2 + d]]
+    outputs = np.arange(out[numbers.out_spec[2 + d]]) * p['window_strides'][d]
+    taps = np.arange(kernel) * p['rhs_dilation'][d] - p['padding'][d][0]
+    place, dilation = outputs[:, None] + taps, p['lhs_dilation'][d]
+    inside = (place >= 0) & (place <= (size - 1) * dilation)
+    pairs *= int(np.sum(inside & (place % dilation == 0)))
   batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
   return 2.0 * batch * features * right[numbers.rhs_spec[1]] * pairs
-
-
-def _pairs(
-  size: int,
-  kernel: int,
-  out: int,
-  stride: int,
-  pad: int,
-  dilation: int,
-  kernel_dilation: int,
-) -> int:
-  """Number of (output, tap) pairs in one dimension that read a real input."""
-  place = (
-    np.arange(out)[:, None] * stride
-    - pad
-    + np.arange(kernel)[None] * kernel_dilation
-  )
-  inside = (place >= 0) & (place <= (size - 1) * dilation)
-  return int(np.sum(inside & (place % dilation == 0)))

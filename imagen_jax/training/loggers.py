@@ -27,11 +27,7 @@ class Logger(Protocol):
 
 
 def make_loggers(
-  names: str | None,
-  workdir: pathlib.Path,
-  config: dict,
-  *,
-  start_step: int = 0,
+  names: str | None, workdir: pathlib.Path, config: dict, *, start_step: int = 0
 ) -> list[Logger]:
   """The loggers that a config's `train.log_to` asks for.
 

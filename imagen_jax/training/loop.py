@@ -2,10 +2,10 @@
 
 import collections
 import contextlib
-import itertools
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -78,21 +78,37 @@ def train(
   _claim(experiment, workdir, warm, force)
   frozen = experiment.load_frozen()
   train_cfg = config.train
-  checkpoints = Checkpoints(
+  with Checkpoints(
     train_cfg.checkpoint_dir or workdir / 'checkpoints',
     keep_last=train_cfg.keep_last,
     keep_every=train_cfg.keep_every,
-  )
-  with checkpoints:
+  ) as checkpoints:
     state, start = _first_state(program, checkpoints, warm)
-    monitor = _Monitor(program, workdir, start, frozen)
-    with jax.set_mesh(experiment.mesh), monitor:
-      step, state = _steps(
-        program, state, start, frozen, checkpoints, monitor, should_stop
-      )
-      if step == train_cfg.num_steps:
+    run = _Run(program, frozen, checkpoints, workdir, start)
+    with jax.set_mesh(experiment.mesh), _Monitor(run) as monitor:
+      step, state = _steps(run, state, monitor, should_stop)
+      if step >= train_cfg.num_steps:
         experiment.finish(state, frozen)
   return step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What stays the same over the steps of a run.
+
+  Attributes:
+    program: the compiled step.
+    frozen: of the experiment, on the mesh.
+    checkpoints: where the state is saved.
+    workdir: the run's directory.
+    start: the step that it resumes from.
+  """
+
+  program: Program
+  frozen: Tree
+  checkpoints: Checkpoints
+  workdir: pathlib.Path
+  start: int
 
 
 def _claim(
@@ -137,85 +153,67 @@ def _first_state(
 
 
 def _steps(
-  program: Program,
+  run: _Run,
   state: TrainState,
-  start: int,
-  frozen: Tree,
-  checkpoints: Checkpoints,
   monitor: '_Monitor',
   should_stop: Callable[[int], bool],
 ) -> tuple[int, TrainState]:
-  """Runs the steps after `start`; returns (last step, state)."""
-  experiment, train_cfg = program.experiment, program.experiment.config.train
-  data, step = train_batches(experiment, start), start
-  for step in itertools.count(start + 1):
-    if step > train_cfg.num_steps:
-      return train_cfg.num_steps, state
-    monitor.before(step)
-    waiting = time.perf_counter()
-    batch, index = split_index(next(data))
-    monitor.fed(step, index, time.perf_counter() - waiting)
+  """Runs the remaining steps; returns (last step, state)."""
+  program, experiment = run.program, run.program.experiment
+  train_cfg, step = experiment.config.train, run.start
+  data = train_batches(experiment, run.start)
+  for step in range(run.start + 1, train_cfg.num_steps + 1):
+    batch = monitor.next_batch(step, data)
     batch = sharding.put_batch(batch, experiment.mesh)
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
-      state, values = program.step(state, batch, frozen)
+      state, values = program.step(state, batch, run.frozen)
     monitor.after(step, state, values)
     stopping = should_stop(step)
     monitor.report(step, state)
     last = step == train_cfg.num_steps
     if last or stopping or step % train_cfg.checkpoint_every == 0:
-      checkpoints.save(step, state, {'data_step': step})
+      run.checkpoints.save(step, state, {'data_step': step})
     if stopping:
       break
   return step, state
 
 
 class _Monitor(contextlib.ExitStack):
-  """Everything that watches a run: metrics, samples, profile, watchdog.
+  """Everything that watches a run: metrics, samples, profile, watchdog."""
 
-  Args:
-    program: of the run.
-    workdir: its directory.
-    start: the step that it resumes from.
-    frozen: of the experiment, on the mesh.
-  """
-
-  def __init__(
-    self, program: Program, workdir: pathlib.Path, start: int, frozen: Tree
-  ):
+  def __init__(self, run: _Run):
     super().__init__()
-    self._experiment, self._workdir = program.experiment, workdir
-    self._first = start + 1
+    self._run, self._experiment = run, run.program.experiment
+    self._train_cfg = train_cfg = self._experiment.config.train
     self._recent: list[dict] = []
-    train_cfg = self._experiment.config.train
-    self._train_cfg = train_cfg
     self._preview = self._heldout_loss = None
     if train_cfg.sample_every:
-      self._preview = self._experiment.make_preview(frozen)
+      self._preview = self._experiment.make_preview(run.frozen)
     if train_cfg.eval_every and self._experiment.has_eval_split():
-      self._heldout_loss = make_heldout_loss(self._experiment, frozen)
+      self._heldout_loss = make_heldout_loss(self._experiment, run.frozen)
     self._seen: collections.deque[tuple[int, np.ndarray]] = collections.deque(
       maxlen=train_cfg.max_bad_steps
     )
-    self._metrics = self.enter_context(_metrics(program, workdir, start))
+    self._metrics = self.enter_context(_metrics(run))
     self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
     self._profiler = self.enter_context(
-      Profiler(train_cfg.profile_at, workdir / 'profile')
+      Profiler(train_cfg.profile_at, run.workdir / 'profile')
     )
 
-  def before(self, step: int) -> None:
-    """Called before each step."""
+  def next_batch(self, step: int, data: Iterator[dict]) -> dict:
+    """A step's batch; records its examples and the seconds of waiting."""
     self._profiler.before(step)
-
-  def fed(self, step: int, index: np.ndarray, seconds: float) -> None:
-    """Records a step's examples, and the seconds it waited for them."""
-    self._metrics.waited(seconds)
+    begin = time.perf_counter()
+    batch, index = split_index(next(data))
+    self._metrics.waited(time.perf_counter() - begin)
     self._seen.append((step, index))
+    return batch
 
   def after(self, step: int, state: TrainState, values: dict) -> None:
     """Called after each step, with its results, still on the devices."""
     self._recent.append(values)
     self._profiler.after(step, state)
-    if step == self._first:
+    if step == self._run.start + 1:
       jax.block_until_ready(state)
       self._metrics.start(step)  # do not count the compilation
       self._recent = [values]
@@ -240,14 +238,14 @@ class _Monitor(contextlib.ExitStack):
       self._metrics.log(step, train_cfg.batch_size, self._recent, **more)
       self._recent = []
       limit = train_cfg.max_bad_steps
-      check_finite(state, step, limit, self._seen, source, self._workdir)
+      check_finite(state, step, limit, self._seen, source, self._run.workdir)
     if self._preview and (last or step % train_cfg.sample_every == 0):
       with self._metrics.paused():
         self._keep(step, self._preview(state.ema_params))
 
   def _keep(self, step: int, sample: Preview | None) -> None:
     """Writes a preview, an image or text; it is None off process 0."""
-    path = self._workdir / 'samples' / f'step_{step:07d}'
+    path = self._run.workdir / 'samples' / f'step_{step:07d}'
     if isinstance(sample, np.ndarray):
       image_io.save_png(path.with_suffix('.png'), sample)
       self._metrics.image(step, sample)
@@ -256,23 +254,22 @@ class _Monitor(contextlib.ExitStack):
       path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
 
 
-def _metrics(program: Program, workdir: pathlib.Path, start: int) -> Metrics:
+def _metrics(run: _Run) -> Metrics:
   """The `Metrics` of a run; process 0 writes."""
-  experiment = program.experiment
+  config, mesh = run.program.experiment.config, run.program.mesh
   loggers: list[Logger] = []
-  train_cfg, mesh = experiment.config.train, program.mesh
   first_process = jax.process_index() == 0
   if first_process:
     loggers = make_loggers(
-      train_cfg.log_to, workdir, experiment.config.to_dict(), start_step=start
+      config.train.log_to, run.workdir, config.to_dict(), start_step=run.start
     )
   return Metrics(
-    workdir / 'metrics.jsonl',
-    start_step=start,
-    num_steps=train_cfg.num_steps,
+    run.workdir / 'metrics.jsonl',
+    start_step=run.start,
+    num_steps=config.train.num_steps,
     write=first_process,
     devices=mesh.size,
-    flops=program.flops,
+    flops=run.program.flops,
     peak=chips.find_peak(mesh.devices.flat[0].device_kind),
     loggers=loggers,
   )

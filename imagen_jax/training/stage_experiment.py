@@ -194,9 +194,7 @@ def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
   if mesh is not None and mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
   return load_text_encoder(
-    model_folder.text_folder(config.text.path),
-    config.text.dtype,
-    place=place,
+    model_folder.text_folder(config.text.path), config.text.dtype, place=place
   )
 
 

@@ -1,5 +1,6 @@
 """One training step: conditioning, loss, gradient, update, EMA."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,14 +58,7 @@ def make_train_step(
     [4] vectors: band_loss, the summed loss in each quarter of t, and
     band_count, the number of examples there (both divided by `accumulate`).
   """
-
-  def mean_loss(
-    params: Tree, key: jax.Array, batch: Tree, frozen: Tree
-  ) -> tuple[jax.Array, Bands]:
-    values, details = loss_fn(params, key, batch, frozen)
-    return jnp.mean(values), _bands(values, details)
-
-  gradient = jax.value_and_grad(mean_loss, has_aux=True)
+  gradient = _gradient(loss_fn)
 
   def train_step(
     state: TrainState, batch: Tree, frozen: Tree
@@ -74,27 +68,38 @@ def make_train_step(
     if accumulate == 1:
       (loss, bands), grads = gradient(state.params, key, batch, frozen)
     else:
+      part = functools.partial(gradient, frozen=frozen)
       (loss, bands), grads = _accumulated(
-        lambda *args: gradient(*args, frozen),
-        state.params,
-        key,
-        batch,
-        accumulate,
-        unroll,
+        part, state.params, key, batch, accumulate, unroll
       )
     return _update(state, tx, loss, grads, bands, ema_limit)
 
   return train_step
 
 
+def _gradient(loss_fn: LossFn) -> Callable:
+  """(params, key, batch, frozen) -> ((mean loss, bands), gradient)."""
+
+  def mean_loss(
+    params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[jax.Array, Bands]:
+    values, details = loss_fn(params, key, batch, frozen)
+    return jnp.mean(values), _bands(values, details)
+
+  return jax.value_and_grad(mean_loss, has_aux=True)
+
+
 def _bands(values: Float[Array, ' b'], details: dict) -> Bands:
   """Summed losses and counts by quarters of t; zeros without a t."""
   if 't' not in details:
-    nothing = jnp.zeros((NUM_BANDS,))
-    return {'band_loss': nothing, 'band_count': nothing}
+    return _no_bands()
   band = (details['t'] * NUM_BANDS).astype(int).clip(0, NUM_BANDS - 1)
   here = jax.nn.one_hot(band, NUM_BANDS)
   return {'band_loss': values @ here, 'band_count': here.sum(axis=0)}
+
+
+def _no_bands() -> Bands:
+  return dict.fromkeys(('band_loss', 'band_count'), jnp.zeros((NUM_BANDS,)))
 
 
 def _update(
@@ -161,11 +166,8 @@ def _accumulated(
     new = gradient(params, jax.random.fold_in(key, i), part)
     return jax.tree.map(jnp.add, total, new), None
 
-  band = jnp.zeros((NUM_BANDS,))
-  zeros = (
-    (jnp.zeros(()), {'band_loss': band, 'band_count': band}),
-    jax.tree.map(jnp.zeros_like, params),
-  )
+  no_grads = jax.tree.map(jnp.zeros_like, params)
+  zeros = (jnp.zeros(()), _no_bands()), no_grads
   total, _ = jax.lax.scan(
     add,
     zeros,
