@@ -115,15 +115,11 @@ def read_records(folder: pathlib.Path) -> dict[tuple[str, int], Record]:
 
   A line cut short by a kill is skipped; its image is generated again.
   """
-  records = {}
-  for path in sorted(folder.glob('records-*.jsonl')):
-    for line in path.read_text(encoding='utf-8').splitlines():
-      try:
-        record = json.loads(line)
-        records[record['category'], record['number']] = record
-      except (ValueError, KeyError, TypeError):
-        continue
-  return records
+  return {
+    (record['category'], record['number']): record
+    for path in sorted(folder.glob('records-*.jsonl'))
+    for record in files.read_lines(path, error=DataError)
+  }
 
 
 def unfinished(items: Sequence[Item], records: Records) -> list[Item]:

@@ -68,8 +68,8 @@ def _table(
   columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
   if 'prompt' not in columns:
     raise DataError(
-      f'{path} has no column Prompt in its first line; it has '
-      f'{", ".join(columns) or "nothing"}.'
+      f'{path} has no column Prompt but {", ".join(columns) or "nothing"}; '
+      'name the columns in the first line.'
     )
   category = columns.get('category', '')
   found = []

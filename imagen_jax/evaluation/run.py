@@ -66,6 +66,7 @@ def evaluate(
   points = sweep.points(cascade, config)
   for note in suite.notes(cascade.stages[-1].resolution):
     listener.note(note)
+  default_batch = 4 if jax.default_backend() == 'cpu' else 32
   found, finished = {}, True
   for name, sampling in points:
     run = generation.Run(
@@ -74,7 +75,7 @@ def evaluate(
       name=name,
       sampling=sampling,
       seed=config.seed,
-      batch_size=config.batch_size or _default_batch(),
+      batch_size=config.batch_size or default_batch,
       fraction=config.shard or (jax.process_index(), jax.process_count()),
       true_size=records[0].low_resolution if config.from_truth else None,
     )
@@ -95,10 +96,6 @@ def evaluate(
       listener.scored(run.label, found[run.label])
   page = report.write(pathlib.Path(config.out)) if finished else None
   return Evaluation(found, page)
-
-
-def _default_batch() -> int:
-  return 4 if jax.default_backend() == 'cpu' else 32
 
 
 def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:

@@ -122,9 +122,8 @@ def check_uses(suite: Suite, config: EvalConfig) -> None:
   """
   ours = ('num', 'categories', 'from_truth', 'prompts', 'num_images', 'data')
   for key in (*ours, 'source', 'inception', 'clip'):
-    if getattr(config, key) != getattr(EvalConfig, key) and (
-      key not in suite.uses
-    ):
+    given = getattr(config, key) != getattr(EvalConfig, key)
+    if given and key not in suite.uses:
       raise UsageError(
         f'{key} has no effect with suite {suite.label}, which takes '
         f'{", ".join(suite.uses) or "no options"}; leave it out.',

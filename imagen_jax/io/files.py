@@ -155,6 +155,25 @@ def read_json(
   return value
 
 
+def read_lines(
+  path: str | os.PathLike[str], *, error: type[ImagenError] = ModelError
+) -> Iterator[dict[str, Any]]:
+  """The objects of a JSON Lines file, without lines that a kill cut short.
+
+  Raises:
+    error: the file is missing or cannot be read.
+  """
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8', errors='replace')
+  except OSError as problem:
+    raise error(
+      f'{path} cannot be read ({problem}); {COPY_AGAIN}.'
+    ) from problem
+  for line in text.splitlines():
+    with contextlib.suppress(ValueError, TypeError):
+      yield dict(json.loads(line))
+
+
 def digest(path: Path) -> Digest:
   """The size and sha256 of a file, read in chunks."""
   with path.open('rb') as file:

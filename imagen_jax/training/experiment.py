@@ -213,7 +213,10 @@ class Experiment(abc.ABC):
     Raises:
       UsageError: this kind of experiment has no export.
     """
-    raise UsageError(f'{request.workdir} holds a run that is not exported.')
+    raise UsageError(
+      f'{request.workdir} holds a run of a kind that has no export; use its '
+      'checkpoints.'
+    )
 
 
 def find_experiment(kind: str) -> type[Experiment]:

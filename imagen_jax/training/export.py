@@ -1,6 +1,5 @@
 """Exports a stage from its training workdir to a model folder."""
 
-import json
 import pathlib
 import shutil
 import time
@@ -70,10 +69,13 @@ def provenance(command: str) -> dict:
 def training_seconds(
   workdir: pathlib.Path, step: int, batch_size: int
 ) -> float:
-  """Seconds of training up to a step, from the run's metrics."""
-  lines = (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+  """Seconds of training up to a step, from the run's metrics.
+
+  Raises:
+    ModelError: the metrics are missing.
+  """
   last, seconds = 0, 0.0
-  for row in map(json.loads, lines):
+  for row in files.read_lines(workdir / 'metrics.jsonl'):
     if row['step'] <= step:
       images = batch_size * (row['step'] - last)
       seconds += images / max(row['images_per_sec'], 1e-9)

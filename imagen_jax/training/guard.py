@@ -41,14 +41,13 @@ def check_finite(
     {'step': number, 'samples': [source.name(int(i)) for i in index]}
     for number, index in seen
   ]
-  process = jax.process_index()
-  file = workdir / f'bad_batches_{process}.jsonl'
+  file = workdir / f'bad_batches_{jax.process_index()}.jsonl'
   file.write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
   some = rows[-1]['samples']
   raise NumericError(
-    f'the last {bad} steps up to step {step} gave NaN or Inf and were left '
-    'out; the parameters are those from before: resume from the last '
-    'checkpoint with a lower train.optimizer.learning_rate. The last batch '
-    f'held {", ".join(some[:4])}{", …" if len(some) > 4 else ""}; {file} lists '
+    f'the last {bad} steps up to step {step} gave NaN or Inf and were skipped; '
+    'resume from the last checkpoint with a lower '
+    'train.optimizer.learning_rate, or look at the images: the last batch held '
+    f'{", ".join(some[:4])}{", …" if len(some) > 4 else ""}, and {file} lists '
     'all of them.'
   )

@@ -47,6 +47,6 @@ def make_heldout_loss(
       loss(params, sharding.put_batch(batch, experiment.mesh), number, frozen)
       for number, batch in enumerate(batches)
     ]
-    return float(sum(map(float, losses)) / len(losses))
+    return sum(map(float, losses)) / len(losses)
 
   return heldout

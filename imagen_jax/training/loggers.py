@@ -9,7 +9,6 @@ from jaxtyping import UInt8
 
 from imagen_jax.errors import UsageError
 
-NAMES = ('tensorboard', 'wandb')
 Grid = UInt8[np.ndarray, 'h w 3']
 
 
@@ -40,16 +39,16 @@ def make_loggers(
   Raises:
     UsageError: an unknown name, or a library that is not installed.
   """
-  wanted = [name.strip() for name in (names or '').split(',') if name.strip()]
-  for name in wanted:
-    if name not in NAMES:
-      raise UsageError(
-        f'train.log_to names {name!r}; it can name {" and ".join(NAMES)}.'
-      )
   makers: dict[str, Callable[[pathlib.Path, dict, int], Logger]] = {
     'tensorboard': TensorBoard,
     'wandb': Wandb,
   }
+  wanted = [name.strip() for name in (names or '').split(',') if name.strip()]
+  for name in wanted:
+    if name not in makers:
+      raise UsageError(
+        f'train.log_to names {name!r}; it can name {" and ".join(makers)}.'
+      )
   try:
     return [makers[name](workdir, config, start_step) for name in wanted]
   except ImportError as error:

@@ -53,7 +53,9 @@ class Metrics:
     self._loggers = loggers
     self.start(start_step)
     if write and self._path.exists():
-      _drop_after(self._path, start_step)
+      rows = files.read_lines(self._path)
+      kept = (json.dumps(row) for row in rows if row['step'] <= start_step)
+      files.write_text(self._path, ''.join(f'{line}\n' for line in kept))
 
   def __enter__(self) -> Self:
     return self
@@ -93,8 +95,9 @@ class Metrics:
         row['mfu_percent'] = round(100 * done / self._peak, 2)
     with self._path.open('a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
+    del row['step']
     for logger in self._loggers:
-      logger.scalars(step, {k: v for k, v in row.items() if k != 'step'})
+      logger.scalars(step, row)
     left = (self._num_steps - step) * seconds / max(steps, 1)
     print(
       f'step {step}/{self._num_steps}  {_line(row)}  {_minutes(left)} left',
@@ -172,14 +175,3 @@ def _minutes(seconds: float) -> str:
   minutes, rest = divmod(int(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{rest:02d}s'
-
-
-def _drop_after(path: pathlib.Path, step: int) -> None:
-  kept = []
-  for line in path.read_text(encoding='utf-8').splitlines():
-    try:
-      if json.loads(line)['step'] <= step:
-        kept.append(line + '\n')
-    except (ValueError, KeyError, TypeError):
-      continue  # a line cut short by a kill
-  files.write_text(path, ''.join(kept))

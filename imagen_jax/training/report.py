@@ -1,11 +1,13 @@
 """The startup report: parameters, mesh, memory and FLOPs of a run."""
 
+import collections
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.cascade import stage as stages
@@ -26,10 +28,9 @@ REST = 'first and last convolution'
 
 def parameter_table(params: dict) -> dict[str, int]:
   """{part of the network: number of parameters}, the largest first."""
-  table: dict[str, int] = {}
+  table: dict[str, int] = collections.Counter()
   for name, part in params.items():
-    group = GROUPS.get(name.split('_')[0], REST)
-    table[group] = table.get(group, 0) + stages.num_params(part)
+    table[GROUPS.get(name.split('_')[0], REST)] += stages.num_params(part)
   return dict(sorted(table.items(), key=lambda item: -item[1]))
 
 
@@ -52,29 +53,25 @@ def splits(
     fsdp: number of devices over which one copy is sharded.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  fraction: list[tuple[int, int]] = []
-  whole: dict[str, tuple[int, int]] = {}
+  sharded: list[tuple[int, int]] = []
+  whole: dict[str, list[int]] = collections.defaultdict(list)
   for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings)):
     size = leaf.size * jnp.dtype(leaf.dtype).itemsize
     held = device_bytes(leaf, where)
     if held < size:
-      fraction.append((held, size))
+      sharded.append((held, size))
     else:
       name = '/'.join(str(getattr(key, 'key', '')) for key in path[-2:])
-      count, total = whole.get(name, (0, 0))
-      whole[name] = count + 1, total + size
-  held, size = (
-    sum(column) / MIB for column in list(zip(*fraction)) or [(), ()]
-  )
+      whole[name].append(size)
+  part, total = np.reshape(sharded, (-1, 2)).sum(axis=0) / MIB
   yield (
-    f'  of the state, a device shares {len(fraction)} arrays with {fsdp - 1} '
-    f'others: {held:,.2f} of {size:,.2f} MiB'
+    f'  {len(sharded)} arrays of the state are sharded over {fsdp} devices: '
+    f'{part:,.2f} of {total:,.2f} MiB on each'
   )
-  count, rest = (sum(column) for column in zip(*whole.values()))
-  yield f'  and holds {count} small ones whole, {rest / MIB:,.2f} MiB:'
-  largest = sorted(whole.items(), key=lambda item: -item[1][1])
-  for name, (count, total) in largest:
-    yield f'    {count:5} × {name:30} {total / MIB:10,.3f} MiB'
+  count, rest = (sum(map(f, whole.values())) for f in (len, sum))
+  yield f'  {count} small arrays are replicated whole, {rest / MIB:,.2f} MiB:'
+  for name, sizes in sorted(whole.items(), key=lambda item: -sum(item[1])):
+    yield f'    {len(sizes):5} × {name:30} {sum(sizes) / MIB:10,.3f} MiB'
 
 
 def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:

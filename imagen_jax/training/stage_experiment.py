@@ -156,7 +156,6 @@ class StageExperiment(Experiment):
 
   def make_preview(self, frozen: Tree) -> Callable[[Tree], Preview | None]:
     config = self.stage.sampling
-    scalars = config.scalars
 
     def sample(params: Tree, given: dict, frozen: Tree) -> Array:
       del frozen
@@ -165,8 +164,8 @@ class StageExperiment(Experiment):
         text=given['text'],
         mask=given['mask'],
         low_res=given.get('low'),
-        guidance=scalars['guidance'],
-        aug_level=scalars['aug_level'],
+        guidance=config.scalars['guidance'],
+        aug_level=config.scalars['aug_level'],
       )
       return sampling.sample(self.stage, params, config.spec, inputs)
 

@@ -54,7 +54,7 @@ class Watchdog:
         self._end(
           f'nothing has happened for {self._limit:g} s after step '
           f'{self._last[0]}: a device or another process hangs; look at the '
-          'other processes, then run the same command again, which continues '
+          'other processes, then run the same command again, which resumes '
           'from the last checkpoint (train.hang_seconds sets the limit).'
         )
         return

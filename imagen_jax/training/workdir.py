@@ -112,8 +112,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
   if isinstance(tree, dict) and tree:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-      flat.update(_flat(value, f'{prefix}{key}.'))
+      flat |= _flat(value, f'{prefix}{key}.')
     return flat
   return {prefix[:-1]: tree}

