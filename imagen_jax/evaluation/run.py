@@ -13,6 +13,7 @@ import os
 import pathlib
 import time
 import typing
+from collections.abc import Sequence
 
 import jax
 
@@ -23,6 +24,7 @@ from imagen_jax.evaluation import generation, report, scores, suites, sweep
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
+from imagen_jax.evaluation.suite import Suite
 from imagen_jax.io import model_folder
 
 
@@ -66,19 +68,9 @@ def evaluate(
   points = sweep.points(cascade, config)
   for note in suite.notes(cascade.stages[-1].resolution):
     listener.note(note)
-  default_batch = 4 if jax.default_backend() == 'cpu' else 32
   found, finished = {}, True
   for name, sampling in points:
-    run = generation.Run(
-      suite=suite,
-      folder=pathlib.Path(config.out) / suite.label / (name or 'run'),
-      name=name,
-      sampling=sampling,
-      seed=config.seed,
-      batch_size=config.batch_size or default_batch,
-      fraction=config.shard or (jax.process_index(), jax.process_count()),
-      true_size=records[0].low_resolution if config.from_truth else None,
-    )
+    run = _run(config, suite, records, name, sampling)
     identity = _identity(cascade, run)
     generation.open_run(run.folder, identity)
     generation.generate(
@@ -96,6 +88,27 @@ def evaluate(
       listener.scored(run.label, found[run.label])
   page = report.write(pathlib.Path(config.out)) if finished else None
   return Evaluation(found, page)
+
+
+def _run(
+  config: EvalConfig,
+  suite: Suite,
+  records: Sequence[model_folder.StageRecord],
+  name: str,
+  sampling: sweep.Sampling,
+) -> generation.Run:
+  """The run of one point of the sweep."""
+  default_batch = 4 if jax.default_backend() == 'cpu' else 32
+  return generation.Run(
+    suite=suite,
+    folder=pathlib.Path(config.out) / suite.label / (name or 'run'),
+    name=name,
+    sampling=sampling,
+    seed=config.seed,
+    batch_size=config.batch_size or default_batch,
+    fraction=config.shard or (jax.process_index(), jax.process_count()),
+    true_size=records[0].low_resolution if config.from_truth else None,
+  )
 
 
 def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:

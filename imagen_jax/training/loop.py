@@ -1,39 +1,23 @@
 """The training loop, top to bottom: build, restore, step, save."""
 
-import collections
-import contextlib
-import dataclasses
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.data.sources import list_skipped
-from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
-from imagen_jax.training import chips, report
+from imagen_jax.training import report
 from imagen_jax.training import workdir as workdirs
-from imagen_jax.training.experiment import (
-  Experiment,
-  Preview,
-  Tree,
-  make_experiment,
-)
-from imagen_jax.training.guard import check_finite
-from imagen_jax.training.heldout import make_heldout_loss
-from imagen_jax.training.input import split_index, train_batches
-from imagen_jax.training.loggers import Logger, make_loggers
-from imagen_jax.training.metrics import Metrics
-from imagen_jax.training.profiling import Profiler
+from imagen_jax.training.experiment import Experiment, make_experiment
+from imagen_jax.training.input import train_batches
+from imagen_jax.training.monitor import Monitor, Run
 from imagen_jax.training.program import Program, make_program
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.watchdog import Watchdog
 
 
 def train(
@@ -84,31 +68,13 @@ def train(
     keep_every=train_cfg.keep_every,
   ) as checkpoints:
     state, start = _first_state(program, checkpoints, warm)
-    run = _Run(program, frozen, checkpoints, workdir, start)
-    with jax.set_mesh(experiment.mesh), _Monitor(run) as monitor:
+    run = Run(program, frozen, checkpoints, workdir, start)
+    monitor = Monitor(run)
+    with jax.set_mesh(experiment.mesh), monitor:
       step, state = _steps(run, state, monitor, should_stop)
       if step >= train_cfg.num_steps:
         experiment.finish(state, frozen)
   return step
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """What stays the same over the steps of a run.
-
-  Attributes:
-    program: the compiled step.
-    frozen: of the experiment, on the mesh.
-    checkpoints: where the state is saved.
-    workdir: the run's directory.
-    start: the step that it resumes from.
-  """
-
-  program: Program
-  frozen: Tree
-  checkpoints: Checkpoints
-  workdir: pathlib.Path
-  start: int
 
 
 def _claim(
@@ -123,7 +89,6 @@ def _claim(
   if warm is not None:
     digest = model_folder.weights_digest(warm)
     init_from = {'path': str(warm.path), 'digest': digest}
-  first_process = jax.process_index() == 0
   workdirs.claim(
     workdir,
     experiment.config,
@@ -131,9 +96,8 @@ def _claim(
     fingerprint=source.fingerprint,
     init_from=init_from,
     force=force,
-    write=first_process,
   )
-  if first_process:
+  if jax.process_index() == 0:
     list_skipped(source, workdir / 'bad_samples.jsonl')
 
 
@@ -153,9 +117,9 @@ def _first_state(
 
 
 def _steps(
-  run: _Run,
+  run: Run,
   state: TrainState,
-  monitor: '_Monitor',
+  monitor: Monitor,
   should_stop: Callable[[int], bool],
 ) -> tuple[int, TrainState]:
   """Runs the remaining steps; returns (last step, state)."""
@@ -176,100 +140,3 @@ def _steps(
     if stopping:
       break
   return step, state
-
-
-class _Monitor(contextlib.ExitStack):
-  """Everything that watches a run: metrics, samples, profile, watchdog."""
-
-  def __init__(self, run: _Run):
-    super().__init__()
-    self._run, self._experiment = run, run.program.experiment
-    self._train_cfg = train_cfg = self._experiment.config.train
-    self._recent: list[dict] = []
-    self._preview = self._heldout_loss = None
-    if train_cfg.sample_every:
-      self._preview = self._experiment.make_preview(run.frozen)
-    if train_cfg.eval_every and self._experiment.has_eval_split():
-      self._heldout_loss = make_heldout_loss(self._experiment, run.frozen)
-    self._seen: collections.deque[tuple[int, np.ndarray]] = collections.deque(
-      maxlen=train_cfg.max_bad_steps
-    )
-    self._metrics = self.enter_context(_metrics(run))
-    self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
-    self._profiler = self.enter_context(
-      Profiler(train_cfg.profile_at, run.workdir / 'profile')
-    )
-
-  def next_batch(self, step: int, data: Iterator[dict]) -> dict:
-    """A step's batch; records its examples and the seconds of waiting."""
-    self._profiler.before(step)
-    begin = time.perf_counter()
-    batch, index = split_index(next(data))
-    self._metrics.waited(time.perf_counter() - begin)
-    self._seen.append((step, index))
-    return batch
-
-  def after(self, step: int, state: TrainState, values: dict) -> None:
-    """Called after each step, with its results, still on the devices."""
-    self._recent.append(values)
-    self._profiler.after(step, state)
-    if step == self._run.start + 1:
-      jax.block_until_ready(state)
-      self._metrics.start(step)  # do not count the compilation
-      self._recent = [values]
-    self._alive.beat(step)
-
-  def report(self, step: int, state: TrainState) -> None:
-    """Evaluates, logs and samples when the config says so.
-
-    Raises:
-      NumericError: too many steps in a row were NaN or Inf.
-    """
-    train_cfg = self._train_cfg
-    last = step == train_cfg.num_steps
-    more = {}
-    if self._heldout_loss and (last or step % train_cfg.eval_every == 0):
-      with self._metrics.paused():
-        more['heldout_loss'] = self._heldout_loss(state.params)
-        more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
-    if more or last or step % train_cfg.log_every == 0:
-      source = self._experiment.source('train')
-      more['bad_samples'] = len(source.bad)
-      self._metrics.log(step, train_cfg.batch_size, self._recent, **more)
-      self._recent = []
-      limit = train_cfg.max_bad_steps
-      check_finite(state, step, limit, self._seen, source, self._run.workdir)
-    if self._preview and (last or step % train_cfg.sample_every == 0):
-      with self._metrics.paused():
-        self._keep(step, self._preview(state.ema_params))
-
-  def _keep(self, step: int, sample: Preview | None) -> None:
-    """Writes a preview, an image or text; it is None off process 0."""
-    path = self._run.workdir / 'samples' / f'step_{step:07d}'
-    if isinstance(sample, np.ndarray):
-      image_io.save_png(path.with_suffix('.png'), sample)
-      self._metrics.image(step, sample)
-    elif sample is not None:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
-
-
-def _metrics(run: _Run) -> Metrics:
-  """The `Metrics` of a run; process 0 writes."""
-  config, mesh = run.program.experiment.config, run.program.mesh
-  loggers: list[Logger] = []
-  first_process = jax.process_index() == 0
-  if first_process:
-    loggers = make_loggers(
-      config.train.log_to, run.workdir, config.to_dict(), start_step=run.start
-    )
-  return Metrics(
-    run.workdir / 'metrics.jsonl',
-    start_step=run.start,
-    num_steps=config.train.num_steps,
-    write=first_process,
-    devices=mesh.size,
-    flops=run.program.flops,
-    peak=chips.find_peak(mesh.devices.flat[0].device_kind),
-    loggers=loggers,
-  )

@@ -1,6 +1,7 @@
 """Metrics as JSON lines, and one progress line per logged step."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import sys
@@ -17,13 +18,14 @@ from imagen_jax.training.loggers import Grid, Logger
 Results = Mapping[str, Any]  # the metrics of one step, see `make_train_step`
 
 
+@dataclasses.dataclass
 class Metrics:
   """Writes `metrics.jsonl`, progress lines and loggers (process 0 only).
 
   A resumed run first drops the lines after the step it resumes from, so the
   file reads as one uninterrupted run.
 
-  Args:
+  Attributes:
     path: of `metrics.jsonl`.
     start_step: the step that the run resumes from.
     num_steps: the step at which it ends.
@@ -34,34 +36,28 @@ class Metrics:
     loggers: from `loggers.make_loggers`.
   """
 
-  def __init__(
-    self,
-    path: str | pathlib.Path,
-    *,
-    start_step: int,
-    num_steps: int,
-    write: bool = True,
-    devices: int = 1,
-    flops: float | None = None,
-    peak: float | None = None,
-    loggers: Sequence[Logger] = (),
-  ):
-    self._path = pathlib.Path(path)
-    self._num_steps = num_steps
-    self._write = write
-    self._devices, self._flops, self._peak = devices, flops, peak
-    self._loggers = loggers
-    self.start(start_step)
-    if write and self._path.exists():
-      rows = files.read_lines(self._path)
-      kept = (json.dumps(row) for row in rows if row['step'] <= start_step)
-      files.write_text(self._path, ''.join(f'{line}\n' for line in kept))
+  path: pathlib.Path
+  _: dataclasses.KW_ONLY
+  start_step: int
+  num_steps: int
+  write: bool = True
+  devices: int = 1
+  flops: float | None = None
+  peak: float | None = None
+  loggers: Sequence[Logger] = ()
+
+  def __post_init__(self) -> None:
+    self.start(self.start_step)
+    if self.write and self.path.exists():
+      rows = files.read_lines(self.path)
+      kept = (json.dumps(row) for row in rows if row['step'] <= self.start_step)
+      files.write_text(self.path, ''.join(f'{line}\n' for line in kept))
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
-    for logger in self._loggers:
+    for logger in self.loggers:
       logger.close()
 
   def log(
@@ -81,33 +77,33 @@ class Metrics:
     steps = step - self._step
     waited = self._waited / seconds
     self.start(step)
-    if not self._write:
+    if not self.write:
       return
     rate = images * steps / seconds
     row: dict[str, Any] = {'step': step, **_means(recent), **values}
     row['images_per_sec'] = round(rate, 2)
-    row['images_per_sec_per_device'] = round(rate / self._devices, 3)
+    row['images_per_sec_per_device'] = round(rate / self.devices, 3)
     row['data_wait_percent'] = round(100 * waited, 1)
-    if self._flops and steps:
-      done = self._flops * steps / seconds / self._devices
+    if self.flops and steps:
+      done = self.flops * steps / seconds / self.devices
       row['tflops_per_device'] = float(f'{done / 1e12:.4g}')
-      if self._peak:
-        row['mfu_percent'] = round(100 * done / self._peak, 2)
-    with self._path.open('a', encoding='utf-8') as file:
+      if self.peak:
+        row['mfu_percent'] = round(100 * done / self.peak, 2)
+    with self.path.open('a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
     del row['step']
-    for logger in self._loggers:
+    for logger in self.loggers:
       logger.scalars(step, row)
-    left = (self._num_steps - step) * seconds / max(steps, 1)
+    left = (self.num_steps - step) * seconds / max(steps, 1)
     print(
-      f'step {step}/{self._num_steps}  {_line(row)}  {_minutes(left)} left',
+      f'step {step}/{self.num_steps}  {_line(row)}  {_minutes(left)} left',
       file=sys.stderr,
       flush=True,
     )
 
   def image(self, step: int, grid: Grid) -> None:
     """Sends a grid of samples to the loggers."""
-    for logger in self._loggers:
+    for logger in self.loggers:
       logger.image(step, grid)
 
   def waited(self, seconds: float) -> None:

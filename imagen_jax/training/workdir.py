@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from imagen_jax.errors import UsageError
@@ -43,9 +44,10 @@ def claim(
   fingerprint: str | None = None,
   init_from: Mapping[str, str] | None = None,
   force: bool = False,
-  write: bool = True,
 ) -> None:
   """Writes the config into a new workdir, or checks it against the stored one.
+
+  Every process calls it; process 0 writes.
 
   Args:
     workdir: the directory; it need not exist.
@@ -54,7 +56,6 @@ def claim(
     fingerprint: of the data set; None if the config determines it.
     init_from: what a new run starts from; a resumed run keeps the stored one.
     force: accept another config or data set, and record it.
-    write: whether this process writes.
 
   Raises:
     UsageError: the workdir was started with another config, data set or text
@@ -81,7 +82,7 @@ def claim(
       )
     for change in changed:
       logging.getLogger(__name__).warning('forced: %s', change)
-  if write:
+  if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, record)
 

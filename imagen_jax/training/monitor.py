@@ -1,0 +1,145 @@
+"""Everything that watches a run: metrics, samples, profile, watchdog."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from imagen_jax.io import images as image_io
+from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.training import chips
+from imagen_jax.training.experiment import Preview, Tree
+from imagen_jax.training.guard import check_finite
+from imagen_jax.training.heldout import make_heldout_loss
+from imagen_jax.training.input import split_index
+from imagen_jax.training.loggers import Logger, make_loggers
+from imagen_jax.training.metrics import Metrics
+from imagen_jax.training.profiling import Profiler
+from imagen_jax.training.program import Program
+from imagen_jax.training.state import TrainState
+from imagen_jax.training.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What stays the same over the steps of a run.
+
+  Attributes:
+    program: the compiled step.
+    frozen: of the experiment, on the mesh.
+    checkpoints: where the state is saved.
+    workdir: the run's directory.
+    start: the step that it resumes from.
+  """
+
+  program: Program
+  frozen: Tree
+  checkpoints: Checkpoints
+  workdir: pathlib.Path
+  start: int
+
+
+class Monitor(contextlib.ExitStack):
+  """Feeds a run its batches, and logs, samples and guards its steps.
+
+  Args:
+    run: the run.
+  """
+
+  def __init__(self, run: Run):
+    super().__init__()
+    self._run, self._experiment = run, run.program.experiment
+    self._train_cfg = train_cfg = self._experiment.config.train
+    self._recent: list[dict] = []
+    self._preview = self._heldout_loss = None
+    if train_cfg.sample_every:
+      self._preview = self._experiment.make_preview(run.frozen)
+    if train_cfg.eval_every and self._experiment.has_eval_split():
+      self._heldout_loss = make_heldout_loss(self._experiment, run.frozen)
+    self._seen: collections.deque[tuple[int, np.ndarray]] = collections.deque(
+      maxlen=train_cfg.max_bad_steps
+    )
+    self._metrics = self.enter_context(_metrics(run))
+    self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
+    self._profiler = self.enter_context(
+      Profiler(train_cfg.profile_at, run.workdir / 'profile')
+    )
+
+  def next_batch(self, step: int, data: Iterator[dict]) -> dict:
+    """A step's batch; records its examples and the seconds of waiting."""
+    self._profiler.before(step)
+    begin = time.perf_counter()
+    batch, index = split_index(next(data))
+    self._metrics.waited(time.perf_counter() - begin)
+    self._seen.append((step, index))
+    return batch
+
+  def after(self, step: int, state: TrainState, values: dict) -> None:
+    """Called after each step, with its results, still on the devices."""
+    self._recent.append(values)
+    self._profiler.after(step, state)
+    if step == self._run.start + 1:
+      jax.block_until_ready(state)
+      self._metrics.start(step)  # do not count the compilation
+      self._recent = [values]
+    self._alive.beat(step)
+
+  def report(self, step: int, state: TrainState) -> None:
+    """Evaluates, logs and samples when the config says so.
+
+    Raises:
+      NumericError: too many steps in a row were NaN or Inf.
+    """
+    train_cfg = self._train_cfg
+    last = step == train_cfg.num_steps
+    more = {}
+    if self._heldout_loss and (last or step % train_cfg.eval_every == 0):
+      with self._metrics.paused():
+        more['heldout_loss'] = self._heldout_loss(state.params)
+        more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
+    if more or last or step % train_cfg.log_every == 0:
+      source = self._experiment.source('train')
+      more['bad_samples'] = len(source.bad)
+      self._metrics.log(step, train_cfg.batch_size, self._recent, **more)
+      self._recent = []
+      limit = train_cfg.max_bad_steps
+      check_finite(state, step, limit, self._seen, source, self._run.workdir)
+    if self._preview and (last or step % train_cfg.sample_every == 0):
+      with self._metrics.paused():
+        self._keep(step, self._preview(state.ema_params))
+
+  def _keep(self, step: int, sample: Preview | None) -> None:
+    """Writes a preview, an image or text; it is None off process 0."""
+    path = self._run.workdir / 'samples' / f'step_{step:07d}'
+    if isinstance(sample, np.ndarray):
+      image_io.save_png(path.with_suffix('.png'), sample)
+      self._metrics.image(step, sample)
+    elif sample is not None:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
+
+
+def _metrics(run: Run) -> Metrics:
+  """The `Metrics` of a run; process 0 writes."""
+  config, mesh = run.program.experiment.config, run.program.mesh
+  loggers: list[Logger] = []
+  first_process = jax.process_index() == 0
+  if first_process:
+    loggers = make_loggers(
+      config.train.log_to, run.workdir, config.to_dict(), start_step=run.start
+    )
+  return Metrics(
+    run.workdir / 'metrics.jsonl',
+    start_step=run.start,
+    num_steps=config.train.num_steps,
+    write=first_process,
+    devices=mesh.size,
+    flops=run.program.flops,
+    peak=chips.find_peak(mesh.devices.flat[0].device_kind),
+    loggers=loggers,
+  )
