@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from imagen_jax.evaluation import clip, inception
-from imagen_jax.evaluation.weights import params_for, read_tensors
+from imagen_jax.evaluation.weights import read_tensors, with_weights
 from imagen_jax.text import clip_tokenizer
 
 BATCH = 16
@@ -63,12 +63,11 @@ def load_inception(path: str | os.PathLike) -> Extractor:
   module, size = inception.InceptionV3(), inception.SIZE
   # fc belongs to the classifier; num_batches_tracked counts training steps.
   ignored = ('fc.', 'AuxLogits.', '.num_batches_tracked')
-  params = params_for(module, _image(size), tensors, path, ignored=ignored)
-  apply = jax.jit(module.apply)
+  apply = with_weights(module, _image(size), tensors, path, ignored=ignored)
 
   def image(batch: np.ndarray) -> jax.Array:
     x = _resized(batch, size).astype(np.float32) / 127.5 - 1
-    return apply({'params': params}, x)
+    return apply(x)
 
   return Extractor(_batched(image), digest, _rule(size))
 
@@ -87,21 +86,20 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
   tensors, digest = read_tensors(path)
   shared, length = ('logit_scale', 'position_ids'), text.max_position_embeddings
   ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  image_params = params_for(
+  embed_image = with_weights(
     vision, _image(vision.image_size), tensors, path, ignored=(*shared, 'text_')
   )
-  text_params = params_for(
+  embed_text = with_weights(
     text, ids, tensors, path, ignored=(*shared, 'vision_', 'visual_')
   )
-  apply_image, apply_text = jax.jit(vision.apply), jax.jit(text.apply)
   tokenize = clip_tokenizer.load(folder, length)
 
   def image(batch: np.ndarray) -> jax.Array:
     x = _resized(batch, vision.image_size).astype(np.float32) / 255
     x = (x - np.array(clip.MEAN, np.float32)) / np.array(clip.STD, np.float32)
-    return apply_image({'params': image_params}, x)
+    return embed_image(x)
 
-  encode = _batched(lambda ids: apply_text({'params': text_params}, ids))
+  encode = _batched(embed_text)
   return TextExtractor(
     image=_batched(image),
     digest=digest,

@@ -34,8 +34,8 @@ def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
   }
   result = []
   for values in itertools.product(*config.sweep.values()):
-    sampling = dict(base)
-    for target, value in zip(config.sweep, values):
+    point, sampling = dict(zip(config.sweep, values)), dict(base)
+    for target, value in point.items():
       stage, _, key = target.rpartition('.')
       sampling[key] = [
         value if stage in ('', name) else old
@@ -43,10 +43,7 @@ def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
       ]
     cascade.settings(**sampling)
     # 1.0 is named 1, so runs of a notebook and of a command share a name.
-    parts = [
-      f'{target}={str(value).removesuffix(".0")}'
-      for target, value in zip(config.sweep, values)
-    ]
+    parts = (f'{k}={str(v).removesuffix(".0")}' for k, v in point.items())
     result.append((','.join(parts), sampling))
   return result
 

@@ -3,10 +3,11 @@
 Read from safetensors or npz, never unpickled.
 """
 
+import functools
 import os
 import pathlib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -42,18 +43,18 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], str]:
     ) from error
 
 
-def params_for(
+def with_weights(
   module: nn.Module,
   example: typing.Any,
   tensors: Mapping[str, np.ndarray],
   path: str | os.PathLike,
   *,
   ignored: Sequence[str] = (),
-) -> dict[str, jax.Array]:
-  """The float32 parameters of a module with flat, dotted names.
+) -> Callable[[np.ndarray], jax.Array]:
+  """A module with a file's weights as its float32 parameters, compiled.
 
   Args:
-    module: Flax module.
+    module: Flax module whose parameters have flat, dotted names.
     example: an input array of the module, or its shape and dtype.
     tensors: from `read_tensors`.
     path: of their file, for the message.
@@ -80,4 +81,5 @@ def params_for(
         f'{path} has a tensor {name}, which {type(module).__name__} does not '
         'use; it holds the weights of another network.'
       )
-  return {name: jnp.asarray(tensors[name], jnp.float32) for name in shapes}
+  params = {name: jnp.asarray(tensors[name], jnp.float32) for name in shapes}
+  return functools.partial(jax.jit(module.apply), {'params': params})

@@ -1,6 +1,5 @@
 """Training on prepared data with stored embeddings; low-resolution inputs."""
 
-import dataclasses
 import functools
 
 import jax
@@ -15,12 +14,14 @@ from imagen_jax.diffusion import samplers
 from imagen_jax.errors import DataError
 from imagen_jax.nets.network import Network
 from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.training import loop, program
+from imagen_jax.training import loop
+from imagen_jax.training.experiment import make_experiment
+from imagen_jax.training.input import split_index, train_batches
 from imagen_jax.training.optimizer import optimizer
 from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import make_train_step
-from tests import tiny_model
+from tests import tiny_model, tiny_text
 
 
 @pytest.fixture(scope='module')
@@ -36,43 +37,25 @@ def prepared(model, tmp_path_factory):
   return config
 
 
-def test_stored_embeddings_take_the_place_of_the_encoder(
-  prepared, tmp_path, monkeypatch
-):
-  seen = []
-
-  def no_step(state, batch, text_params):
-    seen.append(({k: v.dtype for k, v in batch.items()}, text_params))
-    values = dict.fromkeys(['loss', 'grad_norm', 'param_norm', 'skipped'], 0)
-    bands = {'band_loss': np.zeros(4), 'band_count': np.zeros(4)}
-    return state.replace(step=state.step + 1), values | bands
-
-  def make_program(experiment, mesh):
-    made = program.make_program(experiment, mesh)
-    return dataclasses.replace(made, step=no_step)
-
-  monkeypatch.setattr(loop, 'make_program', make_program)
-  monkeypatch.setattr(program.Program, 'flops', 0.0)
-  assert loop.train(prepared, tmp_path / 'run') == 2
-  types, text_params = seen[0]
-  assert types == {
+def test_stored_embeddings_take_the_place_of_the_encoder(prepared):
+  made = make_experiment(prepared)
+  batch, _ = split_index(next(train_batches(made, 0)))
+  assert {name: array.dtype for name, array in batch.items()} == {
     'image': np.uint8,
     'text': ml_dtypes.bfloat16,
     'mask': np.bool_,
   }
-  assert text_params == {}
+  spec = made.batch_spec(prepared.train.batch_size)
+  assert jax.tree.map(jax.typeof, batch) == jax.tree.map(jax.typeof, spec)
+  assert made.frozen_spec() == made.load_frozen() == {}
 
 
 @pytest.mark.parametrize('key', ['max_len', 'encoder'])
-def test_embeddings_of_another_encoder_are_refused(
-  prepared, tmp_path, key, monkeypatch
-):
+def test_embeddings_of_another_encoder_are_refused(prepared, tmp_path, key):
   config = prepared.copy_and_resolve_references()
   if key == 'max_len':
     config.text.max_len = 9
   else:
-    from tests import tiny_text
-
     tiny_text.random_folder(tmp_path / 'text', seed=5)
     config.text.path = str(tmp_path / 'text')
   with pytest.raises(DataError) as error:
