@@ -13,21 +13,24 @@ from tests import tiny_text
 
 MAX_LEN = 12
 
+# Of `config().stage.net`, where a test is about the U-Net.
+UNET = {
+  'kind': 'unet',
+  'channels': 8,
+  'channel_mults': (1, 2),
+  'num_res_blocks': 1,
+  'attention_resolutions': (4,),
+  'head_dim': 8,
+  'norm_groups': 4,
+}
+
 
 def config(name='base', **train):
-  """The config of stage 'base' (8 pixels) or 'sr1' (8→16)."""
+  """The config of stage 'base' (8 pixels) or 'sr1' (8→16, Efficient U-Net)."""
   config = common.stage_run()
   config.dtype = 'float32'
   config.stage.update(name=name, resolution=8, prediction='v')
-  config.stage.net = {
-    'kind': 'unet',
-    'channels': 8,
-    'channel_mults': (1, 2),
-    'num_res_blocks': 1,
-    'attention_resolutions': (4,),
-    'head_dim': 8,
-    'norm_groups': 4,
-  }
+  config.stage.net = {'kind': 'tests.tiny_net:TinyNet'}
   config.stage.sampling.update(sampler='dpmpp', steps=3, guidance=2.0)
   if name == 'sr1':
     config.stage.update(resolution=16, low_resolution=8)

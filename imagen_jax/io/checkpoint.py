@@ -23,11 +23,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.metadata import array_metadata_store
 
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, manifest
 
 _log = logging.getLogger(__name__)
+
+# Of a replicated array that several replicas write together.
+_MIN_SLICE_BYTES = 1 << 20
 
 
 class Checkpoints:
@@ -73,7 +77,9 @@ class Checkpoints:
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_of_a_thread)
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
+      ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers())
+      )
     )
 
   def __enter__(self) -> Self:
@@ -393,6 +399,22 @@ def _leaves(tree: Any) -> dict[str, str]:
     jax.tree_util.keystr(path, simple=True, separator='/'): kind(x)
     for path, x in leaves
   }
+
+
+def _handlers() -> Any:
+  """Orbax's handlers of arrays; a small replicated array is written once.
+
+  Orbax cuts each replicated array into a slice per replica, so that all write;
+  each slice is a program to compile. A tiny network on 8 devices has 6,000 of
+  them, which took 4 of a save's 4.5 s.
+  """
+  arrays = ocp.type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES,
+    array_metadata_store=array_metadata_store.Store(),  # of typed keys
+  )
+  return ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+  )
 
 
 def _arrays(tree: Any) -> Any:

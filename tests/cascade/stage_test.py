@@ -54,7 +54,10 @@ def test_what_cannot_work_or_has_no_effect_is_refused(changes):
 
 def test_sizes_are_multiples_of_all_downsampling():
   assert build().net.multiple == 2
-  assert build(net__channel_mults=(1, 1, 1, 1)).net.multiple == 8
+  assert (
+    build(net=tiny_model.UNET | {'channel_mults': (1, 1, 1, 1)}).net.multiple
+    == 8
+  )
   assert build('sr1').net.multiple == 4
 
 
