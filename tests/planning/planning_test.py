@@ -21,16 +21,22 @@ from imagen_jax.training.stage_experiment import StageExperiment
 from tests import tiny_model
 
 
-@functools.cache
-def tiny_job(name='base', *, batch_size=8, text='cached', **train):
+def tiny_config(name='base', **train):
   config = tiny_model.config(name, **train)
   config.text.path = 't5-small'
+  if name == 'base':
+    config.stage.net = tiny_model.UNET
+  return config
+
+
+@functools.cache
+def tiny_job(name='base', *, batch_size=8, text='cached', **train):
+  config = tiny_config(name, **train)
   return job.make_job(config, text=text, batch_size=batch_size)
 
 
 def write_config(folder, **train):
-  config = tiny_model.config(**train).to_dict()
-  config['text']['path'] = 't5-small'
+  config = tiny_config(**train).to_dict()
   path = folder / 'tiny.py'
   path.write_text(
     'from ml_collections import ConfigDict\n'
