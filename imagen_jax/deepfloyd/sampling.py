@@ -150,7 +150,8 @@ def sample(
     else:
       fraction = float(schedule.variance_type == 'fixed_large')
     log_variance = row.log_low + fraction * (row.log_high - row.log_low)
-    std = row.noise * jnp.exp(0.5 * log_variance)
+    # 0 · inf is NaN: the predicted variance may overflow.
+    std = jnp.where(row.noise > 0, jnp.exp(0.5 * log_variance), 0)
     new = row.z * z + row.x * x + row.eps * eps + row.slope * (x - last)
     new = new + std * noise(i)
     if mask is not None:

@@ -241,6 +241,16 @@ def test_a_mask_keeps_pixels_to_the_bit():
   assert np.abs(out - image)[~kept].min() > 1e-4
 
 
+def test_the_last_step_adds_no_noise_however_large_the_variance():
+  plan = schedule.plan(IF, schedule.timesteps(IF, 1))
+  z = jnp.full((1, 8, 8, 3), 0.5)
+  huge = jnp.full_like(z, 30.0)  # exp of its log variance overflows
+  out = sampling.sample(
+    lambda z, t: (jnp.zeros_like(z), huge), plan, z, lambda i: z, IF
+  )
+  np.testing.assert_allclose(out, z / plan.alpha[0], rtol=1e-6)
+
+
 def test_strength_keeps_the_last_steps():
   steps = schedule.timesteps(IF, 10)
   assert schedule.later(steps, 0.7).tolist() == [
