@@ -177,10 +177,10 @@ def test_reference_vector_is_compared(folder, tmp_path, capsys):
   'key, asked',
   [
     ('steps', {'steps': [4]}),
-    (None, {'steps': 'smart28'}),
-    (None, {'sampler': 'euler'}),
+    ('steps', {'steps': 'smart28'}),
+    ('sampler', {'sampler': 'euler'}),
     ('aug_level', {'aug_level': 1.0}),
-    (None, {'strength': 0.0}),
+    ('strength', {'strength': 0.0}),
     ('strength', {'strength': 0.5}),
     ('style_fraction', {'style_prompt': 'blue', 'style_fraction': 2.0}),
     ('style_fraction', {'style_fraction': 0.5}),
@@ -220,7 +220,7 @@ def test_upsampling_keeps_corners_and_straight_lines():
   np.testing.assert_allclose(out, expected + np.zeros((1, 16, 5, 2)), atol=1e-6)
 
 
-def test_aspect_ratios():
+def test_an_aspect_ratio_is_two_positive_numbers():
   assert image_io.shaped(*images.parse_aspect('3:2'), 64) == (96, 64)
   assert image_io.shaped(*images.parse_aspect('9:16'), 64) == (64, 112)
   for text_ in ('3x2', '3', '0:1'):
@@ -307,7 +307,7 @@ def test_cleaning_falls_back_where_packages_are_missing(monkeypatch, capsys):
     ('cat jc6640 10x20 free shipping', 'cat'),
   ],
 )
-def test_cleaning(given, expected):
+def test_captions_are_cleaned_like_ifs(given, expected):
   pytest.importorskip('bs4')
   pytest.importorskip('ftfy')
   assert cleaning.cleaner(True)(given) == expected
