@@ -18,6 +18,7 @@ import time
 import jax
 import numpy as np
 import torch
+from flax.traverse_util import unflatten_dict
 
 from imagen_jax.deepfloyd import config, unet, weights
 
@@ -69,15 +70,13 @@ def main():
   net = diffusers.UNet2DConditionModel.from_config(RAW).eval()
   made = config.parse(RAW)
   module = unet.IFUNet(made)
-  params = {}
   state = {name: x.numpy() for name, x in net.state_dict().items()}
-  for path, _ in weights.leaves(weights.abstract_params(made)):
-    name = weights.torch_name(path)
-    branch = params
-    for key in path[:-1]:
-      branch = branch.setdefault(key, {})
-    branch[path[-1]] = weights.from_torch(name, state[name])
-  params = jax.device_put(params)
+  params = {
+    path: weights.from_torch(name, state[name])
+    for path in weights.leaves(weights.abstract_params(made))
+    for name in [weights.torch_name(path)]
+  }
+  params = jax.device_put(unflatten_dict(params))
 
   rng = np.random.default_rng(0)
   rows = 2 * args.batch

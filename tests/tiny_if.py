@@ -9,6 +9,7 @@ import copy
 import json
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from imagen_jax.deepfloyd import config, unet, weights
 from imagen_jax.text.tokenizer import VOCABULARY
@@ -151,20 +152,15 @@ def inputs(raw, batch=2, side=8, tokens=7, seed=1):
 def network(name, seed=0):
   """(module, params) of one of `CONFIGS`, every parameter perturbed."""
   module = unet.IFUNet(config.parse(raw_config(name)))
-  paths = weights.leaves(weights.abstract_params(module.config))
-  names = {path: weights.torch_name(path) for path, _ in paths}
+  leaves = weights.leaves(weights.abstract_params(module.config))
+  names = {path: weights.torch_name(path) for path in leaves}
   shapes = {
     names[path]: weights.stored_shape(names[path], leaf.shape)
-    for path, leaf in paths
+    for path, leaf in leaves.items()
   }
   arrays = parameters(shapes, seed)
-  params = {}
-  for path, _ in paths:
-    branch = params
-    for key in path[:-1]:
-      branch = branch.setdefault(key, {})
-    branch[path[-1]] = weights.from_torch(names[path], arrays[names[path]])
-  return module, params
+  params = {p: weights.from_torch(n, arrays[n]) for p, n in names.items()}
+  return module, unflatten_dict(params)
 
 
 def write(folder):

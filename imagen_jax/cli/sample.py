@@ -134,7 +134,8 @@ def _generate(args, prompts):
   )
   choices = sampling_flags.choices(args)
   configs = cascade.settings(**choices)
-  images, first = _images(args.init_image, args.mask), cascade.stages[0]
+  images = sampling_flags.open_images(image=args.init_image, mask=args.mask)
+  first = cascade.stages[0]
   batching.check_images(
     first.name,
     first.low_resolution is not None,
@@ -176,14 +177,6 @@ def _low_res(cascade, path):
     factor, whole = stage.resolution // first.low_resolution, stage.net.multiple
     unit = math.lcm(unit, whole // math.gcd(whole, factor))
   return image_io.read_low_res(path, first.low_resolution, unit)[None]
-
-
-def _images(image, mask):
-  """{'image': …, 'mask': …} as PIL images; without those not given."""
-  from imagen_jax.io.images import open_image
-
-  given = (('image', image, 'RGB'), ('mask', mask, 'L'))
-  return {name: open_image(p, mode) for name, p, mode in given if p}
 
 
 def _notes(cascade, embedding):
@@ -279,7 +272,9 @@ def _repeat(args):
   result = cascade.sample(
     [prompt],
     low_res=_low_res(cascade, low_path),
-    **_images(record.get('init_image'), record.get('mask')),
+    **sampling_flags.open_images(
+      image=record.get('init_image'), mask=record.get('mask')
+    ),
     callback=output.progress(),
     **call,
     **choices,

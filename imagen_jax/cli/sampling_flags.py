@@ -61,3 +61,14 @@ def per_stage(name: str, text: str | None) -> Any:
 def stage_names(args: argparse.Namespace) -> list[str] | None:
   """The stages that --stages names; None is all of them."""
   return args.stages.split(',') if args.stages else None
+
+
+def open_images(**paths: str | None) -> dict[str, Any]:
+  """{name: PIL image} of the paths that are given; 'mask' is grey."""
+  from imagen_jax.io.images import open_image
+
+  return {
+    name: open_image(path, 'L' if name == 'mask' else 'RGB')
+    for name, path in paths.items()
+    if path
+  }

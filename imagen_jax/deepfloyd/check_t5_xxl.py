@@ -6,18 +6,19 @@ needs the T5-XXL weights.
 """
 
 import sys
+from collections.abc import Sequence
 
 from imagen_jax.cli import errors, runtime
 
 LEAST_COSINE = 0.99
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
   return errors.run(_main, argv)
 
 
-def _main(argv):
+def _main(argv: Sequence[str]) -> int:
   parser = errors.Parser(
     prog='imagen-check-t5-xxl',
     description="Compare T5's output for the empty prompt with a reference.",
@@ -46,8 +47,9 @@ def _main(argv):
   )
   if result['cosine'] < LEAST_COSINE:
     raise ModelError(
-      f'{args.model} does not give {args.reference}: a position is only '
-      f'{result["cosine"]:.3f} similar; is it t5-v1_1-xxl, downloaded whole?'
+      f'{args.model} does not give {args.reference}: the least cosine '
+      f'similarity of a position is {result["cosine"]:.3f}; download '
+      't5-v1_1-xxl again.'
     )
   return 0
 

@@ -15,6 +15,7 @@ import importlib.util
 import re
 import sys
 import urllib.parse
+from collections.abc import Callable, Iterable
 
 DOMAIN = r'[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)'
 FILES = 'png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4'
@@ -77,7 +78,7 @@ THIRD = [
 ]
 
 
-def cleaner(thorough):
+def cleaner(thorough: bool) -> Callable[[str], str]:
   """Returns a function that cleans one prompt.
 
   Args:
@@ -93,19 +94,19 @@ def cleaner(thorough):
     if not missing:
       return lambda prompt: clean(clean(prompt))
     print(
-      f'note: prompts are lower-cased only, for {" and ".join(missing)} '
-      'is missing: pip install imagen_jax[deepfloyd].',
+      f'note: prompts are only lower-cased, because {" and ".join(missing)} '
+      'is missing; run pip install imagen_jax[deepfloyd].',
       file=sys.stderr,
     )
   return lambda prompt: prompt.lower().strip()
 
 
-def clean(prompt):
+def clean(prompt: str) -> str:
   """One pass of IF's cleaning; IF does two."""
   import bs4
   import ftfy
 
-  text = urllib.parse.unquote_plus(str(prompt)).strip().lower()
+  text = urllib.parse.unquote_plus(prompt).strip().lower()
   text = _replace(FIRST, text)
   text = bs4.BeautifulSoup(text, features='html.parser').text
   text = _replace(SECOND, text)
@@ -115,7 +116,7 @@ def clean(prompt):
   return _replace(THIRD, text).strip()
 
 
-def _replace(rules, text):
+def _replace(rules: Iterable[tuple[str, str]], text: str) -> str:
   for pattern, replacement in rules:
     text = re.sub(pattern, replacement, text)
   return text

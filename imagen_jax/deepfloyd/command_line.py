@@ -2,14 +2,17 @@
 
 import argparse
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import output, sampling_flags
 from imagen_jax.errors import UsageError
 
 if TYPE_CHECKING:
   import numpy as np
+
+  from imagen_jax.cascade.cascade import Cascade
+  from imagen_jax.deepfloyd.pipeline import IF
 
 # Settings with one value per stage; `steps` are parsed separately.
 SAMPLING = ('sampler', 'guidance', 'aug_level', 'strength', 'style_fraction')
@@ -75,6 +78,7 @@ def generate(
     dtype=args.dtype,
     stages=sampling_flags.stage_names(args),
     fsdp=args.fsdp,
+    cache=args.text_cache,
   )
   third = _third_stage(args, model)
   choices = sampling_flags.choices(args, SAMPLING)
@@ -91,9 +95,10 @@ def generate(
     negative_prompt=clean(args.negative_prompt or ''),
     style_prompt=None if style is None else clean(style),
     aspect=images.parse_aspect(args.aspect_ratio or '1:1'),
-    cache=args.text_cache,
     callback=output.progress(),
-    **_open_images(args),
+    **sampling_flags.open_images(
+      image=args.init_image, mask=args.mask, low_res=args.low_res
+    ),
     **again,
     **choices,
   )
@@ -108,7 +113,7 @@ def generate(
   ]
 
 
-def _check_flags(args):
+def _check_flags(args: argparse.Namespace) -> None:
   """Refuses flags that IF does not support or that have no effect here."""
   for name in ('threshold', 'grid'):
     if getattr(args, name) is not None:
@@ -123,19 +128,9 @@ def _check_flags(args):
     )
 
 
-def _open_images(args):
-  """{'image' | 'mask' | 'low_res': PIL image} of those that are given."""
-  from imagen_jax.io.images import open_image
-
-  given = (
-    ('image', args.init_image, 'RGB'),
-    ('mask', args.mask, 'L'),
-    ('low_res', args.low_res, 'RGB'),
-  )
-  return {name: open_image(path, mode) for name, path, mode in given if path}
-
-
-def _record(args, model, choices):
+def _record(
+  args: argparse.Namespace, model: 'IF', choices: Mapping[str, Any]
+) -> dict[str, Any]:
   """The metadata of a call's images, for their PNGs."""
   import jax
 
@@ -155,7 +150,7 @@ def _record(args, model, choices):
   }
 
 
-def _third_stage(args, model):
+def _third_stage(args: argparse.Namespace, model: 'IF') -> 'Cascade | None':
   """The model of --upsample_with, checked before sampling, or None."""
   import imagen_jax
 

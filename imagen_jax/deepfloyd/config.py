@@ -7,20 +7,28 @@ noise.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files
 
+Path = str | pathlib.Path
 WHAT = (
   "a DeepFloyd IF U-Net is a folder in diffusers' layout: config.json, "
   'diffusion_pytorch_model.safetensors'
 )
-DOWN = {'ResnetDownsampleBlock2D': False, 'SimpleCrossAttnDownBlock2D': True}
-UP = {'ResnetUpsampleBlock2D': False, 'SimpleCrossAttnUpBlock2D': True}
-
+# Whether a type of block has attention.
+ATTENDS_DOWN = {
+  'ResnetDownsampleBlock2D': False,
+  'SimpleCrossAttnDownBlock2D': True,
+}
+ATTENDS_UP = {
+  'ResnetUpsampleBlock2D': False,
+  'SimpleCrossAttnUpBlock2D': True,
+}
 # Keys and the values that this network supports, the default first.
-FIXED = {
+FIXED: dict[str, tuple] = {
   '_class_name': ('UNet2DConditionModel',),
   'mid_block_type': ('UNetMidBlock2DSimpleCrossAttn',),
   'resnet_time_scale_shift': ('scale_shift',),
@@ -36,10 +44,37 @@ FIXED = {
   'timestep_post_act': (None,),
   'dropout': (0, 0.0),
 }
-REQUIRED = (
-  'mid_block_type',
-  'resnet_time_scale_shift',
-  'addition_embed_type',
+REQUIRED = ('mid_block_type', 'resnet_time_scale_shift', 'addition_embed_type')
+MIDDLE = 'mid_block_only_cross_attention'
+# Keys that change the network, and the values that they may have.
+CHOICES: dict[str, tuple] = {
+  'in_channels': (3, 6),
+  'out_channels': (3, 6),
+  MIDDLE: (False, True),
+  'cross_attention_norm': (None, 'group_norm'),
+  'class_embed_type': (None, 'timestep'),
+  'time_embedding_act_fn': (None, 'gelu', 'silu'),
+  'act_fn': ('gelu', 'silu'),
+  'flip_sin_to_cos': (False, True),
+  'resnet_skip_time_act': (False, True),
+}
+# Keys with one value per level, or one number for all: the default, and what a
+# level may have; None: a whole number above 0.
+PER_LEVEL: dict[str, tuple[Any, tuple | None]] = {
+  'block_out_channels': ((320, 640, 1280, 1280), None),
+  'layers_per_block': (2, None),
+  'attention_head_dim': (8, None),
+  'only_cross_attention': (False, (False, True)),
+  'down_block_types': ((), tuple(ATTENDS_DOWN)),
+  'up_block_types': ((), tuple(ATTENDS_UP)),
+}
+# Whole numbers above 0, or None where it is the default.
+OPTIONAL = ('encoder_hid_dim', 'time_embedding_dim')
+SIZES = (
+  *OPTIONAL,
+  'norm_num_groups',
+  'addition_embed_type_num_heads',
+  'cross_attention_dim',
 )
 # Keys of diffusers' class that have no effect on these block types.
 UNUSED = {
@@ -58,7 +93,7 @@ UNUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-  """The hyper-parameters of one IF U-Net, under diffusers' names.
+  """The hyper-parameters of one IF U-Net, with diffusers' names and defaults.
 
   Attributes:
     sample_size: side of the images it was trained on.
@@ -67,8 +102,8 @@ class UNetConfig:
       fine-tuning without the variance.
     block_out_channels: width of each level, the highest resolution first.
     layers_per_block: residual blocks of each level in the encoder.
-    down_attention, up_attention: whether each block has attention, in execution
-      order (from `down_block_types`, `up_block_types`).
+    down_block_types, up_block_types: with or without attention, in execution
+      order.
     attention_head_dim: size of a head, for each level.
     only_cross_attention: whether a level's pixels attend to the text alone.
     mid_block_only_cross_attention: likewise for the middle block.
@@ -88,49 +123,59 @@ class UNetConfig:
     resnet_out_scale_factor, mid_block_scale_factor: divide residual sums.
   """
 
-  sample_size: int | None
-  in_channels: int
-  out_channels: int
   block_out_channels: tuple[int, ...]
   layers_per_block: tuple[int, ...]
-  down_attention: tuple[bool, ...]
-  up_attention: tuple[bool, ...]
+  down_block_types: tuple[str, ...]
+  up_block_types: tuple[str, ...]
   attention_head_dim: tuple[int, ...]
   only_cross_attention: tuple[bool, ...]
   mid_block_only_cross_attention: bool
-  cross_attention_dim: int
-  encoder_hid_dim: int | None
-  addition_embed_type_num_heads: int
-  cross_attention_norm: str | None
-  class_embed_type: str | None
-  time_embedding_dim: int | None
-  time_embedding_act_fn: str | None
-  act_fn: str
-  norm_num_groups: int
-  norm_eps: float
-  flip_sin_to_cos: bool
-  freq_shift: float
-  resnet_skip_time_act: bool
-  resnet_out_scale_factor: float
-  mid_block_scale_factor: float
+  sample_size: int | None = None
+  in_channels: int = 4
+  out_channels: int = 4
+  cross_attention_dim: int = 1280
+  encoder_hid_dim: int | None = None
+  addition_embed_type_num_heads: int = 64
+  cross_attention_norm: str | None = None
+  class_embed_type: str | None = None
+  time_embedding_dim: int | None = None
+  time_embedding_act_fn: str | None = None
+  act_fn: str = 'silu'
+  norm_num_groups: int = 32
+  norm_eps: float = 1e-5
+  flip_sin_to_cos: bool = True
+  freq_shift: float = 0
+  resnet_skip_time_act: bool = False
+  resnet_out_scale_factor: float = 1.0
+  mid_block_scale_factor: float = 1
 
   @property
-  def emb_channels(self):
+  def down_attention(self) -> tuple[bool, ...]:
+    """Whether each encoder level has attention, in execution order."""
+    return tuple(ATTENDS_DOWN[name] for name in self.down_block_types)
+
+  @property
+  def up_attention(self) -> tuple[bool, ...]:
+    """Whether each decoder level has attention, in execution order."""
+    return tuple(ATTENDS_UP[name] for name in self.up_block_types)
+
+  @property
+  def emb_channels(self) -> int:
     """Width of the conditioning vector."""
     return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
   @property
-  def text_dim(self):
+  def text_dim(self) -> int:
     """Width of the text embeddings that the network takes."""
     return self.encoder_hid_dim or self.cross_attention_dim
 
   @property
-  def multiple(self):
+  def multiple(self) -> int:
     """Heights and widths must be multiples of this."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
-def read(folder):
+def read(folder: Path) -> UNetConfig:
   """The `UNetConfig` of a checkpoint's folder.
 
   Raises:
@@ -140,125 +185,85 @@ def read(folder):
   return parse(files.read_json(path, missing=WHAT), path)
 
 
-def parse(raw, path='config.json'):
+def parse(raw: Mapping[str, Any], path: Path = 'config.json') -> UNetConfig:
   """A `UNetConfig` from the JSON object; `path` is for error messages.
 
   Raises:
     ModelError: a key is unknown, or has a value that is not supported.
   """
-  raw = dict(raw)
-  for key, allowed in FIXED.items():
-    missing = key not in raw and key in REQUIRED
-    if missing or raw.get(key, allowed[0]) not in allowed:
-      _refuse(path, key, raw.get(key), allowed)
-    raw.pop(key, None)
-  raw = {k: v for k, v in raw.items() if k not in UNUSED and k[0] != '_'}
-
-  def take(key, default, *allowed):
-    value = raw.pop(key, default)
-    if allowed and value not in allowed:
-      _refuse(path, key, value, allowed)
-    return value
-
-  channels = _numbers(path, 'block_out_channels', take, (320, 640, 1280, 1280))
-  levels = len(channels)
-  attention = {}
-  for key, kinds in (('down_block_types', DOWN), ('up_block_types', UP)):
-    names = take(key, ())
-    if not isinstance(names, Sequence) or len(names) != levels:
-      _refuse(path, key, names, (f'a list of {levels} block types',))
-    for name in names:
-      if name not in kinds:
-        _refuse(path, key, name, tuple(kinds))
-    attention[key] = tuple(kinds[name] for name in names)
-
-  only = take('only_cross_attention', False)
-  middle = take('mid_block_only_cross_attention', None, None, False, True)
-  if isinstance(only, bool):
-    middle, only = only if middle is None else middle, (only,) * levels
-  if len(only) != levels or not all(isinstance(v, bool) for v in only):
-    _refuse(path, 'only_cross_attention', only, ('one true or false a level',))
-
-  result = UNetConfig(
-    sample_size=take('sample_size', None),
-    in_channels=take('in_channels', 4, 3, 6),
-    out_channels=take('out_channels', 4, 3, 6),
-    block_out_channels=channels,
-    layers_per_block=_numbers(path, 'layers_per_block', take, 2, levels),
-    down_attention=attention['down_block_types'],
-    up_attention=attention['up_block_types'],
-    attention_head_dim=_numbers(path, 'attention_head_dim', take, 8, levels),
-    only_cross_attention=tuple(only),
-    mid_block_only_cross_attention=bool(middle),
-    cross_attention_dim=take('cross_attention_dim', 1280),
-    encoder_hid_dim=take('encoder_hid_dim', None),
-    addition_embed_type_num_heads=take('addition_embed_type_num_heads', 64),
-    cross_attention_norm=take('cross_attention_norm', None, None, 'group_norm'),
-    class_embed_type=take('class_embed_type', None, None, 'timestep'),
-    time_embedding_dim=take('time_embedding_dim', None),
-    time_embedding_act_fn=take(
-      'time_embedding_act_fn', None, None, 'gelu', 'silu'
-    ),
-    act_fn=take('act_fn', 'silu', 'gelu', 'silu'),
-    norm_num_groups=take('norm_num_groups', 32),
-    norm_eps=take('norm_eps', 1e-5),
-    flip_sin_to_cos=take('flip_sin_to_cos', True, True, False),
-    freq_shift=take('freq_shift', 0),
-    resnet_skip_time_act=take('resnet_skip_time_act', False, True, False),
-    resnet_out_scale_factor=take('resnet_out_scale_factor', 1.0),
-    mid_block_scale_factor=take('mid_block_scale_factor', 1),
-  )
-  if raw:
+  values = dict(raw)
+  for key, fixed in FIXED.items():
+    missing = key in REQUIRED and key not in values
+    value = values.pop(key, fixed[0])
+    if missing or value not in fixed:
+      _refuse(path, key, None if missing else value, fixed)
+  values = {k: v for k, v in values.items() if k not in UNUSED and k[0] != '_'}
+  defaults: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(UNetConfig)
+  }
+  defaults |= {key: default for key, (default, _) in PER_LEVEL.items()}
+  defaults[MIDDLE] = None  # as the levels, if they are all alike
+  for key in sorted(values.keys() - defaults):
     raise ModelError(
-      f'{path} has a key {sorted(raw)[0]!r} that this version of imagen_jax '
-      'does not know; upgrade, or remove it if it changes nothing.'
+      f'{path} has a key {key!r} that this version of imagen_jax does not '
+      'know; upgrade, or remove it if it changes nothing.'
     )
-  _check_sizes(path, result)
-  return result
+  values = defaults | values
+  if values[MIDDLE] is None:
+    values[MIDDLE] = values['only_cross_attention'] is True
+  for key, choices in CHOICES.items():
+    if values[key] not in choices:
+      _refuse(path, key, values[key], choices)
+  channels = values['block_out_channels']
+  levels = len(channels) if isinstance(channels, Sequence) else 0
+  for key, (_, allowed) in PER_LEVEL.items():
+    values[key] = _per_level(path, key, values[key], levels, allowed)
+  config = UNetConfig(**values)
+  _check_sizes(path, config)
+  return config
 
 
-def _check_sizes(path, config):
-  """Refuses sizes that do not divide the widths they must divide."""
-  for key in ('norm_num_groups', 'addition_embed_type_num_heads'):
-    _divides(path, key, getattr(config, key))
-  for key in ('cross_attention_dim', 'encoder_hid_dim', 'time_embedding_dim'):
-    value = getattr(config, key)
-    if value is not None or key == 'cross_attention_dim':
-      _divides(path, key, value)
-  for i, width in enumerate(config.block_out_channels):
-    _divides(path, 'norm_num_groups', config.norm_num_groups, width)
-    up = len(config.block_out_channels) - 1 - i
-    for attends, size in (
-      (config.down_attention[i], config.attention_head_dim[i]),
-      (config.up_attention[up], config.attention_head_dim[up]),
-    ):
-      if attends:
-        _divides(path, 'attention_head_dim', size, width)
-  heads = config.addition_embed_type_num_heads
-  _divides(path, 'addition_embed_type_num_heads', heads, config.text_dim)
+def _whole(value: Any) -> bool:
+  return isinstance(value, int) and value > 0
 
 
-def _divides(path, key, value, width=None):
-  if not isinstance(value, int) or value < 1:
-    _refuse(path, key, value, ('a whole number above 0',))
-  if width is not None and width % value:
-    _refuse(path, key, value, (f'a divisor of {width}',))
-
-
-def _numbers(path, key, take, default, length=None):
-  """A tuple of positive integers; one number applies to all levels."""
-  value = take(key, default)
-  if isinstance(value, int) and length is not None:
-    value = (value,) * length
-  good = isinstance(value, Sequence) and all(
-    isinstance(n, int) and n > 0 for n in value
-  )
-  if not good or not value or (length is not None and len(value) != length):
-    _refuse(path, key, value, ('whole numbers above 0, one a level',))
+def _per_level(
+  path: Path, key: str, value: Any, levels: int, allowed: tuple | None
+) -> tuple:
+  """A value of `PER_LEVEL` as a tuple of one per level."""
+  if isinstance(value, int):
+    value = (value,) * levels
+  fits = isinstance(value, list | tuple) and 0 < len(value) == levels
+  if not fits or not all(v in allowed if allowed else _whole(v) for v in value):
+    choices = allowed or ('a whole number above 0',)
+    _refuse(path, key, value, (*choices[:-1], f'{choices[-1]}, one per level'))
   return tuple(value)
 
 
-def _refuse(path, key, value, allowed):
+def _check_sizes(path: Path, config: UNetConfig) -> None:
+  """Refuses sizes that do not divide the widths they must divide."""
+  for key in SIZES:
+    value = getattr(config, key)
+    if not (_whole(value) or (value is None and key in OPTIONAL)):
+      _refuse(path, key, value, ('a whole number above 0',))
+  channels, sizes = config.block_out_channels, config.attention_head_dim
+  heads = config.addition_embed_type_num_heads
+  divisors = [
+    ('addition_embed_type_num_heads', heads, config.text_dim),
+    ('attention_head_dim', sizes[-1], channels[-1]),  # the middle block's
+  ]
+  for i, width in enumerate(channels):
+    divisors.append(('norm_num_groups', config.norm_num_groups, width))
+    if config.down_attention[i]:
+      divisors.append(('attention_head_dim', sizes[i], width))
+    if config.up_attention[-1 - i]:
+      divisors.append(('attention_head_dim', sizes[-1 - i], width))
+  for key, value, width in divisors:
+    if width % value:
+      _refuse(path, key, value, (f'a divisor of {width}',))
+
+
+def _refuse(path: Path, key: str, value: Any, allowed: Iterable) -> NoReturn:
   choices = ' or '.join(str(choice) for choice in allowed)
   raise ModelError(
     f'{path} has {key} = {value!r} where a DeepFloyd IF U-Net has {choices}; '

@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,14 @@ from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training.experiment import (
   Experiment,
   Export,
+  Preview,
   Start,
+  Tree,
   make_experiment,
 )
 from imagen_jax.training.preview import make_image_preview
 from imagen_jax.training.program import make_program
+from imagen_jax.typing import Array
 
 DROP = 0.1  # fraction of captions dropped for classifier-free guidance
 
@@ -82,42 +87,42 @@ class IFExperiment(Experiment):
       self._shapes = jax.eval_shape(cut_variance, self._shapes)
 
   @property
-  def _text_size(self):
-    return text.MAX_LEN, self.stage.config.encoder_hid_dim
+  def _text_size(self) -> tuple[int, int]:
+    return text.MAX_LEN, self.stage.config.text_dim
 
-  def text_record(self):
+  def text_record(self) -> dict:
     length, dim = self._text_size
     return {'dim': dim, 'max_len': length, 'digest': None}
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> Tree:
     """Adapters; zeros for full fine-tuning, see `start`."""
     if self.adapt:
       return lora.init(key, self._shapes, self.config.rank)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes)
 
-  def start(self, shardings, init_from):
+  def start(self, shardings: Tree, init_from: Any | None) -> Start:
     if init_from is not None or self.adapt:
       started = super().start(shardings, init_from)
       return Start(started.params, f'starts from {self.stage.folder}')
     params = jax.device_put(self._load_weights(), shardings)
     return Start(params, f'starts from {self.stage.folder}')
 
-  def batch_spec(self, batch_size):
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shape, side = jax.ShapeDtypeStruct, self.resolution
     return {
       'image': shape((batch_size, side, side, 3), jnp.uint8),
       'text': shape((batch_size, *self._text_size), jnp.float32),
     }
 
-  def frozen_spec(self):
-    frozen = {'empty': jax.ShapeDtypeStruct(self._text_size, jnp.float32)}
+  def frozen_spec(self) -> Tree:
+    frozen: Tree = {'empty': jax.ShapeDtypeStruct(self._text_size, jnp.float32)}
     if self.adapt:
       frozen['weights'] = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), self._shapes
       )
     return frozen
 
-  def load_frozen(self):
+  def load_frozen(self) -> Tree:
     """Embeds captions that the workdir lacks; loads the frozen weights."""
     captions = (
       self.clean(source[i]['caption'])
@@ -128,7 +133,7 @@ class IFExperiment(Experiment):
       dict.fromkeys(['', *captions]),
       self.text_folder,
       dtype=self.config.text.dtype,
-      cache=self._cache,
+      cache=self._inside('text'),
     )
     empty = jax.device_put(self._embedding(''), sharding.replicated(self.mesh))
     frozen = {'empty': empty}
@@ -136,7 +141,7 @@ class IFExperiment(Experiment):
       frozen['weights'] = self._load_weights()
     return frozen
 
-  def _load_weights(self):
+  def _load_weights(self) -> dict:
     """The stage's weights, on the mesh."""
     _, params = self.stage.load(
       dtype=self.dtype,
@@ -145,19 +150,21 @@ class IFExperiment(Experiment):
     )
     return cut_variance(params) if self.drop else params
 
-  @property
-  def _cache(self):
-    return self.workdir / 'text'
+  def _inside(self, name: str) -> pathlib.Path:
+    """A folder in the workdir."""
+    if self.workdir is None:
+      raise ValueError(f'{type(self).__name__} was built without a workdir')
+    return self.workdir / name
 
-  def _embedding(self, caption):
+  def _embedding(self, caption: str) -> np.ndarray:
     return text.stored(
       self.clean(caption),
       self.text_folder,
       dtype=self.config.text.dtype,
-      cache=self._cache,
+      cache=self._inside('text'),
     )
 
-  def example(self, example):
+  def example(self, example: dict) -> dict:
     return {
       'image': example['image'],
       'text': self._embedding(example['caption']),
@@ -165,31 +172,36 @@ class IFExperiment(Experiment):
 
   def merge(self, trained: dict, weights: dict | None) -> dict:
     """The network's parameters; adapters are added to `weights`."""
-    if not self.adapt:
+    if weights is None:  # all parameters are trained
       return trained
     return lora.merge(weights, trained, self.config.scale)
 
-  def loss(self, params, key, batch, frozen):
+  def loss(
+    self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[Array, dict]:
     keys = dict(zip(('drop', 'level', 'low', 'loss'), jax.random.split(key, 4)))
     stage, captions = self.stage, batch['text']
     x = batch['image'].astype(jnp.float32) / 127.5 - 1
     dropped = jax.random.bernoulli(keys['drop'], DROP, x.shape[:1])
     captions = jnp.where(dropped[:, None, None], frozen['empty'], captions)
     low = level = None
-    if stage.upsamples:
+    if stage.noising is not None:
       low = upsample(box_downsample(x, x.shape[1] // 4), *x.shape[1:3])
       level = jax.random.randint(
         keys['level'], x.shape[:1], 0, stage.noising.num_train_timesteps
       )
-      abar = schedule.alphas_cumprod(stage.noising).astype(np.float32)
-      abar = jnp.asarray(abar)[level][:, None, None, None]
+      table = schedule.alphas_cumprod(stage.noising).astype(np.float32)
+      abar = jnp.asarray(table)[level][:, None, None, None]
       noise = jax.random.normal(keys['low'], low.shape)
       low = jnp.sqrt(abar) * low + jnp.sqrt(1 - abar) * noise
     merged = self.merge(params, frozen.get('weights'))
 
-    def predict(z, t):
+    def predict(z: Array, t: Array) -> Array:
       given = z if low is None else jnp.concatenate([z, low], axis=-1)
-      return self.module.apply({'params': merged}, given, t, captions, level)
+      out: Any = self.module.apply(
+        {'params': merged}, given, t, captions, level
+      )
+      return out
 
     return loss.hybrid_loss(
       keys['loss'],
@@ -199,15 +211,15 @@ class IFExperiment(Experiment):
       weight=0.0 if self.drop else self.config.bound_weight,
     )
 
-  def make_preview(self, frozen):
+  def make_preview(self, frozen: Tree) -> Callable[[Tree], Preview | None]:
     shape = (self.resolution, self.resolution, 3)
     sample = pipeline.previewer(self.stage, self.module, shape)
 
-    def sample_trained(trained, given, frozen):
+    def sample_trained(trained: dict, given: dict, frozen: Tree) -> Array:
       params = self.merge(trained, frozen.get('weights'))
       return sample(params, given, frozen['empty'])
 
-    def embed(captions):
+    def embed(captions: list[str]) -> dict:
       return {'text': np.stack([self._embedding(c) for c in captions])}
 
     low = self.resolution // 4 if self.stage.upsamples else None
@@ -215,11 +227,13 @@ class IFExperiment(Experiment):
       self, jax.jit(sample_trained), embed, frozen, low_resolution=low
     )
 
-  def finish(self, state, frozen):
-    out = self.workdir / 'export' / self.name
+  def finish(self, state: Any, frozen: Tree) -> None:
+    out = self._inside('export') / self.name
     self.write(state.ema_params, frozen.get('weights'), out)
 
-  def write(self, trained: dict, weights: dict | None, out: pathlib.Path):
+  def write(
+    self, trained: dict, weights: dict | None, out: pathlib.Path
+  ) -> None:
     """Writes a stage folder with the trained weights."""
     params = jax.jit(self.merge)(trained, weights)
     if jax.process_index() == 0:
@@ -235,7 +249,7 @@ class IFExperiment(Experiment):
       request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
     )
     config = ConfigDict(record['config'])
-    run = make_experiment(config, request.workdir)
+    run = cast(IFExperiment, make_experiment(config, request.workdir))
     program = make_program(run, run.mesh)
     directory = config.train.checkpoint_dir or request.workdir / 'checkpoints'
     with Checkpoints(directory, keep_last=config.train.keep_last) as saved:
@@ -249,9 +263,10 @@ class IFExperiment(Experiment):
     )
 
 
-def _choice(config, key, allowed):
+def _choice(config: ConfigDict, key: str, allowed: Sequence[str]) -> str:
   if config[key] not in allowed:
     raise UsageError(
-      f'{key} is {config[key]!r}; it can be {" or ".join(allowed)}.'
+      f'config.{key} is {config[key]!r}; it can be {" or ".join(allowed)}.',
+      key=f'config.{key}',
     )
   return config[key]

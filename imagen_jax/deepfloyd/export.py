@@ -1,26 +1,30 @@
 """Exports fine-tuned weights as a stage folder in diffusers' layout."""
 
 import dataclasses
+import pathlib
 import shutil
 
 from imagen_jax.deepfloyd import weights
+from imagen_jax.deepfloyd.stage import Stage
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.io import files
 
 
-def without_variance(module):
+def without_variance(module: IFUNet) -> IFUNet:
   """The network without the variance channels."""
   config = dataclasses.replace(module.config, out_channels=3)
   return IFUNet(config, module.dtype)
 
 
-def cut_variance(params):
+def cut_variance(params: dict) -> dict:
   """The parameters without those of the variance channels."""
   last = {k: v[..., :3] for k, v in params['conv_out'].items()}
   return params | {'conv_out': last}
 
 
-def export_stage(folder, params, stage, *, drop):
+def export_stage(
+  folder: pathlib.Path, params: dict, stage: Stage, *, drop: bool
+) -> None:
   """Writes a stage folder.
 
   Args:

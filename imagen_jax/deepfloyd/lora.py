@@ -13,7 +13,7 @@ from imagen_jax.deepfloyd.weights import leaves
 TARGETS = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'to_out_0')
 
 
-def init(key, params, rank):
+def init(key: jax.Array, params: dict, rank: int) -> dict:
   """Initialises {'path/of/kernel': {'a': [in, r], 'b': [r, out]}}, float32.
 
   Args:
@@ -22,7 +22,7 @@ def init(key, params, rank):
     rank: r.
   """
   adapters = {}
-  for i, (path, leaf) in enumerate(leaves(params)):
+  for i, (path, leaf) in enumerate(leaves(params).items()):
     if path[-1] == 'kernel' and path[-2] in TARGETS:
       rows, columns = leaf.shape
       a = jax.random.normal(jax.random.fold_in(key, i), (rows, rank))
@@ -33,10 +33,10 @@ def init(key, params, rank):
   return adapters
 
 
-def merge(params, adapters, scale=1.0):
+def merge(params: dict, adapters: dict, scale: float = 1.0) -> dict:
   """The network's parameters with the adapters added, each in its dtype."""
 
-  def add(path, leaf):
+  def add(path: tuple, leaf: jax.Array) -> jax.Array:
     adapter = adapters.get('/'.join(key.key for key in path))
     if adapter is None:
       return leaf

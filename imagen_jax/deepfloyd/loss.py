@@ -7,18 +7,21 @@ of one random step, without its gradient with respect to eps.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr, ndtr
+from jaxtyping import Float
 
 from imagen_jax.deepfloyd import schedule as schedules
+from imagen_jax.typing import Array, Image, Scalars, Values
 
 WEIGHT = 0.001  # λ, the weight of the bound summed over all steps
 
 
-def training_plan(made):
+def training_plan(made: schedules.Schedule) -> schedules.Plan:
   """The `schedule.Plan` of all steps: row t is the step t → t − 1, [T] each.
 
   The lower variance of row 0 is 0; its logarithm is replaced by that of row 1,
@@ -32,7 +35,14 @@ def training_plan(made):
   return plan._replace(log_low=low)
 
 
-def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
+def hybrid_loss(
+  key: jax.Array,
+  predict: Callable[[Image, Array], Image],
+  x: Image,
+  plan: schedules.Plan,
+  *,
+  weight: float = WEIGHT,
+) -> tuple[Float[Array, ' b'], dict[str, Array]]:
   """The loss of each image of a batch at a random step.
 
   Args:
@@ -59,7 +69,11 @@ def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
   guess = out[..., :channels]
   axes = tuple(range(1, x.ndim))
   mse = jnp.mean((guess - eps) ** 2, axis=axes)
-  details = {'t': t / total, 'mse': mse, 'bound': jnp.zeros_like(mse)}
+  details: dict[str, Array] = {
+    't': t / total,
+    'mse': mse,
+    'bound': jnp.zeros_like(mse),
+  }
   if out.shape[-1] == channels or weight == 0:
     return mse, details
   guess = (z - row.sigma * jax.lax.stop_gradient(guess)) / row.alpha
@@ -80,7 +94,7 @@ def hybrid_loss(key, predict, x, plan, *, weight=WEIGHT):
   return mse + weight * bound, details | {'bound': bound}
 
 
-def log_likelihood(x, mean, log_variance):
+def log_likelihood(x: Values, mean: Scalars, log_variance: Scalars) -> Values:
   """Log probability of x's 8-bit level under a Gaussian.
 
   The lowest and the highest level extend to infinity. All [...]; x and mean in

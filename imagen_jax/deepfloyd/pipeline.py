@@ -7,7 +7,8 @@ given image, and IF's style transfer; its arguments select the task.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,10 @@ from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
+from imagen_jax.typing import Image
 
 
-def _stage_folders(path):
+def _stage_folders(path: pathlib.Path) -> list[pathlib.Path]:
   places = [path]
   if path.is_dir():
     places += sorted(p for p in path.iterdir() if p.is_dir())
@@ -39,6 +41,7 @@ def load(
   dtype: str = 'auto',
   stages: Sequence[str] | None = None,
   fsdp: int | None = None,
+  cache: str | pathlib.Path | None = None,
 ) -> 'IF':
   """Opens IF: reads the configs now, the weights when sampling.
 
@@ -49,6 +52,7 @@ def load(
     dtype: of activations and weights, 'auto', 'float32' or 'bfloat16'.
     stages: names of the folders to use; all by default.
     fsdp: devices that share one copy of a network; None: as few as can hold it.
+    cache: a directory of embeddings, see `text.embed`.
 
   Raises:
     ModelError: there is no stage, or the stages do not form a cascade.
@@ -77,7 +81,7 @@ def load(
         f'{lower.name} and {upper.name} in {path} do the same thing; choose '
         'one of them as the stages to use.'
       )
-  return IF(path, found, resolve_dtype(dtype), fsdp)
+  return IF(path, found, resolve_dtype(dtype), fsdp, cache)
 
 
 class IF:
@@ -87,6 +91,7 @@ class IF:
     path: its folder.
     stages: `stage.Stage`s, the lowest resolution first.
     dtype: of activations and weights.
+    cache: the directory of embeddings, or None.
   """
 
   def __init__(
@@ -94,14 +99,16 @@ class IF:
     path: pathlib.Path,
     stages: Sequence[Stage],
     dtype: jax.typing.DTypeLike,
-    fsdp: int | None,
+    fsdp: int | None = None,
+    cache: str | pathlib.Path | None = None,
   ):
     self.path = path
+    self.cache = cache
     self.stages = stages
     self.dtype = jnp.dtype(dtype)
     self._mesh = functools.partial(sharding.sampling_mesh, fsdp=fsdp)
 
-  def settings(self, task: str, **choices) -> list[Settings]:
+  def settings(self, task: str, **choices: Any) -> list[Settings]:
     """`Settings` of every stage: the task's defaults, overridden by `choices`.
 
     Args:
@@ -114,19 +121,13 @@ class IF:
     """
     return settings.choose(self.stages, task, choices)
 
-  def embed(
-    self, prompts: Sequence[str], *, cache: str | pathlib.Path | None = None
-  ) -> dict[str, np.ndarray]:
+  def embed(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """{prompt: [77, D]}; T5 is freed afterwards. See `text.embed`."""
     prompts = list(dict.fromkeys(prompts))
-    folders = [self.path, *(s.folder for s in self.stages)]
-    siblings = [f for f in _stage_folders(self.path) if f not in folders]
-    made = text.embed(
-      prompts,
-      text.find([*folders, *siblings]),
-      dtype=self.dtype.name,
-      cache=cache,
-    )
+    chosen = [part.folder for part in self.stages]
+    folders = dict.fromkeys([self.path, *chosen, *_stage_folders(self.path)])
+    folder, dtype = text.find(folders), self.dtype.name
+    made = text.embed(prompts, folder, dtype=dtype, cache=self.cache)
     return dict(zip(prompts, made))
 
   def sample(
@@ -141,10 +142,9 @@ class IF:
     image: PIL.Image.Image | None = None,
     mask: PIL.Image.Image | None = None,
     aspect: tuple[int, int] = (1, 1),
-    cache: str | pathlib.Path | None = None,
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
-    **choices,
+    **choices: Any,
   ) -> dict[str, np.ndarray]:
     """Samples images for prompts.
 
@@ -163,7 +163,6 @@ class IF:
       mask: of the same shape, white where to inpaint; the rest is kept
         bit-equal.
       aspect: (width, height), without `image` or `low_res`.
-      cache: a directory of embeddings, see `text.embed`.
       batch_size: images per batch, at most 4 by default.
       callback: called with (stage name, images done, total images).
       **choices: fields of `Settings`.
@@ -193,23 +192,13 @@ class IF:
       mask=mask,
       strength=choices.get('strength'),
     )
-    if style_prompt is None and choices.get('style_fraction') is not None:
-      raise UsageError(
-        'style_fraction has no effect without a style prompt.',
-        key='style_fraction',
-      )
-    if negative_prompt and all(setting.guidance <= 1 for setting in chosen):
-      raise UsageError(
-        'the negative prompt has no effect without guidance above 1.',
-        key='negative_prompt',
-      )
+    _check_effects(chosen, choices, negative_prompt, style_prompt)
     low = None
     if low_res is not None:
       low = image_io.to_float(low_res, *low_res.size)
       low = np.broadcast_to(low, (len(request.rows), *low.shape))
-    wanted = [*request.prompts, negative_prompt]
-    wanted += [style_prompt] if style_prompt is not None else []
-    texts = self.embed(wanted, cache=cache)
+    styles = [] if style_prompt is None else [style_prompt]
+    texts = self.embed([*request.prompts, negative_prompt, *styles])
     results = {}
     for part, setting in zip(self.stages, chosen):
       width, height = _size(part, low, image, aspect)
@@ -219,18 +208,19 @@ class IF:
       if style_prompt is not None:
         shared['pooled'] = shared['mixed'] = texts[style_prompt]
       inputs = _stage_inputs(part, request, texts, low, shared)
-      run = functools.partial(
-        _generate,
-        part,
-        setting,
-        plan=settings.plan(part, setting, image is not None),
-        shape=(height, width, 3),
-      )
+      shape = (height, width, 3)
+      run = functools.partial(_generate, part, setting, shape=shape)
       low = self._run_stage(part, request, inputs, run)
       results[part.name] = low
     return results
 
-  def _run_stage(self, part, request, inputs, run):
+  def _run_stage(
+    self,
+    part: Stage,
+    request: Request,
+    inputs: Callable[[np.ndarray], SampleInputs],
+    run: Callable[[IFUNet, dict, SampleInputs], jax.Array],
+  ) -> np.ndarray:
     """Samples all rows with one stage: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(weights.num_bytes(part.folder / 'unet'))
     module, params = part.load(
@@ -244,18 +234,51 @@ class IF:
     return images
 
 
-def _generate(part, setting, module, params, inputs, *, plan, shape):
+def _check_effects(
+  chosen: Sequence[Settings],
+  choices: Mapping[str, Any],
+  negative_prompt: str,
+  style_prompt: str | None,
+) -> None:
+  """Rejects prompts and choices that have no effect on any stage."""
+  if style_prompt is None and choices.get('style_fraction') is not None:
+    raise UsageError(
+      'style_fraction has no effect without a style prompt.',
+      key='style_fraction',
+    )
+  if negative_prompt and all(setting.guidance <= 1 for setting in chosen):
+    raise UsageError(
+      'the negative prompt has no effect without guidance above 1.',
+      key='negative_prompt',
+    )
+
+
+def _generate(
+  part: Stage,
+  setting: Settings,
+  module: IFUNet,
+  params: dict,
+  inputs: SampleInputs,
+  *,
+  shape: tuple[int, int, int],
+) -> jax.Array:
   """`stage.generate` with the settings' scalars added to `inputs`."""
   made = part.schedule
   if module.config.out_channels == 3:  # no variance channels
     made = dataclasses.replace(made, variance_type='fixed_small')
+  plan = settings.plan(part, setting, inputs.image is not None)
   inputs = inputs._replace(**settings.scalars(part, setting))
   return stage.generate(
     params, inputs, plan, module=module, made=made, shape=shape
   )
 
 
-def _size(part, low, image, aspect):
+def _size(
+  part: Stage,
+  low: np.ndarray | None,
+  image: PIL.Image.Image | None,
+  aspect: tuple[int, int],
+) -> tuple[int, int]:
   """(width, height) of a stage's images."""
   if image is not None:
     width, height = image_io.shaped(*image.size, part.resolution)
@@ -268,10 +291,16 @@ def _size(part, low, image, aspect):
   return width, height
 
 
-def _stage_inputs(part, request, texts, low, shared):
+def _stage_inputs(
+  part: Stage,
+  request: Request,
+  texts: Mapping[str, np.ndarray],
+  low: np.ndarray | None,
+  shared: Mapping[str, np.ndarray],
+) -> Callable[[np.ndarray], SampleInputs]:
   """A function: row indices -> `SampleInputs` on the host, without scalars."""
 
-  def inputs(rows):
+  def inputs(rows: np.ndarray) -> SampleInputs:
     prompts = [request.prompts[request.rows[row][0]] for row in rows]
     return SampleInputs(
       keys=request.key_data(rows, part.resolution),
@@ -285,7 +314,7 @@ def _stage_inputs(part, request, texts, low, shared):
 
 def previewer(
   part: Stage, module: IFUNet, shape: tuple[int, int, int]
-) -> Callable:
+) -> Callable[[dict, dict, jax.Array], Image]:
   """Returns a function that samples with a stage's default settings.
 
   Args:
@@ -299,17 +328,14 @@ def previewer(
     stage, `low` [B, h, w, 3].
   """
   (setting,) = settings.choose([part], 'text', {})
-  plan = settings.plan(part, setting, from_image=False)
 
-  def generate(params, arrays, empty):
+  def generate(params: dict, arrays: dict, empty: jax.Array) -> Image:
     inputs = SampleInputs(
       keys=arrays['keys'],
       text=arrays['text'],
       uncond=jnp.broadcast_to(empty, arrays['text'].shape),
       low_res=arrays.get('low'),
     )
-    return _generate(
-      part, setting, module, params, inputs, plan=plan, shape=shape
-    )
+    return _generate(part, setting, module, params, inputs, shape=shape)
 
   return generate

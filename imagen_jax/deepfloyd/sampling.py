@@ -1,7 +1,7 @@
 """Sampling with an IF network: guidance, thresholding and the sampler loop."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from imagen_jax.deepfloyd.schedule import Plan, Schedule
 from imagen_jax.diffusion.guidance import magnitude_percentile
 from imagen_jax.typing import Array, Image, PixelMask, Scalars, TextEmb
 
-Predictor = Callable[[Array, Array], tuple[Array, Array | None]]
+Predictor = Callable[[Image, Array], tuple[Image, Image | None]]
 
 
 def threshold(x: Image, schedule: Schedule) -> Image:
@@ -49,10 +49,10 @@ class Texts(NamedTuple):
 
   text: TextEmb
   uncond: TextEmb | None = None
-  guidance: Scalars | None = None
+  guidance: Scalars = 1.0
   pooled: TextEmb | None = None
   mixed: TextEmb | None = None
-  mixer: Scalars | None = None
+  mixer: Scalars = 0.0
 
 
 def predictor(
@@ -77,33 +77,30 @@ def predictor(
     low_res: [B, H, W, 3], upsampled and noised, for a super-resolution stage.
     noise_level: the step number of its noise.
   """
-  texts = [given.text]
-  pooled = [given.text if given.pooled is None else given.pooled]
-  for other in (given.mixed, given.uncond):
-    if other is not None:
-      texts.append(other)
-      pooled.append(other)
-  batch = given.text.shape[0]
-  plain = given.pooled is None and given.mixed is None
-  count = len(texts)
-  texts, pooled = jnp.concatenate(texts), jnp.concatenate(pooled)
+  others = [x for x in (given.mixed, given.uncond) if x is not None]
+  batch, count = len(given.text), 1 + len(others)
+  texts = jnp.concatenate([given.text, *others])
+  pooled = None
+  if given.pooled is not None or given.mixed is not None:
+    first = given.text if given.pooled is None else given.pooled
+    pooled = jnp.concatenate([first, *others])
 
-  def predict(z, t):
+  def predict(z: Image, t: Array) -> tuple[Image, Image | None]:
     seen = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
     levels = None
     if noise_level is not None:
       levels = jnp.full((count * batch,), noise_level)
-    out = module.apply(
+    out: Any = module.apply(
       {'params': params},
       jnp.concatenate([seen] * count),
       jnp.full((count * batch,), t),
       texts,
       levels,
-      None if plain else pooled,
+      pooled,
     )
     channels = z.shape[-1]
     parts = jnp.split(out[..., :channels], count)
-    eps = parts[0]
+    eps: Array = parts[0]
     if given.mixed is not None:
       eps = eps * (1 - given.mixer) + parts[1] * given.mixer
     if given.uncond is not None:
@@ -139,29 +136,30 @@ def sample(
     [B, H, W, C] float32.
   """
 
-  def step(carry, inputs):
+  def step(
+    carry: tuple[Image, Image], inputs: tuple[jax.Array, Plan]
+  ) -> tuple[tuple[Image, Image], None]:
     z, last = carry
     i, row = inputs
     eps, v = predict(z, row.t)
     eps = eps.astype(z.dtype)
     x = threshold((z - row.sigma * eps) / row.alpha, schedule)
     if schedule.variance_type == 'learned_range' and v is not None:
-      fraction = (v.astype(z.dtype) + 1) / 2
+      fraction: Scalars = (v.astype(z.dtype) + 1) / 2
     else:
       fraction = float(schedule.variance_type == 'fixed_large')
     log_variance = row.log_low + fraction * (row.log_high - row.log_low)
-    std = row.noise * jnp.exp(0.5 * log_variance)
-    new = row.z * z + row.x * x + row.eps * eps + row.slope * (x - last)
+    # 0 · inf is NaN: the predicted variance may overflow.
+    std = jnp.where(row.noise > 0, jnp.exp(0.5 * log_variance), 0)
+    new = row.z * z + row.x * x + row.slope * (x - last)
     new = new + std * noise(i)
     if mask is not None:
       new = mask * new + (1 - mask) * z
     return (new, x), None
 
-  rows = jax.tree.map(jnp.asarray, plan)
-  count = len(plan.t)
-  (z, _), _ = jax.lax.scan(
-    step, (z, jnp.zeros_like(z)), (jnp.arange(count), rows)
-  )
+  start: tuple[Image, Image] = (z, jnp.zeros_like(z))
+  rows = jnp.arange(len(plan.t)), jax.tree.map(jnp.asarray, plan)
+  (z, _), _ = jax.lax.scan(step, start, rows)
   return z
 
 

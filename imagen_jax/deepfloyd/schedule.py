@@ -2,7 +2,7 @@
 
 A step of every sampler here is a linear combination,
 
-  z' = a z + b x + c eps + d (x − x_last) + std · noise,
+  z' = a z + b x + c (x − x_last) + std · noise,
 
 whose coefficients depend only on the noise levels of the steps. They are
 computed in float64, because they are differences of nearly equal numbers, and
@@ -11,9 +11,11 @@ the loop (`sampling.py`) gets them as float32 rows.
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files
@@ -33,6 +35,7 @@ RESPACINGS = {
   'super40': '2,2,2,2,2,2,3,4,6,15',
   'super100': '4,4,6,6,8,8,10,10,14,30',
 }
+Steps = Int[np.ndarray, ' n']
 SAMPLERS = ('ddpm', 'ddim', 'dpmpp')
 
 
@@ -75,7 +78,7 @@ CHOICES = {
 }
 
 
-def read(folder, name='scheduler'):
+def read(folder: str | pathlib.Path, name: str = 'scheduler') -> Schedule:
   """The `Schedule` of a stage's folder.
 
   Keys that no sampler here needs are ignored; a `prediction_type` other than
@@ -88,7 +91,9 @@ def read(folder, name='scheduler'):
   return parse(files.read_json(path, missing=WHAT), path)
 
 
-def parse(raw, path='scheduler_config.json'):
+def parse(
+  raw: Mapping[str, Any], path: str | pathlib.Path = 'scheduler_config.json'
+) -> Schedule:
   """A `Schedule` from the JSON object; `path` is for error messages."""
   if raw.get('prediction_type', 'epsilon') != 'epsilon':
     raise ModelError(
@@ -106,7 +111,7 @@ def parse(raw, path='scheduler_config.json'):
   return result
 
 
-def alphas_cumprod(schedule):
+def alphas_cumprod(schedule: Schedule) -> Float[np.ndarray, ' t']:
   """ᾱ_t = Π (1 − β): the signal's fraction of the variance, float64 [T]."""
   steps = schedule.num_train_timesteps
   if schedule.beta_schedule == 'linear':
@@ -119,7 +124,9 @@ def alphas_cumprod(schedule):
   return np.cumprod(1 - betas)
 
 
-def timesteps(schedule, steps, sampler='ddpm'):
+def timesteps(
+  schedule: Schedule, steps: int | str, sampler: str = 'ddpm'
+) -> Steps:
   """The step numbers of a run, the noisiest first.
 
   Args:
@@ -138,7 +145,8 @@ def timesteps(schedule, steps, sampler='ddpm'):
   if not 1 <= steps <= total:
     raise UsageError(
       f'steps is {steps}; it lies between 1 and {total}, or is one of '
-      f'{", ".join(RESPACINGS)}.'
+      f'{", ".join(RESPACINGS)}.',
+      key='steps',
     )
   spacing = schedule.timestep_spacing
   if sampler == 'dpmpp':
@@ -153,7 +161,7 @@ def timesteps(schedule, steps, sampler='ddpm'):
   return np.rint(np.linspace(0, total - 1, steps)).astype(int)[::-1]
 
 
-def respaced(spec, total=1000):
+def respaced(spec: str, total: int = 1000) -> Steps:
   """IF's respacings: a number of steps in each of several equal sections.
 
   Args:
@@ -169,7 +177,8 @@ def respaced(spec, total=1000):
   except ValueError:
     raise UsageError(
       f'steps {spec!r} is unknown; give a number, one of '
-      f'{", ".join(RESPACINGS)}, or numbers of steps such as 10,10,3,2,2.'
+      f'{", ".join(RESPACINGS)}, or numbers of steps such as 10,10,3,2,2.',
+      key='steps',
     ) from None
   size, extra = divmod(total, len(counts))
   chosen, start = [], 0
@@ -177,7 +186,8 @@ def respaced(spec, total=1000):
     width = size + (i < extra)
     if not 0 <= count <= width:
       raise UsageError(
-        f'steps {spec!r} wants {count} in section {i}, which has {width}.'
+        f'steps {spec!r} wants {count} in section {i}, which has {width}.',
+        key='steps',
       )
     stride = (width - 1) / (count - 1) if count > 1 else 1
     position = 0.0
@@ -186,7 +196,7 @@ def respaced(spec, total=1000):
       position += stride
     start += width
   if not chosen:
-    raise UsageError(f'steps {spec!r} leaves no step at all.')
+    raise UsageError(f'steps {spec!r} leaves no step at all.', key='steps')
   return np.array(chosen[::-1])
 
 
@@ -196,7 +206,7 @@ class Plan(NamedTuple):
   Attributes:
     t: step number.
     alpha, sigma: of the noisy image before the step.
-    z, x, eps, slope: a, b, c, d of the formula at the top of this file.
+    z, x, slope: a, b, c of the formula at the top of this file.
     log_low, log_high: log variances of the step's noise between which the
       network interpolates (Nichol and Dhariwal 2021).
     noise: 1 where the step adds noise, else 0.
@@ -207,7 +217,6 @@ class Plan(NamedTuple):
   sigma: np.ndarray
   z: np.ndarray
   x: np.ndarray
-  eps: np.ndarray
   slope: np.ndarray
   log_low: np.ndarray
   log_high: np.ndarray
@@ -215,25 +224,29 @@ class Plan(NamedTuple):
 
 
 def plan(
-  schedule, steps, sampler='ddpm', *, end=1.0, use_clipped_model_output=True
-):
+  schedule: Schedule,
+  steps: Steps | Sequence[int],
+  sampler: str = 'ddpm',
+  *,
+  end: float = 1.0,
+) -> Plan:
   """The `Plan` of a sampler on given steps.
 
   Args:
     schedule: `Schedule`.
     steps: step numbers, descending: `timesteps(…)`, or the later part of it.
-    sampler: 'ddpm' (ancestral), 'ddim' (deterministic), or 'dpmpp', the
-      second-order multistep DPM-Solver++, whose last step is of first order.
+    sampler: 'ddpm' (ancestral), 'ddim' (deterministic, with eps of the
+      thresholded image, as in IF's own loop), or 'dpmpp', the second-order
+      multistep DPM-Solver++, whose last step is of first order.
     end: ᾱ after the last step; 1 is no noise.
-    use_clipped_model_output: DDIM recomputes eps from the thresholded image, as
-      in IF's own loop; False keeps the network's, diffusers' default.
 
   Raises:
     UsageError: an unknown sampler.
   """
   if sampler not in SAMPLERS:
     raise UsageError(
-      f'sampler {sampler!r} is unknown; choose {", ".join(SAMPLERS)}.'
+      f'sampler {sampler!r} is unknown; choose {", ".join(SAMPLERS)}.',
+      key='sampler',
     )
   abar = alphas_cumprod(schedule)[np.asarray(steps)]
   after = np.append(abar[1:], end)
@@ -241,7 +254,7 @@ def plan(
   alpha_s, sigma_s = np.sqrt(after), np.sqrt(1 - after)
   zero = np.zeros(len(abar))
   beta = 1 - abar / after
-  rows = dict(t=np.asarray(steps), alpha=alpha, sigma=sigma, eps=zero)
+  rows = dict(t=np.asarray(steps), alpha=alpha, sigma=sigma)
   rows |= dict(slope=zero, log_low=zero, log_high=zero, noise=zero)
   if sampler == 'ddpm':
     low = np.maximum((1 - after) / (1 - abar) * beta, 1e-20)
@@ -252,8 +265,6 @@ def plan(
       log_high=np.log(beta),
       noise=(np.arange(len(abar)) < len(abar) - 1).astype(float),
     )
-  elif sampler == 'ddim' and not use_clipped_model_output:
-    rows |= dict(z=zero, x=alpha_s, eps=sigma_s)
   else:
     # DDIM is DPM-Solver++ of first order.
     ratio = sigma_s / sigma
@@ -268,7 +279,7 @@ def plan(
   return Plan(**{k: v.astype(np.float32) for k, v in rows.items()})
 
 
-def later(steps, strength):
+def later(steps: Steps, strength: float) -> Steps:
   """The last fraction `strength` of the steps, for starting from an image.
 
   Raises:
@@ -278,6 +289,7 @@ def later(steps, strength):
   if not 0 < strength <= 1 or count < 1:
     raise UsageError(
       f'strength is {strength:g}; it lies above 0 and up to 1, and leaves '
-      f'at least one of {len(steps)} steps.'
+      f'at least one of {len(steps)} steps.',
+      key='strength',
     )
   return steps[len(steps) - count :]

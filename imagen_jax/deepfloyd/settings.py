@@ -106,13 +106,13 @@ def plan(part: Stage, setting: Settings, from_image: bool) -> schedule.Plan:
   return schedule.plan(part.schedule, steps, setting.sampler)
 
 
-def scalars(part: Stage, setting: Settings) -> dict[str, np.float32]:
+def scalars(part: Stage, setting: Settings) -> dict[str, Any]:
   """The scalars of `SampleInputs` from a stage's settings."""
-  result = {
+  result: dict[str, Any] = {
     'guidance': np.float32(setting.guidance),
     'mixer': np.float32(setting.style_fraction),
   }
-  if part.upsamples:
+  if part.noising is not None:
     level = min(round(setting.aug_level * 1000), 999)
     result |= noise_terms(part.noising, level)
   return result

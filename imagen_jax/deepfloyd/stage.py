@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax.deepfloyd import config as configs
-from imagen_jax.deepfloyd import sampling, schedule, weights
+from imagen_jax.deepfloyd import sampling, weights
+from imagen_jax.deepfloyd import schedule as schedules
 from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.typing import (
@@ -38,8 +40,8 @@ class Stage:
 
   folder: pathlib.Path
   config: configs.UNetConfig
-  schedule: schedule.Schedule
-  noising: schedule.Schedule | None
+  schedule: schedules.Schedule
+  noising: schedules.Schedule | None
 
   @property
   def name(self) -> str:
@@ -80,9 +82,8 @@ def read(folder: str | pathlib.Path) -> Stage:
   config = configs.read(folder / 'unet')
   noising = None
   if config.in_channels == 6:
-    name = 'image_noising_scheduler'
-    noising = schedule.read(folder, name)
-  return Stage(folder, config, schedule.read(folder), noising)
+    noising = schedules.read(folder, 'image_noising_scheduler')
+  return Stage(folder, config, schedules.read(folder), noising)
 
 
 class SampleInputs(NamedTuple):
@@ -135,8 +136,8 @@ class Noise(NamedTuple):
 def noise_from_keys(keys: Keys, shape: tuple[int, int, int]) -> Noise:
   """The `Noise` of images [H, W, 3], one key each, independent of the batch."""
 
-  def noise(use, index=None):
-    def one(key):
+  def noise(use: int, index: jax.Array | None = None) -> Image:
+    def one(key: jax.Array) -> jax.Array:
       key = jax.random.fold_in(key, use)
       if index is not None:
         key = jax.random.fold_in(key, index)
@@ -150,10 +151,10 @@ def noise_from_keys(keys: Keys, shape: tuple[int, int, int]) -> Noise:
 def run(
   module: IFUNet,
   params: dict,
-  plan: schedule.Plan,
+  plan: schedules.Plan,
   inputs: SampleInputs,
   noise: Noise,
-  made: schedule.Schedule,
+  made: schedules.Schedule,
 ) -> Image:
   """Samples B images with one network; one scan over the steps.
 
@@ -171,6 +172,8 @@ def run(
   low = level = None
   if inputs.low_res is not None:
     low = upsample(inputs.low_res, *noise.start.shape[1:3])
+    if inputs.low_alpha is None or inputs.low_sigma is None:
+      raise ValueError('low_res needs its noise_terms')
     low = inputs.low_alpha * low + inputs.low_sigma * noise.low
     level = inputs.noise_level
   fields = sampling.Texts._fields
@@ -188,10 +191,10 @@ def run(
 def generate(
   params: dict,
   inputs: SampleInputs,
-  plan: schedule.Plan,
+  plan: schedules.Plan,
   *,
   module: IFUNet,
-  made: schedule.Schedule,
+  made: schedules.Schedule,
   shape: tuple[int, int, int],
 ) -> Image:
   """`run` with noise from keys, compiled once per shape and number of steps.
@@ -204,7 +207,7 @@ def generate(
     made: the stage's schedule.
     shape: (H, W, 3).
   """
-  keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
+  keys = jax.random.wrap_key_data(jnp.asarray(inputs.keys), impl='threefry2x32')
   noise = noise_from_keys(keys, shape)
   out = run(module, params, plan, inputs, noise, made)
   if jax.sharding.get_abstract_mesh().empty:
@@ -214,7 +217,7 @@ def generate(
 
 
 def noise_terms(
-  noising: schedule.Schedule, level: int
+  noising: schedules.Schedule, level: int
 ) -> dict[str, np.float32]:
   """The fields of `SampleInputs` for noise on the upsampled image.
 
@@ -222,7 +225,7 @@ def noise_terms(
     noising: `Schedule` of that noise.
     level: its step number.
   """
-  abar = schedule.alphas_cumprod(noising)[level]
+  abar = schedules.alphas_cumprod(noising)[level]
   return {
     'low_alpha': np.float32(np.sqrt(abar)),
     'low_sigma': np.float32(np.sqrt(1 - abar)),

@@ -8,7 +8,8 @@ U-Nets, so it is loaded only for prompts that are not cached, and then freed.
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imagen_jax import sharding
+from imagen_jax.cascade import batching
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files
 from imagen_jax.nets.t5 import T5Encoder
@@ -23,10 +25,11 @@ from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import load_tokenizer
 from imagen_jax.typing import TextEmb
 
+Path = str | pathlib.Path
 MAX_LEN = 77
 
 
-def find(folders: Iterable[str | pathlib.Path]) -> pathlib.Path:
+def find(folders: Iterable[Path]) -> pathlib.Path:
   """The first of the stages' folders that holds a text encoder.
 
   Raises:
@@ -44,10 +47,10 @@ def find(folders: Iterable[str | pathlib.Path]) -> pathlib.Path:
 
 def embed(
   prompts: Sequence[str],
-  folder: str | pathlib.Path,
+  folder: Path,
   *,
   dtype: str = 'float32',
-  cache: str | pathlib.Path | None = None,
+  cache: Path | None = None,
   batch_size: int = 4,
 ) -> TextEmb:
   """Embeddings of prompts, padding included.
@@ -66,21 +69,27 @@ def embed(
   Raises:
     ModelError: the encoder or its tokenizer is unusable.
   """
-  folder = pathlib.Path(folder)
   if cache is None:
     found = dict(_encode(dict.fromkeys(prompts), folder, dtype, batch_size))
     return np.stack([found[prompt] for prompt in prompts])
-  options = {'dtype': dtype, 'cache': cache}
-  store(dict.fromkeys(prompts), folder, batch_size=batch_size, **options)
-  return np.stack([stored(prompt, folder, **options) for prompt in prompts])
+  store(
+    dict.fromkeys(prompts),
+    folder,
+    dtype=dtype,
+    cache=cache,
+    batch_size=batch_size,
+  )
+  return np.stack(
+    [stored(p, folder, dtype=dtype, cache=cache) for p in prompts]
+  )
 
 
 def store(
   prompts: Iterable[str],
-  folder: str | pathlib.Path,
+  folder: Path,
   *,
   dtype: str,
-  cache: str | pathlib.Path,
+  cache: Path,
   batch_size: int = 4,
 ) -> None:
   """Computes the embeddings that a cache lacks; arguments as in `embed`.
@@ -90,8 +99,6 @@ def store(
   cache = pathlib.Path(cache)
   cache.mkdir(parents=True, exist_ok=True)
   missing = [p for p in prompts if not _file(p, folder, dtype, cache).exists()]
-  if not missing:
-    return
   for prompt, value in _encode(missing, folder, dtype, batch_size):
     path = _file(prompt, folder, dtype, cache)
     with files.replacing(path) as temporary, temporary.open('wb') as file:
@@ -100,17 +107,17 @@ def store(
 
 def stored(
   prompt: str,
-  folder: str | pathlib.Path,
+  folder: Path,
   *,
   dtype: str,
-  cache: str | pathlib.Path,
+  cache: Path,
 ) -> Float[np.ndarray, 'l d']:
   """The cached embedding of one prompt, [77, D]."""
   path = _file(prompt, folder, dtype, cache)
   return np.load(path, allow_pickle=False)
 
 
-def _file(prompt, folder, dtype, cache):
+def _file(prompt: str, folder: Path, dtype: str, cache: Path) -> pathlib.Path:
   key = f'{_encoder_key(pathlib.Path(folder), dtype)}\n{prompt}'
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
   return pathlib.Path(cache) / f'{name}.npy'
@@ -129,16 +136,21 @@ def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
   return module, params
 
 
-def _encode(prompts, folder, dtype, batch_size):
+def _encode(
+  prompts: Iterable[str], folder: Path, dtype: str, batch_size: int
+) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (prompt, [77, D]); T5 is on the device until the last."""
-  prompts = list(prompts)
+  prompts, folder = list(prompts), pathlib.Path(folder)
+  if not prompts:
+    return
   tokenizer = load_tokenizer(folder / 'tokenizer')
   module, params = encoder(folder, dtype)
   ids, mask, _ = tokenizer(prompts, MAX_LEN)
 
   @jax.jit
-  def apply(params, ids, mask):
-    return module.apply({'params': params}, ids, mask, keep_padding=True)
+  def apply(params: dict, ids: np.ndarray, mask: np.ndarray) -> TextEmb:
+    out: Any = module.apply({'params': params}, ids, mask, keep_padding=True)
+    return out
 
   for start in range(0, len(prompts), batch_size):
     rows = slice(start, start + batch_size)
@@ -146,11 +158,11 @@ def _encode(prompts, folder, dtype, batch_size):
     out = apply(params, np.pad(ids[rows], fill), np.pad(mask[rows], fill))
     yield from zip(prompts[rows], np.asarray(out))
   # Not left to the garbage collector: the U-Net needs the memory now.
-  jax.tree.map(lambda leaf: leaf.delete(), params)
+  batching.free(params)
 
 
 @functools.cache
-def _encoder_key(folder, dtype):
+def _encoder_key(folder: pathlib.Path, dtype: str) -> str:
   """Identifies an encoder, its dtype and `MAX_LEN` in the cache.
 
   Hashing XXL's weights would take as long as running it, so the config and the
@@ -163,8 +175,8 @@ def _encoder_key(folder, dtype):
 
 
 def check_reference(
-  folder: str | pathlib.Path,
-  reference: str | pathlib.Path,
+  folder: Path,
+  reference: Path,
   dtype: str = 'bfloat16',
 ) -> dict[str, float]:
   """Compares T5's embedding of the empty prompt with a reference.

@@ -10,10 +10,14 @@ import functools
 import math
 import pathlib
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd.unet import IFUNet
@@ -31,7 +35,7 @@ LISTS = re.compile(
 )
 
 
-def torch_name(path):
+def torch_name(path: tuple[str, ...]) -> str:
   """diffusers' name of the leaf at a Flax path, a tuple of strings.
 
   `kernel` and the norms' `scale` are both `weight` there.
@@ -41,35 +45,34 @@ def torch_name(path):
   return f'{name}.{ {"kernel": "weight", "scale": "weight"}.get(leaf, leaf) }'
 
 
-def stored_shape(name, shape):
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape in the file of a Flax leaf of shape `shape`."""
-  shape = tuple(shape)
   if _as_is(name, shape):
     return shape
   return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
-def from_torch(name, array):
+def from_torch(name: str, array: np.ndarray) -> np.ndarray:
   """A view: OIHW -> HWIO, [out, in] -> [in, out], vectors unchanged."""
   if _as_is(name, array.shape):
     return array
   return array.transpose((2, 3, 1, 0) if array.ndim == 4 else (1, 0))
 
 
-def to_torch(name, array):
+def to_torch(name: str, array: np.ndarray) -> np.ndarray:
   """The inverse of `from_torch`."""
   if _as_is(name, array.shape):
     return array
   return array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
 
 
-def _as_is(name, shape):
+def _as_is(name: str, shape: tuple[int, ...]) -> bool:
   # The attention pooling's position vector is (1, width) in both.
   return len(shape) == 1 or name.endswith('positional_embedding')
 
 
 @functools.lru_cache
-def abstract_params(config):
+def abstract_params(config: configs.UNetConfig) -> dict:
   """The parameters of a `UNetConfig`'s network as `jax.ShapeDtypeStruct`s."""
   side = config.multiple
   return jax.eval_shape(
@@ -82,15 +85,18 @@ def abstract_params(config):
   )['params']
 
 
-def leaves(tree):
-  """[(path as a tuple of strings, leaf)] of nested dictionaries."""
-  return [
-    (tuple(key.key for key in path), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+def leaves(tree: dict) -> dict[tuple[str, ...], Any]:
+  """{path: leaf} of nested dictionaries, in jax's order."""
+  return dict(sorted(flatten_dict(tree).items()))
 
 
-def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
+def load(
+  folder: str | pathlib.Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  weights_dtype: DTypeLike | None = None,
+  place: Callable[[np.ndarray], jax.sharding.Sharding] | None = None,
+) -> tuple[IFUNet, dict]:
   """Loads a U-Net, its weights straight from the file to their devices.
 
   The host holds one tensor at a time, besides what `place` keeps there.
@@ -115,7 +121,7 @@ def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
   )
   wanted = {
     torch_name(path): (path, leaf.shape)
-    for path, leaf in leaves(abstract_params(module.config))
+    for path, leaf in leaves(abstract_params(module.config)).items()
   }
   hub_folder.check_names(folder, tensors, wanted)
   params = {}
@@ -125,16 +131,19 @@ def load(folder, *, dtype=jnp.float32, weights_dtype=None, place=None):
     )
     array = from_torch(name, stored)
     array = np.ascontiguousarray(array, weights_dtype or array.dtype)
-    branch = params
-    for key in path[:-1]:
-      branch = branch.setdefault(key, {})
     leaf = jax.device_put(array, place(array) if place else None)
     # Waiting keeps the host from reading ahead of the devices.
-    branch[path[-1]] = jax.block_until_ready(leaf)
-  return module, params
+    params[path] = jax.block_until_ready(leaf)
+  return module, unflatten_dict(params)
 
 
-def save(folder, params, *, source, dtype=None):
+def save(
+  folder: str | pathlib.Path,
+  params: dict,
+  *,
+  source: Mapping[str, Any] | str | pathlib.Path,
+  dtype: DTypeLike | None = None,
+) -> None:
   """Writes a U-Net as a folder that diffusers loads.
 
   Args:
@@ -150,14 +159,18 @@ def save(folder, params, *, source, dtype=None):
   """
   folder = pathlib.Path(folder)
   if (folder / 'config.json').exists():
-    raise UsageError(f'{folder} exists and is not overwritten; choose another.')
-  raw = source
-  if not isinstance(source, dict):
+    raise UsageError(
+      f'{folder} holds a U-Net already, which is not overwritten; choose '
+      'another folder.'
+    )
+  if isinstance(source, Mapping):
+    raw = source
+  else:
     path = pathlib.Path(source) / 'config.json'
     raw = files.read_json(path, missing=configs.WHAT)
   config = configs.parse(raw, folder / 'config.json')
-  wanted = {torch_name(p): x.shape for p, x in leaves(abstract_params(config))}
-  given = {torch_name(path): leaf for path, leaf in leaves(params)}
+  wanted = [torch_name(path) for path in leaves(abstract_params(config))]
+  given = {torch_name(path): leaf for path, leaf in leaves(params).items()}
   hub_folder.check_names(folder, given, wanted)
   tensors = {
     name: safetensors.Tensor(
@@ -173,15 +186,17 @@ def save(folder, params, *, source, dtype=None):
   files.write_json(folder / 'config.json', raw)
 
 
-def _exporter(name, leaf, dtype):
-  def read():
+def _exporter(
+  name: str, leaf: Any, dtype: DTypeLike | None
+) -> Callable[[], np.ndarray]:
+  def read() -> np.ndarray:
     array = to_torch(name, np.asarray(leaf))
     return array.astype(dtype or array.dtype)
 
   return read
 
 
-def num_bytes(folder):
+def num_bytes(folder: str | pathlib.Path) -> int:
   """Bytes of a folder's tensors in the file; reads no tensor."""
   tensors = hub_folder.open_tensors(
     folder, STEM, what=configs.WHAT, convert=CONVERT

@@ -70,7 +70,7 @@ def reference(name, **changes):
 
 
 @pytest.mark.parametrize('name', tiny_if.CONFIGS)
-def test_network(name):
+def test_the_network_gives_diffusers_output(name):
   module, params = tiny_if.network(name)
   sample, t, text, level = tiny_if.inputs(tiny_if.raw_config(name))
   with torch.no_grad():
@@ -105,7 +105,7 @@ def test_diffusers_loads_what_is_exported_and_the_reverse(tmp_path):
 
 
 @pytest.mark.parametrize('old, new', [((4, 6), (16, 24)), ((5, 1), (10, 4))])
-def test_upsampling(old, new):
+def test_upsampling_is_torchs_with_aligned_corners(old, new):
   rng = np.random.default_rng(0)
   image = rng.normal(size=(2, *old, 3)).astype(np.float32)
   expected = torch.nn.functional.interpolate(
@@ -116,7 +116,7 @@ def test_upsampling(old, new):
   )
 
 
-def test_quantile():
+def test_the_dynamic_threshold_is_diffusers():
   rng = np.random.default_rng(0)
   x = (3 * rng.normal(size=(4, 16, 16, 3))).astype(np.float32)
   oracle = diffusers.DDPMScheduler(**SCHEDULER)
@@ -125,7 +125,7 @@ def test_quantile():
   np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-def test_every_step_of_ddpm(lent):
+def test_every_step_of_ddpm_is_diffusers(lent):
   rng = np.random.default_rng(0)
   made = schedule.Schedule(**SCHEDULER)
   oracle = diffusers.DDPMScheduler(**SCHEDULER)
@@ -217,7 +217,7 @@ CAPTIONS = [
 
 
 @pytest.mark.parametrize('caption', CAPTIONS)
-def test_cleaning(caption):
+def test_captions_are_cleaned_as_by_diffusers(caption):
   pytest.importorskip('bs4')
   pytest.importorskip('ftfy')
   pipe = object.__new__(diffusers.IFPipeline)
@@ -285,7 +285,7 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize('name', PIPELINES)
-def test_pipeline(name, monkeypatch, lent):
+def test_a_run_gives_the_images_of_diffusers_pipeline(name, monkeypatch, lent):
   kind, network, order, steps, extra = PIPELINES[name]
   cap = 1.0 if 'super' in name else 1.5
   options = SCHEDULER | {'sample_max_value': cap}

@@ -60,7 +60,7 @@ def test_a_section_of_none_starts_later():
   assert len(steps) == 90 and steps[0] == 499 and steps[-1] == 0
 
 
-def test_spacings():
+def test_steps_are_spaced_as_the_config_says():
   spaced = lambda kind: schedule.timesteps(
     schedule.Schedule(timestep_spacing=kind), 4
   ).tolist()
@@ -75,11 +75,12 @@ def test_spacings():
   'spec', ['fast28', '1,x', '2000', '501,1', '0,0', 0, 1001]
 )
 def test_impossible_steps_are_refused(spec):
-  with pytest.raises(UsageError, match='steps'):
+  with pytest.raises(UsageError) as caught:
     schedule.timesteps(IF, spec)
+  assert caught.value.key == 'steps'
 
 
-def test_variances_of_the_linear_schedule():
+def test_the_linear_schedule_has_diffusers_variances():
   plan = schedule.plan(LINEAR, np.arange(1000)[::-1])
   small = np.exp(plan.log_low[::-1].astype(np.float64))
   assert small[0] == pytest.approx(0, abs=1e-5)
@@ -99,7 +100,7 @@ def test_learned_variance_lies_between_the_two(t, log_variance):
 
 
 @pytest.mark.parametrize('t, std', [(487, 0.0549625), (999, 0.9994987)])
-def test_small_variance_of_ifs_schedule(t, std):
+def test_ifs_schedule_has_diffusers_small_variance(t, std):
   plan = schedule.plan(IF, np.arange(1000)[::-1])
   assert math.exp(plan.log_low[999 - t] / 2) == pytest.approx(std, abs=1e-6)
 
@@ -127,9 +128,7 @@ def test_ddim_gives_diffusers_numbers(beta_start, end, expected):
   made = schedule.Schedule(beta_start=beta_start)
   end = 1 if end is None else schedule.alphas_cumprod(made)[end]
   steps = schedule.timesteps(made, 10)
-  plan = schedule.plan(
-    made, steps, 'ddim', end=end, use_clipped_model_output=False
-  )
+  plan = schedule.plan(made, steps, 'ddim', end=end)
   total, mean = run(plan, made)
   assert total == pytest.approx(expected[0], abs=1e-2)
   assert mean == pytest.approx(expected[1], abs=1e-3)
@@ -241,6 +240,16 @@ def test_a_mask_keeps_pixels_to_the_bit():
   assert np.abs(out - image)[~kept].min() > 1e-4
 
 
+def test_the_last_step_adds_no_noise_however_large_the_variance():
+  plan = schedule.plan(IF, schedule.timesteps(IF, 1))
+  z = jnp.full((1, 8, 8, 3), 0.5)
+  huge = jnp.full_like(z, 30.0)  # exp of its log variance overflows
+  out = sampling.sample(
+    lambda z, t: (jnp.zeros_like(z), huge), plan, z, lambda i: z, IF
+  )
+  np.testing.assert_allclose(out, z / plan.alpha[0], rtol=1e-6)
+
+
 def test_strength_keeps_the_last_steps():
   steps = schedule.timesteps(IF, 10)
   assert schedule.later(steps, 0.7).tolist() == [
@@ -254,8 +263,9 @@ def test_strength_keeps_the_last_steps():
   ]
   assert schedule.later(steps, 1.0).tolist() == steps.tolist()
   for strength in (0.0, 0.05, 1.1):
-    with pytest.raises(UsageError, match='strength'):
+    with pytest.raises(UsageError) as caught:
       schedule.later(steps, strength)
+    assert caught.value.key == 'strength'
 
 
 def test_config_files_are_read(tmp_path):
@@ -278,5 +288,6 @@ def test_config_files_are_read(tmp_path):
     ('variance_type', 'learned'),
   ]:
     path.write_text(json.dumps(raw | {key: value}))
-    with pytest.raises(ModelError, match=f'{key} .*{value}'):
+    with pytest.raises(ModelError) as caught:
       schedule.read(tmp_path)
+    assert key in str(caught.value) and value in str(caught.value)

@@ -7,6 +7,7 @@ mutation below, each a plausible porting mistake, exceeds it.
 
 import json
 import math
+import os
 import pathlib
 import pickle
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import sharding
-from imagen_jax.deepfloyd import config, unet, weights
+from imagen_jax.deepfloyd import blocks, config, unet, weights
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import hub_folder, safetensors
 from imagen_jax.nets import layers
@@ -51,7 +52,7 @@ slow = pytest.mark.slow
     *(pytest.param(n, marks=slow) for n in ('fast_1', 'like_1', 'rare')),
   ],
 )
-def test_network_is_diffusers(name):
+def test_the_network_gives_diffusers_output(name):
   assert error(name) < TOLERANCE
 
 
@@ -68,7 +69,7 @@ def _strided(x):
 
 
 def _per_token(patch):
-  norm = unet.GroupNorm.__call__
+  norm = blocks.GroupNorm.__call__
 
   def call(self, x):
     if self.name != 'norm_cross':
@@ -78,7 +79,7 @@ def _per_token(patch):
     return norm(self, x).reshape(batch, tokens, 1, width)
 
   # Flax wraps methods when a class is created, so a subclass is needed.
-  patch.setattr(unet, 'GroupNorm', _subclass(unet.GroupNorm, call))
+  patch.setattr(blocks, 'GroupNorm', _subclass(blocks.GroupNorm, call))
 
 
 def _subclass(cls, call):
@@ -93,22 +94,22 @@ def _swapped(patch):
 
 
 def _pool_sees_no_mean(patch):
-  plain = unet.attention
+  plain = blocks.attention
 
   def attention(q, k, v):
     first = q.shape[1] == 1
     return plain(q, k[:, 1:] if first else k, v[:, 1:] if first else v)
 
-  patch.setattr(unet, 'attention', attention)
+  patch.setattr(blocks, 'attention', attention)
 
 
 def _scaled(patch):
-  plain = unet.attention
-  patch.setattr(unet, 'attention', lambda q, k, v: plain(q * 1.1, k, v))
+  plain = blocks.attention
+  patch.setattr(blocks, 'attention', lambda q, k, v: plain(q * 1.1, k, v))
 
 
 def _interleaved(patch):
-  plain = unet.attention
+  plain = blocks.attention
 
   def mix(x):
     batch, length, heads, size = x.shape
@@ -116,7 +117,7 @@ def _interleaved(patch):
     return jnp.swapaxes(x, 2, 3)
 
   patch.setattr(
-    unet, 'attention', lambda q, k, v: plain(mix(q), mix(k), mix(v))
+    blocks, 'attention', lambda q, k, v: plain(mix(q), mix(k), mix(v))
   )
 
 
@@ -149,8 +150,8 @@ def _skip_before_h(patch):
 MUTATIONS = {
   '√2 for 1/0.7071': ({'resnet_out_scale_factor': math.sqrt(2)}, None),
   'epsilon 1e-6': ({'norm_eps': 1e-6}, None),
-  'epsilon 1e-6 in attention': ({}, _patch(unet, 'NORM_EPS', 1e-6)),
-  'tanh GELU': ({}, _patch(unet, 'activation', _tanh_gelu)),
+  'epsilon 1e-6 in attention': ({}, _patch(blocks, 'NORM_EPS', 1e-6)),
+  'tanh GELU': ({}, _patch(blocks, 'activation', _tanh_gelu)),
   'pooling without the mean among the keys': ({}, _pool_sees_no_mean),
   'softmax scale': ({}, _scaled),
   'text norm per token': ({}, _per_token),
@@ -159,7 +160,7 @@ MUTATIONS = {
   'freq_shift 1': ({'freq_shift': 1}, None),
   'sine first': ({'flip_sin_to_cos': False}, None),
   'heads interleaved': ({}, _interleaved),
-  'strided instead of averaged': ({}, _patch(unet, 'downsample', _strided)),
+  'strided instead of averaged': ({}, _patch(blocks, 'downsample', _strided)),
   'scale and shift swapped': ({}, _swapped),
   'earliest skip first': ({}, _encoder_skips),
   'skip before h': ({}, _skip_before_h),
@@ -168,7 +169,9 @@ MUTATIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mutation', MUTATIONS)
-def test_tolerance_notices(mutation, monkeypatch, record_property):
+def test_the_tolerance_notices_a_porting_mistake(
+  mutation, monkeypatch, record_property
+):
   changed, patch = MUTATIONS[mutation]
   if patch is not None:
     patch(monkeypatch)
@@ -227,7 +230,7 @@ def pooling(text, params, heads):
 def test_pooling_is_one_query_over_mean_and_tokens():
   rng = np.random.default_rng(0)
   text = rng.normal(size=(2, 5, 12)).astype(np.float32)
-  module = unet.AttentionPool(3, jnp.float32)
+  module = blocks.AttentionPool(3, jnp.float32)
   params = module.init(jax.random.key(1), text)['params']
   exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   expected = [pooling(row.astype(np.float64), exact, 3) for row in text]
@@ -236,38 +239,47 @@ def test_pooling_is_one_query_over_mean_and_tokens():
 
 
 def test_features_of_time_are_float32_and_cosine_first():
-  got = unet.timestep_features(jnp.asarray([0.0, 999.0]), 8)
+  got = blocks.timestep_features(jnp.asarray([0.0, 999.0]), 8)
   frequencies = 1e4 ** (-np.arange(4) / 4)
   angles = np.array([[0.0], [999.0]]) * frequencies
   expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
   np.testing.assert_allclose(got, expected, atol=1e-4)
   half = jnp.asarray([0.0, 992.0], jnp.bfloat16)
-  assert unet.timestep_features(half, 8).dtype == jnp.float32
+  assert blocks.timestep_features(half, 8).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
-  'key, value, says',
+  'key, value',
   [
-    ('down_block_types', ['KDownBlock2D'] * 2, 'KDownBlock2D'),
-    ('down_block_types', ['ResnetDownsampleBlock2D'], 'a list of 2'),
-    ('mid_block_type', 'UNetMidBlock2DCrossAttn', 'mid_block_type'),
-    ('addition_embed_type', None, 'addition_embed_type'),
-    ('cross_attention_norm', 'layer_norm', 'layer_norm'),
-    ('encoder_hid_dim_type', 'image_proj', 'image_proj'),
-    ('class_embed_type', 'projection', 'projection'),
-    ('conv_in_kernel', 5, 'conv_in_kernel'),
-    ('act_fn', 'mish', 'mish'),
-    ('layers_per_block', [1, 0], 'layers_per_block'),
-    ('attention_head_dim', 7, 'a divisor of 64'),
-    ('cross_attention_dim', [32, 32], 'cross_attention_dim'),
-    ('something_new', 1, 'something_new'),
-    ('_class_name', 'UNet3DConditionModel', 'UNet3DConditionModel'),
+    ('down_block_types', ['KDownBlock2D'] * 2),
+    ('down_block_types', ['ResnetDownsampleBlock2D']),
+    ('mid_block_type', 'UNetMidBlock2DCrossAttn'),
+    ('addition_embed_type', None),
+    ('cross_attention_norm', 'layer_norm'),
+    ('encoder_hid_dim_type', 'image_proj'),
+    ('class_embed_type', 'projection'),
+    ('conv_in_kernel', 5),
+    ('act_fn', 'mish'),
+    ('layers_per_block', [1, 0]),
+    ('attention_head_dim', 7),
+    ('cross_attention_dim', [32, 32]),
+    ('something_new', 1),
+    ('_class_name', 'UNet3DConditionModel'),
   ],
 )
-def test_config_refuses_by_name(key, value, says):
+def test_a_value_that_is_not_supported_is_refused_by_its_key(key, value):
   raw = tiny_if.raw_config('fast_1') | {key: value}
-  with pytest.raises(ModelError, match=says):
+  with pytest.raises(ModelError) as caught:
     config.parse(raw)
+  assert key in str(caught.value)
+
+
+def test_the_middle_block_needs_whole_heads_too():
+  plain = {'down_block_types': [tiny_if.PLAIN] * 2, 'attention_head_dim': 7}
+  plain['up_block_types'] = [tiny_if.UP[tiny_if.PLAIN]] * 2
+  with pytest.raises(ModelError) as caught:
+    config.parse(tiny_if.raw_config('fast_1') | plain)
+  assert 'attention_head_dim' in str(caught.value)
 
 
 def test_keys_that_older_files_lack_have_diffusers_defaults():
@@ -315,7 +327,7 @@ def test_import_and_export_give_the_same_bytes(folder, tmp_path):
   assert (folder / file).read_bytes() == (
     tmp_path / 'again' / file
   ).read_bytes()
-  with pytest.raises(UsageError, match='not overwritten'):
+  with pytest.raises(UsageError):
     weights.save(tmp_path / 'again', params, source=folder)
 
 
@@ -334,8 +346,9 @@ def test_shards_and_variants_are_read(folder):
   listed.write_text(text)
   assert stored(folder) == whole
   (folder / f'{weights.STEM}.fp16-0.safetensors').unlink()
-  with pytest.raises(ModelError, match='fp16-0.safetensors.* does not exist'):
+  with pytest.raises(ModelError) as caught:
     stored(folder)
+  assert 'fp16-0.safetensors' in str(caught.value)
 
 
 def test_weights_arrive_sharded_and_cast(folder):
@@ -361,19 +374,26 @@ def test_weights_arrive_sharded_and_cast(folder):
 
 
 LOADS = """
-import resource, sys
+import os, re, sys
+os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax
 from imagen_jax.deepfloyd import config, weights
 weights.abstract_params(config.read(sys.argv[1]))
 jax.block_until_ready(jax.numpy.zeros(1))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = lambda key: 1024 * int(
+  re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]
+)
+before = status('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')  # the peak starts anew
 weights.load(sys.argv[1])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / weights.num_bytes(sys.argv[1]))
+print((status('VmHWM') - before) / weights.num_bytes(sys.argv[1]))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+  not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux'
+)
 def test_the_host_holds_little_more_than_the_checkpoint(tmp_path):
   raw = tiny_if.raw_config('fast_1') | {
     'block_out_channels': [512, 1024],
@@ -382,7 +402,7 @@ def test_the_host_holds_little_more_than_the_checkpoint(tmp_path):
   folder = tmp_path / 'unet'
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(raw))
-  leaves = weights.leaves(weights.abstract_params(config.parse(raw)))
+  leaves = weights.leaves(weights.abstract_params(config.parse(raw))).items()
   tensors = {}
   for path, leaf in leaves:
     name = weights.torch_name(path)
@@ -420,32 +440,31 @@ def _misshape(tensors):
 
 
 @pytest.mark.parametrize(
-  'change, says',
+  'change, name',
   [
-    (lambda t: t.pop('conv_in.bias'), "lacks the tensor 'conv_in.bias'"),
-    (
-      lambda t: t.update(extra=np.zeros(2, np.float32)),
-      "holds a tensor 'extra'",
-    ),
-    (_misshape, r"to_q.weight' has shape \(63, 64\) where .* \(64, 64\)"),
+    (lambda t: t.pop('conv_in.bias'), 'conv_in.bias'),
+    (lambda t: t.update(extra=np.zeros(2, np.float32)), 'extra'),
+    (_misshape, 'mid_block.attentions.0.to_q.weight'),
   ],
 )
-def test_weights_that_do_not_fit_are_named(folder, change, says):
+def test_weights_that_do_not_fit_are_named(folder, change, name):
   _change(folder, change)
-  with pytest.raises(ModelError, match=says):
+  with pytest.raises(ModelError) as caught:
     weights.load(folder)
+  assert name in str(caught.value)
 
 
 def test_pickles_are_refused(folder):
   (folder / f'{weights.STEM}.safetensors').unlink()
   (folder / f'{weights.STEM}.bin').write_bytes(pickle.dumps({}))
-  with pytest.raises(ModelError, match='is a pickle, which can run code'):
+  with pytest.raises(ModelError) as caught:
     weights.load(folder)
+  assert f'{weights.STEM}.bin' in str(caught.value)
 
 
-def test_layers_are_this_projects():
-  assert unet.downsample is layers.downsample
-  assert unet.upsample is layers.upsample
+def test_resampling_is_that_of_the_other_networks():
+  assert blocks.downsample is layers.downsample
+  assert blocks.upsample is layers.upsample
 
 
 # Widths and blocks of the levels, super-resolution, tensors, parameters / 1e6.
@@ -459,7 +478,7 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_published_sizes(name):
+def test_networks_have_the_published_sizes(name):
   channels, per_block, upsamples, tensors, millions = PUBLISHED[name]
   plain = 3 if upsamples else 1
   down = [tiny_if.PLAIN] * plain
