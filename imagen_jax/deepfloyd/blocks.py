@@ -149,7 +149,7 @@ class ResnetBlock(nn.Module):
   resample: str | None = None
 
   @nn.compact
-  def __call__(self, x: Image, emb: Emb) -> Image:
+  def __call__(self, x: Image, emb: Emb) -> Float[Array, 'b h2 w2 out']:
     """x [B, H, W, C], emb [B, E] -> [B, H', W', features]."""
     act = activation(self.config.act_fn)
     norm = functools.partial(

@@ -279,7 +279,7 @@ def plan(
   return Plan(**{k: v.astype(np.float32) for k, v in rows.items()})
 
 
-def later(steps: Steps, strength: float) -> Steps:
+def later(steps: Steps, strength: float) -> Int[np.ndarray, ' kept']:
   """The last fraction `strength` of the steps, for starting from an image.
 
   Raises:

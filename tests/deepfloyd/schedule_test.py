@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,7 +205,7 @@ def test_dynamic_threshold_is_a_quantile_with_a_cap():
 
 
 def test_guidance_and_mixing_weigh_the_branches():
-  class Net:
+  class Net(nn.Module):
     def apply(self, variables, sample, t, text, level, pooled):
       value = text[:, :1, :1, None] * jnp.ones_like(sample)
       return jnp.concatenate([value, value], axis=-1)
