@@ -18,7 +18,7 @@ from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import PAD, Tokenizer
 from imagen_jax.training import loop
 from imagen_jax.worlds import captions, pretraining, probe, shapes, tasks
-from imagen_jax.worlds.nouns import shape_nouns
+from imagen_jax.worlds.prompts import shape_nouns
 from imagen_jax.worlds.vocabulary import train_vocabulary
 from tests.tiny_text import varied
 
