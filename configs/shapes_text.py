@@ -15,7 +15,7 @@ combinations (an untrained encoder in brackets):
   left/right of 100.0 | 100.0 (85 | 83)   above/below 100.0 | 100.0 (81 | 80)
 
 Without the directional initialisation of the distance bias
-(`worlds.pretraining.directions`) the same probe gets 79 to 87 % for relations,
+(`worlds.network.directions`) the same probe gets 79 to 87 % for relations,
 after 1,600 steps and after 3,500.
 """
 

@@ -49,7 +49,7 @@ DOORS = {
   'tensorflow_datasets': {'data/tfds.py'},
   'array_record': {'data/arrayrecord.py'},
   'grain': {'data/'},
-  'optax': {'training/', 'worlds/pretraining.py'},
+  'optax': {'training/', 'worlds/network.py'},
 }
 
 

@@ -113,7 +113,7 @@ def scene(
   least = [LARGE[0] if g.size == 'large' else LEAST for g in kinds]
   sizes, places = place(rng, sizes, least, relations)
   things = tuple(
-    Thing(g.shape, g.colour, g.fill or 'plain', x, y, d)
+    Thing(g.shape, str(g.colour), g.fill or 'plain', x, y, d)
     for g, d, (x, y) in zip(kinds, sizes, places)
   )
   count_one = category == 'count' and number == 1

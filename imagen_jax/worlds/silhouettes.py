@@ -64,8 +64,10 @@ def _silhouettes() -> Iterator[tuple[str, Test]]:
     corners = list(zip(radii * np.sin(turns), -radii * np.cos(turns)))
     yield 'star', functools.partial(_polygon, corners=corners)
   for bulge, spread, tip in ((1, 0.35, 1.1), (2, 0.35, 1), (2, 0.45, 1.1)):
-    heart = {'bulge': bulge, 'spread': spread, 'tip': tip}
-    yield 'heart', functools.partial(_lobes, **heart)
+    yield (
+      'heart',
+      functools.partial(_lobes, bulge=bulge, spread=spread, tip=tip),
+    )
   for bite, shift in ((0.75, 0.45), (0.7, 0.55), (0.8, 0.6)):
     for turn in np.radians((0, 30, -30, 180)):
       u, v = shift * np.cos(turn), shift * np.sin(turn)
@@ -120,7 +122,7 @@ def _templates() -> tuple[list[str], Float[np.ndarray, 'n points']]:
 
 def shape_name(mask: Float[np.ndarray, 'h w']) -> tuple[str, float]:
   """Name and overlap of the silhouette nearest to a soft mask."""
-  y, x = np.indices(mask.shape)
+  y, x = np.indices(mask.shape, float)
   cx, cy, side = _normalised(mask, x, y)
   steps = _steps(GRID) * REACH * side
   sx, sy = np.meshgrid(cx + steps, cy + steps)

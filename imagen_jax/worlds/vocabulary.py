@@ -1,5 +1,6 @@
 """The vocabulary of a small text encoder, learned from its captions."""
 
+import collections
 import io
 import pathlib
 import re
@@ -14,6 +15,13 @@ from imagen_jax.text.tokenizer import EOS, PAD
 
 CHARACTERS = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
 
+# (character, its replacement): space, case, quotes.
+FOLDS = [
+  *((c, ' ') for c in '\t\n\r\u00a0\u2009\u3000'),
+  *((c, c.lower()) for c in string.ascii_uppercase),
+  *zip('\u2018\u2019\u201c\u201d', '\'\'""'),
+]
+
 
 def train_vocabulary(texts: Iterable[str]) -> bytes:
   """Trains a sentencepiece unigram model with T5's special ids.
@@ -25,10 +33,7 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
     the serialized model.
   """
   lines = [' '.join(re.findall(r'\w+|[^\w\s]', text.lower())) for text in texts]
-  words = {}
-  for word in ' '.join(lines).split():
-    if word.isalnum():
-      words[word] = words.get(word, 0) + 1
+  words = collections.Counter(filter(str.isalnum, ' '.join(lines).split()))
   out = io.BytesIO()
   with tempfile.TemporaryDirectory() as folder:
     # Seed pieces. Sentencepiece's own are substrings that at least two words
@@ -40,14 +45,8 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
       encoding='utf-8',
     )
     rules = pathlib.Path(folder) / 'rules.tsv'
-    spaces = [(c, ' ') for c in '\t\n\r\u00a0\u2009\u3000']
-    folds = [(c, c.lower()) for c in string.ascii_uppercase]
-    quotes = [('\u2018', "'"), ('\u2019', "'")]
-    quotes += [('\u201c', '"'), ('\u201d', '"')]
     rules.write_text(
-      ''.join(
-        f'{ord(a):X}\t{ord(b):X}\n' for a, b in (*spaces, *folds, *quotes)
-      ),
+      ''.join(f'{ord(a):X}\t{ord(b):X}\n' for a, b in FOLDS),
       encoding='utf-8',
     )
     sentencepiece.SentencePieceTrainer.train(
