@@ -20,15 +20,7 @@ from PIL import Image
 
 from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds import captions
-from imagen_jax.worlds.captions import (
-  NUMBERS,
-  OPPOSITE,
-  RELATIONS,
-  SAID,
-  Group,
-  Meaning,
-  pick,
-)
+from imagen_jax.worlds.captions import Group, Meaning, pick
 from imagen_jax.worlds.glyphs import THINGS, find_font, load_glyphs
 from imagen_jax.worlds.layout import place
 from imagen_jax.worlds.render import BACKGROUND
@@ -92,7 +84,7 @@ def _groups(
     return [Group(first, None)], None
   second = pick(rng, others)
   count = 2 if rng.random() < 0.3 else 1
-  relation = pick(rng, RELATIONS) if kind < 0.75 else None
+  relation = pick(rng, captions.RELATIONS) if kind < 0.75 else None
   return [Group(first, None, count), Group(second, None)], relation
 
 
@@ -101,7 +93,7 @@ def _write(
 ) -> str:
   """The caption, without the background: 'two dogs below an elephant'."""
   nouns = [
-    f'{NUMBERS[g.count - 1]} {plural(g.shape)}'
+    f'{captions.NUMBERS[g.count - 1]} {plural(g.shape)}'
     if g.count > 1
     else f'{captions.article_of(g.shape)} {g.shape}'
     for g in groups
@@ -110,8 +102,8 @@ def _write(
     return ' and '.join(nouns)
   # The same scene can be described from either side.
   if rng.random() < 0.3:
-    nouns, relation = nouns[::-1], OPPOSITE[relation]
-  return f' {pick(rng, SAID[relation])} '.join(nouns)
+    nouns, relation = nouns[::-1], captions.OPPOSITE[relation]
+  return f' {pick(rng, captions.SAID[relation])} '.join(nouns)
 
 
 def scene(

@@ -10,12 +10,16 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.worlds.captions import Group, Meaning
 from imagen_jax.worlds.reading import Found, Reading, read
+
+# {aspect: verdict}; None: not claimed.
+Aspects: TypeAlias = dict[str, bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Verdict:
   """
 
   correct: bool
-  aspects: dict[str, bool | None]
+  aspects: Aspects
   reading: Reading
 
 
@@ -50,7 +54,7 @@ def _aspects(
   slots: Sequence[Group],
   things: Sequence[Found],
   first: Sequence[int],
-) -> dict[str, bool | None]:
+) -> Aspects:
   """{aspect: verdict} of one matching, `things[i]` against `slots[i]`.
 
   `first` has the index of each group's first slot, and the number of slots.
@@ -73,6 +77,10 @@ def _aspects(
     for j in range(first[b], first[b + 1])
   )
   return aspects | {'relation': relation}
+
+
+def _violated(aspects: Aspects) -> int:
+  return sum(value is False for value in aspects.values())
 
 
 def judge(image: UInt8[np.ndarray, 'h w 3'], meaning: Meaning) -> Verdict:
@@ -103,13 +111,14 @@ def compare(reading: Reading, meaning: Meaning) -> Verdict:
     raise ValueError(f'{len(slots)} things are too many to judge; 6 at most')
   first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
   things = reading.things
-  aspects: dict[str, bool | None] = {'count': len(things) == len(slots)}
+  aspects: Aspects = {'count': len(things) == len(slots)}
   if aspects['count']:
     ways = (
       _aspects(meaning, slots, way, first)
       for way in itertools.permutations(things)
     )
-    aspects |= min(ways, key=lambda w: sum(v is False for v in w.values()))
+    best: Aspects = min(ways, key=_violated)
+    aspects |= best
   else:
     for field in ('shape', 'colour'):
       said, seen = (
@@ -122,5 +131,4 @@ def compare(reading: Reading, meaning: Meaning) -> Verdict:
   aspects['background'] = (
     meaning.background == reading.background if meaning.background else None
   )
-  correct = all(v is not False for v in aspects.values())
-  return Verdict(correct, aspects, reading)
+  return Verdict(_violated(aspects) == 0, aspects, reading)

@@ -80,11 +80,11 @@ def spoil(
     if group.fill and fills:
       changes['fill'] = other(group.fill, captions.FILLS)
     for change in changes.items():
-      new = dataclasses.replace(group, **dict([change]))
-      wrong.append({'groups': _with(meaning.groups, i, new)})
+      other_group = dataclasses.replace(group, **dict([change]))
+      wrong.append({'groups': _with(meaning.groups, i, other_group)})
   for i, (a, word, b) in enumerate(meaning.relations):
-    new = a, captions.OPPOSITE[word], b
-    wrong.append({'relations': _with(meaning.relations, i, new)})
+    opposite = a, captions.OPPOSITE[word], b
+    wrong.append({'relations': _with(meaning.relations, i, opposite)})
   if meaning.background:
     word = other(meaning.background, captions.BACKGROUNDS)
     wrong.append({'background': word})

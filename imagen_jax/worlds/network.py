@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.tokenizer import PAD
+from imagen_jax.typing import Array, TextEmb, TextMask
 from imagen_jax.worlds.tasks import TARGET_LEN
 
-Array: TypeAlias = jax.Array | np.ndarray
 Params: TypeAlias = dict[str, Any]
 
 
@@ -51,8 +51,8 @@ class Decoder(nn.Module):
   def __call__(
     self,
     previous: Int[Array, 'b t'],
-    memory: Float[Array, 'b l d'],
-    visible: Bool[Array, 'b l'],
+    memory: TextEmb,
+    visible: TextMask,
   ) -> Float[Array, 'b t vocabulary']:
     """Logits of each token, given the previous ones and the encoder's output.
 
@@ -95,16 +95,16 @@ class TextModel:
     return {'encoder': encoder, 'decoder': decoder}
 
   def encode(
-    self, params: Params, ids: Int[Array, 'b l'], mask: Bool[Array, 'b l']
-  ) -> Float[Array, 'b l d']:
+    self, params: Params, ids: Int[Array, 'b l'], mask: TextMask
+  ) -> TextEmb:
     emb: Any = self.encoder.apply({'params': params['encoder']}, ids, mask)
     return emb
 
   def logits(
     self,
     params: Params,
-    memory: Float[Array, 'b l d'],
-    visible: Bool[Array, 'b l'],
+    memory: TextEmb,
+    visible: TextMask,
     target: Int[Array, 'b t'],
   ) -> Float[Array, 'b t vocabulary']:
     """Logits of each token of `target`, given those before it."""
@@ -130,8 +130,8 @@ class TextModel:
     self,
     params: Params,
     ids: Int[Array, 'b l'],
-    mask: Bool[Array, 'b l'],
-    visible: Bool[Array, 'b l'],
+    mask: TextMask,
+    visible: TextMask,
   ) -> Int[Array, 'b t']:
     """Greedy decoding."""
     memory = self.encode(params, ids, mask)

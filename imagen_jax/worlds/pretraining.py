@@ -31,15 +31,15 @@ from imagen_jax.text.weights import save_folder
 from imagen_jax.training.experiment import Experiment, Export, Tree
 from imagen_jax.training.export import provenance
 from imagen_jax.training.state import TrainState
+from imagen_jax.typing import Array
 from imagen_jax.worlds import probe
 from imagen_jax.worlds.network import Decoder, Params, TextModel
 from imagen_jax.worlds.tasks import (
   SENTINELS,
   TARGET_LEN,
-  Item,
+  Tasks,
   as_arrays,
   description,
-  make_item,
 )
 from imagen_jax.worlds.vocabulary import train_vocabulary
 from imagen_jax.worlds.world import Scene, World
@@ -101,6 +101,7 @@ class TextExperiment(Experiment):
     with tempfile.TemporaryDirectory() as folder:
       (pathlib.Path(folder) / VOCABULARY).write_bytes(self.vocabulary)
       self.tokenizer = load_tokenizer(folder)
+    self.tasks = Tasks(world, self.tokenizer, config.tasks)
     vocab_size = self.tokenizer.size + SENTINELS
     encoder = T5Encoder(vocab_size=vocab_size, **config.encoder)
     decoder = Decoder(vocab_size, width=encoder.width, **config.decoder)
@@ -116,7 +117,7 @@ class TextExperiment(Experiment):
 
   def loss(
     self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
-  ) -> tuple[jax.Array, dict]:
+  ) -> tuple[Array, dict]:
     del key, frozen
     return self.model.loss(params, batch), {}
 
@@ -135,7 +136,8 @@ class TextExperiment(Experiment):
   def augmentation(self) -> Callable[[dict, np.random.Generator], dict]:
     def choose(example: dict, rng: np.random.Generator) -> dict:
       seed = int(rng.integers(2**63))
-      return example | {'item': self._item(seed, example['scene'])}
+      item = self.tasks.item(random.Random(seed), example['scene'])
+      return example | {'item': item}
 
     return choose
 
@@ -143,17 +145,9 @@ class TextExperiment(Experiment):
     # Each example of the eval split always has the same task.
     item = example.get('item')
     if item is None:
-      item = self._item(example['index'], example['scene'])
+      rng = random.Random(example['index'])
+      item = self.tasks.item(rng, example['scene'])
     return as_arrays(item, self.config.tasks.max_len)
-
-  def _item(self, seed: int, scene: Scene) -> Item:
-    return make_item(
-      random.Random(seed),
-      scene,
-      self.world.nouns,
-      self.tokenizer,
-      self.config.tasks,
-    )
 
   def make_preview(self, frozen: Tree) -> Callable[[Tree], str | None]:
     """Eval captions, each with the decoder's description of one thing."""

@@ -7,10 +7,11 @@ that thing's noun and nothing else; it makes each noun's embedding a summary of
 its thing's attributes and relations.
 """
 
+import dataclasses
 import random
 import string
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,10 +21,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.text.tokenizer import EOS, PAD, Tokenizer
 from imagen_jax.worlds import captions, probe
 from imagen_jax.worlds.captions import Meaning
-from imagen_jax.worlds.world import Scene
-
-# `World.nouns`.
-Nouns: TypeAlias = Callable[[Tokenizer, str, Meaning], list[tuple[int, int]]]
+from imagen_jax.worlds.world import Scene, World
 
 SENTINELS = 8  # <extra_id_0> … <extra_id_7>, the last ids, counted downwards
 TARGET_LEN = 20  # the longest description has 17 tokens
@@ -99,64 +97,58 @@ def _with_unknown_words(rng: random.Random, caption: str) -> str:
   return ' '.join(words)
 
 
-def _any_item(
-  rng: random.Random,
-  scene: Scene,
-  nouns: Nouns,
-  tokenizer: Tokenizer,
-  tasks: ConfigDict,
-) -> Item:
-  caption = scene.caption
-  if rng.random() < tasks.span_fraction:
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+  """Makes random tasks on the captions of a world.
+
+  Attributes:
+    world: finds the nouns of a caption.
+    tokenizer: of the encoder.
+    config: the section `tasks`.
+  """
+
+  world: type[World]
+  tokenizer: Tokenizer
+  config: ConfigDict
+
+  def item(self, rng: random.Random, scene: Scene) -> Item:
+    """A task of at most `max_len` input and `TARGET_LEN` target tokens.
+
+    Raises:
+      UsageError: none of `ATTEMPTS` tasks fits.
+    """
+    max_len = self.config.max_len
+    for _ in range(ATTEMPTS):
+      spans = rng.random() < self.config.span_fraction
+      item = (self._corruption if spans else self._description)(rng, scene)
+      if len(item.ids) <= max_len and len(item.target) <= TARGET_LEN:
+        return item
+    raise UsageError(
+      f'the caption {scene.caption!r} does not fit tasks.max_len = {max_len} '
+      'tokens; set a larger one.'
+    )
+
+  def _corruption(self, rng: random.Random, scene: Scene) -> Item:
     left, missing = corrupt(
       rng,
-      tokenizer.pieces(caption),
-      tokenizer.size + SENTINELS - 1,
-      density=tasks.span_density,
-      mean_span=tasks.mean_span,
+      self.tokenizer.pieces(scene.caption),
+      self.tokenizer.size + SENTINELS - 1,
+      density=self.config.span_density,
+      mean_span=self.config.mean_span,
     )
     return Item([*left, EOS], None, [*missing, EOS])
-  if rng.random() < tasks.oov_fraction:
-    caption = _with_unknown_words(rng, caption)
-  found = nouns(tokenizer, caption, scene.meaning)
-  if not found:  # an unknown word has come between 'palm' and 'tree'
-    caption = scene.caption
-    found = nouns(tokenizer, caption, scene.meaning)
-  position, group = rng.choice(found)
-  target = tokenizer.pieces(description(scene.meaning, group))
-  return Item([*tokenizer.pieces(caption), EOS], position, [*target, EOS])
 
-
-def make_item(
-  rng: random.Random,
-  scene: Scene,
-  nouns: Nouns,
-  tokenizer: Tokenizer,
-  tasks: ConfigDict,
-) -> Item:
-  """A random task on a scene's caption.
-
-  Args:
-    rng: chooses the task.
-    scene: with caption and meaning.
-    nouns: finds the nouns of a caption, see `World.nouns`.
-    tokenizer: of the encoder.
-    tasks: the config's section.
-
-  Returns:
-    an item of at most `tasks.max_len` input and `TARGET_LEN` target tokens.
-
-  Raises:
-    UsageError: none of `ATTEMPTS` items fits.
-  """
-  for _ in range(ATTEMPTS):
-    item = _any_item(rng, scene, nouns, tokenizer, tasks)
-    if len(item.ids) <= tasks.max_len and len(item.target) <= TARGET_LEN:
-      return item
-  raise UsageError(
-    f'the caption {scene.caption!r} does not fit tasks.max_len = '
-    f'{tasks.max_len} tokens; set a larger one.'
-  )
+  def _description(self, rng: random.Random, scene: Scene) -> Item:
+    caption, pieces = scene.caption, self.tokenizer.pieces
+    if rng.random() < self.config.oov_fraction:
+      caption = _with_unknown_words(rng, caption)
+    found = self.world.nouns(self.tokenizer, caption, scene.meaning)
+    if not found:  # an unknown word has come between 'palm' and 'tree'
+      caption = scene.caption
+      found = self.world.nouns(self.tokenizer, caption, scene.meaning)
+    position, group = rng.choice(found)
+    target = pieces(description(scene.meaning, group))
+    return Item([*pieces(caption), EOS], position, [*target, EOS])
 
 
 def as_arrays(item: Item, max_len: int) -> dict[str, np.ndarray]:

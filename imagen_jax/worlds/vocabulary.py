@@ -7,6 +7,7 @@ import re
 import string
 import tempfile
 from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -66,7 +67,8 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
       minloglevel=2,
     )
   # The model records the paths of its inputs, which differ in every run.
-  model = sentencepiece_model_pb2.ModelProto.FromString(out.getvalue())
+  messages: Any = sentencepiece_model_pb2  # defines its classes when imported
+  model = messages.ModelProto.FromString(out.getvalue())
   model.trainer_spec.ClearField('seed_sentencepieces_file')
   model.normalizer_spec.ClearField('normalization_rule_tsv')
   return model.SerializeToString(deterministic=True)

@@ -156,29 +156,6 @@ def test_relations_follow_the_offset_less_a_tenth_of_the_extents():
   assert not related(at(0.47, 0.5), 'left of', thing)
 
 
-def test_regions_are_those_of_a_flood_fill():
-  rng = np.random.default_rng(0)
-  for density in (0.3, 0.55, 0.7):
-    mask = rng.random((40, 53)) < density
-    labels, number = regions.label(mask)
-    assert ((labels > 0) == mask).all()
-    seen = np.zeros_like(labels)
-    count = 0
-    for start in zip(*np.nonzero(mask)):
-      if seen[start]:
-        continue
-      count, stack = count + 1, [start]
-      while stack:
-        y, x = stack.pop()
-        if not (0 <= y < 40 and 0 <= x < 53) or seen[y, x] or not mask[y, x]:
-          continue
-        seen[y, x] = count
-        stack += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
-    assert number == count
-    pairs = {*zip(labels[mask].tolist(), seen[mask].tolist())}
-    assert len(pairs) == count
-
-
 def test_specks_are_ignored_and_blobs_are_not():
   image = np.full((128, 128, 3), 255, np.uint8)
   image[60:64, 60:64] = 0
