@@ -92,7 +92,7 @@ class TextExperiment(Experiment):
     if not issubclass(world, World):
       raise UsageError(
         f'data.kind is {config.data.kind!r}, which has no scenes to read; '
-        'choose a synthetic world.'
+        'choose shapes, emoji or a World of your own.'
       )
     self.world: type[World] = world
     source = self.source('train')

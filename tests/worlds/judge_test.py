@@ -4,11 +4,11 @@ import ast
 import dataclasses
 import inspect
 import random
-import sys
 
 import numpy as np
 import pytest
 
+from imagen_jax.worlds import judge as judging
 from imagen_jax.worlds import (
   judge_accuracy,
   naming,
@@ -20,8 +20,6 @@ from imagen_jax.worlds import (
 )
 from imagen_jax.worlds.captions import Group, Meaning
 from imagen_jax.worlds.judge import judge, read, related
-
-judging = sys.modules[judge.__module__]
 
 
 def verdict(prompt, *things, background='white', size=256):
