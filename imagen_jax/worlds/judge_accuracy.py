@@ -79,9 +79,9 @@ def spoil(
       changes['size'] = other(group.size, captions.SIZES)
     if group.fill and fills:
       changes['fill'] = other(group.fill, captions.FILLS)
-    for change in changes.items():
-      other_group = dataclasses.replace(group, **dict([change]))
-      wrong.append({'groups': _with(meaning.groups, i, other_group)})
+    for field, value in changes.items():
+      changed = dataclasses.replace(group, **{field: value})
+      wrong.append({'groups': _with(meaning.groups, i, changed)})
   for i, (a, word, b) in enumerate(meaning.relations):
     opposite = a, captions.OPPOSITE[word], b
     wrong.append({'relations': _with(meaning.relations, i, opposite)})

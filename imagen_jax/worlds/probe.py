@@ -24,7 +24,6 @@ Scores: TypeAlias = dict[str, dict[str, float]]
 
 ACROSS, DOWN = captions.RELATIONS[:2], captions.RELATIONS[2:]
 ASPECTS = ('shape', 'colour', 'count', 'size', 'fill', 'across', 'down')
-TESTS = ('eval', 'heldout')
 # The aspects that the gate checks.
 GATE = ('shape', 'colour', 'across', 'down')
 
@@ -125,7 +124,10 @@ def probe(
 
   return linear_readout(
     take('train', num_fit),
-    {name: take('eval', num_test, name == 'heldout') for name in TESTS},
+    {
+      'eval': take('eval', num_test),
+      'heldout': take('eval', num_test, heldout=True),
+    },
   )
 
 
