@@ -21,7 +21,7 @@ TEST = [
   'pytest-xdist>=3.2',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
-PARITY = ['torch', 'diffusers', 'scipy', *DEEPFLOYD]
+PARITY = ['torch', 'diffusers', *DEEPFLOYD]
 
 setuptools.setup(
   name='imagen_jax',
@@ -59,6 +59,7 @@ setuptools.setup(
     'pillow>=11',
     'protobuf',  # sentencepiece's models, edited
     'safetensors>=0.8',  # reads a tensor at a time, not mapped
+    'scipy>=1.12',  # jax needs it too
     'sentencepiece>=0.2',
     'transformers>=5',
     *(TFDS if CHECKOUT else []),

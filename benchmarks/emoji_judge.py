@@ -20,13 +20,13 @@ import pathlib
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from imagen_jax.evaluation import scores
 from imagen_jax.io.images import read_metadata
 from imagen_jax.worlds import emoji
 from imagen_jax.worlds.judge import compare
 from imagen_jax.worlds.reading import Found, Reading
-from imagen_jax.worlds.regions import extreme, label
 from imagen_jax.worlds.render import BACKGROUND
 
 CATEGORIES = ('single', 'count', 'pair', 'relation', 'heldout')
@@ -98,8 +98,10 @@ class Reader:
       BACKGROUND, key=lambda n: np.abs(ground - BACKGROUND[n]).sum()
     )
     mask = self.mask(image, ground)
-    wide = extreme(mask, round(JOIN * side), np.max)
-    labels, number = label(wide)
+    window = 2 * round(JOIN * side) + 1
+    labels, number = ndimage.label(
+      ndimage.maximum_filter(mask, window, mode='nearest')
+    )
     things = []
     for k in range(1, number + 1):
       part = mask & (labels == k)

@@ -15,12 +15,11 @@ combinations (an untrained encoder in brackets):
   left/right of 100.0 | 100.0 (85 | 83)   above/below 100.0 | 100.0 (81 | 80)
 
 Without the directional initialisation of the distance bias
-(`worlds.pretraining.directions`) the same probe gets 79 to 87 % for relations,
+(`worlds.network.directions`) the same probe gets 79 to 87 % for relations,
 after 1,600 steps and after 3,500.
 """
 
 from imagen_jax.configs import common
-from ml_collections import ConfigDict
 
 
 def get_config():
@@ -28,43 +27,38 @@ def get_config():
   config = common.base()
   config.kind = 'text'
   del config.text
-  # 'shapes', 'emoji' or a World of your own; the scenes of each split.
-  config.data = ConfigDict(
-    {
-      'kind': 'shapes',
-      'seed': 0,
-      'num_scenes': 30_000,
-      'num_eval_scenes': 2_000,
-    }
-  )
+  config.data = {
+    # 'shapes', 'emoji' or a World of your own.
+    'kind': 'shapes',
+    'seed': 0,
+    # Scenes of the splits 'train' and 'eval'.
+    'num_scenes': 30_000,
+    'num_eval_scenes': 2_000,
+  }
   # Of the T5 encoder.
-  config.encoder = ConfigDict(
-    {
-      'width': 128,
-      'num_layers': 4,
-      'num_heads': 4,
-      'head_dim': 32,
-      'mlp_dim': 256,
-    }
-  )
+  config.encoder = {
+    'width': 128,
+    'num_layers': 4,
+    'num_heads': 4,
+    'head_dim': 32,
+    'mlp_dim': 256,
+  }
   # Of the decoder, which is discarded after pretraining.
-  config.decoder = ConfigDict({'num_layers': 2, 'num_heads': 4})
-  config.tasks = ConfigDict(
-    {
-      # Tokens of a caption.
-      'max_len': 40,
-      # Fraction of the examples that are span corruption; the others ask for
-      # the description of an object.
-      'span_fraction': 0.15,
-      # Fraction of the tokens that span corruption removes.
-      'span_density': 0.3,
-      # Mean length of a span, in tokens.
-      'mean_span': 2,
-      # Fraction of those captions that get out-of-vocabulary words.
-      'oov_fraction': 0.15,
-    }
-  )
+  config.decoder = {'num_layers': 2, 'num_heads': 4}
+  config.tasks = {
+    # Tokens of a caption.
+    'max_len': 40,
+    # Fraction of the examples that are span corruption; the others ask for
+    # the description of an object.
+    'span_fraction': 0.15,
+    # Fraction of the tokens that span corruption removes.
+    'span_density': 0.3,
+    # Mean length of a span, in tokens.
+    'mean_span': 2,
+    # Fraction of the other examples that get out-of-vocabulary words.
+    'oov_fraction': 0.15,
+  }
   config.train.update(num_steps=2000, batch_size=128, ema_decay=0.99)
-  config.train.update(sample_every=500, max_bad_steps=20)
+  config.train.sample_every = 500
   config.train.optimizer.update(learning_rate=2e-3, warmup=200)
   return config

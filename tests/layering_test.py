@@ -31,7 +31,7 @@ BELOW = {
   },
   'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'text'},
   'worlds': {
-    'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training',
+    'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training', 'typing',
   },
   'deepfloyd': {
     'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets', 'typing',
@@ -49,7 +49,7 @@ DOORS = {
   'tensorflow_datasets': {'data/tfds.py'},
   'array_record': {'data/arrayrecord.py'},
   'grain': {'data/'},
-  'optax': {'training/', 'worlds/pretraining.py'},
+  'optax': {'training/', 'worlds/network.py'},
 }
 
 

@@ -24,6 +24,7 @@ TEXT_GROUPS = 32  # diffusers' `cross_attention_norm_num_groups`
 NORM_EPS = 1e-5  # of the norms that do not use `norm_eps`
 
 Emb = Float[Array, 'b e']  # vectors
+Features = Float[Array, 'b _ _ _']  # of any level
 
 
 def activation(name: str | None) -> Callable[[Array], Array]:
@@ -149,7 +150,7 @@ class ResnetBlock(nn.Module):
   resample: str | None = None
 
   @nn.compact
-  def __call__(self, x: Image, emb: Emb) -> Float[Array, 'b h2 w2 out']:
+  def __call__(self, x: Features, emb: Emb) -> Features:
     """x [B, H, W, C], emb [B, E] -> [B, H', W', features]."""
     act = activation(self.config.act_fn)
     norm = functools.partial(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from imagen_jax.deepfloyd.blocks import (
   AddedKVAttention,
   Emb,
+  Features,
   ResnetBlock,
   StepEmbedding,
   TextEmbedding,
@@ -47,7 +48,7 @@ class _Level(nn.Module):
       name=name,
     )
 
-  def step(self, j: int, h: Image, emb: Emb, text: TextEmb) -> Image:
+  def step(self, j: int, h: Features, emb: Emb, text: TextEmb) -> Features:
     """The j-th residual block and its attention."""
     h = self.block(f'resnets_{j}')(h, emb)
     if not self.attend:
@@ -67,8 +68,8 @@ class DownLevel(_Level):
 
   @nn.compact
   def __call__(
-    self, h: Image, emb: Emb, text: TextEmb
-  ) -> tuple[Image, list[Image]]:
+    self, h: Features, emb: Emb, text: TextEmb
+  ) -> tuple[Features, list[Features]]:
     """-> (h, [skips])."""
     skips = []
     for j in range(self.config.layers_per_block[self.level]):
@@ -85,8 +86,8 @@ class UpLevel(_Level):
 
   @nn.compact
   def __call__(
-    self, h: Image, skips: Sequence[Image], emb: Emb, text: TextEmb
-  ) -> Image:
+    self, h: Features, skips: Sequence[Features], emb: Emb, text: TextEmb
+  ) -> Features:
     """-> h; `skips` are those of this level, in order of use."""
     for j, skip in enumerate(skips):
       h = self.step(j, jnp.concatenate([h, skip], axis=-1), emb, text)
@@ -99,7 +100,7 @@ class MidLevel(_Level):
   """Residual block, attention, residual block at the lowest resolution."""
 
   @nn.compact
-  def __call__(self, h: Image, emb: Emb, text: TextEmb) -> Image:
+  def __call__(self, h: Features, emb: Emb, text: TextEmb) -> Features:
     """-> h."""
     h = self.step(0, h, emb, text)
     return self.block('resnets_1')(h, emb)

@@ -14,37 +14,14 @@ from typing import TypeVar
 
 T = TypeVar('T')
 
-SHAPES = (
-  'circle',
-  'square',
-  'triangle',
-  'star',
-  'heart',
-  'moon',
-  'cross',
-  'diamond',
-)
-COLOURS = (
-  'red',
-  'orange',
-  'yellow',
-  'green',
-  'blue',
-  'purple',
-  'pink',
-  'white',
-  'black',
-  'grey',
+SHAPES = tuple('circle square triangle star heart moon cross diamond'.split())
+COLOURS = tuple(
+  'red orange yellow green blue purple pink white black grey'.split()
 )
 SIZES = ('small', 'large')
 FILLS = ('plain', 'striped', 'dotted', 'checkered')
 RELATIONS = ('left of', 'right of', 'above', 'below')
-OPPOSITE = {
-  'left of': 'right of',
-  'right of': 'left of',
-  'above': 'below',
-  'below': 'above',
-}
+OPPOSITE = dict(zip(RELATIONS, ('right of', 'left of', 'below', 'above')))
 BACKGROUNDS = ('white', 'black', 'grey', 'blue', 'green', 'yellow')
 NUMBERS = ('one', 'two', 'three', 'four', 'five')
 
@@ -99,7 +76,7 @@ def pick(rng: random.Random, options: Sequence[T]) -> T:
   return options[int(rng.random() * len(options))]
 
 
-def _say(rng, word, usual=0.7):
+def _say(rng: random.Random, word: str, usual: float = 0.7) -> str:
   """The word itself with probability `usual`, else one of its synonyms."""
   ways = SAID.get(word, (word,))
   if len(ways) == 1 or rng.random() < usual:
@@ -112,27 +89,48 @@ def plural(noun: str) -> str:
   return noun + ('es' if noun.endswith('s') else 's')
 
 
-def _phrase(rng, group, article=True):
+def article_of(word: str) -> str:
+  """'a' or 'an'."""
+  return 'an' if word[0] in 'aeiou' else 'a'
+
+
+def _phrase(rng: random.Random, group: Group, article: bool) -> str:
   """A noun phrase: 'a small striped green heart', 'three stars'."""
   words, tail = [], ''
   if group.size:
     words.append(_say(rng, group.size))
-  words.append(_say(rng, group.colour, usual=0.85))
+  if group.colour:
+    words.append(_say(rng, group.colour, usual=0.85))
   if group.fill in WITH and rng.random() < 0.2:
     tail = ' with ' + WITH[group.fill]
   elif group.fill:
     first = rng.random() < 0.7
     words.insert(len(words) - first, _say(rng, group.fill))
   noun = _say(rng, group.shape, usual=0.85)
+  number = NUMBERS[group.count - 1]
   if group.count > 1:
     noun = plural(noun)
-    spelled = rng.random() < 0.85
-    words.insert(0, NUMBERS[group.count - 1] if spelled else str(group.count))
+    number = number if rng.random() < 0.85 else str(group.count)
   elif article:
-    words.insert(0, 'an' if words[0][0] in 'aeiou' else 'a')
-  else:
-    words.insert(0, 'one')
-  return ' '.join([*words, noun]) + tail
+    number = article_of([*words, noun][0])
+  return ' '.join([number, *words, noun]) + tail
+
+
+def _sentence(
+  rng: random.Random, meaning: Meaning, nouns: Sequence[str]
+) -> str:
+  """The noun phrases joined by the meaning's relations, if any."""
+  if not meaning.relations:
+    return ' and '.join(filter(None, [', '.join(nouns[:-1]), nouns[-1]]))
+  # Every relation of a scene has its first group as the subject.
+  said = [_say(rng, word) for _, word, _ in meaning.relations]
+  verb = ' is ' if rng.random() < 0.1 else ' '
+  if len(said) == 1 and rng.random() < 0.1:
+    # 'a blue square with a red circle above it'
+    return f'{nouns[1]} with {nouns[0]} {said[0]} it'
+  return f'{nouns[0]}{verb}' + ' and '.join(
+    f'{word} {nouns[b]}' for word, (_, _, b) in zip(said, meaning.relations)
+  )
 
 
 def write(
@@ -144,26 +142,7 @@ def write(
   With `count_one`, a single thing is 'one red star', not 'a red star'.
   """
   nouns = [_phrase(rng, g, article=not count_one) for g in meaning.groups]
-  if not meaning.relations:
-    text = nouns[-1]
-    if len(nouns) > 1:
-      text = ', '.join(nouns[:-1]) + ' and ' + nouns[-1]
-  else:
-    # Every relation of a scene has its first group as the subject.
-    said = [_say(rng, word) for _, word, _ in meaning.relations]
-    verb = ' is ' if rng.random() < 0.1 else ' '
-    if len(said) == 1 and rng.random() < 0.1:
-      # 'a blue square with a red circle above it'
-      text = f'{nouns[1]} with {nouns[0]} {said[0]} it'
-    else:
-      text = (
-        nouns[0]
-        + verb
-        + ' and '.join(
-          f'{word} {nouns[b]}'
-          for word, (_, _, b) in zip(said, meaning.relations)
-        )
-      )
+  text = _sentence(rng, meaning, nouns)
   if meaning.background:
     name = _say(rng, meaning.background, usual=0.85)
     if meaning.background in PALE and rng.random() < 0.6:
@@ -171,8 +150,7 @@ def write(
     text += f' on a {name} background' if rng.random() < 0.8 else f' on {name}'
   if rng.random() < 0.1 and ' is ' not in text:
     opening = pick(rng, OPENINGS)
-    several = meaning.groups[0].count > 1
-    if opening == 'there is ' and several:
+    if opening == 'there is ' and meaning.groups[0].count > 1:
       opening = 'there are '
     text = opening + text
   if rng.random() < 0.1:
@@ -202,7 +180,7 @@ def vocabulary() -> frozenset[str]:
 def describe() -> str:
   """One sentence on what can be rendered, for the out-of-vocabulary note."""
 
-  def listed(items):
+  def listed(items: Sequence[str]) -> str:
     return ', '.join(items[:-1]) + ' or ' + items[-1]
 
   return (

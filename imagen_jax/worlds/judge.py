@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,7 +18,8 @@ from jaxtyping import UInt8
 from imagen_jax.worlds.captions import Group, Meaning
 from imagen_jax.worlds.reading import Found, Reading, read
 
-__all__ = ['Verdict', 'compare', 'judge', 'read']
+# {aspect: verdict}; None: not claimed.
+Aspects: TypeAlias = dict[str, bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Verdict:
   """
 
   correct: bool
-  aspects: dict[str, bool | None]
+  aspects: Aspects
   reading: Reading
 
 
@@ -52,30 +54,33 @@ def _aspects(
   slots: Sequence[Group],
   things: Sequence[Found],
   first: Sequence[int],
-) -> dict[str, bool | None]:
-  """{aspect: verdict} of one matching, `things[i]` against `slots[i]`."""
-  pairs = list(zip(slots, things))
+) -> Aspects:
+  """{aspect: verdict} of one matching, `things[i]` against `slots[i]`.
 
-  def holds(field):
-    said = [(getattr(s, field), getattr(t, field)) for s, t in pairs]
-    said = [(s, t) for s, t in said if s is not None and t is not None]
+  `first` has the index of each group's first slot, and the number of slots.
+  """
+
+  def holds(field: str) -> bool | None:
+    said = [
+      (getattr(s, field), getattr(t, field)) for s, t in zip(slots, things)
+    ]
+    said = [pair for pair in said if None not in pair]
     return all(s == t for s, t in said) if said else None
 
-  relation = None
-  if meaning.relations:
-    relation = all(
-      related(things[i], word, things[j])
-      for a, word, b in meaning.relations
-      for i in range(first[a], first[a] + meaning.groups[a].count)
-      for j in range(first[b], first[b] + meaning.groups[b].count)
-    )
-  return {
-    'shape': holds('shape'),
-    'colour': holds('colour'),
-    'size': holds('size'),
-    'fill': holds('fill'),
-    'relation': relation,
-  }
+  aspects = {f: holds(f) for f in ('shape', 'colour', 'size', 'fill')}
+  if not meaning.relations:
+    return aspects | {'relation': None}
+  relation = all(
+    related(things[i], word, things[j])
+    for a, word, b in meaning.relations
+    for i in range(first[a], first[a + 1])
+    for j in range(first[b], first[b + 1])
+  )
+  return aspects | {'relation': relation}
+
+
+def _violated(aspects: Aspects) -> int:
+  return sum(value is False for value in aspects.values())
 
 
 def judge(image: UInt8[np.ndarray, 'h w 3'], meaning: Meaning) -> Verdict:
@@ -103,26 +108,27 @@ def compare(reading: Reading, meaning: Meaning) -> Verdict:
   """
   slots = [g for g in meaning.groups for _ in range(g.count)]
   if len(slots) > 6:
-    raise ValueError(f'{len(slots)} things are too many to judge, 6 at most')
+    raise ValueError(f'{len(slots)} things are too many to judge; 6 at most')
   first = [0, *itertools.accumulate(g.count for g in meaning.groups)]
   things = reading.things
-  aspects: dict[str, bool | None] = {'count': len(things) == len(slots)}
+  aspects: Aspects = {'count': len(things) == len(slots)}
   if aspects['count']:
-    ways = [
+    ways = (
       _aspects(meaning, slots, way, first)
       for way in itertools.permutations(things)
-    ]
-    best = max(ways, key=lambda w: -sum(v is False for v in w.values()))
-    aspects.update(best)
+    )
+    best: Aspects = min(ways, key=_violated)
+    aspects |= best
   else:
     for field in ('shape', 'colour'):
-      said = collections.Counter(getattr(s, field) for s in slots)
-      seen = collections.Counter(getattr(t, field) for t in things)
+      said, seen = (
+        collections.Counter(getattr(x, field) for x in some)
+        for some in (slots, things)
+      )
       aspects[field] = said == seen
-    aspects |= dict.fromkeys(('size', 'fill'))
-    aspects['relation'] = False if meaning.relations else None
+    relation = False if meaning.relations else None
+    aspects |= {'size': None, 'fill': None, 'relation': relation}
   aspects['background'] = (
     meaning.background == reading.background if meaning.background else None
   )
-  correct = all(v is not False for v in aspects.values())
-  return Verdict(correct, aspects, reading)
+  return Verdict(_violated(aspects) == 0, aspects, reading)

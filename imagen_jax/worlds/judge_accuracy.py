@@ -12,10 +12,12 @@ import argparse
 import dataclasses
 import random
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
+from scipy import ndimage
 
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Meaning
@@ -23,6 +25,7 @@ from imagen_jax.worlds.judge import judge
 from imagen_jax.worlds.reading import FILL_SIZE
 from imagen_jax.worlds.shapes import CATEGORIES, render, scene
 
+T = TypeVar('T')
 BLUR, NOISE = 1 / 128, 0.04  # of the image's side; of the range of a pixel
 
 
@@ -35,18 +38,20 @@ def degrade(
 ) -> UInt8[np.ndarray, 'h w 3']:
   """Gaussian blur (sigma `blur`·height), then noise (sigma 255·`noise`)."""
   sigma = blur * image.shape[0]
-  reach = int(4 * sigma) + 1
-  kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-  kernel /= kernel.sum()
-  x = image.astype(np.float32)
-  for axis in (0, 1):
-    edge = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
-    p = np.moveaxis(np.pad(x, edge, mode='edge'), axis, 0)
-    n = image.shape[axis]
-    x = sum(k * p[i : i + n] for i, k in enumerate(kernel))
-    x = np.moveaxis(x, 0, axis)
+  x = ndimage.gaussian_filter(
+    image.astype(np.float32),
+    sigma,
+    axes=(0, 1),
+    mode='nearest',
+    radius=int(4 * sigma) + 1,
+  )
   noisy = x + 255 * noise * rng.standard_normal(x.shape)
   return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+
+
+def _with(items: Sequence[T], i: int, new: T) -> tuple[T, ...]:
+  """The items with the i-th replaced."""
+  return *items[:i], new, *items[i + 1 :]
 
 
 def spoil(
@@ -60,35 +65,30 @@ def spoil(
     fills: whether a fill may be changed.
   """
 
-  def other(word, words):
+  def other(word: str | None, words: Sequence[str]) -> str:
     return captions.pick(rng, [w for w in words if w != word])
 
-  changes = []
+  wrong: list[dict[str, Any]] = []
   for i, group in enumerate(meaning.groups):
-    changes += [
-      (i, 'shape', other(group.shape, captions.SHAPES)),
-      (i, 'colour', other(group.colour, captions.COLOURS)),
-      (i, 'count', group.count + 1 if group.count == 1 else group.count - 1),
-    ]
+    changes: dict[str, Any] = {
+      'shape': other(group.shape, captions.SHAPES),
+      'colour': other(group.colour, captions.COLOURS),
+      'count': group.count + (1 if group.count == 1 else -1),
+    }
     if group.size:
-      changes.append((i, 'size', other(group.size, captions.SIZES)))
+      changes['size'] = other(group.size, captions.SIZES)
     if group.fill and fills:
-      changes.append((i, 'fill', other(group.fill, captions.FILLS)))
+      changes['fill'] = other(group.fill, captions.FILLS)
+    for field, value in changes.items():
+      changed = dataclasses.replace(group, **{field: value})
+      wrong.append({'groups': _with(meaning.groups, i, changed)})
   for i, (a, word, b) in enumerate(meaning.relations):
-    changes.append((i, 'relation', (a, captions.OPPOSITE[word], b)))
+    opposite = a, captions.OPPOSITE[word], b
+    wrong.append({'relations': _with(meaning.relations, i, opposite)})
   if meaning.background:
     word = other(meaning.background, captions.BACKGROUNDS)
-    changes.append((0, 'background', word))
-  i, field, value = captions.pick(rng, changes)
-  if field == 'background':
-    return dataclasses.replace(meaning, background=value)
-  kind = 'relations' if field == 'relation' else 'groups'
-  items: list[Any] = list(getattr(meaning, kind))
-  if field != 'relation':
-    value = dataclasses.replace(items[i], **{field: value})
-  items[i] = value
-  changed: dict[str, Any] = {kind: tuple(items)}
-  return dataclasses.replace(meaning, **changed)
+    wrong.append({'background': word})
+  return dataclasses.replace(meaning, **captions.pick(rng, wrong))
 
 
 def accuracy(
@@ -132,10 +132,8 @@ def main() -> None:
   for size in map(int, args.sizes.split(',')):
     for how in ('clean', 'degraded', 'shuffled', 'spoiled'):
       row = accuracy(args.seed, args.num, size, how=how)
-      print(
-        f'{size:>5}{how:>9}' + ''.join(f'{v:>10.3f}' for v in row.values()),
-        flush=True,
-      )
+      cells = ''.join(f'{v:>10.3f}' for v in row.values())
+      print(f'{size:>5}{how:>9}{cells}', flush=True)
   scenes = [scene(args.seed, 'eval', i, category='count') for i in range(20)]
   images = [render(s, 256) for s in scenes]
   start = time.perf_counter()

@@ -38,7 +38,7 @@ def diameter(
   return uniform(rng, 0.85 * largest, largest)
 
 
-def _related(word, dx, dy):
+def _related(word: str, dx: float, dy: float) -> bool:
   """Whether an offset (a minus b) is `word` by a clear margin."""
   along, across = (dx, dy) if word in ('left of', 'right of') else (dy, dx)
   if word in ('left of', 'above'):

@@ -1,38 +1,19 @@
 """The judge's definitions of colours and fills, as thresholds on pixels."""
 
+import bisect
+import colorsys
+
 import numpy as np
 from jaxtyping import Bool, Float
 
-
-def _hue_name(hue):
-  for limit, name in (
-    (14, 'red'),
-    (39, 'orange'),
-    (72, 'yellow'),
-    (180, 'green'),
-    (250, 'blue'),
-    (304, 'purple'),
-    (346, 'pink'),
-  ):
-    if hue < limit:
-      return name
-  return 'red'
+# Hues in degrees at which a colour's name ends.
+LIMITS = (14, 39, 72, 180, 250, 304, 346)
+HUES = ('red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'red')
 
 
-def _hsv(rgb):
-  """(hue in degrees, saturation, value) of one colour in [0, 1]³."""
-  r, g, b = rgb
-  high, low = max(r, g, b), min(r, g, b)
-  chroma = high - low
-  if chroma < 1e-6:
-    return 0.0, 0.0, high
-  if high == r:
-    hue = ((g - b) / chroma) % 6
-  elif high == g:
-    hue = (b - r) / chroma + 2
-  else:
-    hue = (r - g) / chroma + 4
-  return 60 * hue, chroma / high, high
+def _hue_name(hue: float) -> str:
+  """Names a hue in [0, 1)."""
+  return HUES[bisect.bisect(LIMITS, 360 * hue)]
 
 
 def colour_name(pixels: Float[np.ndarray, 'n 3']) -> str:
@@ -42,7 +23,7 @@ def colour_name(pixels: Float[np.ndarray, 'n 3']) -> str:
   separate.
   """
   mean = pixels.mean(0)
-  hue, saturation, value = _hsv(mean)
+  hue, saturation, value = colorsys.rgb_to_hsv(*mean)
   if saturation < 0.22 or mean.max() - mean.min() < 0.08:
     if value < 0.325:
       return 'black'
@@ -57,7 +38,7 @@ def colour_name(pixels: Float[np.ndarray, 'n 3']) -> str:
 
 def background_name(rgb: Float[np.ndarray, '3']) -> str:
   """Names a background; a faint tint counts, as most backgrounds are pale."""
-  hue, saturation, value = _hsv(rgb)
+  hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
   if value < 0.2:
     return 'black'
   if saturation < 0.09:

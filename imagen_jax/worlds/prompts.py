@@ -1,32 +1,39 @@
-"""Parses a typed prompt of the shapes world into its meaning.
+"""Parses the sentences of the shapes world.
 
 `understand` parses every sentence that `captions.write` can write and small
 variations of them, so an image sampled from a typed prompt can be judged like
-any other.
+any other. `shape_nouns` finds the nouns of a caption.
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
+from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Group, Meaning
 
 
-def _said(group):
-  """{synonym: word} of a tuple of words."""
+def _said(group: Iterable[str]) -> dict[str, str]:
+  """{synonym: word} of some words."""
   return {
     way: word for word in group for way in captions.SAID.get(word, (word,))
   }
 
 
 _COLOURS = _said(captions.COLOURS)
-_SIZES, _FILLS = _said(captions.SIZES), _said(captions.FILLS)
+_ADJECTIVES = {
+  'size': _said(captions.SIZES),
+  'fill': _said(captions.FILLS),
+  'colour': _COLOURS,
+}
 _SHAPES = _said(captions.SHAPES)
 _SHAPES |= {captions.plural(way): word for way, word in _SHAPES.items()}
 _RELATIONS = _said(captions.RELATIONS)
 _WITH = {said: fill for fill, said in captions.WITH.items()}
 _NUMBERS = {'a': 1, 'an': 1, 'the': 1}
-_NUMBERS |= {word: n for n, word in enumerate(captions.NUMBERS, 1)}
-_NUMBERS |= {str(n): n for n in range(1, 6)}
+for n, spelled in enumerate(captions.NUMBERS, 1):
+  _NUMBERS |= {spelled: n, str(n): n}
 
 _BACKGROUND = re.compile(
   r',? (?:on|against) (?:an? |the )?(?:light |pale )?(\w+)(?: background)?$'
@@ -41,28 +48,23 @@ _TRAILING = re.compile(rf'^(.+) with (.+?) ({_WAYS}) (?:it|them)$')
 _AND = re.compile(r',? and |, ')
 
 
-def _group(phrase):
+def _group(phrase: str) -> Group | None:
   """The group a noun phrase names, or None."""
   phrase, _, tail = phrase.partition(' with ')
   *before, noun = phrase.split() or ['']
-  fields = {'fill': _WITH.get(tail)} if tail else {}
   if noun not in _SHAPES or (tail and tail not in _WITH):
     return None
-  for i, word in enumerate(before):
-    if i == 0 and word in _NUMBERS:
-      fields['count'] = _NUMBERS[word]
-      continue
-    for field, words in (
-      ('size', _SIZES),
-      ('fill', _FILLS),
-      ('colour', _COLOURS),
-    ):
+  fields: dict[str, Any] = {'fill': _WITH[tail]} if tail else {}
+  if before and before[0] in _NUMBERS:
+    fields['count'] = _NUMBERS[before.pop(0)]
+  for word in before:
+    for field, words in _ADJECTIVES.items():
       if word in words and field not in fields:
         fields[field] = words[word]
         break
     else:
       return None
-  return Group(_SHAPES[noun], fields.pop('colour', None), **fields)
+  return Group(_SHAPES[noun], **{'colour': None} | fields)
 
 
 def understand(prompt: str) -> Meaning | None:
@@ -87,7 +89,29 @@ def understand(prompt: str) -> Meaning | None:
     )
   else:
     phrases = _AND.split(text)
-  groups = tuple(_group(phrase) for phrase in phrases)
-  if None in groups:
+  groups = [group for phrase in phrases if (group := _group(phrase))]
+  if len(groups) < len(phrases):
     return None
-  return Meaning(groups, relations, background)
+  return Meaning(tuple(groups), relations, background)
+
+
+def shape_nouns(
+  tokenizer: Tokenizer, caption: str, meaning: Meaning
+) -> list[tuple[int, int]]:
+  """Where things are named: [(position of the noun's last token, group)].
+
+  A noun belongs to the group with its shape and the last colour before it, so
+  the caption may name the groups in any order. Words are tokenized one by one,
+  as sentencepiece does.
+  """
+  found, position, colour = [], 0, None
+  groups = [(g.shape, g.colour) for g in meaning.groups]
+  for word in caption.lower().split():
+    bare = word.strip('.,')
+    colour = _COLOURS.get(bare, colour)
+    key = _SHAPES.get(bare, ''), colour
+    if key in groups:
+      last = position + len(tokenizer.pieces(bare)) - 1
+      found.append((last, groups.index(key)))
+    position += len(tokenizer.pieces(word))
+  return found

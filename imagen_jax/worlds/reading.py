@@ -9,10 +9,11 @@ median of the border; things are the connected regions that differ from it.
 import dataclasses
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
+from scipy import ndimage
 
 from imagen_jax.worlds.naming import background_name, colour_name, fill_name
-from imagen_jax.worlds.regions import box_mean, extreme, label, smooth
+from imagen_jax.worlds.regions import box_mean, smooth
 from imagen_jax.worlds.silhouettes import shape_name
 
 WORK = 128  # things are found at less than twice this resolution
@@ -49,13 +50,27 @@ class Reading:
   things: tuple[Found, ...]
 
 
-def _thing(pixels, full, ground, labels, k):
+def _eroded(
+  region: Bool[np.ndarray, 'h w'], least: int
+) -> Bool[np.ndarray, 'h w']:
+  """The region without its outermost pixels, if `least` pixels remain."""
+  inner = ndimage.minimum_filter(region, 3, mode='nearest')
+  return inner if inner.sum() >= least else region
+
+
+def _thing(
+  pixels: Float[np.ndarray, 'h w 3'],
+  full: Float[np.ndarray, 'h2 w2 3'],
+  ground: Float[np.ndarray, '3'],
+  labels: Int32[np.ndarray, 'h w'],
+  k: int,
+) -> Found | None:
   """The `Found` of region k, or None if it is a speck.
 
   Args:
-    pixels: [h, w, 3] in [0, 1], at working resolution.
+    pixels: in [0, 1], at working resolution.
     full: the same image, larger by an integer factor, for fills.
-    ground: [3], the background.
+    ground: the background.
     labels, k: regions of `pixels`, and the index of this one.
   """
   region = labels == k
@@ -68,12 +83,8 @@ def _thing(pixels, full, ground, labels, k):
   # The region with a margin of two pixels, where its soft edge ends.
   near = np.s_[max(y0 - 2, 0) : y1 + 2, max(x0 - 2, 0) : x1 + 2]
   part, crop = region[near], pixels[near]
-  core = extreme(part, 1, np.min)
-  if core.sum() < 4:
-    core = part
-  deep = extreme(core, 1, np.min)
-  if deep.sum() < 12:
-    deep = core
+  core = _eroded(part, 4)
+  deep = _eroded(core, 12)
   # Soft mask: 0 at the background's colour, 1 at the thing's.
   way = crop[core].mean(0) - ground
   mask = np.clip((crop - ground) @ way / max(way @ way, 1e-3), 0, 1)
@@ -83,9 +94,8 @@ def _thing(pixels, full, ground, labels, k):
   if full.shape[0] >= FILL_SIZE:
     s = full.shape[0] // h
     rows, columns = (slice(a.start * s, a.stop * s) for a in near)
-    large = full[rows, columns]
     inside = deep.repeat(s, 0).repeat(s, 1)
-    fill = fill_name(smooth(large, 2), inside)
+    fill = fill_name(smooth(full[rows, columns], 2), inside)
   return Found(
     shape=shape,
     colour=colour_name(crop[deep]),
@@ -125,8 +135,9 @@ def read(image: UInt8[np.ndarray, 'h w 3']) -> Reading:
   # A pixel belongs to a thing if its distance from the background is 0.36 of
   # the local maximum or more: less than half, because the dark tone of a fill
   # may be close to a black background.
-  local = extreme(distance, max(1, round(0.04 * h)), np.max)
-  labels, number = label(distance > np.maximum(0.12, 0.36 * local))
+  window = 2 * max(1, round(0.04 * h)) + 1
+  local = ndimage.maximum_filter(distance, window, mode='nearest')
+  labels, number = ndimage.label(distance > np.maximum(0.12, 0.36 * local))
   things = (
     _thing(pixels, full, ground, labels, k) for k in range(1, number + 1)
   )

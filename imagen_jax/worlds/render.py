@@ -8,10 +8,15 @@ rendered at 64 is nearly the 4×4 box mean of the same image rendered at 256.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float, UInt8
+
+Grid: TypeAlias = Float[np.ndarray, '...']
+Inside: TypeAlias = Bool[np.ndarray, '...']
+Predicate: TypeAlias = Callable[[Grid, Grid], Inside]
 
 PALETTE = {
   'red': (222, 40, 45),
@@ -59,21 +64,13 @@ def contrast(colour: str, background: str, fill: str | None = None) -> float:
   return float(np.linalg.norm(mixes, axis=1).min())
 
 
-def _circle(u, v):
-  return u * u + v * v <= 1
-
-
-def _square(u, v):
-  return (np.abs(u) <= 1) & (np.abs(v) <= 1)
-
-
-def _triangle(u, v):
+def _triangle(u: Grid, v: Grid) -> Inside:
   # Equilateral, of side 2: the top at v = -h/2, the base at v = h/2.
   h = 3**0.5
   return (v <= h / 2) & (np.abs(u) * h <= v + h / 2)
 
 
-def _star(u, v):
+def _star(u: Grid, v: Grid) -> Inside:
   # Two reflections fold the arms onto the upper one, whose edge is a line.
   tip = 1 / np.sin(np.radians(72))  # radius at which the arms touch u = ±1
   v = v - (tip - tip * np.cos(np.radians(36))) / 2  # centres the star's box
@@ -86,7 +83,7 @@ def _star(u, v):
   return np.abs(u) * y <= (v + tip) * x
 
 
-def _heart(u, v):
+def _heart(u: Grid, v: Grid) -> Inside:
   # The sextic (x² + y² - 1)³ = x² y³, 2.28 wide and 2.24 high.
   x, y = 1.14 * u, 0.12 - 1.14 * v
   xx, yy = x * x, y * y
@@ -94,57 +91,51 @@ def _heart(u, v):
   return k * k * k <= xx * yy * y
 
 
-def _moon(u, v):
+def _moon(u: Grid, v: Grid) -> Inside:
   # A disc less a disc; the tips are at u = 0.527 before centring.
   u = u - 0.236
   w = u - 0.55
   return (u * u + v * v <= 1) & (w * w + v * v >= 0.85**2)
 
 
-def _cross(u, v):
+def _cross(u: Grid, v: Grid) -> Inside:
   u, v = np.abs(u), np.abs(v)
   return (np.minimum(u, v) <= 0.34) & (np.maximum(u, v) <= 1)
 
 
-def _diamond(u, v):
-  return np.abs(u) / 0.72 + np.abs(v) <= 1
-
-
-INSIDE = {
-  'circle': _circle,
-  'square': _square,
+INSIDE: dict[str, Predicate] = {
+  'circle': lambda u, v: u * u + v * v <= 1,
+  'square': lambda u, v: (np.abs(u) <= 1) & (np.abs(v) <= 1),
   'triangle': _triangle,
   'star': _star,
   'heart': _heart,
   'moon': _moon,
   'cross': _cross,
-  'diamond': _diamond,
+  'diamond': lambda u, v: np.abs(u) / 0.72 + np.abs(v) <= 1,
 }
 
 
-def _striped(x, y):
-  return np.mod(x + y, 1.41) < 0.705
-
-
-def _dotted(x, y):
+def _dotted(x: Grid, y: Grid) -> Inside:
   x, y = np.mod(x, 1) - 0.5, np.mod(y, 1) - 0.5
   return x * x + y * y < 0.3**2
 
 
-def _checkered(x, y):
-  return (np.mod(x, 1.4) < 0.7) ^ (np.mod(y, 1.4) < 0.7)
-
-
-SECOND = {'striped': _striped, 'dotted': _dotted, 'checkered': _checkered}
+SECOND: dict[str, Predicate] = {
+  'striped': lambda x, y: np.mod(x + y, 1.41) < 0.705,
+  'dotted': _dotted,
+  'checkered': lambda x, y: (np.mod(x, 1.4) < 0.7) ^ (np.mod(y, 1.4) < 0.7),
+}
 
 
 @functools.cache
-def _tones(colour):
+def _tones(colour: str) -> Float[np.ndarray, '2 3']:
   return np.array([PALETTE[colour], second_tone(colour)], np.float32)
 
 
-def _box_mean(inside, k):
-  """Mean of [h*k, w*k] booleans over k×k blocks, float32 [h, w]."""
+def _box_mean(
+  inside: Bool[np.ndarray, 'rows columns'], k: int
+) -> Float[np.ndarray, 'h w']:
+  """Means over k×k blocks, float32."""
   h, w = inside.shape
   rows = inside.view(np.uint8).reshape(h // k, k, w).sum(1, dtype=np.uint16)
   return rows.reshape(h // k, w // k, k).sum(2, dtype=np.uint16) / np.float32(
@@ -165,18 +156,19 @@ def render(scene: Any, size: int) -> UInt8[np.ndarray, 's s 3']:
   k = max(4, 256 // size)  # subpixels along a side
   for thing in scene.things:
     radius = thing.diameter / 2
-    x0, y0 = (max(int((c - radius) * size), 0) for c in (thing.x, thing.y))
-    x1, y1 = (
-      min(int((c + radius) * size) + 1, size) for c in (thing.x, thing.y)
-    )
-    # Subpixel centres as distances from the thing's centre.
-    xs = (np.arange(x0 * k, x1 * k, dtype=np.float32) + 0.5) / (size * k)
-    ys = (np.arange(y0 * k, y1 * k, dtype=np.float32) + 0.5) / (size * k)
-    xs, ys = xs - np.float32(thing.x), (ys - np.float32(thing.y))[:, None]
+    spans, offsets = [], []
+    for c in (thing.x, thing.y):
+      start = max(int((c - radius) * size), 0)
+      end = min(int((c + radius) * size) + 1, size)
+      # Subpixel centres as distances from the thing's centre.
+      at = (np.arange(start * k, end * k, dtype=np.float32) + 0.5) / (size * k)
+      spans.append(slice(start, end))
+      offsets.append(at - np.float32(c))
+    xs, ys = offsets[0], offsets[1][:, None]
     inside = INSIDE[thing.shape](xs / radius, ys / radius)
     base, shade = _tones(thing.colour)
     alpha = _box_mean(inside, k)[..., None]
-    part = image[y0:y1, x0:x1]
+    part = image[spans[1], spans[0]]
     part += alpha * (base - part)
     if thing.fill in SECOND:
       second = SECOND[thing.fill](xs / PERIOD, ys / PERIOD) & inside

@@ -15,17 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.evaluation import scores
+from imagen_jax.evaluation import suite as suites
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.scores import Categories
-from imagen_jax.evaluation.suite import (
-  Item,
-  Record,
-  Records,
-  Suite,
-  choose,
-  digest,
-  number,
-)
+from imagen_jax.evaluation.suite import Item, Record, Records
 from imagen_jax.worlds import shapes
 from imagen_jax.worlds.judge import compare, judge, read
 from imagen_jax.worlds.reading import FILL_SIZE, Found, Reading
@@ -40,7 +33,7 @@ def scene(category: str, number: int) -> shapes.Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapesSuite(Suite):
+class ShapesSuite(suites.Suite):
   """The fraction of images that the judge finds correct, by category.
 
   Attributes:
@@ -57,7 +50,7 @@ class ShapesSuite(Suite):
 
   @classmethod
   def from_config(cls, config: EvalConfig) -> 'ShapesSuite':
-    categories = choose(config.categories, shapes.CATEGORIES)
+    categories = suites.choose(config.categories, shapes.CATEGORIES)
     return cls(categories, config.num or 300, config.from_truth)
 
   @property
@@ -83,7 +76,7 @@ class ShapesSuite(Suite):
     )
 
   def items(self) -> list[Item]:
-    return number(
+    return suites.number(
       (category, scene(category, i).caption)
       for category in self.categories
       for i in range(self.num)
@@ -92,7 +85,7 @@ class ShapesSuite(Suite):
   def digest(self) -> str:
     # `num` is not part of it: a longer run may resume a shorter one.
     some = dataclasses.replace(self, categories=shapes.CATEGORIES, num=20)
-    return digest([item.prompt for item in some.items()])
+    return suites.digest([item.prompt for item in some.items()])
 
   def true_image(self, item: Item, size: int) -> UInt8[np.ndarray, 's s 3']:
     return shapes.render(scene(item.category, item.number), size)

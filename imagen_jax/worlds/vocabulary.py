@@ -1,11 +1,13 @@
 """The vocabulary of a small text encoder, learned from its captions."""
 
+import collections
 import io
 import pathlib
 import re
 import string
 import tempfile
 from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -13,6 +15,13 @@ from sentencepiece import sentencepiece_model_pb2
 from imagen_jax.text.tokenizer import EOS, PAD
 
 CHARACTERS = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
+
+# (character, its replacement): space, case, quotes.
+FOLDS = [
+  *((c, ' ') for c in '\t\n\r\u00a0\u2009\u3000'),
+  *((c, c.lower()) for c in string.ascii_uppercase),
+  *zip('\u2018\u2019\u201c\u201d', '\'\'""'),
+]
 
 
 def train_vocabulary(texts: Iterable[str]) -> bytes:
@@ -25,10 +34,7 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
     the serialized model.
   """
   lines = [' '.join(re.findall(r'\w+|[^\w\s]', text.lower())) for text in texts]
-  words = {}
-  for word in ' '.join(lines).split():
-    if word.isalnum():
-      words[word] = words.get(word, 0) + 1
+  words = collections.Counter(filter(str.isalnum, ' '.join(lines).split()))
   out = io.BytesIO()
   with tempfile.TemporaryDirectory() as folder:
     # Seed pieces. Sentencepiece's own are substrings that at least two words
@@ -40,14 +46,8 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
       encoding='utf-8',
     )
     rules = pathlib.Path(folder) / 'rules.tsv'
-    spaces = [(c, ' ') for c in '\t\n\r\u00a0\u2009\u3000']
-    folds = [(c, c.lower()) for c in string.ascii_uppercase]
-    quotes = [('\u2018', "'"), ('\u2019', "'")]
-    quotes += [('\u201c', '"'), ('\u201d', '"')]
     rules.write_text(
-      ''.join(
-        f'{ord(a):X}\t{ord(b):X}\n' for a, b in (*spaces, *folds, *quotes)
-      ),
+      ''.join(f'{ord(a):X}\t{ord(b):X}\n' for a, b in FOLDS),
       encoding='utf-8',
     )
     sentencepiece.SentencePieceTrainer.train(
@@ -67,7 +67,8 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
       minloglevel=2,
     )
   # The model records the paths of its inputs, which differ in every run.
-  model = sentencepiece_model_pb2.ModelProto.FromString(out.getvalue())
+  messages: Any = sentencepiece_model_pb2  # defines its classes when imported
+  model = messages.ModelProto.FromString(out.getvalue())
   model.trainer_spec.ClearField('seed_sentencepieces_file')
   model.normalizer_spec.ClearField('normalization_rule_tsv')
   return model.SerializeToString(deterministic=True)

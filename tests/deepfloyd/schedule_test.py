@@ -222,7 +222,9 @@ def test_guidance_and_mixing_weigh_the_branches():
   np.testing.assert_allclose(eps, 1 + 7 * (3 * 0.75 + 5 * 0.25 - 1))
   np.testing.assert_allclose(v, 3.0)  # of the conditional half, unguided
   alone = sampling.predictor(Net(), {}, sampling.Texts(text[0]))
-  np.testing.assert_allclose(alone(jnp.zeros((2, 8, 8, 3)), 5.0)[0], 3.0)
+  np.testing.assert_allclose(
+    alone(jnp.zeros((2, 8, 8, 3)), jnp.asarray(5.0))[0], 3.0
+  )
 
 
 def test_a_mask_keeps_pixels_to_the_bit():

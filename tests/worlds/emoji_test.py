@@ -10,7 +10,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
-from imagen_jax.worlds import captions, emoji, tasks
+from imagen_jax.worlds import captions, emoji, glyphs, tasks
 
 JUDGE = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'emoji_judge.py'
 COLOURS = {
@@ -149,7 +149,7 @@ def test_scenes_are_pure_and_splits_differ(font):
 
 
 def test_a_missing_or_broken_font_is_a_data_error(tmp_path, monkeypatch):
-  monkeypatch.setattr(emoji, 'PLACES', (str(tmp_path),))
+  monkeypatch.setattr(glyphs, 'PLACES', (str(tmp_path),))
   with pytest.raises(DataError):
     emoji.EmojiSource(None, 64)
   (tmp_path / 'x.ttf').write_text('no font')

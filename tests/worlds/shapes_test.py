@@ -11,6 +11,7 @@ from imagen_jax.cli import prepare
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
 from imagen_jax.worlds import captions, prompts, shapes
+from imagen_jax.worlds.contents import heldout
 from imagen_jax.worlds.layout import BORDER, GAP, LARGE, SMALL
 from imagen_jax.worlds.render import BACKGROUND, INSIDE, PALETTE, SECOND
 
@@ -61,7 +62,7 @@ def combinations(scene):
 
 
 def test_held_out_combinations_never_occur_in_training():
-  held = shapes.heldout()
+  held = heldout()
   usual = [s for s in EVAL if s.category != 'heldout']
   for scene in TRAIN + usual:
     for kind, shown in combinations(scene).items():
@@ -69,7 +70,7 @@ def test_held_out_combinations_never_occur_in_training():
 
 
 def test_held_out_scenes_show_exactly_one_held_out_combination():
-  held = shapes.heldout()
+  held = heldout()
   seen = {kind: set() for kind in held}
   for i in range(600):
     scene = shapes.scene(1, 'eval', i, category='heldout')
@@ -83,18 +84,17 @@ def test_held_out_scenes_show_exactly_one_held_out_combination():
 
 def test_each_part_of_a_held_out_combination_is_trained():
   shown = {
-    k: set().union(*(combinations(s)[k] for s in TRAIN))
-    for k in shapes.heldout()
+    k: set().union(*(combinations(s)[k] for s in TRAIN)) for k in heldout()
   }
-  for kind, held in shapes.heldout().items():
+  for kind, held in heldout().items():
     for place in range(len(next(iter(held)))):
       trained = {c[place] for c in shown[kind]}
       assert {c[place] for c in held} <= trained
 
 
 def test_held_out_relations_are_held_out_both_ways_round():
-  for word, a, b in shapes.heldout()['relation_pair']:
-    assert (captions.OPPOSITE[word], b, a) in shapes.heldout()['relation_pair']
+  for word, a, b in heldout()['relation_pair']:
+    assert (captions.OPPOSITE[word], b, a) in heldout()['relation_pair']
 
 
 def test_a_caption_says_its_meaning():
@@ -155,12 +155,12 @@ def test_captions_use_every_word_of_the_vocabulary_and_no_other():
     for s in TRAIN + [shapes.scene(2, 'train', i) for i in range(4000)]
     for word in captions.words(s.caption)
   }
-  assert said == shapes.vocabulary()
+  assert said == captions.vocabulary()
 
 
 def test_the_note_on_what_can_be_rendered_uses_known_words():
   for group in (captions.SHAPES, captions.COLOURS, captions.FILLS):
-    assert all(word in shapes.describe() for word in group)
+    assert all(word in captions.describe() for word in group)
 
 
 def test_every_shape_colour_fill_and_background_can_be_rendered():
