@@ -223,7 +223,9 @@ def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
   )
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch_size(
+  batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1
+) -> None:
   """Rejects a global batch that cannot be split equally over the mesh.
 
   Raises:

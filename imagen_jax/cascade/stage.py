@@ -257,7 +257,7 @@ def make_schedule(
     raise UsageError(
       'stage.schedule.shift_from needs stage.schedule.resolution; set it to '
       "the side of the stage's images.",
-      key='stage.schedule.resolution',
+      key='config.stage.schedule.resolution',
     )
   return lambda t: schedule.shifted_logsnr(
     plain(t), resolution=resolution, base_resolution=shift_from

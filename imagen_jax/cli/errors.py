@@ -4,12 +4,16 @@ import argparse
 import difflib
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import files
 
 
-def run(main, argv=None):
+def run(
+  main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+) -> int:
   """Calls `main(argv)` and returns the exit code of the process.
 
   A user's mistake is printed to stderr as one line, `error: …`. Any other
@@ -24,10 +28,9 @@ def run(main, argv=None):
     0 ok, 2 usage, 3 data, 4 checkpoint or model, 5 numeric, 130 interrupted,
     or what `main` returned.
   """
-  argv = sys.argv[1:] if argv is None else list(argv)
   sys.unraisablehook = _unraisable
   try:
-    code = main(argv) or 0
+    code = main(sys.argv[1:] if argv is None else list(argv)) or 0
     sys.stdout.flush()  # a closed pipe raises here, not at exit
     return code
   except SystemExit as stop:  # argparse after --help
@@ -46,7 +49,7 @@ def run(main, argv=None):
     return getattr(error, 'exit_code', UsageError.exit_code)
 
 
-def _unraisable(problem):
+def _unraisable(problem: Any) -> None:
   """Python's hook, without the errors that follow a failed save.
 
   When a disk is full, the queued writes report to an event loop that is closed;
@@ -56,16 +59,10 @@ def _unraisable(problem):
     sys.__unraisablehook__(problem)
 
 
-def _sentence(error):
+def _sentence(error: Exception) -> str | None:
   """The message for the user, or None for a bug."""
   if isinstance(error, ImagenError):
-    sentence, key = str(error), getattr(error, 'key', None)
-    if key is None:
-      return sentence
-    # The library says 'num is 0; …', the user wrote --num.
-    return (
-      f'--{sentence}' if sentence.startswith(key) else (f'--{key}: {sentence}')
-    )
+    return _with_flag(str(error), getattr(error, 'key', None))
   if isinstance(error, OSError) and error.errno in files.STORAGE:
     where = error.filename or 'an unnamed file'
     return files.STORAGE[error.errno].format(where)
@@ -80,16 +77,32 @@ def _sentence(error):
   return None
 
 
+def _with_flag(sentence: str, key: str | None) -> str:
+  """The library says 'num is 0; …'; the user gave --num."""
+  if key is None:
+    return sentence
+  name = key.removeprefix('config.')
+  if sentence.startswith(name):
+    return f'--{key}{sentence.removeprefix(name)}'
+  return f'--{key}: {sentence}'
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows the default of a flag that has one."""
+
+  def _get_help_string(self, action: argparse.Action) -> str | None:
+    if isinstance(action.default, bool) or action.default in (None, []):
+      return action.help
+    return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
   """argparse that raises `UsageError` and suggests the nearest flag."""
 
-  def __init__(self, **options):
-    options.setdefault(
-      'formatter_class', argparse.ArgumentDefaultsHelpFormatter
-    )
-    super().__init__(allow_abbrev=False, **options)
+  def __init__(self, **options: Any):
+    super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
-  def parse_args(self, args=None, namespace=None):
+  def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
     namespace, rest = self.parse_known_args(args, namespace)
     if rest:
       flag = rest[0].partition('=')[0]
@@ -100,11 +113,20 @@ class Parser(argparse.ArgumentParser):
       )
     return namespace
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
     raise UsageError(f'{message}; see {self.prog} --help.')
 
 
-def did_you_mean(name, known):
+def positive(text: str) -> int:
+  """The `type` of a flag that is a whole number of 1 or more."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is not a whole number of 1 or more'
+    )
+  return int(text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
   """'; did you mean X?' for the nearest of `known`, or '.' if none is."""
   near = difflib.get_close_matches(name, list(known), n=1)
   return f'; did you mean {near[0]}?' if near else '.'
