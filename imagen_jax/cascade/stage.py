@@ -140,7 +140,7 @@ def from_config(
   config = dict(config)
   net, chosen = _section(config, 'net'), _section(config, 'sampling')
   cls = kinds.find(
-    net.pop('kind', None), NETS, key='stage.net.kind', base=Network
+    net.pop('kind', None), NETS, key='config.stage.net.kind', base=Network
   )
   _check_names('stage.net', net, cls)
   _check_names('stage.sampling', chosen, SamplingConfig)

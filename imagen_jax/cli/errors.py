@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
@@ -12,7 +12,9 @@ from imagen_jax.io import files
 
 
 def run(
-  main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+  main: Callable[[list[str]], int | None],
+  argv: Sequence[str] | None = None,
+  flags: Mapping[str, str] | None = None,
 ) -> int:
   """Calls `main(argv)` and returns the exit code of the process.
 
@@ -23,6 +25,8 @@ def run(
   Args:
     main: list of arguments -> exit code, or None for 0.
     argv: the arguments, `sys.argv[1:]` by default.
+    flags: {key of a `UsageError`: the command's flag for it, if its name is
+      another}, such as {'config.data.kind': 'source'}.
 
   Returns:
     0 ok, 2 usage, 3 data, 4 checkpoint or model, 5 numeric, 130 interrupted,
@@ -42,7 +46,7 @@ def run(
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
-    sentence = _sentence(error)
+    sentence = _sentence(error, flags or {})
     if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
       raise
     print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
@@ -59,10 +63,17 @@ def _unraisable(problem: Any) -> None:
     sys.__unraisablehook__(problem)
 
 
-def _sentence(error: Exception) -> str | None:
+def _sentence(error: Exception, flags: Mapping[str, str]) -> str | None:
   """The message for the user, or None for a bug."""
   if isinstance(error, ImagenError):
-    return _with_flag(str(error), getattr(error, 'key', None))
+    sentence, key = str(error), getattr(error, 'key', None)
+    if key is None:
+      return sentence
+    # The library says 'num is 0; …'; the user gave --num.
+    flag, name = flags.get(key, key), key.removeprefix('config.')
+    if sentence.startswith(name):
+      return f'--{flag}{sentence.removeprefix(name)}'
+    return f'--{flag}: {sentence}'
   if isinstance(error, OSError) and error.errno in files.STORAGE:
     where = error.filename or 'an unnamed file'
     return files.STORAGE[error.errno].format(where)
@@ -75,16 +86,6 @@ def _sentence(error: Exception) -> str | None:
       '--config.train.batch_size when training) or fewer stages.'
     )
   return None
-
-
-def _with_flag(sentence: str, key: str | None) -> str:
-  """The library says 'num is 0; …'; the user gave --num."""
-  if key is None:
-    return sentence
-  name = key.removeprefix('config.')
-  if sentence.startswith(name):
-    return f'--{key}{sentence.removeprefix(name)}'
-  return f'--{key}: {sentence}'
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

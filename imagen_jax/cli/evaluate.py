@@ -18,7 +18,8 @@ from imagen_jax.evaluation.scores import Categories
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
-  return errors.run(_main, argv)
+  flags = {'config.data.kind': 'source', 'config.data.path': 'data'}
+  return errors.run(_main, argv, flags)
 
 
 def _parser() -> errors.Parser:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
-  return errors.run(_main, argv)
+  flags = {f'config.train.{k}': k for k in ('batch_size', 'accumulate')}
+  return errors.run(_main, argv, flags)
 
 
 def _parser() -> errors.Parser:

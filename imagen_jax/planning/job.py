@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
@@ -228,7 +228,7 @@ def lower_train(job: Job, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def sample_arguments(
-  job: Job, batch_size: int, shardings: NamedSharding | None = None
+  job: Job, batch_size: int, shardings: Sharding | None = None
 ) -> tuple[Any, tuple[dict, sampling.SampleInputs]]:
   """(function, shapes) of one call that samples `batch_size` images.
 
