@@ -68,7 +68,7 @@ def test_an_interrupt_is_130(capfd):
   assert capfd.readouterr().err == 'interrupted\n'
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch):
   with pytest.raises(ZeroDivisionError):
     ends(ZeroDivisionError())
   with pytest.raises(FileNotFoundError):
@@ -96,7 +96,7 @@ def test_a_full_disk_or_memory_is_a_sentence(error, words, capfd):
   assert words in capfd.readouterr().err
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly():
+def test_a_pipe_that_closes_ends_the_command_quietly():
   code = (
     'from imagen_jax.cli.errors import run; import sys\n'
     'def main(argv):\n'
@@ -108,7 +108,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
   assert (out.stdout, out.stderr) == (b'0\n', b'')
 
 
-def test_a_reader_that_has_left_before_is_no_error_either():
+def test_a_pipe_that_was_closed_before_is_no_error_either():
   code = (
     'from imagen_jax.cli.errors import run; import sys; '
     'sys.exit(run(lambda argv: print("x"), []))'
@@ -255,7 +255,7 @@ def test_a_key_that_a_file_leaves_out_has_its_default(here):
     ({'kind': 'm:Mine', 'train': {'num_stpes': 3}}, 'num_stpes', 'num_steps'),
   ],
 )
-def test_a_key_that_nobody_knows_is_named_with_the_nearest(given, key, near):
+def test_an_unknown_key_is_named_with_the_nearest(given, key, near):
   with pytest.raises(UsageError) as error:
     complete(given, file='mine.py')
   for data in ('mine.py', key, near):
