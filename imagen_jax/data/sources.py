@@ -84,8 +84,8 @@ def make_source(
       same = IGNORABLE.get(name, (None,))
       if value is not None and value not in same:
         raise UsageError(
-          f'data.{name}={same[0]} is needed with data.kind={kind}, on which '
-          f'{value!r} has no effect.',
+          f'data.{name}={same[0]} is needed with data.kind={kind}: {value!r} '
+          'has no effect there.',
           key=f'config.data.{name}',
         )
   return cls(**{k: v for k, v in given.items() if takes_all or k in known})

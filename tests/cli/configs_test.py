@@ -12,6 +12,7 @@ from imagen_jax.cli import configs
 from imagen_jax.cli.config_values import TYPES, complete
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.cli.errors import Parser, positive, run
+from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
 
 CONFIG = """
@@ -300,6 +301,15 @@ def test_none_clears_a_section_whose_default_is_none():
   assert load_config('shapes_base', ['data.mixture=None']).data.mixture is None
   with pytest.raises(UsageError):
     load_config('shapes_base', ['train.optimizer=None'])
+
+
+def test_another_data_kind_names_the_mixture_to_clear(tmp_path):
+  changes = ['data.kind=folder', f'data.path={tmp_path}']
+  data = load_config('shapes_base', changes).data.to_dict()
+  data = {k: data[k] for k in ('kind', 'path', 'mixture')}
+  with pytest.raises(UsageError) as error:
+    make_source(**data, size=8)
+  assert error.value.key == 'config.data.mixture'
 
 
 def test_a_class_of_the_users_own_brings_keys_of_its_own(here):
