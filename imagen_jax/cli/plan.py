@@ -205,11 +205,7 @@ def _compile(
   name, room = work.stage.name, chips.usable(chip)
   try:
     done = compile.compile_step(
-      work,
-      args.topology,
-      fsdp=plan.fsdp,
-      step=args.step,
-      effort=args.effort,
+      work, args.topology, fsdp=plan.fsdp, step=args.step, effort=args.effort
     )
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):

@@ -73,10 +73,7 @@ def _parser() -> errors.Parser:
     'own if left out',
   )
   add(
-    '--part_size',
-    type=errors.positive,
-    default=2048,
-    help='images in one file',
+    '--part_size', type=errors.positive, default=2048, help='images in one file'
   )
   return parser
 

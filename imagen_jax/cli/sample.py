@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -11,12 +10,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import imagen_jax
-from imagen_jax.cli import errors, output, runtime, sampling_flags
+from imagen_jax.cli import (
+  errors,
+  from_image,
+  input_images,
+  output,
+  runtime,
+  sampling_flags,
+)
 from imagen_jax.errors import DataError, ImagenError, UsageError
 
 if TYPE_CHECKING:
-  import PIL.Image
-
   from imagen_jax.cascade.cascade import Cascade
   from imagen_jax.cascade.stage import SamplingConfig
   from imagen_jax.typing import Uint8Image
@@ -104,7 +108,7 @@ def _main(argv: list[str]) -> None:
         'image; leave it out.',
         key=name,
       )
-    images, records = _repeat(args)
+    images, records = from_image.repeat(args)
   else:
     prompts = _prompts(args)
     theirs = [m for m in formats if args.model and m.is_folder(args.model)]
@@ -159,7 +163,8 @@ def _generate(
   )
   choices = sampling_flags.choices(args)
   configs = cascade.settings(**choices)
-  images, first = _images(args.init_image, args.mask), cascade.stages[0]
+  images = input_images.open_images(args.init_image, args.mask)
+  first = cascade.stages[0]
   batching.check_images(
     first.name,
     first.low_resolution is not None,
@@ -173,7 +178,7 @@ def _generate(
     embedding,
     seed=args.seed,
     num_images=args.num_images,
-    low_res=_low_res(cascade, args.low_res),
+    low_res=input_images.read_low_res(cascade, args.low_res),
     **images,
     batch_size=request.batch,
     callback=output.progress(),
@@ -184,33 +189,6 @@ def _generate(
     record | {'prompt': prompts[p], 'index': i} for p, i in request.rows
   ]
   return list(generated.values())[-1], records
-
-
-def _low_res(cascade: 'Cascade', path: str | None) -> 'Uint8Image | None':
-  """The image at a path for the first stage: uint8 [1, h, w, 3], or None.
-
-  It is cropped so that every stage can upsample it.
-  """
-  side = cascade.stages[0].low_resolution
-  if path is None or side is None:
-    return None
-  from imagen_jax.io import images as image_io
-
-  units = [
-    stage.net.multiple // math.gcd(stage.net.multiple, stage.resolution // side)
-    for stage in cascade.stages
-  ]
-  return image_io.read_low_res(path, side, math.lcm(*units))[None]
-
-
-def _images(
-  image: str | None, mask: str | None
-) -> dict[str, 'PIL.Image.Image']:
-  """{'image': …, 'mask': …} as PIL images; without those not given."""
-  from imagen_jax.io.images import open_image
-
-  given = (('image', image, 'RGB'), ('mask', mask, 'L'))
-  return {name: open_image(p, mode) for name, p, mode in given if p}
 
 
 def _notes(cascade: 'Cascade', embedding: Any) -> None:
@@ -260,58 +238,6 @@ def _record(
     'stages': settings,
     'version': imagen_jax.__version__,
   }
-
-
-def _repeat(args: argparse.Namespace) -> tuple['Uint8Image', list[dict]]:
-  """(images, records): generates an image again from its PNG's record."""
-  from imagen_jax.io import images as image_io
-
-  file = args.from_image
-  record = image_io.read_metadata(file)
-  if 'format' in record:
-    raise UsageError(
-      f'{file} was generated with {record["format"]}, which --from_image does '
-      'not repeat; give the settings in its metadata as flags.'
-    )
-  runtime.start(processes=args)
-  try:
-    stages = record['stages']
-    demo = record['model'] == 'demo'
-    cascade = imagen_jax.load(
-      args.model or (None if demo else record['model']),
-      dtype=record['dtype'],
-      stages=list(stages),
-      fsdp=args.fsdp,
-    )
-    # Images older than a flag have no value for it.
-    call = {
-      key: [settings.get(key) for settings in stages.values()]
-      for key in sampling_flags.PER_STAGE
-    }
-    call |= {key: record[key] for key in ('seed', 'batch_size')}
-    call['indices'] = [record['index']]
-    digest, low_path = record['model_digest'], record['low_res']
-    prompt = record['prompt']
-  except (KeyError, TypeError, AttributeError) as error:
-    raise DataError(
-      f'the metadata of {file} is incomplete ({error}); another version wrote '
-      'it, or it was changed.'
-    ) from error
-  if cascade.digest != digest:
-    output.note(
-      f'{file} was generated with other weights ({digest}, here '
-      f'{cascade.digest}); the image will differ.'
-    )
-  if not record.get('init_image'):
-    del call['strength']  # without effect
-  result = cascade.sample(
-    [prompt],
-    low_res=_low_res(cascade, low_path),
-    **_images(record.get('init_image'), record.get('mask')),
-    callback=output.progress(),
-    **call,
-  )
-  return list(result.values())[-1], [record | {'devices': output.devices()}]
 
 
 if __name__ == '__main__':
