@@ -15,161 +15,42 @@ Each part prints one table; the exit code is 1 if anything was lost.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = [
-  '--config=shapes_base',
-  '--config.text.path=demo',
-  '--config.dtype=float32',
-  '--config.train.batch_size=8',
-  '--config.train.log_every=1',
-  '--config.train.eval_every=None',
-  '--config.train.sample_every=None',
-  '--config.train.optimizer.kind=adam',
-  '--config.train.optimizer.learning_rate=1e-3',
-  '--config.stage.net.channels=16',
-  '--config.stage.net.emb_channels=32',
-  '--config.stage.net.head_dim=16',
-  '--config.stage.net.num_res_blocks=(1,1)',
-  '--config.stage.sampling.steps=1',
-]
-
-
-def command(workdir, steps, *more):
-  return [
-    sys.executable,
-    str(ROOT / 'train.py'),
-    *TINY,
-    f'--workdir={workdir}',
-    f'--config.train.num_steps={steps}',
-    *more,
-  ]
-
-
-def environment(devices):
-  flags = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
-  return os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_NUM_CPU_DEVICES': str(devices),
-    'XLA_FLAGS': flags,
-    'PYTHONPATH': str(ROOT),
-  }
-
-
-def run(workdir, steps, *more, devices=1):
-  """Runs train.py to the end; returns its stderr."""
-  done = subprocess.run(
-    command(workdir, steps, *more),
-    env=environment(devices),
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-  )
-  if done.returncode:
-    raise SystemExit(f'the run failed:\n{done.stderr[-2000:]}')
-  return done.stderr
-
-
-def last_step(workdir):
-  try:
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return json.loads(lines[-1])['step'] if lines else 0
-  except (OSError, ValueError):
-    return 0
-
-
-def states(workdir):
-  """(step, state of the newest checkpoint, state before the first step)."""
-  import jax
-  import ml_collections
-
-  from imagen_jax.cascade import stage
-  from imagen_jax.io import model_folder
-  from imagen_jax.io.checkpoint import Checkpoints
-  from imagen_jax.training.optimizer import make_optimizer
-  from imagen_jax.training.state import init_state
-
-  record = model_folder.load_stage(workdir)
-  config = ml_collections.ConfigDict(record.config)
-  made = stage.from_config(
-    record.config['stage'],
-    text_dim=record.text['dim'],
-    text_len=record.text['max_len'],
-  )
-  tx = make_optimizer(config.train)
-  first = jax.jit(lambda key: init_state(stage.init_params(made, key), tx))(
-    jax.random.key(config.seed)
-  )
-  with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    state, _, step = checkpoints.restore(first)
-  return step, named(state), named(first)
-
-
-def named(tree):
-  """{leaf: array}."""
-  import jax
-
-  return {
-    jax.tree_util.keystr(path): jax.device_get(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
-def losses(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return {row['step']: row['loss'] for row in map(json.loads, lines)}
-
-
-def differing_bits(a, b):
-  import numpy as np
-
-  assert a.keys() == b.keys()
-  total = 0
-  for name in a:
-    x, y = (np.frombuffer(v[name].tobytes(), np.uint8) for v in (a, b))
-    total += int(np.unpackbits(x ^ y).sum())
-  return total
+import torture_runs as runs
 
 
 # ---- Cuts ------------------------------------------------------------------
 def cuts(folder, args):
   """SIGTERM and kill -9 alternate at random moments; final states compared."""
-  print('devices  cuts  SIGTERM  kill -9  most steps redone  bits that differ')
-  lost = 0
+  print('devices  cuts  SIGTERM  kill -9  most steps repeated  differing bits')
+  failures = 0
   for devices in args.devices:
     per_cut = 15
     steps = per_cut * (args.num + 1)
     more = ['--config.train.checkpoint_every=7']
     whole, cut = folder / f'whole_{devices}', folder / f'cut_{devices}'
-    run(whole, steps, *more, devices=devices)
+    runs.run(whole, steps, *more, devices=devices)
     rng = random.Random(devices)
-    redone, kinds = 0, {signal.SIGTERM: 0, signal.SIGKILL: 0}
+    repeated, kinds = 0, {signal.SIGTERM: 0, signal.SIGKILL: 0}
     for i in range(args.num):
       kind = [signal.SIGTERM, signal.SIGKILL][i % 2]
-      process = subprocess.Popen(
-        command(cut, steps, *more),
-        env=environment(devices),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
+      process = runs.popen(
+        cut, steps, *more, devices=devices, stderr=subprocess.PIPE
       )
       os.set_blocking(process.stderr.fileno(), False)
-      before = last_step(cut)
+      before = runs.last_step(cut)
       goal = per_cut * i + rng.randrange(1, per_cut)
-      while last_step(cut) <= max(goal, before) and process.poll() is None:
+      while runs.last_step(cut) <= max(goal, before) and process.poll() is None:
         time.sleep(0.02)
       time.sleep(rng.random() * 0.3)
       process.send_signal(kind)
@@ -177,29 +58,22 @@ def cuts(folder, args):
       kinds[kind] += 1
       if kind == signal.SIGTERM and code != 143:
         print(f'SIGTERM ended in {code}: {process.stderr.read()}')
-        lost += 1
+        failures += 1
       if kind == signal.SIGKILL:
-        redone = max(redone, last_step(cut) - newest(cut))
-    run(cut, steps, *more, devices=devices)
-    (step, mine, _), (_, theirs, _) = states(cut), states(whole)
-    bits = differing_bits(mine, theirs)
+        repeated = max(repeated, runs.last_step(cut) - runs.newest(cut))
+    runs.run(cut, steps, *more, devices=devices)
+    (step, mine, _), (_, theirs, _) = runs.states(cut), runs.states(whole)
+    bits = runs.differing_bits(mine, theirs)
     assert step == steps
-    if losses(cut) != losses(whole):
-      print('the two metrics.jsonl tell different losses')
-      lost += 1
-    lost += bits > 0
+    if runs.losses(cut) != runs.losses(whole):
+      print('the losses in the two metrics.jsonl differ')
+      failures += 1
+    failures += bits > 0
     print(
       f'{devices:7} {args.num:5} {kinds[signal.SIGTERM]:8} '
-      f'{kinds[signal.SIGKILL]:8} {redone:18} {bits:17}'
+      f'{kinds[signal.SIGKILL]:8} {repeated:20} {bits:15}'
     )
-  return lost
-
-
-def newest(workdir):
-  from imagen_jax.io.checkpoint import Checkpoints
-
-  with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    return checkpoints.latest_step() or 0
+  return failures
 
 
 # ---- Damage ----------------------------------------------------------------
@@ -219,10 +93,10 @@ def damage(folder, args):
     checkpoints.save(2, state, wait=True)
   rng = random.Random(0)
   files = sorted(p for p in (folder / 'steps/2').rglob('*') if p.is_file())
-  print('kind      tried  noticed  step before restored')
-  lost = 0
+  print('kind      tried  detected  previous step restored')
+  failures = 0
   for kind, fraction in (('flip', 0.8), ('truncate', 0.1), ('delete', 0.1)):
-    tried = noticed = restored = 0
+    tried = detected = restored = 0
     for _ in range(max(1, int(args.damages * fraction))):
       path = rng.choice(files)
       whole = path.read_bytes()
@@ -239,13 +113,13 @@ def damage(folder, args):
         try:
           checkpoints.verify(2)
         except ModelError:
-          noticed += 1
+          detected += 1
         restored += checkpoints.newest_good()[0] == 1
       path.write_bytes(whole)
-    print(f'{kind:9} {tried:5} {noticed:8} {restored:21}')
-    lost += (tried - noticed) + (tried - restored)
+    print(f'{kind:9} {tried:5} {detected:9} {restored:23}')
+    failures += (tried - detected) + (tried - restored)
   logging.disable(logging.NOTSET)
-  return lost
+  return failures
 
 
 # ---- Disk ------------------------------------------------------------------
@@ -254,7 +128,7 @@ def disk(folder, args):
   del args
   mount = folder / 'small'
   mount.mkdir()
-  lost = 0
+  failures = 0
   for kind in ('full', 'read-only'):
     made = subprocess.run(
       ['mount', '-t', 'tmpfs', '-o', 'size=24m', 'none', str(mount)],
@@ -265,29 +139,23 @@ def disk(folder, args):
       return 0
     try:
       workdir = mount / 'run'
-      run(workdir, 5, '--config.train.checkpoint_every=5')
+      every_five = '--config.train.checkpoint_every=5'
+      runs.run(workdir, 5, every_five)
       if kind == 'full':
         (mount / 'ballast').write_bytes(bytes(free_bytes(mount) - 100_000))
       else:
         subprocess.run(['mount', '-o', 'remount,ro', str(mount)], check=True)
-      more = ['--config.train.checkpoint_every=5']
-      done = subprocess.run(
-        command(workdir, 30, *more),
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-      )
-      said = done.stderr.strip().splitlines()[-1][:300]
+      code, stderr = runs.attempt(workdir, 30, every_five)
+      said = stderr.strip().splitlines()[-1][:300]
       subprocess.run(['mount', '-o', 'remount,rw', str(mount)], check=True)
-      good = newest(workdir) == 5 and states(workdir)[0] == 5
-      plain = said.startswith('error: ') and 'Traceback' not in done.stderr
-      lost += not (good and plain and done.returncode)
-      print(f'{kind}: exit {done.returncode}, step 5 intact: {good}')
-      print('  ' + (said if plain else done.stderr[-3000:]))
+      good = runs.newest(workdir) == 5 and runs.states(workdir)[0] == 5
+      plain = said.startswith('error: ') and 'Traceback' not in stderr
+      failures += not (good and plain and code)
+      print(f'{kind}: exit {code}, step 5 intact: {good}')
+      print('  ' + (said if plain else stderr[-3000:]))
     finally:
       subprocess.run(['umount', '-l', str(mount)])
-  return lost
+  return failures
 
 
 def free_bytes(path):
@@ -299,18 +167,16 @@ def free_bytes(path):
 def memory(folder, args):
   """Resident memory after a tenth of the run and at its end."""
   workdir = folder / 'long'
-  process = subprocess.Popen(
-    command(workdir, args.steps, '--config.train.checkpoint_every=500'),
-    env=environment(1),
-    stderr=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL,
-    cwd=ROOT,
+  process = runs.popen(
+    workdir, args.steps, '--config.train.checkpoint_every=500'
   )
   sizes = {}
   while process.poll() is None:
     try:
       text = pathlib.Path(f'/proc/{process.pid}/status').read_text()
-      sizes[last_step(workdir)] = int(re.search(r'VmRSS:\s+(\d+)', text)[1])
+      sizes[runs.last_step(workdir)] = int(
+        re.search(r'VmRSS:\s+(\d+)', text)[1]
+      )
     except (OSError, TypeError):  # the process has just ended
       break
     time.sleep(0.5)
@@ -339,9 +205,8 @@ MESHES = (
 
 def meshes(folder, args):
   """Ten steps of Adam in float32 on every mesh, against one device."""
-
-  print('mesh                   loss  way of the parameters  MiB a device')
-  lost, reference = 0, None
+  print('mesh                   loss             parameters  MiB per device')
+  failures, reference = 0, None
   wide = [
     '--config.stage.net.channels=64',
     '--config.stage.net.head_dim=32',
@@ -353,77 +218,36 @@ def meshes(folder, args):
       continue
     workdir = folder / re.sub(r'\W+', '_', name)
     more = [*wide, f'--config.mesh.data={data}', f'--config.mesh.fsdp={fsdp}']
-    printed = together(workdir, 10, *more, devices=devices, processes=processes)
+    printed = runs.together(
+      workdir, 10, *more, devices=devices, processes=processes
+    )
     held = float(re.search(r'a device holds ([\d.,]+) MiB', printed)[1])
     if 'nvoluntary full rematerialization' in printed:
       print(f'{name}: XLA rematerialized a whole array')
-      lost += 1
-    _, state, start = states(workdir)
-    found = losses(workdir), parameters(state)
-    reference = reference or (*found, parameters(start))
+      failures += 1
+    _, state, start = runs.states(workdir)
+    found = runs.losses(workdir), runs.parameters(state)
+    reference = reference or (*found, runs.parameters(start))
     loss = max(
       abs(found[0][i] - reference[0][i]) / reference[0][i] for i in found[0]
     )
-    # Distance between two runs' parameters, relative to that travelled by one.
-    way = norm(reference[1] - reference[2])
-    off = norm(found[1] - reference[1]) / way
-    lost += loss > 1e-5 or off > 1e-5
-    print(f'{name:20} {loss:8.1e} {off:22.1e} {held:13.2f}', flush=True)
-  return lost
-
-
-def parameters(state):
-  import numpy as np
-
-  return np.concatenate(
-    [v.ravel() for k, v in sorted(state.items()) if k.startswith('.params')]
-  ).astype(np.float64)
-
-
-def norm(x):
-  return float((x**2).sum() ** 0.5)
-
-
-def together(workdir, steps, *more, devices, processes):
-  """Runs several processes on this machine; returns process 0's output."""
-  jobs = start(workdir, steps, *more, devices=devices, processes=processes)
-  printed = [job.communicate()[0] for job in jobs]
-  if any(job.returncode for job in jobs):
-    raise SystemExit('\n'.join(text[-2000:] for text in printed))
-  return printed[0]
-
-
-def start(workdir, steps, *more, devices, processes):
-  """Starts the processes of a run."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
-  if processes == 1:
-    flags = []
-  return [
-    subprocess.Popen(
-      command(workdir, steps, *more, *flags)
-      + ([f'--process_id={i}'] if flags else []),
-      env=environment(devices),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      cwd=ROOT,
-    )
-    for i in range(processes)
-  ]
+    # Distance between the runs' parameters, relative to that of the training.
+    moved = runs.norm(reference[1] - reference[2])
+    off = runs.norm(found[1] - reference[1]) / moved
+    failures += loss > 1e-5 or off > 1e-5
+    print(f'{name:20} {loss:8.1e} {off:22.1e} {held:15.2f}', flush=True)
+  return failures
 
 
 # ---- Hosts -----------------------------------------------------------------
 def hosts(folder, args):
   """SIGTERM to one process makes both save and stop; kill -9 ends both."""
-  lost = 0
+  failures = 0
   workdir = folder / 'hosts'
   for kind, steps in ((signal.SIGTERM, 100_000), (signal.SIGKILL, 100_000)):
-    before = newest(workdir) if (workdir / 'checkpoints').exists() else 0
-    jobs = start(workdir, steps, devices=1, processes=2)
-    while last_step(workdir) <= before + 5:
+    before = runs.newest(workdir) if (workdir / 'checkpoints').exists() else 0
+    jobs = runs.start(workdir, steps, devices=1, processes=2)
+    while runs.last_step(workdir) <= before + 5:
       if any(job.poll() is not None for job in jobs):
         raise SystemExit(jobs[0].communicate()[0][-2000:])
       time.sleep(0.1)
@@ -433,16 +257,16 @@ def hosts(folder, args):
       codes = [job.wait(timeout=args.patience) for job in jobs]
     except subprocess.TimeoutExpired:
       codes = [job.kill() or 'hangs' for job in jobs]
-    saved = newest(workdir)
+    saved = runs.newest(workdir)
     print(
       f'{kind.name} to process 1: exit codes {codes} after '
       f'{time.perf_counter() - began:.0f} s, newest checkpoint {saved}'
     )
     if kind == signal.SIGTERM:
-      lost += codes != [143, 143] or saved <= before
+      failures += codes != [143, 143] or saved <= before
     else:
-      lost += codes[0] in (0, 'hangs') or saved < before
-  return lost
+      failures += codes[0] in (0, 'hangs') or saved < before
+  return failures
 
 
 PARTS = {f.__name__: f for f in (cuts, damage, disk, memory, meshes, hosts)}
@@ -458,16 +282,16 @@ def main():
   parser.add_argument('--only', action='append', help='a row of meshes')
   parser.add_argument('--patience', type=float, default=300, help='of hosts')
   args = parser.parse_args()
-  lost = 0
+  failures = 0
   for name in args.parts or PARTS:
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f'torture-{name}-'))
     start = time.perf_counter()
     try:
-      lost += PARTS[name](folder, args)
+      failures += PARTS[name](folder, args)
     finally:
       shutil.rmtree(folder, ignore_errors=True)
     print(f'({name}: {time.perf_counter() - start:.0f} s)\n', flush=True)
-  return int(lost > 0)
+  return int(failures > 0)
 
 
 if __name__ == '__main__':

@@ -16,8 +16,9 @@ class UsageError(ImagenError):
   """A flag, config key or argument is wrong (exit code 2).
 
   Attributes:
-    key: the argument's name, such as 'low_res'; None where there is none. The
-      command line names its flag instead.
+    key: the argument's name, such as 'low_res', or 'config.' and a config key,
+      such as 'config.stage.crop'; None where there is none. The command line
+      names the flag, --low_res or --config.stage.crop, in its place.
   """
 
   exit_code = 2

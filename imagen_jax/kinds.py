@@ -13,17 +13,19 @@ def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
   Args:
     kind: a name in the table, or 'my_module:MyClass' of the user's own.
     table: {name: 'package.module:Class'}.
-    key: the config key that holds `kind`, for the message.
+    key: what holds `kind`, as in `UsageError`.
     base: the class must derive from this.
 
   Raises:
     UsageError: no such name, module or class, or a class of another base.
   """
+  where = key.removeprefix('config.')
   if kind not in table and ':' not in str(kind):
     near = difflib.get_close_matches(str(kind), table, n=1)
     raise UsageError(
-      f'{key} is {kind!r}; it can be {", ".join(table)}, or a class of yours '
-      f'as my_module:MyClass' + (f'; did you mean {near[0]}?' if near else '.')
+      f'{where} is {kind!r}; it can be {", ".join(table)}, or a class of yours '
+      f'as my_module:MyClass' + (f'; did you mean {near[0]}?' if near else '.'),
+      key=key,
     )
   module_name, _, name = table.get(kind, kind).partition(':')
   try:
@@ -31,13 +33,15 @@ def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
   except ModuleNotFoundError as error:
     # The missing module may be one that it imports in turn.
     raise UsageError(
-      f'{key} is {kind!r}, and {error.name} cannot be imported; install it, '
-      'or run the command where Python finds it (PYTHONPATH).'
+      f'{where} is {kind!r}, and {error.name} cannot be imported; install it, '
+      'or run the command where Python finds it (PYTHONPATH).',
+      key=key,
     ) from error
   cls = getattr(module, name, None)
   if not (isinstance(cls, type) and issubclass(cls, base)):
     raise UsageError(
-      f'{key} is {kind!r}, and {module_name} has no class {name!r} that '
-      f'derives from {base.__module__}.{base.__qualname__}.'
+      f'{where} is {kind!r}, and {module_name} has no class {name!r} that '
+      f'derives from {base.__module__}.{base.__qualname__}.',
+      key=key,
     )
   return cls

@@ -223,14 +223,19 @@ def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
   )
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch_size(
+  batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1
+) -> None:
   """Rejects a global batch that cannot be split equally over the mesh.
 
   Raises:
     UsageError: devices times `accumulate` does not divide `batch_size`.
   """
   if accumulate < 1:
-    raise UsageError(f'train.accumulate={accumulate} is no number of parts.')
+    raise UsageError(
+      f'train.accumulate={accumulate} is no number of parts; give 1 or more.',
+      key='config.train.accumulate',
+    )
   n = mesh.size * accumulate
   if batch_size < 1 or batch_size % n:
     near = max(n, round(batch_size / n) * n)
@@ -238,7 +243,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     raise UsageError(
       f'train.batch_size={batch_size} cannot be split equally over the '
       f'{mesh.size} devices of the mesh{parts}; use a multiple of {n}, {near} '
-      'for instance.'
+      'for instance.',
+      key='config.train.batch_size',
     )
 
 

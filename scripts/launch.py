@@ -9,8 +9,10 @@ Nothing is started: read the script, then run it. Arguments after `--` are
 passed to train.py, such as `-- --config.data.path=/mnt/data`.
 """
 
+import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 
 from imagen_jax.cli import errors
 from imagen_jax.errors import UsageError
@@ -39,7 +41,7 @@ gcloud compute tpus tpu-vm scp --recurse . {name}:imagen_jax --zone={zone} \\
 gcloud compute tpus tpu-vm ssh {name} --zone={zone} --worker=all \\
     --command="cd imagen_jax && pip install -e '.[tpu]'"
 
-# 3. Train; after an interruption that saved, continue by itself.
+# 3. Train; after an interruption that saved, resume.
 gcloud compute tpus tpu-vm ssh {name} --zone={zone} --worker=all \\
     --command={train}
 
@@ -56,8 +58,8 @@ SLURM = """\
 #SBATCH --time={time}
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# One process per GPU; they find one another through SLURM. Two minutes before
-# the time is up all of them get SIGTERM, save, and the job queues up again.
+# One process per GPU; they find each other through SLURM. Two minutes before
+# the time limit all of them get SIGTERM, save, and the job is queued again.
 srun --kill-on-bad-exit=1 {train}
 code=$?
 case " {saved} " in
@@ -67,33 +69,34 @@ exit $code
 """
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
   return errors.run(_main, argv)
 
 
-def _main(argv):
+def _main(argv: list[str]) -> None:
   split = argv.index('--') if '--' in argv else len(argv)
   argv, more = argv[:split], argv[split + 1 :]
   parser = errors.Parser(prog='launch.py', description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add('where', choices=('tpu', 'slurm'))
+  add('where', choices=('tpu', 'slurm'), help='where the job runs')
   add('--config', required=True, help='as for train.py')
   add('--workdir', required=True, help='on a disk that every machine sees')
   add('--name', default='imagen', help='of the job')
   add('--topology', help='tpu: chips and their shape, such as v5e:16x16')
   add('--zone', help='tpu: where the slice is')
-  add('--spot', action='store_true', help='tpu: cheaper, may be taken away')
-  add('--nodes', type=int, default=1, help='slurm: machines')
-  add('--gpus', type=int, default=8, help='slurm: of each machine')
-  add('--cpus', type=int, default=8, help='slurm: cores for each GPU')
+  add('--spot', action='store_true', help='tpu: cheaper, may be preempted')
+  add('--nodes', type=errors.positive, default=1, help='slurm: machines')
+  add('--gpus', type=errors.positive, default=8, help='slurm: of each machine')
+  add(
+    '--cpus', type=errors.positive, default=8, help='slurm: cores for each GPU'
+  )
   add('--time', default='24:00:00', help='slurm: before the job queues again')
   args = parser.parse_args(argv)
   print(render(args, more), end='')
-  return 0
 
 
-def render(args, more):
+def render(args: argparse.Namespace, more: Sequence[str]) -> str:
   """The script of a job; `more` are arguments passed to train.py."""
   train = shlex.join(
     [
@@ -102,28 +105,21 @@ def render(args, more):
     ]
   )
   if args.where == 'slurm':
-    return SLURM.format(
-      train=train,
-      saved=SAVED,
-      **{
-        k: getattr(args, k) for k in ('name', 'nodes', 'gpus', 'cpus', 'time')
-      },
-    )
+    return SLURM.format(train=train, saved=SAVED, **vars(args))
   if not args.topology or not args.zone:
     raise UsageError('a TPU needs --topology, such as v5e:16x16, and --zone.')
   chip, _ = chips.parse_topology(args.topology)
   kind, software = SLICES[chip.name]
   again = f'cd imagen_jax && until {train}; do c=$?; '
   again += f'case " {SAVED} " in *" $c "*) ;; *) exit $c;; esac; done'
-  return TPU.format(
-    name=args.name,
-    zone=args.zone,
-    kind=kind,
-    software=software,
-    shape=args.topology.partition(':')[2],
-    spot=' --spot' if args.spot else '',
-    train=shlex.quote(again),
-  )
+  changed = {
+    'kind': kind,
+    'software': software,
+    'shape': args.topology.partition(':')[2],
+    'spot': ' --spot' if args.spot else '',
+    'train': shlex.quote(again),
+  }
+  return TPU.format(**(vars(args) | changed))
 
 
 if __name__ == '__main__':

@@ -140,7 +140,7 @@ def from_config(
   config = dict(config)
   net, chosen = _section(config, 'net'), _section(config, 'sampling')
   cls = kinds.find(
-    net.pop('kind', None), NETS, key='stage.net.kind', base=Network
+    net.pop('kind', None), NETS, key='config.stage.net.kind', base=Network
   )
   _check_names('stage.net', net, cls)
   _check_names('stage.sampling', chosen, SamplingConfig)
@@ -257,7 +257,7 @@ def make_schedule(
     raise UsageError(
       'stage.schedule.shift_from needs stage.schedule.resolution; set it to '
       "the side of the stage's images.",
-      key='stage.schedule.resolution',
+      key='config.stage.schedule.resolution',
     )
   return lambda t: schedule.shifted_logsnr(
     plain(t), resolution=resolution, base_resolution=shift_from

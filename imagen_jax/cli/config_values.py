@@ -12,7 +12,7 @@ from imagen_jax.configs import common
 from imagen_jax.errors import UsageError
 
 _BOOLS = {'true': True, 'false': False, '1': True, '0': False}
-_TYPES = {
+TYPES = {
   bool: 'true or false',
   int: 'a whole number',
   float: 'a number',
@@ -41,7 +41,7 @@ def complete(
   changes = [_split(override) for override in overrides]
   last = dict(changes)
   kind = str(last.get('kind', given.get('kind', 'stage')))
-  data = given.get('data')
+  data: Any = given.get('data')
   source = data.get('kind', '') if _is_section(data) else ''
   config = common.template(kind)
   if ':' in kind and 'stage' in given:
@@ -52,10 +52,17 @@ def complete(
     own_source=':' in str(last.get('data.kind', source)),
   )
   with config.unlocked(), config.ignore_type():
-    _merge(config, given, '', keys, f'{file}: ')
+    _merge(config, given, '', keys, file)
     for key, text in changes:
       _override(config, key, text, keys)
   return config.lock()
+
+
+def _error(key: str, problem: str, file: str = '') -> UsageError:
+  """The error of a key in a config file or, without one, in an override."""
+  if file:
+    return UsageError(f'{file}: {key} {problem}')
+  return UsageError(f'{key} {problem}', key=f'config.{key}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,7 @@ class _Keys:
   own_kind: bool
   own_source: bool
 
-  def is_open(self, section):
+  def is_open(self, section: str) -> bool:
     """Whether a section takes keys that are not listed."""
     top = section.partition('.')[0]
     return (
@@ -81,71 +88,72 @@ class _Keys:
       or (self.own_kind and top not in ('train', 'mesh'))
     )
 
-  def unknown(self, where, key):
+  def unknown(self, key: str, file: str = '') -> UsageError:
     """The error for a key that is not listed."""
     # A key of that name in another section is nearer than any spelling.
     last = key.split('.')[-1]
     ends = [k for k in self.known if k.split('.')[-1] == last]
-    near = (
-      f'; did you mean {ends[0]}?' if ends else did_you_mean(key, self.known)
-    )
-    return UsageError(f'{where}{key} is no key of a config{near}')
+    near = did_you_mean(ends[0] if ends else key, self.known)
+    return _error(key, f'is no key of a config{near}', file)
 
 
-def _split(override):
+def _split(override: str) -> tuple[str, str]:
   key, equals, text = override.partition('=')
   if not equals:
-    raise UsageError(f'{override!r} changes nothing: write key=value.')
+    raise UsageError(f'{override!r} has no value; write key=value.')
   return key, text
 
 
-def _merge(config, given, section, keys, where):
+def _merge(
+  config: ConfigDict,
+  given: Mapping[str, Any],
+  section: str,
+  keys: _Keys,
+  file: str,
+) -> None:
   """Merges a file's values into one section of the config, in place."""
   for key, value in given.items():
     name = f'{section}.{key}' if section else key
     if key not in config:
       if not keys.is_open(section):
-        raise keys.unknown(where, name)
+        raise keys.unknown(name, file)
       config[key] = value
     elif _is_section(config[key]) and _is_section(value):
-      _merge(config[key], value, name, keys, where)
+      _merge(config[key], value, name, keys, file)
     elif _is_section(value) and keys.is_open(name):
       config[key] = value
     elif _is_section(config[key]):
-      raise UsageError(f'{where}{name} is a section, not {value!r}.')
+      raise _error(name, f'is a section, not {value!r}.', file)
     else:
-      config[key] = _checked(where + name, value, config.get_type(key))
+      config[key] = _checked(name, value, config.get_type(key), file)
 
 
-def _override(config, key, text, keys):
+def _override(config: ConfigDict, key: str, text: str, keys: _Keys) -> None:
   """Sets one value of the command line in the config, in place."""
-  where = '--config.'
   section, _, last = key.rpartition('.')
   parent = config
   for part in section.split('.') if section else ():
     if part not in parent or not _is_section(parent[part]):
-      raise keys.unknown(where, key)
+      raise keys.unknown(key)
     parent = parent[part]
   free = keys.is_open(section)
   if last not in parent and not free:
-    raise keys.unknown(where, key)
+    raise keys.unknown(key)
   old = parent.get(last)
   if _is_section(old) and text == 'None' and keys.known.get(key, 0) is None:
     parent[last] = None
   elif _is_section(old):
-    raise UsageError(
-      f'{where}{key} is a section; set one of its keys: '
-      f'{", ".join(f"{key}.{k}" for k in old) or "it has none yet"}.'
-    )
+    inside = ', '.join(f'{key}.{k}' for k in old) or 'it has none yet'
+    raise _error(key, f'is a section; set one of its keys: {inside}.')
   elif free and key not in keys.known:
     value = _literal(text)
     one = isinstance(old, tuple) and not isinstance(value, tuple)
     parent[last] = (value,) if one else value
   else:
-    parent[last] = _parse(where + key, text, parent.get_type(last))
+    parent[last] = _parse(key, text, parent.get_type(last))
 
 
-def _checked(key, value, kind):
+def _checked(key: str, value: Any, kind: type, file: str = '') -> Any:
   """A value as `kind`; int is accepted for float, and list for tuple."""
   if kind is float and type(value) is int:
     return float(value)
@@ -153,12 +161,11 @@ def _checked(key, value, kind):
     return tuple(value)
   if value is None or type(value) is kind:
     return value
-  raise UsageError(
-    f'{key} is {value!r}; it has to be {_TYPES.get(kind, "None")}.'
-  )
+  wanted = TYPES.get(kind, 'None')
+  raise _error(key, f'is {value!r}; it must be {wanted}.', file)
 
 
-def _parse(key, text, kind):
+def _parse(key: str, text: str, kind: type) -> Any:
   """A string of the command line as `kind`."""
   try:
     if text in ('None', 'none'):
@@ -170,13 +177,11 @@ def _parse(key, text, kind):
     if kind in (float, str):
       return kind(text)
   except (KeyError, ValueError, OverflowError) as error:
-    raise UsageError(
-      f'{key} is {text!r}; it has to be {_TYPES[kind]}.'
-    ) from error
+    raise _error(key, f'is {text!r}; it must be {TYPES[kind]}.') from error
   return _checked(key, _literal(text), kind)
 
 
-def _integer(text):
+def _integer(text: str) -> int:
   """An integer written as 2000, 2_000 or 2e3."""
   try:
     return int(text)
@@ -187,7 +192,7 @@ def _integer(text):
     return int(value)
 
 
-def _literal(text):
+def _literal(text: str) -> Any:
   """The value of a key without a type: a Python literal, else a string."""
   if text.lower() in ('true', 'false', 'none'):
     return _BOOLS.get(text.lower())
@@ -197,11 +202,11 @@ def _literal(text):
     return text
 
 
-def _is_section(value):
+def _is_section(value: Any) -> bool:
   return hasattr(value, 'items')
 
 
-def _flat(config, prefix=''):
+def _flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """{'train.num_steps': 2000, …}; an empty section is a leaf."""
   flat = {}
   for key, value in config.items():

@@ -10,8 +10,11 @@ import importlib
 import importlib.util
 import pathlib
 import sys
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.machinery import SourceFileLoader
+from typing import Any
 
 from imagen_jax.cli.errors import did_you_mean
 from imagen_jax.errors import UsageError
@@ -32,14 +35,14 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     UsageError: a key has no value.
   """
   rest, overrides = [], []
-  argv = iter(argv)
-  for word in argv:
+  words = iter(argv)
+  for word in words:
     if not word.startswith(_PREFIX):
       rest.append(word)
       continue
     key, equals, value = word.removeprefix(_PREFIX).partition('=')
     if not equals:
-      value = next(argv, '--')
+      value = next(words, '--')
       if value.startswith('--'):
         raise UsageError(f'{word} needs a value: {word}=…')
     overrides.append(f'{key}={value}')
@@ -68,10 +71,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> 'ConfigDict':
   from imagen_jax.cli.config_values import complete
 
   path, arg = _find(name)
-  return complete(_get_config(path, arg), overrides, file=path)
+  return complete(_get_config(path, arg), overrides, file=str(path))
 
 
-def _find(name):
+def _find(name: str) -> tuple[pathlib.Path, str]:
   """(path, arg) of a config."""
   stem, _, arg = name.partition(':')
   if stem.endswith('.py') or '/' in stem:
@@ -95,28 +98,27 @@ def _find(name):
   return found[stem], arg
 
 
-def _directories():
+def _directories() -> list[pathlib.Path]:
   """The directories in which names are searched for, in order."""
   package = importlib.import_module('imagen_jax.configs')
   return [pathlib.Path('configs'), *map(pathlib.Path, package.__path__)]
 
 
-def _make_importable():
+def _make_importable() -> None:
   """Lets a checkout that is not installed import `imagen_jax.configs`."""
   name = 'imagen_jax.configs'
   if name not in sys.modules and importlib.util.find_spec(name) is None:
-    folder = pathlib.Path(__file__).parents[2] / 'configs'
-    spec = importlib.util.spec_from_file_location(
-      name, folder / '__init__.py', submodule_search_locations=[str(folder)]
-    )
-    sys.modules[name] = importlib.util.module_from_spec(spec)
+    package = types.ModuleType(name)
+    package.__path__ = [str(pathlib.Path(__file__).parents[2] / 'configs')]
+    sys.modules[name] = package
 
 
-def _get_config(path, arg):
-  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
-  module = importlib.util.module_from_spec(spec)
+def _get_config(path: pathlib.Path, arg: str) -> Mapping[str, Any]:
+  loader = SourceFileLoader(f'config_{path.stem}', str(path))
+  module = types.ModuleType(loader.name)
+  module.__file__ = str(path)
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     if not hasattr(module, 'get_config'):
       raise UsageError(f'{path} is no config: it has no get_config().')
     config = module.get_config(arg) if arg else module.get_config()

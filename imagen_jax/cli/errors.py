@@ -4,12 +4,18 @@ import argparse
 import difflib
 import os
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import files
 
 
-def run(main, argv=None):
+def run(
+  main: Callable[[list[str]], int | None],
+  argv: Sequence[str] | None = None,
+  flags: Mapping[str, str] | None = None,
+) -> int:
   """Calls `main(argv)` and returns the exit code of the process.
 
   A user's mistake is printed to stderr as one line, `error: …`. Any other
@@ -19,15 +25,16 @@ def run(main, argv=None):
   Args:
     main: list of arguments -> exit code, or None for 0.
     argv: the arguments, `sys.argv[1:]` by default.
+    flags: {key of a `UsageError`: the command's flag for it, if its name is
+      another}, such as {'config.data.kind': 'source'}.
 
   Returns:
     0 ok, 2 usage, 3 data, 4 checkpoint or model, 5 numeric, 130 interrupted,
     or what `main` returned.
   """
-  argv = sys.argv[1:] if argv is None else list(argv)
   sys.unraisablehook = _unraisable
   try:
-    code = main(argv) or 0
+    code = main(sys.argv[1:] if argv is None else list(argv)) or 0
     sys.stdout.flush()  # a closed pipe raises here, not at exit
     return code
   except SystemExit as stop:  # argparse after --help
@@ -39,14 +46,14 @@ def run(main, argv=None):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
-    sentence = _sentence(error)
+    sentence = _sentence(error, flags or {})
     if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
       raise
     print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
     return getattr(error, 'exit_code', UsageError.exit_code)
 
 
-def _unraisable(problem):
+def _unraisable(problem: Any) -> None:
   """Python's hook, without the errors that follow a failed save.
 
   When a disk is full, the queued writes report to an event loop that is closed;
@@ -56,16 +63,17 @@ def _unraisable(problem):
     sys.__unraisablehook__(problem)
 
 
-def _sentence(error):
+def _sentence(error: Exception, flags: Mapping[str, str]) -> str | None:
   """The message for the user, or None for a bug."""
   if isinstance(error, ImagenError):
     sentence, key = str(error), getattr(error, 'key', None)
     if key is None:
       return sentence
-    # The library says 'num is 0; …', the user wrote --num.
-    return (
-      f'--{sentence}' if sentence.startswith(key) else (f'--{key}: {sentence}')
-    )
+    # The library says 'num is 0; …'; the user gave --num.
+    flag, name = flags.get(key, key), key.removeprefix('config.')
+    if sentence.startswith(name):
+      return f'--{flag}{sentence.removeprefix(name)}'
+    return f'--{flag}: {sentence}'
   if isinstance(error, OSError) and error.errno in files.STORAGE:
     where = error.filename or 'an unnamed file'
     return files.STORAGE[error.errno].format(where)
@@ -80,16 +88,22 @@ def _sentence(error):
   return None
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows the default of a flag that has one."""
+
+  def _get_help_string(self, action: argparse.Action) -> str | None:
+    if isinstance(action.default, bool) or action.default in (None, []):
+      return action.help
+    return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
   """argparse that raises `UsageError` and suggests the nearest flag."""
 
-  def __init__(self, **options):
-    options.setdefault(
-      'formatter_class', argparse.ArgumentDefaultsHelpFormatter
-    )
-    super().__init__(allow_abbrev=False, **options)
+  def __init__(self, **options: Any):
+    super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
-  def parse_args(self, args=None, namespace=None):
+  def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
     namespace, rest = self.parse_known_args(args, namespace)
     if rest:
       flag = rest[0].partition('=')[0]
@@ -100,11 +114,20 @@ class Parser(argparse.ArgumentParser):
       )
     return namespace
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
     raise UsageError(f'{message}; see {self.prog} --help.')
 
 
-def did_you_mean(name, known):
+def positive(text: str) -> int:
+  """The `type` of a flag that is a whole number of 1 or more."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is not a whole number of 1 or more'
+    )
+  return int(text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
   """'; did you mean X?' for the nearest of `known`, or '.' if none is."""
   near = difflib.get_close_matches(name, list(known), n=1)
   return f'; did you mean {near[0]}?' if near else '.'

@@ -1,48 +1,56 @@
 """imagen-evaluate: scores a model and writes a report."""
 
+import argparse
 import dataclasses
 import pathlib
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from imagen_jax.cli import errors, runtime, sampling_flags
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig
 from imagen_jax.evaluation.listener import Listener
+from imagen_jax.evaluation.scores import Categories
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
-  return errors.run(_main, argv)
+  flags = {'config.data.kind': 'source', 'config.data.path': 'data'}
+  return errors.run(_main, argv, flags)
 
 
-def _parser():
+def _parser() -> errors.Parser:
   parser = errors.Parser(
     prog='evaluate.py',
     description='Score a model. An interrupted run resumes when the same '
     'command is given again.',
-    argument_default=None,
   )
   add = parser.add_argument
   add(
     '--suite',
-    help='what to measure: prompts, clip, fid, or a data kind that has a suite '
-    'of its own, such as shapes; the kind that the model was trained on',
+    help='what to measure: prompts, clip, fid, or a data kind with a suite of '
+    'its own, such as shapes; if left out, the kind that the model was trained '
+    'on',
   )
-  add('--model', help='model folder; the demo that comes with the package')
+  add('--model', help='model folder; the bundled demo if left out')
   add(
-    '--out', default=EvalConfig.out, help='folder of scores.json and index.html'
+    '--out',
+    default=EvalConfig.out,
+    help='folder of scores.json, index.html, and images and section.json of '
+    'each run',
   )
   add(
     '--num',
     type=int,
-    help='prompts: 300 of each category in shapes, all of '
-    'each category of a file, 30000 captions in fid',
+    help='prompts; if left out, 300 of each category in shapes, all of each '
+    'category of a file, 30000 captions in fid',
   )
-  add('--categories', help='of these only, such as pair,count')
+  add('--categories', help='score these only, such as pair,count')
   add('--seed', type=int, default=EvalConfig.seed, help='of the images')
-  add('--stages', help='names of stages, such as base,sr1; all of them')
+  add('--stages', help='names of stages, such as base,sr1; all if left out')
   add(
     '--from_truth',
     action='store_true',
@@ -56,33 +64,45 @@ def _parser():
     help='one run for each value, such as guidance=1,2,4 or sr1.steps=4,8; '
     'several sweeps make all combinations',
   )
+  sampling_flags.add_flags(parser, SAMPLING)
+  add('--dtype', default=EvalConfig.dtype, help='auto, float32 or bfloat16')
+  add(
+    '--batch_size',
+    type=int,
+    help='images at a time; 4, or 32 on an accelerator, if left out',
+  )
+  add(
+    '--shard',
+    help='i/n: generate fraction i of n; the process number if left out',
+  )
+  _add_suite_flags(parser)
+  runtime.add_process_flags(parser)
+  return parser
+
+
+def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that only some suites use."""
+  add = parser.add_argument_group(
+    'the suites prompts, clip and fid'
+  ).add_argument
   add('--prompts', help='prompts, clip: .csv, .tsv, .jsonl or .txt file')
   add(
     '--num_images',
     type=int,
     default=EvalConfig.num_images,
-    help='prompts, clip: per prompt',
+    help='prompts, clip: images per prompt',
   )
-  add('--data', help='fid: a folder of real images with captions')
+  add('--data', help='fid: real images with captions')
   add(
     '--source',
     default=EvalConfig.source,
-    help='fid: what --data is, as in prepare',
+    help='fid: the data kind of --data, as in imagen-prepare',
   )
   add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
   add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
-  sampling_flags.add_flags(parser, SAMPLING)
-  add('--dtype', default=EvalConfig.dtype, help='auto, float32 or bfloat16')
-  add('--batch_size', type=int, help='images at a time; 4, or 32 on a GPU')
-  add(
-    '--shard',
-    help='i/n: generate fraction i of n; the process number if left out',
-  )
-  runtime.add_process_flags(parser)
-  return parser
 
 
-def _main(argv):
+def _main(argv: list[str]) -> None:
   args = _parser().parse_args(argv)
   config = _config(args)
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -102,10 +122,9 @@ def _main(argv):
     signal.signal(signal.SIGTERM, before)
   if result.report:
     print(result.report)
-  return 0
 
 
-def _config(args):
+def _config(args: argparse.Namespace) -> EvalConfig:
   """The `EvalConfig` that the flags ask for."""
   given = vars(args) | {
     'categories': args.categories and tuple(args.categories.split(',')),
@@ -122,15 +141,16 @@ def _config(args):
   return EvalConfig(**{field.name: given[field.name] for field in fields})
 
 
-def _sweep(texts):
+def _sweep(texts: Sequence[str]) -> dict[str, tuple]:
   """['sr1.steps=4,8'] as {'sr1.steps': (4, 8)}."""
-  sweep = {}
+  sweep: dict[str, tuple] = {}
   for text in texts:
     target, _, values = text.partition('=')
     if not values or target in sweep:
       raise UsageError(
-        f'--sweep {text} is not understood, or given twice; give KEY=A,B with '
-        f'KEY one of {", ".join(SAMPLING)}, or STAGE.KEY.'
+        f'{text!r} is not understood, or given twice; give KEY=A,B with KEY '
+        f'one of {", ".join(SAMPLING)}, or STAGE.KEY.',
+        key='sweep',
       )
     key = target.rpartition('.')[2]
     sweep[target] = tuple(
@@ -139,13 +159,13 @@ def _sweep(texts):
   return sweep
 
 
-def _shard(text):
+def _shard(text: str) -> tuple[int, int]:
   """'1/4' as (1, 4)."""
   try:
     i, n = map(int, text.split('/'))
   except ValueError:
     raise UsageError(
-      f'--shard {text} is not understood; give i/n, such as 0/4.'
+      f'{text!r} is not understood; give i/n, such as 0/4.', key='shard'
     ) from None
   return i, n
 
@@ -153,25 +173,27 @@ def _shard(text):
 class _Console(Listener):
   """Prints progress to stderr and scores to stdout."""
 
-  def progress(self, label, done, total):
+  start = 0.0
+
+  def progress(self, label: str, done: int, total: int) -> None:
     if not done:
       self.start = time.monotonic()
       return
     each = (time.monotonic() - self.start) / done
     print(
-      f'{label}: {done}/{total} generated, {each:.2f} s an image, '
+      f'{label}: {done}/{total} generated, {each:.2f} s per image, '
       f'{each * (total - done) / 60:.0f} min left',
       file=sys.stderr,
       flush=True,
     )
 
-  def left(self, label, count):
+  def left(self, label: str, count: int) -> None:
     print(
       f'{label}: {count} images are left for other processes; the last to '
       'finish writes the scores.'
     )
 
-  def scored(self, label, categories):
+  def scored(self, label: str, categories: Categories) -> None:
     print(label)
     for category, score in categories.items():
       if 'accuracy' in score:
@@ -185,7 +207,7 @@ class _Console(Listener):
         print(f'  {category:<20}{values}')
 
 
-def _number(value):
+def _number(value: Any) -> str:
   if isinstance(value, list):
     return f'({_number(value[0])} to {_number(value[1])})'
   return f'{value:.4g}' if isinstance(value, float) else str(value)

@@ -2,19 +2,21 @@
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from imagen_jax.cli import errors
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
   return errors.run(_main, argv)
 
 
-def _main(argv):
+def _main(argv: list[str]) -> None:
   parser = errors.Parser(
     prog='imagen-export',
-    description='Write what a training workdir holds as safetensors and JSON.',
+    description='Export the model of a training workdir as safetensors and '
+    'JSON.',
   )
   parser.add_argument('--workdir', required=True, help='training directory')
   parser.add_argument(
@@ -24,10 +26,13 @@ def _main(argv):
     '--weights', default='ema', choices=['ema', 'raw'], help='which weights'
   )
   parser.add_argument(
-    '--step', type=int, help='which checkpoint; the newest good one if omitted'
+    '--step', type=int, help='which checkpoint; the newest good one if left out'
   )
   parser.add_argument(
-    '--dtype', default='bfloat16', choices=['bfloat16', 'float32']
+    '--dtype',
+    default='bfloat16',
+    choices=['bfloat16', 'float32'],
+    help='of the weights',
   )
   args = parser.parse_args(argv)
 
@@ -46,10 +51,9 @@ def _main(argv):
     command=' '.join(['imagen-export', *argv]),
   )
   print(find_experiment(_kind(workdir)).export(request))
-  return 0
 
 
-def _kind(workdir):
+def _kind(workdir: pathlib.Path) -> str:
   """The kind of experiment that a workdir's config names."""
   from imagen_jax.io import files, model_folder
 

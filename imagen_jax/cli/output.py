@@ -4,12 +4,20 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from imagen_jax.errors import UsageError
 
+if TYPE_CHECKING:
+  from imagen_jax.typing import Uint8Image
+
 
 def write(
-  out: str | pathlib.Path, images, records: Sequence[dict], *, grid: bool = True
+  out: str | pathlib.Path,
+  images: 'Uint8Image',
+  records: Sequence[dict],
+  *,
+  grid: bool = True,
 ) -> list[pathlib.Path]:
   """Writes 000_a-red-circle.png, …, and grid_000.png.
 
@@ -26,6 +34,7 @@ def write(
     UsageError: `out` is a file.
   """
   import jax
+  import numpy as np
 
   from imagen_jax.io import images as image_io
 
@@ -47,22 +56,22 @@ def write(
     number = _next(out, r'grid_(\d+)')
     path = out / f'grid_{number:03d}.png'
     num_prompts = len({record['prompt'] for record in records})
-    columns = len(records) // num_prompts if num_prompts > 1 else None
-    whole = image_io.grid(
-      image_io.upsample(images, 256), None if columns == 1 else columns
+    columns = len(records) // num_prompts if num_prompts > 1 else 1
+    large = image_io.upsample(np.asarray(images), 256)
+    image_io.save_png(
+      path, image_io.grid(large, columns if columns > 1 else None)
     )
-    image_io.save_png(path, whole)
     paths.append(path)
   return paths
 
 
-def _next(out, pattern):
+def _next(out: pathlib.Path, pattern: str) -> int:
   """One more than the largest number in the files that match a pattern."""
   found = (re.match(pattern, path.name) for path in out.iterdir())
   return 1 + max([int(match[1]) for match in found if match], default=-1)
 
 
-def _slug(prompt):
+def _slug(prompt: str) -> str:
   slug = re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')
   return slug[:48].rstrip('-') or 'unconditional'
 
@@ -71,7 +80,7 @@ def progress() -> Callable[[str, int, int], None]:
   """A callback: one updated line on a terminal, else one line per stage."""
   terminal = sys.stderr.isatty()
 
-  def show(stage, done, total):
+  def show(stage: str, done: int, total: int) -> None:
     if terminal:
       end = '\n' if done == total else ''
       print(f'\r{stage}: {done}/{total}', end=end, file=sys.stderr, flush=True)

@@ -1,39 +1,58 @@
 """imagen-plan: whether a config fits a pod, its cost, and the best mesh."""
 
+import argparse
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from imagen_jax.cli import errors
+from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.errors import UsageError
+from imagen_jax.training import chips
+from imagen_jax.training.chips import GIB, Chip
+
+if TYPE_CHECKING:
+  from imagen_jax.planning.analytic import Plan
+  from imagen_jax.planning.job import Job
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
-  return errors.run(_main, argv)
+  flags = {f'config.train.{k}': k for k in ('batch_size', 'accumulate')}
+  return errors.run(_main, argv, flags)
 
 
-def _parser():
+def _parser() -> errors.Parser:
   parser = errors.Parser(
     prog='plan.py',
-    description='Plan a stage for a pod, without one: memory, time, the best '
-    'split.',
+    description='Plan a stage for a pod without the pod: memory, time and the '
+    'best mesh.',
     epilog='Any config key can be set: --config.train.batch_size=1024.',
   )
   add = parser.add_argument
   add('--config', required=True, help='name of a config, or a path to one')
   add('--topology', help='TPU chips and their shape, such as v5e:16x16')
-  add('--chip', help='v4, v5e, v5p, v6e, a100, h100 or h200')
-  add('--devices', type=int, help='how many chips, with --chip')
-  add('--data', type=int, help='copies of the state; the best when omitted')
-  add('--fsdp', type=int, help='chips that share one copy, likewise')
-  add('--step', choices=('train', 'sample'), default='train', help='which step')
-  add('--batch_size', type=int, help="images of a step; the config's")
-  add('--accumulate', type=int, help="parts of a batch; the config's")
+  add('--chip', help=f'one of {", ".join(chips.CHIPS)}; v5e if left out')
+  add(
+    '--devices',
+    type=errors.positive,
+    help='number of chips, with --chip; 256 if left out',
+  )
+  for name, text in (
+    ('data', "the mesh's copies of the state; the best if left out"),
+    ('fsdp', 'chips that one copy is split over; the best if left out'),
+    ('batch_size', "images per step; the config's if left out"),
+    ('accumulate', "parts of a batch; the config's if left out"),
+  ):
+    add(f'--{name}', type=errors.positive, help=text)
+  add(
+    '--step', choices=('train', 'sample'), default='train', help='what to run'
+  )
   add(
     '--text',
     default='auto',
-    help='T5 v1.1 by size (small, base, large, xl, xxl), cached (embeddings '
-    'made beforehand), or auto: what text.path is called',
+    help='a size of T5 v1.1 (small, base, large, xl, xxl), cached for stored '
+    'embeddings, or auto for the encoder at text.path or the size in its name',
   )
   add(
     '--compile',
@@ -44,32 +63,23 @@ def _parser():
     '--effort',
     choices=('full', 'low'),
     default='full',
-    help="the compiler's: full as for training, low for a quicker look",
+    help='of the compiler: full as for training, low to be faster',
   )
   return parser
 
 
-def _main(argv):
+def _main(argv: list[str]) -> None:
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
-  from imagen_jax.training import chips
+  chip, count = _chips(args)
+  import jax
 
-  chip, count = _chips(args, chips)
-  from imagen_jax.cli import runtime
-
-  _stay_off_accelerators()
+  # Another process may hold the accelerators.
+  jax.config.update('jax_platforms', 'cpu')
   runtime.start()
   from imagen_jax.planning import analytic, job
 
-  if args.text not in job.TEXTS:
-    raise UsageError(
-      f'--text {args.text!r} is unknown; choose {", ".join(job.TEXTS)}.'
-    )
-  for name in ('batch_size', 'accumulate', 'data', 'fsdp'):
-    value = getattr(args, name)
-    if value is not None and value < 1:
-      raise UsageError(f'--{name} {value}: give 1 or more.')
   work = job.make_job(
     config,
     text=args.text,
@@ -78,10 +88,8 @@ def _main(argv):
   )
   if args.data or args.fsdp:
     data, fsdp = _mesh(args, count)
-    plans, plan = (
-      [],
-      analytic.make_plan(work, chip, data=data, fsdp=fsdp, step=args.step),
-    )
+    plan = analytic.make_plan(work, chip, data=data, fsdp=fsdp, step=args.step)
+    plans = [plan]
   else:
     plans = analytic.splits(work, chip, count, step=args.step)
     plan = analytic.best(plans, chip) or min(plans, key=lambda p: p.total)
@@ -91,57 +99,42 @@ def _main(argv):
     _print_splits(plans, plan, chip)
   sys.stdout.flush()
   if args.compile:
-    return _compile(args, work, chip, plan)
-  analytic.require_fit(plan, work, chip, count, step=args.step)
-  return 0
+    _compile(args, work, chip, plan)
+  else:
+    analytic.require_fit(plan, work, chip, count, step=args.step)
 
 
-def _stay_off_accelerators():
-  """Uses the CPU only: another process may hold the accelerators."""
-  import jax
-
-  jax.config.update('jax_platforms', 'cpu')
-
-
-def _chips(args, chips):
+def _chips(args: argparse.Namespace) -> tuple[Chip, int]:
   """(chip, number of chips) that the flags ask for."""
-  if args.topology and args.chip:
-    raise UsageError('give --topology, or --chip with --devices, not both.')
+  if args.topology and (args.chip or args.devices):
+    raise UsageError(
+      'gives the chips and their number; leave out --chip and --devices.',
+      key='topology',
+    )
   if args.topology:
-    if args.devices:
-      raise UsageError('--topology says how many chips: leave out --devices.')
     return chips.parse_topology(args.topology)
   if args.compile:
     raise UsageError(
-      f'--compile needs --topology, such as {" or ".join(chips.EXAMPLES[:2])}.'
+      f'needs --topology, such as {" or ".join(chips.EXAMPLES[:2])}.',
+      key='compile',
     )
-  chip = chips.find_chip(args.chip or 'v5e')
-  count = 256 if args.devices is None else args.devices
-  if count < 1:
-    raise UsageError(f'--devices {count}: give 1 or more.')
-  return chip, count
+  return chips.find_chip(args.chip or 'v5e'), args.devices or 256
 
 
-def _mesh(args, count):
+def _mesh(args: argparse.Namespace, count: int) -> tuple[int, int]:
   """(data, fsdp), whose product is `count`; one flag may be missing."""
-  known = args.data or args.fsdp
-  if count % known or (
-    args.data and args.fsdp and args.data * args.fsdp != count
-  ):
-    asked = ' '.join(
-      f'--{name} {getattr(args, name)}'
-      for name in ('data', 'fsdp')
-      if getattr(args, name)
-    )
+  data = args.data or count // args.fsdp
+  fsdp = args.fsdp or count // args.data
+  if data * fsdp != count:
+    given = [f'--{k} {v}' for k in ('data', 'fsdp') if (v := vars(args)[k])]
     raise UsageError(
-      f'{asked} does not make a mesh of {count} chips: their product must be '
+      f'{" ".join(given)} is no mesh of {count} chips: data × fsdp must be '
       f'{count}.'
     )
-  fsdp = args.fsdp or count // args.data
-  return count // fsdp, fsdp
+  return data, fsdp
 
 
-def _print_parameters(work):
+def _print_parameters(work: 'Job') -> None:
   from imagen_jax.cascade import stage as stages
   from imagen_jax.training.report import parameter_table
 
@@ -150,102 +143,80 @@ def _print_parameters(work):
   for group, size in parameter_table(params).items():
     print(f'  {group:28} {size / 1e6:10.2f} M')
   text = stages.num_params(work.text_params)
-  print(f'  frozen, besides: {work.text_name}', end='')
-  print(f', {text:,} parameters' if text else '')
+  counted = f', {text:,} parameters' if text else ''
+  print(f'  frozen, not counted above: {work.text_name}{counted}')
 
 
-def _print_plan(work, chip, plan, step):
-  from imagen_jax.training import chips
-
+def _print_plan(work: 'Job', chip: Chip, plan: 'Plan', step: str) -> None:
   count = plan.data * plan.fsdp
+  parts = f' in {plan.accumulate} parts' if plan.accumulate > 1 else ''
   print(
     f'\n{step} step on {count} {chip.name}, data {plan.data} × fsdp '
-    f'{plan.fsdp}, {plan.batch_size} images'
-    + (f' in {plan.accumulate} parts' if plan.accumulate > 1 else '')
-    + f', remat {work.stage.net.remat}'
+    f'{plan.fsdp}, {plan.batch_size} images{parts}, remat {work.remat}'
   )
   print('per chip, computed (not measured):')
   for name, size in plan.memory.items():
-    print(f'  {name:28} {size / chips.GIB:10.3f} GiB')
+    print(f'  {name:28} {size / GIB:10.3f} GiB')
   room = chips.usable(chip)
-  word = 'fits' if plan.total <= room else 'DOES NOT FIT'
+  word = 'fits' if plan.total <= room else 'does not fit'
   print(
-    f'  {"in all":28} {plan.total / chips.GIB:10.3f} GiB of '
-    f'{room / chips.GIB:.1f}: {word}'
+    f'  {"total":28} {plan.total / GIB:10.3f} GiB of {room / GIB:.1f}: {word}'
   )
+  least = ', '.join(f'{k} {v:.3g} s' for k, v in plan.seconds.items())
   print(
-    f'{plan.flops * count:.4g} FLOPs a step, {plan.flops:.4g} a chip; '
-    'least seconds for it: '
-    + ', '.join(f'{k} {v:.3g}' for k, v in plan.seconds.items())
+    f'{plan.flops * count:.4g} FLOPs per step, {plan.flops:.4g} per chip; '
+    f'at full speed: {least}'
   )
-  _print_cost(work, plan, count, step)
-
-
-def _print_cost(work, plan, count, step):
   if step == 'sample':
-    print(
-      f'at full speed {plan.batch_size / plan.roofline:.3g} images a second'
-    )
+    print(f'at most {plan.batch_size / plan.roofline:.3g} images/s')
     return
   steps = work.config.train.num_steps
   hours = steps * plan.roofline / 3600
   print(
-    f'at full speed {plan.roofline:.3g} s a step: {steps:,} steps are '
-    f'{hours / 24:.1f} days, {hours * count:,.0f} chip-hours; no real step '
-    'reaches that'
+    f'at least {plan.roofline:.3g} s/step: {steps:,} steps take '
+    f'{hours / 24:.1f} days, {hours * count:,.0f} chip-hours; real steps are '
+    'slower'
   )
   if plan.accumulate > 1:
     print(
-      f'the batch fits in {plan.accumulate} parts: '
-      f'--config.train.accumulate={plan.accumulate} when training'
+      f'train with --config.train.accumulate={plan.accumulate} for these parts'
     )
 
 
-def _print_splits(plans, chosen, chip):
-  from imagen_jax.training import chips
-
+def _print_splits(plans: list['Plan'], chosen: 'Plan', chip: Chip) -> None:
   print('\n  data × fsdp     GiB     s/step')
   for plan in plans:
-    fits = plan.total <= chips.usable(chip)
-    note = '' if fits else '  does not fit'
+    note = '' if plan.total <= chips.usable(chip) else '  does not fit'
     note += '  <- chosen' if plan is chosen else ''
     print(
-      f'  {plan.data:4} × {plan.fsdp:<4} {plan.total / chips.GIB:8.2f} '
+      f'  {plan.data:4} × {plan.fsdp:<4} {plan.total / GIB:8.2f} '
       f'{plan.roofline:10.3g}{note}'
     )
 
 
-def _compile(args, work, chip, plan):
+def _compile(
+  args: argparse.Namespace, work: 'Job', chip: Chip, plan: 'Plan'
+) -> None:
   import jax
 
   from imagen_jax.planning import compile
-  from imagen_jax.training import chips
 
-  devices = len(compile.topology_devices(args.topology))
-  data = devices // plan.fsdp
-  room = chips.usable(chip)
-  print(f'\ncompiling for {args.topology}, {devices} devices …', flush=True)
+  print(f'\ncompiling for {args.topology} …', flush=True)
+  name, room = work.stage.name, chips.usable(chip)
   try:
     done = compile.compile_step(
-      work,
-      args.topology,
-      data=data,
-      fsdp=plan.fsdp,
-      step=args.step,
-      effort=args.effort,
+      work, args.topology, fsdp=plan.fsdp, step=args.step, effort=args.effort
     )
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     raise UsageError(
-      f'the TPU compiler says that {work.stage.name} does not fit: '
+      f'{name} does not fit, the TPU compiler says: '
       f'{compile.out_of_memory(error)}; try a larger --fsdp or --accumulate.'
     ) from error
-  gib = chips.GIB
-  print(f'  arguments {done.arguments / gib:.3f} GiB')
-  print(f'  results   {done.outputs / gib:.3f} GiB')
-  print(f'  between   {done.temporaries / gib:.3f} GiB')
-  print(f'  in all    {done.total / gib:.3f} GiB of {room / gib:.1f} a device')
+  for part in ('arguments', 'outputs', 'temporaries', 'total'):
+    print(f'  {part:11} {getattr(done, part) / GIB:.3f} GiB')
+  print(f'  a device has {room / GIB:.1f} GiB')
   print(
     f'  {done.flops:.4g} FLOPs, {done.bytes_accessed:.4g} bytes '
     '(the body of a loop counts once)'
@@ -258,11 +229,10 @@ def _compile(args, work, chip, plan):
   )
   if done.total > room:
     raise UsageError(
-      f'{work.stage.name} compiles but does not fit: '
-      f'{(done.total - room) / gib:.1f} GiB too few; try a larger --fsdp or '
+      f'{name} compiles but does not fit: it needs '
+      f'{(done.total - room) / GIB:.1f} GiB more; try a larger --fsdp or '
       '--accumulate.'
     )
-  return 0
 
 
 if __name__ == '__main__':

@@ -1,71 +1,85 @@
 """imagen-prepare: writes a source of captioned images, resized, to disk."""
 
+import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors
 from imagen_jax.errors import UsageError
 
+if TYPE_CHECKING:
+  import numpy as np
+
+  from imagen_jax.data.prepare import Embed
+
 TEXT_BATCH = 64
 
 
-def main(argv=None):
+# The flags of keys of a config's `data` section.
+FLAGS = {
+  f'config.data.{key}': key
+  for key in ('path', 'split', 'seed', 'resize', 'max_bad')
+} | {'config.data.kind': 'source'}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
-  return errors.run(_main, argv)
+  return errors.run(_main, argv, FLAGS)
 
 
-def _main(argv):
+def _parser() -> errors.Parser:
   parser = errors.Parser(
     prog='imagen-prepare',
     description='Write captioned images as ArrayRecord, resized once, with or '
     "without the text encoder's embeddings. The same command resumes where it "
     'stopped.',
   )
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     '--source',
     required=True,
-    help='kind of source: folder, webdataset, tfds, arrayrecord, shapes '
-    'or emoji',
+    help='kind of source: folder, webdataset, tfds, arrayrecord, shapes or '
+    'emoji',
   )
-  parser.add_argument('--path', help="where it is, such as 'shards/*.tar'")
-  parser.add_argument(
-    '--size', type=int, required=True, help='side of the images in pixels'
+  add('--path', help="where it is, such as 'shards/*.tar'")
+  add(
+    '--size',
+    type=errors.positive,
+    required=True,
+    help='side of the images in pixels',
   )
-  parser.add_argument('--out', required=True, help='folder to write')
-  parser.add_argument(
-    '--resize', default='area', help='area, bicubic or lanczos'
-  )
-  parser.add_argument('--split', default='train', help='train or eval')
-  parser.add_argument('--seed', type=int, default=0, help='of shapes and emoji')
-  parser.add_argument('--num', type=int, help='write the first NUM images only')
-  parser.add_argument(
+  add('--out', required=True, help='folder to write')
+  add('--resize', default='area', help='area, bicubic or lanczos')
+  add('--split', default='train', help='train or eval')
+  add('--seed', type=int, default=0, help='of shapes and emoji')
+  add('--num', type=errors.positive, help='write the first NUM images only')
+  add(
     '--max_bad',
     type=float,
     default=0.01,
     help='fraction of bad images or captions above which to stop',
   )
-  parser.add_argument(
+  add(
     '--text',
     help="store this text encoder's embeddings: a folder of T5 weights, or "
     'demo',
   )
-  parser.add_argument(
+  add(
     '--max_len',
-    type=int,
-    help="text positions; must be the run's text.max_len, and is the "
-    "encoder's own by default",
+    type=errors.positive,
+    help="text positions, which must be the run's text.max_len; the encoder's "
+    'own if left out',
   )
-  parser.add_argument(
-    '--part_size', type=int, default=2048, help='images in one file'
+  add(
+    '--part_size', type=errors.positive, default=2048, help='images in one file'
   )
-  args = parser.parse_args(argv)
-  if args.size < 1 or args.part_size < 1 or (args.num or 1) < 1:
-    raise UsageError('--size, --num and --part_size must be 1 or more.')
-  return prepare(args)
+  return parser
 
 
-def prepare(args):
-  """Writes the set and prints a summary."""
+def _main(argv: list[str]) -> None:
+  args = _parser().parse_args(argv)
   from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
   from imagen_jax.data.progress import Progress
@@ -73,27 +87,20 @@ def prepare(args):
 
   if find_source(args.source).endless and args.num is None:
     raise UsageError(
-      f'source {args.source} is endless: say how many with --num.'
+      f'is needed, because source {args.source} is endless.', key='num'
     )
+  settings = {k: getattr(args, k) for k in ('split', 'resize', 'seed')}
   source = make_source(
     kind=args.source,
     size=args.size,
     path=args.path,
-    split=args.split,
-    seed=args.seed,
-    resize=args.resize,
     max_bad=args.max_bad,
+    **settings,
   )
   text, embed = _embedder(args) if args.text else (None, None)
   number = min(args.num or len(source), len(source))
   progress = Progress(f'{args.out}:', number)
-  settings = {
-    'source': args.source,
-    'split': args.split,
-    'resize': args.resize,
-    'seed': args.seed,
-    'fingerprint': source.fingerprint,
-  }
+  settings |= {'source': args.source, 'fingerprint': source.fingerprint}
   header, dropped = preparation.prepare(
     source,
     args.out,
@@ -113,10 +120,9 @@ def prepare(args):
       f'{len(dropped)} were left out, listed in '
       f'{pathlib.Path(args.out) / preparation.DROPPED}: {summary(dropped)}'
     )
-  return 0
 
 
-def _embedder(args):
+def _embedder(args: argparse.Namespace) -> tuple[dict[str, Any], 'Embed']:
   """(the header's `text`, function from captions to a list of [n, D])."""
   import ml_dtypes
 
@@ -137,7 +143,7 @@ def _embedder(args):
     'cleaning': CLEANING,
   }
 
-  def embed(captions):
+  def embed(captions: Sequence[str]) -> list['np.ndarray']:
     emb, mask = encoder.encode(captions, max_len=max_len, batch_size=TEXT_BATCH)
     emb = emb.astype(ml_dtypes.bfloat16)
     return [row[: kept.sum()] for row, kept in zip(emb, mask)]

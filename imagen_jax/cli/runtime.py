@@ -1,5 +1,6 @@
 """The setup of every command, before jax starts."""
 
+import argparse
 import logging
 import os
 import pathlib
@@ -7,7 +8,7 @@ import pathlib
 from imagen_jax.errors import UsageError
 
 
-def add_process_flags(parser):
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of a job of several processes."""
   group = parser.add_argument_group(
     'several processes', 'Start the same command once per host.'
@@ -19,13 +20,15 @@ def add_process_flags(parser):
     'Kubernetes',
   )
   group.add_argument(
-    '--coordinator', help='host:port of process 0, where nothing finds it'
+    '--coordinator', help='host:port of process 0, without --distributed'
   )
   group.add_argument('--num_processes', type=int, help='with --coordinator')
   group.add_argument('--process_id', type=int, help='with --coordinator')
 
 
-def start(*, split_cpu=False, processes=None):
+def start(
+  *, split_cpu: bool = False, processes: argparse.Namespace | None = None
+) -> None:
   """Sets up the compilation cache, logs, CPU devices and other processes.
 
   Args:
@@ -54,7 +57,7 @@ def start(*, split_cpu=False, processes=None):
     _join(processes)
 
 
-def _join(args):
+def _join(args: argparse.Namespace) -> None:
   """Joins the job's processes; must come before jax uses any device."""
   by_hand = (args.coordinator, args.num_processes, args.process_id)
   if not args.distributed and by_hand == (None, None, None):

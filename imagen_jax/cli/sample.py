@@ -1,14 +1,29 @@
 """imagen-sample: generates images from prompts."""
 
+import argparse
 import importlib
 import importlib.util
-import math
 import pathlib
 import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import imagen_jax
-from imagen_jax.cli import errors, output, runtime, sampling_flags
+from imagen_jax.cli import (
+  errors,
+  from_image,
+  input_images,
+  output,
+  runtime,
+  sampling_flags,
+)
 from imagen_jax.errors import DataError, ImagenError, UsageError
+
+if TYPE_CHECKING:
+  from imagen_jax.cascade.cascade import Cascade
+  from imagen_jax.cascade.stage import SamplingConfig
+  from imagen_jax.typing import Uint8Image
 
 # Modules for model folders of other layouts, each of which may be absent:
 #   add_flags(parser)            adds an argument group of its own flags
@@ -22,12 +37,12 @@ WITH_FROM_IMAGE = (
 )  # fmt: skip
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
   return errors.run(_main, argv)
 
 
-def _formats():
+def _formats() -> list[ModuleType]:
   """The modules of `FORMATS` that exist."""
   found = []
   for name in FORMATS:
@@ -37,31 +52,42 @@ def _formats():
   return found
 
 
-def _parser(formats):
+def _parser(
+  formats: Sequence[ModuleType],
+) -> tuple[errors.Parser, dict[ModuleType, set[str]]]:
+  """The parser, and the flags that each format adds."""
   parser = errors.Parser(
     prog='sample.py',
     description='Generate images from prompts. Lists such as --steps 32,16,8 '
     'have one value per stage.',
-    argument_default=None,
   )
   add = parser.add_argument
   source = parser.add_mutually_exclusive_group()
-  source.add_argument('--prompt', help='what to generate; empty: anything')
+  source.add_argument(
+    '--prompt', help='what to generate; empty for unconditional images'
+  )
   source.add_argument('--prompts', help='a text file, one prompt a line')
-  source.add_argument('--from_image', help='generate a PNG of ours once more')
+  source.add_argument(
+    '--from_image',
+    help='generate the image of a PNG again, from the settings in it',
+  )
   add('--num_images', type=int, default=1, help='images per prompt')
-  add('--seed', type=int, default=0)
+  add('--seed', type=int, default=0, help='of the images')
   add('--out', default='out', help='directory; nothing in it is overwritten')
-  add('--model', help='model folder; the demo that comes with the package')
-  add('--stages', help='names of stages, such as base,sr1; all of them')
+  add('--model', help='model folder; the bundled demo if left out')
+  add('--stages', help='names of stages, such as base,sr1; all if left out')
   add('--low_res', help='an image for the first of --stages to upsample')
   add('--init_image', help='an image to start from')
   add('--mask', help='with --init_image: white where to inpaint')
   sampling_flags.add_flags(parser)
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
-  add('--batch_size', type=int, help='images at a time; up to 4')
-  add('--fsdp', type=int, help='devices that share a network; as needed')
-  own = {}  # {module of a format: its flags}
+  add('--batch_size', type=int, help='images at a time; at most 4 if left out')
+  add(
+    '--fsdp',
+    type=int,
+    help='devices that a network is split over; as few as needed if left out',
+  )
+  own = {}
   for module in formats:
     before = {action.dest for action in parser._actions}
     module.add_flags(parser)
@@ -70,7 +96,7 @@ def _parser(formats):
   return parser, own
 
 
-def _main(argv):
+def _main(argv: list[str]) -> None:
   formats = _formats()
   parser, own = _parser(formats)
   args = parser.parse_args(argv)
@@ -82,7 +108,7 @@ def _main(argv):
         'image; leave it out.',
         key=name,
       )
-    images, records = _repeat(args)
+    images, records = from_image.repeat(args)
   else:
     prompts = _prompts(args)
     theirs = [m for m in formats if args.model and m.is_folder(args.model)]
@@ -95,30 +121,33 @@ def _main(argv):
   grid = args.from_image is None
   for path in output.write(args.out, images, records, grid=grid):
     print(path)
-  return 0
 
 
-def _prompts(args):
-  if args.prompts is not None:
-    try:
-      text = pathlib.Path(args.prompts).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-      raise DataError(
-        f'--prompts {args.prompts} cannot be read ({error}); give a UTF-8 '
-        'text file with one prompt a line.'
-      ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-      raise DataError(f'--prompts {args.prompts} holds no prompt.')
-    return prompts
-  if args.prompt is None:
+def _prompts(args: argparse.Namespace) -> list[str]:
+  if args.prompt is not None:
+    return [args.prompt]
+  if args.prompts is None:
     raise UsageError(
       'nothing to generate: add --prompt "a red circle above a blue square".'
     )
-  return [args.prompt]
+  try:
+    text = pathlib.Path(args.prompts).read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    raise DataError(
+      f'--prompts {args.prompts} cannot be read ({error}); give a UTF-8 text '
+      'file with one prompt a line.'
+    ) from error
+  prompts = [line.strip() for line in text.splitlines() if line.strip()]
+  if not prompts:
+    raise DataError(
+      f'--prompts {args.prompts} is empty; write one prompt a line.'
+    )
+  return prompts
 
 
-def _generate(args, prompts):
+def _generate(
+  args: argparse.Namespace, prompts: Sequence[str]
+) -> tuple['Uint8Image', list[dict]]:
   """(images, records) of a model folder in the package's own layout."""
   from imagen_jax.cascade import batching
 
@@ -134,7 +163,7 @@ def _generate(args, prompts):
   )
   choices = sampling_flags.choices(args)
   configs = cascade.settings(**choices)
-  images = sampling_flags.open_images(image=args.init_image, mask=args.mask)
+  images = input_images.open_images(image=args.init_image, mask=args.mask)
   first = cascade.stages[0]
   batching.check_images(
     first.name,
@@ -149,7 +178,7 @@ def _generate(args, prompts):
     embedding,
     seed=args.seed,
     num_images=args.num_images,
-    low_res=_low_res(cascade, args.low_res),
+    low_res=input_images.read_low_res(cascade, args.low_res),
     **images,
     batch_size=request.batch,
     callback=output.progress(),
@@ -162,24 +191,7 @@ def _generate(args, prompts):
   return list(generated.values())[-1], records
 
 
-def _low_res(cascade, path):
-  """The image at a path for the first stage: uint8 [1, h, w, 3], or None.
-
-  It is cropped so that every stage can upsample it.
-  """
-  if path is None:
-    return None
-  first = cascade.stages[0]
-  from imagen_jax.io import images as image_io
-
-  unit = 1
-  for stage in cascade.stages:
-    factor, whole = stage.resolution // first.low_resolution, stage.net.multiple
-    unit = math.lcm(unit, whole // math.gcd(whole, factor))
-  return image_io.read_low_res(path, first.low_resolution, unit)[None]
-
-
-def _notes(cascade, embedding):
+def _notes(cascade: 'Cascade', embedding: Any) -> None:
   """Prints notes on the prompts to stderr, one per line."""
   for prompt, cut in zip(embedding.prompts, embedding.cut):
     if cut:
@@ -189,9 +201,7 @@ def _notes(cascade, embedding):
         f'{embedding.mask.shape[1]} remain.'
       )
   if any(not prompt.strip() for prompt in embedding.prompts):
-    output.note(
-      'an empty prompt is unconditional; guidance does nothing there.'
-    )
+    output.note('an empty prompt is unconditional: guidance has no effect.')
   if len(cascade.data_kinds) == 1:
     from imagen_jax.data.sources import find_source
 
@@ -203,7 +213,11 @@ def _notes(cascade, embedding):
       output.note(text)
 
 
-def _record(cascade, configs, args):
+def _record(
+  cascade: 'Cascade',
+  configs: Sequence['SamplingConfig'],
+  args: argparse.Namespace,
+) -> dict[str, Any]:
   """The settings of a call, stored in its PNGs for --from_image."""
   import jax
 
@@ -224,62 +238,6 @@ def _record(cascade, configs, args):
     'stages': settings,
     'version': imagen_jax.__version__,
   }
-
-
-def _repeat(args):
-  """(images, records): generates an image again from its PNG's record."""
-  from imagen_jax.io import images as image_io
-
-  record = image_io.read_metadata(args.from_image)
-  if 'format' in record:
-    raise UsageError(
-      f'{args.from_image} was generated with {record["format"]}, which '
-      '--from_image does not repeat; give the settings in its metadata as '
-      'flags.'
-    )
-  runtime.start(processes=args)
-  try:
-    names = list(record['stages'])
-    demo = record['model'] == 'demo'
-    model = args.model or (None if demo else record['model'])
-    cascade = imagen_jax.load(
-      model, dtype=record['dtype'], stages=names, fsdp=args.fsdp
-    )
-    choices = {
-      # Images older than a flag have no value for it.
-      key: [record['stages'][name].get(key) for name in names]
-      for key in sampling_flags.PER_STAGE
-    }
-    digest, low_path = record['model_digest'], record['low_res']
-    call = {
-      'seed': record['seed'],
-      'indices': [record['index']],
-      'batch_size': record['batch_size'],
-    }
-    prompt = record['prompt']
-  except (KeyError, TypeError, AttributeError) as error:
-    raise DataError(
-      f'{args.from_image} carries a record that lacks {error}; it was written '
-      'by another version, or changed since.'
-    ) from error
-  if cascade.digest != digest:
-    output.note(
-      f'{args.from_image} was generated with other weights ({digest}, '
-      f'here {cascade.digest}); the image will differ.'
-    )
-  if not record.get('init_image'):
-    del choices['strength']  # without effect
-  result = cascade.sample(
-    [prompt],
-    low_res=_low_res(cascade, low_path),
-    **sampling_flags.open_images(
-      image=record.get('init_image'), mask=record.get('mask')
-    ),
-    callback=output.progress(),
-    **call,
-    **choices,
-  )
-  return list(result.values())[-1], [record | {'devices': output.devices()}]
 
 
 if __name__ == '__main__':

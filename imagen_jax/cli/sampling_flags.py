@@ -8,13 +8,13 @@ from imagen_jax.errors import UsageError
 
 # Fields of `SamplingConfig`: the type of a value, and the flag's help.
 PER_STAGE = {
-  'sampler': (str, 'how to go from noise to an image, such as ddpm or dpmpp'),
+  'sampler': (str, 'such as ddpm, ddim or dpmpp'),
   'steps': (int, 'network evaluations'),
   'guidance': (float, 'w in w·cond + (1−w)·uncond; 1 is none'),
   'aug_level': (float, 'noise on the low-resolution input, 0 to 1'),
-  'strength': (float, 'fraction of the way back to noise, above 0, up to 1'),
+  'strength': (float, 'noise added to --init_image, above 0, up to 1'),
   'threshold': (str, 'dynamic, static or none'),
-  'grid': (str, 'steps evenly spaced in time or in logsnr'),
+  'grid': (str, 'space the steps evenly in time or in logsnr'),
 }
 
 
@@ -61,14 +61,3 @@ def per_stage(name: str, text: str | None) -> Any:
 def stage_names(args: argparse.Namespace) -> list[str] | None:
   """The stages that --stages names; None is all of them."""
   return args.stages.split(',') if args.stages else None
-
-
-def open_images(**paths: str | None) -> dict[str, Any]:
-  """{name: PIL image} of the paths that are given; 'mask' is grey."""
-  from imagen_jax.io.images import open_image
-
-  return {
-    name: open_image(path, 'L' if name == 'mask' else 'RGB')
-    for name, path in paths.items()
-    if path
-  }

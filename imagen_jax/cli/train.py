@@ -4,17 +4,23 @@ import os
 import pathlib
 import signal
 import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
 
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
 
-def main(argv=None):
+
+def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit code."""
   return errors.run(_main, argv)
 
 
-def _parser():
+def _parser() -> errors.Parser:
   parser = errors.Parser(
     prog='train.py',
     description='Train one stage of the cascade; the same command resumes.',
@@ -48,7 +54,7 @@ def _parser():
   return parser
 
 
-def _main(argv):
+def _main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
@@ -68,18 +74,18 @@ def _main(argv):
   return 0 if args.dry_run else _ended(step, config, should_stop)
 
 
-def _ended(step, config, should_stop):
+def _ended(step: int, config: 'ConfigDict', should_stop: '_alone') -> int:
   """The exit code of a run that ended after `step`."""
   if step >= config.train.num_steps:
     return 0
   print(
-    f'stopped at step {step}, saved; the same command resumes from there',
+    f'stopped and saved at step {step}; the same command resumes from it',
     file=sys.stderr,
   )
   return 128 + should_stop.signal
 
 
-def _together():
+def _together() -> bool:
   """Whether this is one process of a job that agrees on when to stop."""
   import jax
 
@@ -89,26 +95,25 @@ def _together():
 class _alone:
   """Stops after SIGTERM or SIGINT; a second SIGINT interrupts at once."""
 
-  def __init__(self):
-    self.signal = None
+  signal = 0  # the one that was received
 
-  def __enter__(self):
+  def __enter__(self) -> '_alone':
     self._old = {
       number: signal.signal(number, self._note)
       for number in (signal.SIGTERM, signal.SIGINT)
     }
     return self
 
-  def __call__(self, step):
+  def __call__(self, step: int) -> bool:
     """Whether to save and stop after `step`."""
-    return self.signal is not None
+    return self.signal != 0
 
-  def _note(self, number, frame):
+  def _note(self, number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT == self.signal:
       raise KeyboardInterrupt
     self.signal = number
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: Any) -> None:
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
@@ -120,19 +125,18 @@ class _agreed(_alone):
   reach; SIGINT is converted to SIGTERM.
   """
 
-  def __init__(self):
-    self.signal = signal.SIGTERM
+  signal = int(signal.SIGTERM)
 
-  def __enter__(self):
+  def __enter__(self) -> '_agreed':
     self._old = {signal.SIGINT: signal.signal(signal.SIGINT, self._note)}
     return self
 
-  def __call__(self, step):
+  def __call__(self, step: int) -> bool:
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)
 
-  def _note(self, number, frame):
+  def _note(self, number: int, frame: FrameType | None) -> None:
     if self.signal == number:
       raise KeyboardInterrupt
     self.signal = number

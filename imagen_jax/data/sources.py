@@ -38,7 +38,7 @@ def find_source(kind: str) -> type[Source]:
   Raises:
     UsageError: there is no such class.
   """
-  return kinds.find(kind, KINDS, key='data.kind', base=Source)
+  return kinds.find(kind, KINDS, key='config.data.kind', base=Source)
 
 
 def make_source(
@@ -62,25 +62,31 @@ def make_source(
   path = options.get('path')
   if cls.path_is is not None:
     if not path:
-      raise UsageError(f'data.path is not set; it names {cls.path_is}.')
+      raise UsageError(
+        f'data.path is not set; it names {cls.path_is}.', key='config.data.path'
+      )
     if re.match(r'\w+://', str(path)):
       raise UsageError(
         f'data.path {path} is not on a file system: mount it first (gcsfuse '
-        'BUCKET /mnt/data for gs://) or download it, and give the local path.'
+        'BUCKET /mnt/data for gs://) or download it, and give the local path.',
+        key='config.data.path',
       )
   if options.get('resize', 'area') not in RESIZE:
     raise UsageError(
-      f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.'
+      f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.',
+      key='config.data.resize',
     )
   known = inspect.signature(cls.__init__).parameters
   takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
   given = {'size': size, 'split': split, **options}
   for name, value in options.items():
     if name not in known and not takes_all:
-      if value is not None and value not in IGNORABLE.get(name, ()):
+      same = IGNORABLE.get(name, (None,))
+      if value is not None and value not in same:
         raise UsageError(
-          f'data.{name}={value!r} has no effect with data.kind={kind}; set '
-          'it to None.'
+          f'data.{name}={same[0]} is needed with data.kind={kind}: {value!r} '
+          'has no effect there.',
+          key=f'config.data.{name}',
         )
   return cls(**{k: v for k, v in given.items() if takes_all or k in known})
 

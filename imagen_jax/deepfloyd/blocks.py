@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from imagen_jax.deepfloyd.config import UNetConfig
 from imagen_jax.nets.attention import attention
@@ -25,6 +25,7 @@ NORM_EPS = 1e-5  # of the norms that do not use `norm_eps`
 
 Emb = Float[Array, 'b e']  # vectors
 Features = Float[Array, 'b _ _ _']  # of any level
+Steps = Float[Array, ' b'] | Int[Array, ' b']
 
 
 def activation(name: str | None) -> Callable[[Array], Array]:
@@ -38,7 +39,7 @@ def activation(name: str | None) -> Callable[[Array], Array]:
 
 
 def timestep_features(
-  t: Float[Array, ' b'],
+  t: Steps,
   dim: int,
   *,
   flip_sin_to_cos: bool = True,
@@ -66,7 +67,7 @@ class StepEmbedding(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, t: Float[Array, ' b']) -> Emb:
+  def __call__(self, t: Steps) -> Emb:
     """[B] -> [B, E]."""
     h = timestep_features(
       t,

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imagen_jax.cli import output, sampling_flags
+from imagen_jax.cli import input_images, output, sampling_flags
 from imagen_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def generate(
     style_prompt=None if style is None else clean(style),
     aspect=images.parse_aspect(args.aspect_ratio or '1:1'),
     callback=output.progress(),
-    **sampling_flags.open_images(
+    **input_images.open_images(
       image=args.init_image, mask=args.mask, low_res=args.low_res
     ),
     **again,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.deepfloyd.weights import leaves
+from imagen_jax.typing import Values
 
 TARGETS = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'to_out_0')
 
@@ -36,7 +37,7 @@ def init(key: jax.Array, params: dict, rank: int) -> dict:
 def merge(params: dict, adapters: dict, scale: float = 1.0) -> dict:
   """The network's parameters with the adapters added, each in its dtype."""
 
-  def add(path: tuple, leaf: jax.Array) -> jax.Array:
+  def add(path: tuple, leaf: Values) -> Values:
     adapter = adapters.get('/'.join(key.key for key in path))
     if adapter is None:
       return leaf

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from imagen_jax import sharding
 from imagen_jax.cascade import batching
@@ -23,7 +23,7 @@ from imagen_jax.io import files
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import load_tokenizer
-from imagen_jax.typing import TextEmb
+from imagen_jax.typing import Array, TextEmb, TextMask
 
 Path = str | pathlib.Path
 MAX_LEN = 77
@@ -148,7 +148,7 @@ def _encode(
   ids, mask, _ = tokenizer(prompts, MAX_LEN)
 
   @jax.jit
-  def apply(params: dict, ids: np.ndarray, mask: np.ndarray) -> TextEmb:
+  def apply(params: dict, ids: Int[Array, 'b l'], mask: TextMask) -> TextEmb:
     out: Any = module.apply({'params': params}, ids, mask, keep_padding=True)
     return out
 

@@ -18,6 +18,7 @@ from imagen_jax.deepfloyd.blocks import (
   Features,
   ResnetBlock,
   StepEmbedding,
+  Steps,
   TextEmbedding,
   activation,
 )
@@ -121,11 +122,11 @@ class IFUNet(nn.Module):
   def __call__(
     self,
     sample: Image,
-    t: Float[Array, ' b'],
+    t: Steps,
     text: TextEmb,
     noise_level: Float[Array, ' b'] | None = None,
     pooled_text: TextEmb | None = None,
-  ) -> Image:
+  ) -> Float[Array, 'b h w out']:
     """Predicts eps and, with 6 output channels, the variance's interpolation.
 
     Args:

@@ -1,16 +1,20 @@
 """Memory, time and the best mesh of a step, computed without a compiler."""
 
 import dataclasses
-import functools
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from imagen_jax import sharding
 from imagen_jax.errors import UsageError
+from imagen_jax.planning.job import Job
 from imagen_jax.planning.memory import num_bytes, peak_and_traffic
 from imagen_jax.training import chips
+from imagen_jax.training.chips import Chip
 from imagen_jax.training.flops import count_flops
 
 
@@ -33,39 +37,42 @@ class Plan:
   fsdp: int
   batch_size: int
   accumulate: int
-  memory: dict
+  memory: dict[str, float]
   flops: float
-  seconds: dict
+  seconds: dict[str, float]
 
   @property
-  def total(self):
+  def total(self) -> float:
     """Peak memory of a device, in bytes."""
     return sum(self.memory.values())
 
   @property
-  def roofline(self):
+  def roofline(self) -> float:
     """Lower bound on the seconds of a step: `seconds` fully overlapped."""
     return max(self.seconds.values())
 
 
-def abstract_mesh(data, fsdp):
+def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
   """A mesh without devices: `sharding`'s rule depends on its shape only."""
-  return jax.sharding.AbstractMesh((data, fsdp), sharding.AXES)
+  return AbstractMesh((data, fsdp), sharding.AXES)
 
 
-def tree_bytes(tree, mesh=None):
+def tree_bytes(tree: Any, mesh: AbstractMesh | None = None) -> float:
   """Bytes of a tree on one device, sharded by the rule of `sharding`."""
-  total = 0
-  for leaf in jax.tree.leaves(tree):
-    size = num_bytes(leaf)
-    if mesh is not None:
-      spec = sharding.leaf_sharding(leaf, mesh).spec
-      size /= math.prod(mesh.shape[axis] for axis in spec if axis)
-    total += size
-  return total
+  mesh = mesh or abstract_mesh(1, 1)
+
+  def size(leaf: jax.ShapeDtypeStruct) -> float:
+    spec = sharding.leaf_sharding(leaf, mesh).spec
+    return num_bytes(leaf) / math.prod(
+      mesh.shape[axis] for axis in spec if axis
+    )
+
+  return sum(map(size, jax.tree.leaves(tree)))
 
 
-def make_plan(work, chip, *, data, fsdp, step='train'):
+def make_plan(
+  work: Job, chip: Chip, *, data: int, fsdp: int, step: str = 'train'
+) -> Plan:
   """The `Plan` of a job on data × fsdp chips.
 
   Args:
@@ -78,79 +85,62 @@ def make_plan(work, chip, *, data, fsdp, step='train'):
     UsageError: the batch cannot be split over the chips.
   """
   mesh = abstract_mesh(data, fsdp)
-  parts = work.accumulate if step == 'train' else 1
+  training = step == 'train'
+  parts = work.accumulate if training else 1
   sharding.check_batch_size(work.batch_size, mesh, parts)
   # One device's part of the batch: its own computation and activations.
-  traced = work.trace(step, work.batch_size // mesh.size)
+  local = work.batch_size // mesh.size
+  traced = work.trace(step, local)
   state = work.state
-  params = state.params
-  memory = {'parameters': tree_bytes(params, mesh)}
-  if step == 'train':
+  memory = {'parameters': tree_bytes(state.params, mesh)}
+  if training:
     memory |= {
       'EMA': tree_bytes(state.ema_params, mesh),
       'optimizer': tree_bytes(state.opt_state, mesh),
       'text encoder': tree_bytes(work.text_params, mesh),
     }
-  batch = work.experiment.batch_spec(work.batch_size // mesh.size)
-  memory['batch'] = tree_bytes(batch)
-  memory['activations'], moved = peak_and_traffic(
-    traced, _size_of(params, step)
+  moved = 2 * sum(memory.values())
+  memory['batch'] = tree_bytes(work.experiment.batch_spec(local))
+  gradients = state.params if training else ()
+  memory['activations'], traffic = peak_and_traffic(
+    traced, _size_without(gradients)
   )
-  if step == 'train':
+  moved += traffic
+  if training:
     # Compiled steps allocate all gradients before the first is computed. They
     # are written, read for their norm and read for the update.
-    memory['gradients'] = tree_bytes(params, mesh) * (1 + (parts > 1))
+    memory['gradients'] = memory['parameters'] * (1 + (parts > 1))
     moved += 3 * memory['gradients']
   if fsdp > 1:
     # The gathered layer in use, and the next one being gathered.
     memory['gathered layers'] = 2 * max(
-      map(_largest_layer, (params, work.text_params))
+      map(_largest_layer, (state.params, work.text_params))
     )
   flops = count_flops(traced)
-  moved += 2 * sum(
-    memory.get(k, 0) for k in ('parameters', 'EMA', 'optimizer', 'text encoder')
-  )
-  return Plan(
-    data=data,
-    fsdp=fsdp,
-    batch_size=work.batch_size,
-    accumulate=parts,
-    memory=memory,
-    flops=flops,
-    seconds={
-      'compute': flops / chip.flops,
-      'memory': moved / chip.bandwidth,
-      'network': _network_bytes(work, params, mesh, step) / chip.link,
-    },
-  )
+  seconds = {
+    'compute': flops / chip.flops,
+    'memory': moved / chip.bandwidth,
+    'network': _network_bytes(work, mesh, step) / chip.link,
+  }
+  return Plan(data, fsdp, work.batch_size, parts, memory, flops, seconds)
 
 
-def _size_of(params, step):
+def _size_without(gradients: Any) -> Callable[[Any], float]:
   """A function: aval -> bytes; 0 for gradients, recognised by their shape."""
-  counted_apart = set()
-  if step == 'train':
-    counted_apart = {leaf.shape for leaf in jax.tree.leaves(params)}
-
-  def size_of(aval):
-    if getattr(aval, 'shape', None) in counted_apart:
-      return 0
-    return num_bytes(aval)
-
-  return size_of
+  shapes = {leaf.shape for leaf in jax.tree.leaves(gradients)}
+  return lambda x: 0 if getattr(x, 'shape', None) in shapes else num_bytes(x)
 
 
-def _largest_layer(tree):
+def _largest_layer(tree: Any) -> float:
   """Bytes of the largest leaf; of a stack of scanned layers, of one layer."""
-  largest = 0
+  largest = 0.0
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    size = num_bytes(leaf)
-    if re.fullmatch(r'layers|(down|up)_\d+', path[0].key):
-      size /= leaf.shape[0]
-    largest = max(largest, size)
+    stacked = re.fullmatch(r'layers|(down|up)_\d+', path[0].key)
+    largest = max(largest, num_bytes(leaf) / (leaf.shape[0] if stacked else 1))
   return largest
 
 
-def _network_bytes(work, params, mesh, step):
+def _network_bytes(work: Job, mesh: AbstractMesh, step: str) -> float:
   """Bytes that a device sends in one step.
 
   On a ring of n devices an all-gather moves (n − 1)/n of the array, an
@@ -159,7 +149,7 @@ def _network_bytes(work, params, mesh, step):
   """
   fsdp, devices = mesh.shape['fsdp'], mesh.size
   split = (fsdp - 1) / fsdp
-  whole = tree_bytes(params) / 2
+  whole = tree_bytes(work.state.params) / 2
   if step == 'sample':
     return split * whole * work.stage.sampling.steps
   text = split * tree_bytes(work.text_params)
@@ -167,78 +157,73 @@ def _network_bytes(work, params, mesh, step):
   return text + layers * work.accumulate
 
 
-def splits(work, chip, num_chips, *, step='train'):
+def splits(
+  work: Job, chip: Chip, num_chips: int, *, step: str = 'train'
+) -> list[Plan]:
   """The plans of all meshes with data × fsdp = `num_chips`.
 
   Raises:
     UsageError: the batch cannot be split over the chips.
   """
-  plans = []
-  for fsdp in range(1, num_chips + 1):
-    if num_chips % fsdp == 0:
-      plans.append(
-        make_plan(work, chip, data=num_chips // fsdp, fsdp=fsdp, step=step)
-      )
-  return plans
+  return [
+    make_plan(work, chip, data=num_chips // fsdp, fsdp=fsdp, step=step)
+    for fsdp in range(1, num_chips + 1)
+    if num_chips % fsdp == 0
+  ]
 
 
-def best(plans, chip):
+def best(plans: Iterable[Plan], chip: Chip) -> Plan | None:
   """The fastest plan that fits, of equals that of least fsdp; or None."""
-  fitting = [p for p in plans if p.total <= chips.usable(chip)]
   # Times within 0.1 % count as equal.
   return min(
-    fitting,
+    (p for p in plans if p.total <= chips.usable(chip)),
     key=lambda p: (round(math.log(max(p.roofline, 1e-12)), 3), p.fsdp),
     default=None,
   )
 
 
-def cheapest_change(work, chip, num_chips, *, step='train'):
+def cheapest_change(
+  work: Job, chip: Chip, num_chips: int, *, step: str = 'train'
+) -> str | None:
   """Flags of the cheapest change that makes a job fit, or None.
 
   Tried in order of cost: another mesh, gradient accumulation, remat policy,
   cached embeddings; for a sampling step, another mesh or a smaller batch.
   """
-  changed = functools.partial(dataclasses.replace, work)
-
-  def fits(candidate):
+  for flags, candidate in _changes(work, chip, num_chips, step):
     try:
-      plans = splits(candidate, chip, num_chips, step=step)
-    except UsageError:
-      return None
-    return best(plans, chip)
+      plan = best(splits(candidate, chip, num_chips, step=step), chip)
+    except UsageError:  # the batch cannot be split like this
+      continue
+    if plan:
+      return f'{flags}--fsdp {plan.fsdp}'
+  return None
 
-  plan = fits(work)
-  if plan:
-    return f'--data {plan.data} --fsdp {plan.fsdp}'
-  local = work.batch_size // num_chips
+
+def _changes(
+  work: Job, chip: Chip, num_chips: int, step: str
+) -> Iterator[tuple[str, Job]]:
+  """(flags, job) of each change that may help, the cheapest first."""
+  yield '', work
   times = _times(work, chip, num_chips, step)
   if step == 'sample':
     batch = work.batch_size // times if times else 0
     while batch >= num_chips:
-      plan = fits(changed(batch_size=batch))
-      if plan:
-        return f'--batch_size {batch} --fsdp {plan.fsdp}'
+      yield f'--batch_size {batch} ', work.changed({'train.batch_size': batch})
       batch //= 2
-    return None
+    return
   parts = work.accumulate * times
-  while 1 < parts <= local:
-    plan = fits(changed(accumulate=parts))
-    if plan:
-      return f'--accumulate {parts} --fsdp {plan.fsdp}'
+  while 0 < parts <= work.batch_size // num_chips:
+    yield f'--accumulate {parts} ', work.changed({'train.accumulate': parts})
     parts *= 2
-  if work.stage.net.remat is None:
-    plan = fits(work.with_remat('nothing_saveable'))
-    if plan:
-      return f'--config.stage.net.remat=nothing_saveable --fsdp {plan.fsdp}'
+  if work.remat is None:
+    remat = {'stage.net.remat': 'nothing_saveable'}
+    yield '--config.stage.net.remat=nothing_saveable ', work.changed(remat)
   if not work.experiment.cached_text:
-    plan = fits(work.with_cached_text())
-    if plan:
-      return f'--text cached --fsdp {plan.fsdp}'
-  return None
+    yield '--text cached ', work.changed({}, cached_text=True)
 
 
-def _times(work, chip, num_chips, step):
+def _times(work: Job, chip: Chip, num_chips: int, step: str) -> int:
   """The power of two by which activations must shrink; 0 if none is enough.
 
   It saves attempts: tracing the step of a large model takes seconds.
@@ -251,20 +236,22 @@ def _times(work, chip, num_chips, step):
   return 2 ** max(1, math.ceil(math.log2(activations / room)))
 
 
-def require_fit(plan, work, chip, num_chips, *, step='train'):
+def require_fit(
+  plan: Plan, work: Job, chip: Chip, num_chips: int, *, step: str = 'train'
+) -> None:
   """Checks that a plan fits.
 
   Raises:
-    UsageError: it does not; the message gives the missing memory and the
-      cheapest change that would fit.
+    UsageError: it does not; the message gives its memory and the cheapest
+      change that would fit.
   """
   room = chips.usable(chip)
   if plan.total <= room:
     return
   change = cheapest_change(work, chip, num_chips, step=step)
-  advice = f'it would with {change}' if change else 'use more chips'
+  advice = f'it fits with {change}' if change else 'use more chips'
   raise UsageError(
     f'{work.stage.name} does not fit: each {chip.name} needs '
-    f'{plan.total / chips.GIB:.1f} GiB and has {room / chips.GIB:.1f}, '
-    f'{(plan.total - room) / chips.GIB:.1f} too few; {advice}.'
+    f'{plan.total / chips.GIB:.1f} GiB and has {room / chips.GIB:.1f}; '
+    f'{advice}.'
   )

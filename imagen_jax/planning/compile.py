@@ -6,9 +6,12 @@ and communication.
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -26,13 +29,11 @@ ACCELERATORS = {
   'v6e': 'v6e-{chips}',
 }
 LEVELS = ('jax_optimization_level', 'jax_memory_fitting_level')
-COLLECTIVES = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
+_COLLECTIVE = re.compile(
+  '= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)'
+  r'(-start)?\('
 )
+_SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _SIZES = {
   'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
   's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8,
@@ -59,17 +60,17 @@ class Compiled:
   temporaries: int
   flops: float
   bytes_accessed: float
-  collectives: dict
+  collectives: dict[str, tuple[int, int]]
   lower_seconds: float
   compile_seconds: float
 
   @property
-  def total(self):
+  def total(self) -> int:
     """Memory of a device, in bytes."""
     return self.arguments + self.outputs + self.temporaries
 
 
-def topology_devices(topology):
+def topology_devices(topology: str) -> list[jax.Device]:
   """The devices of a slice that need not exist.
 
   Args:
@@ -83,8 +84,9 @@ def topology_devices(topology):
     import libtpu  # noqa: F401
   except ImportError as error:
     raise UsageError(
-      '--compile needs the TPU compiler, which is not installed: '
-      "pip install 'imagen_jax[plan]'."
+      'compile needs the TPU compiler, which is not installed: '
+      "pip install 'imagen_jax[plan]'.",
+      key='compile',
     ) from error
   cores = 2 * count if chip.name in ('v4', 'v5p') else count
   accelerator = ACCELERATORS[chip.name].format(chips=count, cores=cores)
@@ -111,8 +113,14 @@ def topology_devices(topology):
 
 
 def compile_step(
-  work, topology, *, data=-1, fsdp=1, step='train', effort='full'
-):
+  work: job.Job,
+  topology: str,
+  *,
+  data: int = -1,
+  fsdp: int = 1,
+  step: str = 'train',
+  effort: str = 'full',
+) -> Compiled:
   """Compiles a job's step for a slice.
 
   Args:
@@ -122,9 +130,6 @@ def compile_step(
     step: 'train' or 'sample'.
     effort: 'full', as for a real run, or 'low', which is faster and still
       partitions the program and assigns memory.
-
-  Returns:
-    `Compiled`.
 
   Raises:
     UsageError: an impossible slice, mesh or batch.
@@ -140,22 +145,22 @@ def compile_step(
   with _effort(effort):
     compiled = lowered.compile()
   end = time.perf_counter()
-  memory = compiled.memory_analysis()
-  cost = compiled.cost_analysis()
+  memory: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis()
   return Compiled(
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     flops=cost.get('flops', 0.0),
     bytes_accessed=cost.get('bytes accessed', 0.0),
-    collectives=collectives(compiled.as_text()),
+    collectives=collectives(compiled.as_text() or ''),
     lower_seconds=middle - start,
     compile_seconds=end - middle,
   )
 
 
 @contextlib.contextmanager
-def _effort(effort):
+def _effort(effort: str) -> Iterator[None]:
   before = {name: getattr(jax.config, name) for name in LEVELS}
   for name in LEVELS if effort == 'low' else ():
     jax.config.update(name, 'O0')
@@ -166,39 +171,29 @@ def _effort(effort):
       jax.config.update(name, level)
 
 
-def collectives(text):
-  """{kind: (number, bytes of the results)} in a compiled module's text."""
-  found = {}
-  pattern = re.compile(r'= (.*?) (' + '|'.join(COLLECTIVES) + r')(?:-start)?\(')
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+  """{kind: (number, bytes)} of the communication in a compiled module's text.
+
+  The bytes are those of the results. An asynchronous operation returns its
+  operands too: of its arrays, the largest counts.
+  """
+  found: dict[str, tuple[int, int]] = {}
   for line in text.splitlines():
-    match = pattern.search(line)
-    if match is None:
-      continue
-    shapes, kind = match.groups()
-    if f'{kind}-start(' in line and shapes.startswith('('):
-      # (operands, results, …): count the largest array.
-      shapes = shapes[: shapes.rfind(')')]
-      sizes = [_bytes(*s) for s in _shapes(shapes)]
-      size = max(sizes, default=0)
-    else:
-      size = sum(_bytes(*s) for s in _shapes(shapes))
-    count, total = found.get(kind, (0, 0))
-    found[kind] = (count + 1, total + size)
+    if match := _COLLECTIVE.search(line):
+      shapes, kind, started = match.groups()
+      sizes = [_bytes(*shape) for shape in _SHAPE.findall(shapes)]
+      size = max(sizes, default=0) if started else sum(sizes)
+      count, total = found.get(kind, (0, 0))
+      found[kind] = (count + 1, total + size)
   return found
 
 
-def _shapes(text):
-  return re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', text)
+def _bytes(dtype: str, dims: str) -> int:
+  """Bytes of an array such as ('bf16', '4,8')."""
+  return _SIZES.get(dtype, 0) * math.prod(int(n) for n in dims.split(',') if n)
 
 
-def _bytes(dtype, dims):
-  size = _SIZES.get(dtype, 0)
-  for n in dims.split(','):
-    size *= int(n) if n else 1
-  return size
-
-
-def out_of_memory(error):
+def out_of_memory(error: Exception) -> str:
   """The compiler's message on the missing memory."""
   match = re.search(r'(Used .*? of .*?(?:hbm|HBM)[^\n]*)', str(error))
   return match[1].strip(' .') if match else str(error).splitlines()[0]

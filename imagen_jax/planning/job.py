@@ -8,9 +8,13 @@ import dataclasses
 import functools
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
@@ -24,7 +28,7 @@ from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import make_program, train_step
 from imagen_jax.training.stage_experiment import StageExperiment
-from imagen_jax.training.state import init_state
+from imagen_jax.training.state import TrainState, init_state
 
 TEXTS = ('auto', *SIZES, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -37,40 +41,51 @@ class Job:
   Attributes:
     experiment: the `StageExperiment`, its text encoder without weights.
     text_name: such as 'T5 xxl, bfloat16'.
-    batch_size: images per step, over all devices.
-    accumulate: parts of a training batch.
   """
 
   experiment: StageExperiment
   text_name: str
-  batch_size: int
-  accumulate: int
-  _traces: dict = dataclasses.field(
+  _traces: dict[tuple[str, int], ClosedJaxpr] = dataclasses.field(
     default_factory=dict, init=False, repr=False, compare=False
   )
 
   @property
-  def config(self):
+  def config(self) -> ConfigDict:
     return self.experiment.config
 
   @property
-  def stage(self):
+  def stage(self) -> stages.Stage:
     return self.experiment.stage
 
+  @property
+  def batch_size(self) -> int:
+    """Images per step, over all devices."""
+    return self.config.train.batch_size
+
+  @property
+  def accumulate(self) -> int:
+    """Parts of a training batch."""
+    return self.config.train.accumulate
+
+  @property
+  def remat(self) -> str | None:
+    """The network's rematerialization policy, if it has one."""
+    return getattr(self.stage.net, 'remat', None)
+
   @functools.cached_property
-  def text_params(self):
+  def text_params(self) -> Any:
     """Shapes of the text encoder's parameters, {} with cached embeddings."""
     return self.experiment.frozen_spec()
 
   @functools.cached_property
-  def state(self):
+  def state(self) -> TrainState:
     """Shapes of the training state."""
     tx = make_optimizer(self.config.train)
     return jax.eval_shape(
       lambda key: init_state(self.experiment.init(key), tx), jax.random.key(0)
     )
 
-  def trace(self, step, batch_size):
+  def trace(self, step: str, batch_size: int) -> ClosedJaxpr:
     """The traced 'train' or 'sample' step of `batch_size` images."""
     key = step, batch_size
     if key not in self._traces:
@@ -78,19 +93,24 @@ class Job:
       self._traces[key] = trace(self, batch_size)
     return self._traces[key]
 
-  def with_remat(self, policy):
-    """The job with another rematerialization policy."""
+  def changed(
+    self, keys: Mapping[str, Any], *, cached_text: bool | None = None
+  ) -> 'Job':
+    """The job with other values of config keys, or with cached embeddings.
+
+    Args:
+      keys: such as {'stage.net.remat': 'nothing_saveable'}.
+      cached_text: None keeps what it is.
+    """
     config = self.config.copy_and_resolve_references()
     with config.unlocked():
-      config.stage.net.remat = policy
-    old = self.experiment
-    new = _experiment(config, old.text, old.cached_text)
-    return dataclasses.replace(self, experiment=new)
-
-  def with_cached_text(self):
-    """The job with cached embeddings of the captions."""
-    new = _experiment(self.config, self.experiment.text, True)
-    return dataclasses.replace(self, experiment=new)
+      config.update_from_flattened_dict(keys)
+    if cached_text is None:
+      cached_text = self.experiment.cached_text
+    experiment = _RolledExperiment(
+      config, text=self.experiment.text, cached_text=cached_text
+    )
+    return dataclasses.replace(self, experiment=experiment)
 
 
 def make_job(
@@ -109,61 +129,70 @@ def make_job(
     batch_size, accumulate: None means the config's.
 
   Raises:
-    UsageError: the config is not a stage's, or names no text encoder.
+    UsageError: the config is not a stage's, or `text` is unknown or not
+      found.
   """
   if config.kind != 'stage':
-    raise UsageError('only the config of a stage can be planned.')
+    raise UsageError(
+      f'a run of kind {config.kind!r} cannot be planned; give the config of a '
+      'stage.'
+    )
+  if text not in TEXTS:
+    raise UsageError(
+      f'text is {text!r}; it can be {", ".join(TEXTS)}.', key='text'
+    )
   cached = text == 'cached'
   module, name = _encoder(config, 'auto' if cached else text)
   config = config.copy_and_resolve_references()
-  if config.dtype not in DTYPES:
-    with config.unlocked():
-      config.dtype = 'bfloat16'
+  with config.unlocked():
+    config.dtype = config.dtype if config.dtype in DTYPES else 'bfloat16'
+    config.train.batch_size = batch_size or config.train.batch_size
+    config.train.accumulate = accumulate or config.train.accumulate
+  encoder = _abstract_encoder(module, config)
   return Job(
-    experiment=_experiment(config, _abstract_encoder(module, config), cached),
+    _RolledExperiment(config, text=encoder, cached_text=cached),
     text_name='cached embeddings' if cached else name,
-    batch_size=batch_size or config.train.batch_size,
-    accumulate=accumulate or config.train.accumulate,
   )
 
 
 class _RolledExperiment(StageExperiment):
   """A stage whose loops stay rolled, as on an accelerator."""
 
-  def __init__(self, *args, **options):
-    super().__init__(*args, **options)
+  def __init__(
+    self, config: ConfigDict, *, text: TextEncoder, cached_text: bool
+  ):
+    super().__init__(config, text=text, cached_text=cached_text)
     net = self.stage.net
     if hasattr(net, 'unroll'):
       self.stage = dataclasses.replace(self.stage, net=net.clone(unroll=False))
 
 
-def _experiment(config, text, cached):
-  return _RolledExperiment(config, text=text, cached_text=cached)
-
-
-def _abstract_encoder(module, config):
+def _abstract_encoder(module: T5Encoder, config: ConfigDict) -> TextEncoder:
   """A `TextEncoder` with shapes for weights and no tokenizer."""
   length = config.text.max_len
-  params = jax.eval_shape(
-    module.init,
-    jax.random.key(0),
-    jnp.zeros((1, length), jnp.int32),
-    jnp.ones((1, length), bool),
-  )['params']
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: _as_loaded(path[-1].key, leaf, module), params
+
+  def as_loaded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # As `text.weights.load_params` casts it.
+    precise = path[-1].key in weights.PRECISE
+    dtype = jnp.float32 if precise else module.dtype
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+  nothing: Any = None  # there are no prompts to tokenize
+  ids = jnp.zeros((1, length), jnp.int32)
+  params: Any = jax.eval_shape(
+    module.init, jax.random.key(0), ids, ids.astype(bool)
   )
   return TextEncoder(
     module=module,
-    params=params,
-    tokenizer=None,
+    params=jax.tree_util.tree_map_with_path(as_loaded, params['params']),
+    tokenizer=nothing,
     dim=module.width,
     max_len=length,
     digest='',
   )
 
 
-def _encoder(config, text):
+def _encoder(config: ConfigDict, text: str) -> tuple[T5Encoder, str]:
   """(T5Encoder, name), from a size, a folder, or the folder's name."""
   dtype = config.text.dtype
   path = model_folder.text_folder(config.text.path)
@@ -175,49 +204,32 @@ def _encoder(config, text):
     match = re.search(r'(small|base|large|xxl|xl)/?$', str(path))
     if match is None:
       raise UsageError(
-        f'text.path {str(path)!r} is no folder here and its name ends in no '
-        f'size of T5 v1.1; add --text, one of {", ".join(SIZES)}.'
+        f'there is no text encoder at text.path, {str(path)!r}, whose name '
+        f'does not end in a size of T5 v1.1; choose one of {", ".join(SIZES)}.',
+        key='text',
       )
     text = match[1]
-  return T5Encoder(**SIZES[text], dtype=DTYPES[dtype]), f'T5 {text}, {dtype}'
+  sizes: dict[str, Any] = SIZES[text]
+  return T5Encoder(**sizes, dtype=DTYPES[dtype]), f'T5 {text}, {dtype}'
 
 
-def _as_loaded(name, leaf, module):
-  """The spec of a loaded leaf: as `text.weights.load_params` casts it."""
-  dtype = jnp.float32 if name in weights.PRECISE else module.dtype
-  return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-
-def train_jaxpr(job, batch_size):
+def train_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:
   """The traced training step of `batch_size` images (no devices)."""
-  step = train_step(
-    job.experiment,
-    make_optimizer(job.config.train),
-    accumulate=job.accumulate,
-    unroll=False,
-  )
+  tx = make_optimizer(job.config.train)
+  step = train_step(job.experiment, tx, unroll=False)
   batch = job.experiment.batch_spec(batch_size)
   return jax.make_jaxpr(step)(job.state, batch, job.text_params)
 
 
-def lower_train(job, mesh):
+def lower_train(job: Job, mesh: Mesh) -> jax.stages.Lowered:
   """The training step lowered for a mesh of devices that need not exist."""
-  program = make_program(
-    job.experiment, mesh, accumulate=job.accumulate, unroll=False
-  )
-  batch = job.experiment.batch_spec(job.batch_size)
-  split = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
-    return program.step.lower(
-      program.abstract_state(),
-      sharding.with_shardings(batch, jax.tree.map(lambda _: split, batch)),
-      sharding.with_shardings(
-        job.text_params, sharding.state_shardings(job.text_params, mesh)
-      ),
-    )
+    return make_program(job.experiment, mesh, unroll=False).traced.lower()
 
 
-def sample_arguments(job, batch_size, shardings=None):
+def sample_arguments(
+  job: Job, batch_size: int, shardings: Sharding | None = None
+) -> tuple[Any, tuple[dict, sampling.SampleInputs]]:
   """(function, shapes) of one call that samples `batch_size` images.
 
   Args:
@@ -229,41 +241,41 @@ def sample_arguments(job, batch_size, shardings=None):
     `sampling.compiled`, and (parameters, `SampleInputs`) for it.
   """
   stage, config = job.stage, job.stage.sampling
-  shape = jax.ShapeDtypeStruct
+  shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  scalars: dict[str, Any] = config.scalars
   low = None
   if stage.low_resolution is not None:
     side = stage.low_resolution
-    low = shape((batch_size, side, side, 3), jnp.float32)
+    low = shape((batch_size, side, side, 3))
   inputs = sampling.SampleInputs(
-    keys=shape((batch_size, 2), jnp.uint32),
-    text=shape((batch_size, stage.text_len, stage.text_dim), jnp.float32),
-    mask=shape((batch_size, stage.text_len), bool),
+    keys=shape((batch_size, 2), dtype=jnp.uint32),
+    text=shape((batch_size, stage.text_len, stage.text_dim)),
+    mask=shape((batch_size, stage.text_len), dtype=bool),
     low_res=low,
-    **config.scalars,
+    **scalars,
   )
   generate = sampling.compiled(stage, config.spec, shardings)
   return generate, (stages.param_shapes(stage), inputs)
 
 
-def sample_jaxpr(job, batch_size):
+def sample_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:
   """The traced sampling call."""
   generate, shapes = sample_arguments(job, batch_size)
   return jax.make_jaxpr(generate)(*shapes)
 
 
-def lower_sample(job, mesh):
+def lower_sample(job: Job, mesh: Mesh) -> jax.stages.Lowered:
   """The sampling call lowered for a mesh, with the cascade's shardings."""
-  split = sharding.batch_sharding(mesh)
-  generate, (params, inputs) = sample_arguments(job, job.batch_size, split)
+  rows = sharding.batch_sharding(mesh)
+  generate, (params, inputs) = sample_arguments(job, job.batch_size, rows)
+
+  def split(x: Any) -> Any:  # all but the scalars
+    return (
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) if x.shape else x
+    )
+
   with jax.set_mesh(mesh):
     return generate.lower(
       sharding.with_shardings(params, sharding.state_shardings(params, mesh)),
-      jax.tree.map(
-        lambda x: (
-          jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
-          if x.shape
-          else x
-        ),
-        inputs,
-      ),
+      jax.tree.map(split, inputs),
     )

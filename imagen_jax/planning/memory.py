@@ -4,9 +4,13 @@ The jaxpr is that of the step that will run. The traffic of a loop's body counts
 once per iteration; XLA's own cost analysis counts it once.
 """
 
+import collections
 import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from imagen_jax.training.flops import inner_jaxpr, num_elements
 
@@ -35,7 +39,30 @@ SUMS = {'reduce_sum', 'reduce_max', 'reduce_min'}
 PRODUCTS = {'dot_general', 'conv_general_dilated'}
 
 
-def peak_and_traffic(jaxpr, size_of=None):
+# A jaxpr may be called several times, so a value is (number, variable).
+Value: TypeAlias = tuple[int, Any]
+SizeOf: TypeAlias = Callable[[Any], float]
+
+
+class Operation(NamedTuple):
+  """An equation of a program whose calls are inlined; literals are left out."""
+
+  eqn: JaxprEqn
+  inputs: list[Value]
+  outputs: list[Value]
+
+  @property
+  def name(self) -> str:
+    return self.eqn.primitive.name
+
+  @property
+  def fused(self) -> bool:
+    return self.name in FUSED
+
+
+def peak_and_traffic(
+  jaxpr: Jaxpr | ClosedJaxpr, size_of: SizeOf | None = None
+) -> tuple[float, float]:
   """(peak, traffic): bytes alive at once, and bytes moved, without arguments.
 
   The model is a compiler that fuses elementwise chains. A fused value takes no
@@ -50,21 +77,23 @@ def peak_and_traffic(jaxpr, size_of=None):
     size_of: aval -> bytes; None counts every array in full.
   """
   size_of = size_of or num_bytes
-  operations = _flat(getattr(jaxpr, 'jaxpr', jaxpr))
+  whole = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+  operations = _flat(whole)
   stored, traffic, last = _stored(operations, size_of)
   changes = np.zeros(len(operations) + 1)
   for i, value, size in stored:
     changes[i] += size
     changes[last.get(value, i) + 1] -= size
   inside = np.zeros(len(operations) + 1)
-  for i, (eqn, _, _) in enumerate(operations):
-    if eqn.primitive.name == 'scan':
-      inside[i], moved = peak_and_traffic(eqn.params['jaxpr'], size_of)
-      traffic += eqn.params['length'] * moved
+  for i, operation in enumerate(operations):
+    if operation.name == 'scan':
+      params = operation.eqn.params
+      inside[i], moved = peak_and_traffic(params['jaxpr'], size_of)
+      traffic += params['length'] * moved
   return float(np.max(np.cumsum(changes) + inside, initial=0)), traffic
 
 
-def num_bytes(aval):
+def num_bytes(aval: Any) -> float:
   """Bytes of an array; keys and tokens count as 0."""
   try:
     return num_elements(aval) * np.dtype(aval.dtype).itemsize
@@ -72,35 +101,34 @@ def num_bytes(aval):
     return 0
 
 
-def _flat(jaxpr):
-  """[(eqn, inputs, outputs)] of a program, with its calls inlined.
-
-  A jaxpr may be called several times, so a value is (number, variable).
-  """
+def _flat(jaxpr: Jaxpr) -> list[Operation]:
+  """The operations of a program, with its calls inlined."""
   operations, numbers = [], itertools.count()
 
-  def walk(jaxpr, names):
-    def value(v):
-      return None if hasattr(v, 'val') else names.get(v)
+  def walk(jaxpr: Jaxpr, names: dict[Any, Value | None]) -> list[Value | None]:
+    def values(variables: Sequence[Any]) -> list[Value | None]:
+      return [None if hasattr(v, 'val') else names.get(v) for v in variables]
 
     for eqn in jaxpr.eqns:
       inner = inner_jaxpr(eqn)
+      inputs = values(eqn.invars)
       if inner is not None and eqn.primitive.name != 'scan':
-        inside = dict(zip(inner.invars, map(value, eqn.invars)))
-        names.update(zip(eqn.outvars, walk(inner, inside)))
+        outputs = walk(inner, dict(zip(inner.invars, inputs)))
+        names.update(zip(eqn.outvars, outputs))
       else:
-        for out in eqn.outvars:
-          names[out] = next(numbers), out
-        operations.append(
-          (eqn, [value(v) for v in eqn.invars], [names[o] for o in eqn.outvars])
-        )
-    return [value(v) for v in jaxpr.outvars]
+        new = [(next(numbers), out) for out in eqn.outvars]
+        names.update(zip(eqn.outvars, new))
+        known = [v for v in inputs if v is not None]
+        operations.append(Operation(eqn, known, new))
+    return values(jaxpr.outvars)
 
   walk(jaxpr, {})
   return operations
 
 
-def _stored(operations, size_of):
+def _stored(
+  operations: Sequence[Operation], size_of: SizeOf
+) -> tuple[list[tuple[int, Value, float]], float, dict[Value, int]]:
   """The stored values of a program, its traffic, and each value's last use.
 
   Returns:
@@ -108,39 +136,30 @@ def _stored(operations, size_of):
     {value: the last operation that reads it}, with operations by number.
   """
   tail = _tail(operations)
-  readers = {}
-  for eqn, inputs, outputs in operations:
-    for v in set(inputs) - {None}:
-      readers.setdefault(v, []).append((eqn.primitive.name, outputs[0]))
-  names = {v: {name for name, _ in found} for v, found in readers.items()}
+  readers = collections.defaultdict(list)
+  for operation in operations:
+    for v in set(operation.inputs):
+      readers[v].append(operation)
+  names = {v: {reader.name for reader in readers[v]} for v in readers}
   operands = {v for v in names if names[v] & PRODUCTS}
   # A loop slices its arrays, so they are stored, however cheap to compute.
   looped = {v for v in names if 'scan' in names[v]}
-  # Reductions compute their terms on the fly. A value whose only reader is
-  # fused and smaller is stored as that, if at all, for example in bfloat16.
+  # Reductions compute their terms on the fly.
   later = {v for v in names if names[v] <= SUMS}
-  least = {}  # value -> least bytes along its chain of single fused readers
-  for _, _, outputs in reversed(operations):
-    for v in outputs:
-      least[v] = size_of(v[1].aval)
-      found = readers.get(v, [])
-      if len(found) == 1 and found[0][0] in FUSED:
-        least[v] = min(least[v], least[found[0][1]])
-        if least[v] < size_of(v[1].aval):
-          later.add(v)
-  computed = set()  # values with arithmetic between them and their sources
-  roots = {}  # value -> {stored value it is computed from: bytes}
+  later |= _stored_smaller(operations, readers, size_of)
+  computed: set[Value] = set()  # with arithmetic between them and their sources
+  # value -> {stored value it is computed from: bytes}
+  roots: dict[Value, dict[Value, float]] = {}
   stored, traffic, last = [], 0.0, {}
-  for i, (eqn, inputs, outputs) in enumerate(operations):
-    sources = {}
-    for v in inputs:
-      if v is not None:
-        sources |= roots.get(v, {})
-    fused = eqn.primitive.name in FUSED
+  for i, operation in enumerate(operations):
+    sources: dict[Value, float] = {}
+    for v in operation.inputs:
+      sources |= roots.get(v, {})
+    name, fused = operation.name, operation.fused
     done = not fused
-    if eqn.primitive.name not in MOVES or computed.intersection(inputs):
-      computed.update(outputs)
-    for out in outputs:
+    if name not in MOVES or computed.intersection(operation.inputs):
+      computed.update(operation.outputs)
+    for out in operation.outputs:
       size = size_of(out[1].aval)
       if out in tail:
         roots[out] = {}
@@ -149,7 +168,7 @@ def _stored(operations, size_of):
         fused
         and (out in later or sum(sources.values()) <= 1.25 * size + 2**16)
         and not (sources and out in operands and out in computed)
-        and not (out in looped and eqn.primitive.name not in VIEWS)
+        and not (out in looped and name not in VIEWS)
       ):
         roots[out] = sources
       else:
@@ -164,14 +183,35 @@ def _stored(operations, size_of):
   return stored, traffic, last
 
 
-def _tail(operations):
+def _stored_smaller(
+  operations: Sequence[Operation],
+  readers: Mapping[Value, list[Operation]],
+  size_of: SizeOf,
+) -> set[Value]:
+  """Values whose only reader is fused and smaller, such as a cast to bfloat16.
+
+  They are stored as that, if at all.
+  """
+  smaller = set()
+  least: dict[Value, float] = {}  # bytes along the chain of such readers
+  for operation in reversed(operations):
+    for v in operation.outputs:
+      least[v] = size = size_of(v[1].aval)
+      found = readers.get(v, [])
+      if len(found) == 1 and found[0].fused:
+        least[v] = min(size, least[found[0].outputs[0]])
+        if least[v] < size:
+          smaller.add(v)
+  return smaller
+
+
+def _tail(operations: Sequence[Operation]) -> set[Value]:
   """Fused values that lead to nothing but the results."""
-  read = set()  # values that operations outside the tail read
-  tail = set()
-  for eqn, inputs, outputs in reversed(operations):
-    fused = eqn.primitive.name in FUSED
-    if fused and all(out not in read for out in outputs):
-      tail.update(outputs)
+  read: set[Value] = set()  # values that operations outside the tail read
+  tail: set[Value] = set()
+  for operation in reversed(operations):
+    if operation.fused and read.isdisjoint(operation.outputs):
+      tail.update(operation.outputs)
     else:
-      read.update(v for v in inputs if v is not None)
+      read.update(operation.inputs)
   return tail

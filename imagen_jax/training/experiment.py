@@ -228,7 +228,7 @@ def find_experiment(kind: str) -> type[Experiment]:
   Raises:
     UsageError: there is no such class.
   """
-  return kinds.find(kind, KINDS, key='kind', base=Experiment)
+  return kinds.find(kind, KINDS, key='config.kind', base=Experiment)
 
 
 def make_experiment(

@@ -9,9 +9,10 @@ import pytest
 
 from imagen_jax import errors
 from imagen_jax.cli import configs
-from imagen_jax.cli.config_values import complete
+from imagen_jax.cli.config_values import TYPES, complete
 from imagen_jax.cli.configs import load_config, split_overrides
-from imagen_jax.cli.errors import Parser, run
+from imagen_jax.cli.errors import Parser, positive, run
+from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
 
 CONFIG = """
@@ -68,7 +69,7 @@ def test_an_interrupt_is_130(capfd):
   assert capfd.readouterr().err == 'interrupted\n'
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch):
   with pytest.raises(ZeroDivisionError):
     ends(ZeroDivisionError())
   with pytest.raises(FileNotFoundError):
@@ -81,13 +82,13 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 @pytest.mark.parametrize(
   ('error', 'words'),
   [
-    (OSError(errno.ENOSPC, '', 'out/a.png'), 'disk is full at out/a.png'),
-    (OSError(errno.EROFS, '', 'out'), 'out is on a read-only file system'),
-    (PermissionError(errno.EACCES, '', 'out'), 'permission is denied at out'),
-    (MemoryError(), 'use a smaller batch'),
+    (OSError(errno.ENOSPC, '', 'out/a.png'), 'out/a.png'),
+    (OSError(errno.EROFS, '', 'out'), 'out'),
+    (PermissionError(errno.EACCES, '', 'out'), 'out'),
+    (MemoryError(), '--batch_size'),
     (
       type('JaxRuntimeError', (RuntimeError,), {})('RESOURCE_EXHAUSTED: 9 GB'),
-      'use a smaller batch',
+      '--batch_size',
     ),
   ],
 )
@@ -96,7 +97,7 @@ def test_a_full_disk_or_memory_is_a_sentence(error, words, capfd):
   assert words in capfd.readouterr().err
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly():
+def test_a_pipe_that_closes_ends_the_command_quietly():
   code = (
     'from imagen_jax.cli.errors import run; import sys\n'
     'def main(argv):\n'
@@ -108,7 +109,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
   assert (out.stdout, out.stderr) == (b'0\n', b'')
 
 
-def test_a_reader_that_has_left_before_is_no_error_either():
+def test_a_pipe_that_was_closed_before_is_no_error_either():
   code = (
     'from imagen_jax.cli.errors import run; import sys; '
     'sys.exit(run(lambda argv: print("x"), []))'
@@ -127,24 +128,28 @@ def test_a_reader_that_has_left_before_is_no_error_either():
 def parser():
   parser = Parser(prog='sample.py')
   parser.add_argument('--prompt')
-  parser.add_argument('--steps', type=int, help='how many')
+  parser.add_argument('--steps', type=int, default=7, help='how many')
+  parser.add_argument('--num', type=positive, help='of images')
   return parser
 
 
-def test_help_is_exit_code_0_and_shows_the_flags(capfd):
+def test_help_shows_the_flags_and_the_defaults_that_there_are(capfd):
   assert run(lambda argv: parser().parse_args(argv), ['--help']) == 0
-  assert '--steps' in capfd.readouterr().out
+  out = capfd.readouterr().out
+  assert '--steps' in out and '(default: 7)' in out and 'None' not in out
 
 
 @pytest.mark.parametrize(
   ('argv', 'words'),
   [
-    (['--step', '3'], 'no argument --step; did you mean --steps'),
-    (['--prmopt=x'], 'no argument --prmopt; did you mean --prompt'),
-    (['--zzz'], 'no argument --zzz. See sample.py --help'),
-    (['stray'], 'no argument stray'),
-    (['--steps', 'many'], "invalid int value: 'many'"),
-    (['--prompt'], 'expected one argument'),
+    (['--step', '3'], '--steps'),
+    (['--prmopt=x'], '--prompt'),
+    (['--zzz'], '--zzz'),
+    (['stray'], 'stray'),
+    (['--steps', 'many'], 'many'),
+    (['--num', '0'], '--num'),
+    (['--num', '1.5'], '--num'),
+    (['--prompt'], '--prompt'),
   ],
 )
 def test_a_wrong_flag_is_a_usage_error_naming_the_nearest(argv, words, capfd):
@@ -160,7 +165,7 @@ def test_overrides_are_taken_out_of_the_arguments_in_both_forms():
     ['a.b=1=2', 'c=-3'],
   )
   for argv in (['--config.a'], ['--config.a', '--workdir']):
-    with pytest.raises(UsageError, match='--config.a needs a value'):
+    with pytest.raises(UsageError):
       split_overrides(argv)
 
 
@@ -205,7 +210,7 @@ def test_configs_load_in_a_checkout_that_is_not_installed(tmp_path):
     ('common', 'common'),
   ],
 )
-def test_a_config_that_is_not_there_or_does_not_run(here, name, near):
+def test_a_config_that_is_missing_or_does_not_run_is_refused(here, name, near):
   for stem, text in {
     '__init__': '',
     'broken': 'nowhere',
@@ -218,8 +223,9 @@ def test_a_config_that_is_not_there_or_does_not_run(here, name, near):
     '  return config\n',
   }.items():
     (here / 'configs' / f'{stem}.py').write_text(text)
-  with pytest.raises(UsageError, match=near):
+  with pytest.raises(UsageError) as error:
     load_config(name)
+  assert near in str(error.value)
 
 
 def test_an_unknown_name_lists_the_configs_and_not_what_they_share(here):
@@ -250,28 +256,32 @@ def test_a_key_that_a_file_leaves_out_has_its_default(here):
     ({'kind': 'm:Mine', 'train': {'num_stpes': 3}}, 'num_stpes', 'num_steps'),
   ],
 )
-def test_a_key_that_nobody_knows_is_named_with_the_nearest(given, key, near):
-  with pytest.raises(UsageError, match=f'mine.py: .*{key}.*{near}'):
+def test_an_unknown_key_is_named_with_the_nearest(given, key, near):
+  with pytest.raises(UsageError) as error:
     complete(given, file='mine.py')
+  for data in ('mine.py', key, near):
+    assert data in str(error.value)
 
 
 @pytest.mark.parametrize(
   ('given', 'key', 'expected'),
   [
-    ({'train': {'num_steps': 1.5}}, 'train.num_steps', 'whole number'),
-    ({'train': {'num_steps': True}}, 'train.num_steps', 'whole number'),
-    ({'train': {'ema_decay': 'no'}}, 'train.ema_decay', 'number'),
-    ({'data': {'flip': 1}}, 'data.flip', 'true or false'),
-    ({'data': {'path': 3}}, 'data.path', 'string'),
-    ({'stage': {'crop': '96'}}, 'stage.crop', 'whole number'),
-    ({'train': 3}, 'train', 'section'),
-    ({'data': 3}, 'data', 'section'),
-    ({'seed': {'a': 1}}, 'seed', 'whole number'),
+    ({'train': {'num_steps': 1.5}}, 'train.num_steps', int),
+    ({'train': {'num_steps': True}}, 'train.num_steps', int),
+    ({'train': {'ema_decay': 'no'}}, 'train.ema_decay', float),
+    ({'data': {'flip': 1}}, 'data.flip', bool),
+    ({'data': {'path': 3}}, 'data.path', str),
+    ({'stage': {'crop': '96'}}, 'stage.crop', int),
+    ({'train': 3}, 'train', None),
+    ({'data': 3}, 'data', None),
+    ({'seed': {'a': 1}}, 'seed', int),
   ],
 )
 def test_a_value_of_another_type_names_the_expected_one(given, key, expected):
-  with pytest.raises(UsageError, match=f'mine.py: {key} .*{expected}'):
+  with pytest.raises(UsageError) as error:
     complete(given, file='mine.py')
+  for data in ('mine.py', key, TYPES.get(expected, '')):
+    assert data in str(error.value)
 
 
 def test_values_of_a_file_are_kept_or_become_their_keys_type():
@@ -291,6 +301,15 @@ def test_none_clears_a_section_whose_default_is_none():
   assert load_config('shapes_base', ['data.mixture=None']).data.mixture is None
   with pytest.raises(UsageError):
     load_config('shapes_base', ['train.optimizer=None'])
+
+
+def test_another_data_kind_names_the_mixture_to_clear(tmp_path):
+  changes = ['data.kind=folder', f'data.path={tmp_path}']
+  data = load_config('shapes_base', changes).data.to_dict()
+  data = {k: data[k] for k in ('kind', 'path', 'mixture')}
+  with pytest.raises(UsageError) as error:
+    make_source(**data, size=8)
+  assert error.value.key == 'config.data.mixture'
 
 
 def test_a_class_of_the_users_own_brings_keys_of_its_own(here):
@@ -340,32 +359,39 @@ def test_an_interval_is_a_tuple_on_the_command_line(here):
   key = 'stage.sampling.guidance_interval'
   config = load_config('tiny', [f'{key}=(-3,3)'])
   assert config.stage.sampling.guidance_interval == (-3, 3)
-  with pytest.raises(UsageError, match=f'--config.{key}.*tuple'):
+  with pytest.raises(UsageError) as error:
     load_config('tiny', [f'{key}=3'])
+  assert error.value.key == f'config.{key}'
 
 
 @pytest.mark.parametrize(
   ('override', 'near'),
   [
-    ('train.num_stpes=3', 'train.num_stpes .*train.num_steps'),
+    ('train.num_stpes=3', 'train.num_steps'),
     ('num_steps=3', 'train.num_steps'),
     ('clip=3', 'train.optimizer.clip'),
     ('trian.num_steps=3', 'train.num_steps'),
     ('seed.x=3', 'seed'),
     ('train=3', 'train.num_steps'),
-    ('train.num_steps=many', 'whole number'),
-    ('train.num_steps=1.5', 'whole number'),
-    ('train.num_steps=inf', 'whole number'),
-    ('train.optimizer.clip=x', 'number'),
-    ('data.flip=maybe', 'true or false'),
-    ('seed', 'seed'),
+    ('train.num_steps=many', TYPES[int]),
+    ('train.num_steps=1.5', TYPES[int]),
+    ('train.num_steps=inf', TYPES[int]),
+    ('train.optimizer.clip=x', TYPES[float]),
+    ('data.flip=maybe', TYPES[bool]),
   ],
 )
 def test_a_change_that_cannot_be_made_names_the_key_or_type(
   here, override, near
 ):
-  with pytest.raises(UsageError, match=near):
+  with pytest.raises(UsageError) as error:
     load_config('tiny', [override])
+  assert error.value.key == f'config.{override.partition("=")[0]}'
+  assert near in str(error.value)
+
+
+def test_an_override_needs_a_value(here):
+  with pytest.raises(UsageError):
+    load_config('tiny', ['seed'])
 
 
 def test_a_loaded_config_is_locked(here):

@@ -52,13 +52,15 @@ def test_the_same_command_again_generates_nothing(report, model, capsys):
   assert before == {p: p.stat().st_mtime_ns for p in report.rglob('*.png')}
 
 
-def test_a_larger_num_continues(report, model, tmp_path, capsys):
+def test_a_larger_num_generates_only_the_new_images(
+  report, model, tmp_path, capsys
+):
   out = shutil.copytree(report, tmp_path / 'report')
   run('--model', model, '--num', 4, '--out', out, *FAST)
   assert '6/6 generated' in capsys.readouterr().err
 
 
-def test_other_settings_do_not_mix(report, model, capsys):
+def test_other_settings_in_the_same_folder_are_refused(report, model, capsys):
   code = run('--model', model, '--out', report, *FAST, '--steps', 2)
   error = capsys.readouterr().err
   assert code == 2 and error.splitlines()[-1].startswith('error: --out')
@@ -88,7 +90,9 @@ def test_an_image_does_not_depend_on_shards_or_interruptions(
     )
 
 
-def test_from_truth_feeds_true_small_images(model, tmp_path, monkeypatch):
+def test_from_truth_conditions_on_true_low_resolution_images(
+  model, tmp_path, monkeypatch
+):
   given = []
   sample = Cascade.sample
 
@@ -108,7 +112,7 @@ def test_from_truth_feeds_true_small_images(model, tmp_path, monkeypatch):
   assert run(*args, '--stages', 'base') == 2
 
 
-def test_clip_and_prompts_from_the_command_line(model, tmp_path):
+def test_the_suites_clip_and_prompts_score_a_file_of_prompts(model, tmp_path):
   prompts = tmp_path / 'p.csv'
   prompts.write_text('Prompt,Category\n"A cat.",a\nA dog,a\nTwo birds,b\n')
   tiny_clip.write(tmp_path / 'clip')
@@ -148,7 +152,7 @@ def test_a_sweep_is_one_run_for_each_value(model, tmp_path):
     (['--sweep', 'sr7.steps=1'], '--sweep'),
     (['--sweep', 'steps=1,x'], '--steps'),
     (['--sweep', 'steps=1,0'], ''),
-    (['--suite', 'pears'], ''),
+    (['--suite', 'pears'], '--suite'),
     (['--prompts', 'p.txt'], '--prompts'),
     (['--suite', 'fid'], '--data'),
   ],
@@ -162,7 +166,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_continues(model, tmp_path):
+def test_an_interrupted_run_resumes(model, tmp_path):
   command = [sys.executable, '-m', 'imagen_jax.cli.evaluate', '--num', '40']
   command += ['--model', str(model), '--out', str(tmp_path), '--steps', '1']
   command += ['--stages', 'base', '--guidance', '1']

@@ -308,8 +308,8 @@ def test_imagen_prepare_stores_what_the_encoder_says(model, images, tmp_path):
 @pytest.mark.parametrize(
   'words, code, named',
   [
-    ('--source shaps --size 16', 2, 'data.kind'),
-    ('--source folder --size 16', 2, 'data.path'),
+    ('--source shaps --size 16', 2, '--source'),
+    ('--source folder --size 16', 2, '--path'),
     ('--source folder --size 16 --path /nowhere', 3, '/nowhere'),
     ('--source folder --size 0 --path .', 2, '--size'),
     ('--source folder --size 8 --path . --resize best', 2, 'best'),

@@ -101,7 +101,7 @@ def test_fused_values_take_no_memory_and_keep_what_they_are_made_of():
 
 def test_rematerialization_needs_less_memory_and_more_flops():
   work = tiny_job(batch_size=64)
-  again = work.with_remat('nothing_saveable')
+  again = work.changed({'stage.net.remat': 'nothing_saveable'})
   plain, less = work.trace('train', 64), again.trace('train', 64)
   assert peak_and_traffic(less)[0] < peak_and_traffic(plain)[0]
   assert count_flops(less) > 1.03 * count_flops(plain)
@@ -138,7 +138,7 @@ def test_the_best_split_fits_and_is_the_fastest_that_does():
   assert analytic.best(plans, small) is None
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would():
+def test_the_cheapest_change_that_makes_a_job_fit_is_accumulation():
   work, halves = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
   whole, less = (
     analytic.make_plan(w, chips.CHIPS['v5e'], data=1, fsdp=1)
@@ -147,11 +147,21 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
   middle = (whole.total + less.total) / 2 / (1 - chips.RESERVED)
   small = dataclasses.replace(chips.CHIPS['v5e'], memory=middle)
   analytic.require_fit(less, halves, small, 1)
-  with pytest.raises(UsageError, match='it would with --accumulate 2 --fsdp 1'):
+  change = '--accumulate 2 --fsdp 1'
+  assert analytic.cheapest_change(work, small, 1) == change
+  with pytest.raises(UsageError):
     analytic.require_fit(whole, work, small, 1)
 
 
-def test_collectives_are_read_from_the_compiled_text():
+def test_a_smaller_batch_is_the_change_that_makes_sampling_fit():
+  work, chip = tiny_job(batch_size=64), chips.CHIPS['v5e']
+  need = analytic.make_plan(work, chip, data=1, fsdp=1, step='sample')
+  small = dataclasses.replace(chip, memory=0.9 * need.total)
+  change = analytic.cheapest_change(work, small, 1, step='sample')
+  assert change == '--batch_size 32 --fsdp 1'
+
+
+def test_collectives_count_their_results():
   text = """
   %a = bf16[4,8]{1,0} all-gather(bf16[2,8]{1,0} %p), dimensions={0}
   %b = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %q), dimensions={0}
@@ -168,53 +178,50 @@ def test_the_plan_prints_memory_time_and_the_splits(tmp_path, capsys):
   args = ['--config', str(write_config(tmp_path)), '--chip', 'h100']
   assert cli.main([*args, '--devices', '4', '--text', 'xxl']) == 0
   out = capsys.readouterr().out
-  for words in ('4,762,310,656', 'optimizer', 'fits', '<- chosen', 'days'):
+  for words in ('4,762,310,656', 'optimizer', '2 × 2', 'chip-hours'):
     assert words in out
 
 
 def test_a_sampling_step_is_planned_too(tmp_path, capsys):
   args = ['--config', str(write_config(tmp_path)), '--step', 'sample']
   assert cli.main([*args, '--topology', 'v5e:2x2', '--text', 'cached']) == 0
-  assert 'images a second' in capsys.readouterr().out
+  assert 'images/s' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-  'argv,words',
+  'argv, key',
   [
-    (['--chip', 'v9'], 'the planner knows v4, v5e, v5p, v6e, a100'),
-    (['--topology', 'v9:2x2'], 'such as v5e:4x4'),
-    (['--topology', 'v5p:16x16'], '3 numbers of chips, as in v5p:4x4x8'),
-    (['--topology', 'v5e:4xfour'], '2 numbers of chips'),
-    (['--topology', 'v5e:2x2', '--chip', 'v5e'], 'not both'),
-    (['--chip', 'v5e', '--devices', '0'], '--devices 0'),
-    (['--topology', 'v5e:2x2', '--fsdp', '3'], '--fsdp 3 does not make a mesh'),
-    (
-      ['--topology', 'v5e:2x2', '--data', '2', '--fsdp', '4'],
-      '--data 2 --fsdp 4 does not make a mesh of 4',
-    ),
-    (['--topology', 'v5e:2x2', '--batch_size', '6'], 'multiple of 4'),
-    (['--topology', 'v5e:2x2', '--text', 'huge'], "--text 'huge' is unknown"),
-    (['--topology', 'v5e:2x2', '--accumulate', '0'], 'give 1 or more'),
-    (['--compile'], '--compile needs --topology'),
+    (['--chip', 'v9'], 'v9'),
+    (['--topology', 'v9:2x2'], 'v9'),
+    (['--topology', 'v5p:16x16'], 'v5p:16x16'),
+    (['--topology', 'v5e:4xfour'], 'v5e:4xfour'),
+    (['--topology', 'v5e:2x2', '--chip', 'v5e'], '--topology'),
+    (['--topology', 'v5e:2x2', '--devices', '4'], '--topology'),
+    (['--chip', 'v5e', '--devices', '0'], '--devices'),
+    (['--topology', 'v5e:2x2', '--fsdp', '3'], '--fsdp 3'),
+    (['--topology', 'v5e:2x2', '--data', '2', '--fsdp', '4'], '--fsdp 4'),
+    (['--topology', 'v5e:2x2', '--data', '8'], '--data 8'),
+    (['--topology', 'v5e:2x2', '--batch_size', '6'], 'batch_size=6'),
+    (['--topology', 'v5e:2x2', '--text', 'huge'], '--text'),
+    (['--topology', 'v5e:2x2', '--accumulate', '0'], '--accumulate'),
+    (['--compile'], '--compile'),
+    (['--config.text.path=my/words'], '--text'),
+    (['--config', 'shapes_text'], "'text'"),
   ],
 )
-def test_a_mistake_in_planning_is_one_sentence(tmp_path, capsys, argv, words):
+def test_a_mistake_in_planning_is_one_sentence(tmp_path, capsys, argv, key):
   config = str(write_config(tmp_path))
   assert cli.main(['--config', config, *argv]) == 2
-  error = capsys.readouterr().err.strip().splitlines()[-1]
-  assert error.startswith('error: ') and words in error
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and error.count('\n') == 1
+  assert key in error
 
 
-def test_an_unknown_encoder_is_asked_for(tmp_path, capsys):
-  config = str(write_config(tmp_path))
-  assert cli.main(['--config', config, '--config.text.path=my/words']) == 2
-  assert 'add --text' in capsys.readouterr().err
-
-
-def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+def test_compiling_needs_the_tpu_compiler(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
-  with pytest.raises(UsageError, match=r'imagen_jax\[plan\]'):
+  with pytest.raises(UsageError) as error:
     compile.topology_devices('v5e:2x2')
+  assert error.value.key == 'compile'
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -275,5 +282,5 @@ def test_memory_is_the_compilers_within_a_fifth(
 @pytest.mark.slow
 @needs_libtpu
 def test_a_slice_that_is_none_is_refused():
-  with pytest.raises(UsageError, match='knows no slice v5e:3x5'):
+  with pytest.raises(UsageError):
     compile.topology_devices('v5e:3x5')
