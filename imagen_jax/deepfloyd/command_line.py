@@ -90,15 +90,16 @@ def generate(
     'num_images': args.num_images,
     'batch_size': request.batch,
   }
+  given: dict[str, Any] = input_images.open_images(
+    image=args.init_image, mask=args.mask, low_res=args.low_res
+  )
   generated = model.sample(
     [clean(prompt) for prompt in prompts],
     negative_prompt=clean(args.negative_prompt or ''),
     style_prompt=None if style is None else clean(style),
     aspect=images.parse_aspect(args.aspect_ratio or '1:1'),
     callback=output.progress(),
-    **input_images.open_images(
-      image=args.init_image, mask=args.mask, low_res=args.low_res
-    ),
+    **given,
     **again,
     **choices,
   )
