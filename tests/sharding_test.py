@@ -42,17 +42,10 @@ def test_the_axes_are_auto_because_linen_knows_no_other():
 
 
 @pytest.mark.parametrize(
-  ('data', 'fsdp', 'words'),
-  [
-    (-1, 3, '3 does not divide the 8 devices'),
-    (4, 4, 'needs 16 devices and there are 8'),
-    (-1, -1, 'at most one of them -1'),
-    (0, 1, 'is no mesh'),
-    (-2, 1, 'is no mesh'),
-  ],
+  ('data', 'fsdp'), [(-1, 3), (4, 4), (-1, -1), (0, 1), (-2, 1)]
 )
-def test_sizes_that_do_not_fit_are_refused_in_one_sentence(data, fsdp, words):
-  with pytest.raises(UsageError, match=words):
+def test_sizes_that_do_not_fit_are_refused(data, fsdp):
+  with pytest.raises(UsageError):
     sharding.make_mesh(data, fsdp)
 
 
@@ -68,7 +61,7 @@ def test_parameters_are_never_split_across_slices():
   for row in grid:
     assert len({device.slice_index for device in row}) == 1
   assert sorted(d.id for d in grid.flat) == list(range(8))
-  with pytest.raises(UsageError, match='make mesh.data a multiple of 2'):
+  with pytest.raises(UsageError, match='mesh.data'):
     sharding.device_grid(devices, 1, 8)
 
 
@@ -140,10 +133,10 @@ def test_a_batch_is_split_over_both_axes():
 def test_a_batch_that_the_devices_cannot_share_is_refused_with_one_they_can():
   mesh = sharding.make_mesh(2, 4)
   sharding.check_batch_size(16, mesh)
-  with pytest.raises(UsageError, match='a multiple of 8, 16 for instance'):
-    sharding.check_batch_size(15, mesh)
-  with pytest.raises(UsageError, match='a multiple of 8, 8 for instance'):
-    sharding.check_batch_size(0, mesh)
+  for size, possible in ((15, '16'), (0, '8')):
+    with pytest.raises(UsageError, match=possible) as caught:
+      sharding.check_batch_size(size, mesh)
+    assert caught.value.key == 'config.train.batch_size'
 
 
 def test_constrain_batch_splits_under_a_mesh_and_is_nothing_without():

@@ -81,7 +81,7 @@ def test_another_config_is_refused_by_key(run):
   config, workdir = run
   other = config.copy_and_resolve_references()
   other.train.optimizer.learning_rate = 0.5
-  with pytest.raises(UsageError, match='learning_rate was 0.001'):
+  with pytest.raises(UsageError, match='train.optimizer.learning_rate'):
     loop.train(other, workdir)
 
 
@@ -155,9 +155,7 @@ def test_many_bad_steps_in_a_row_end_the_run_and_name_their_images(
   source = make_source(kind='shapes', size=16)
   seen = [(6, np.asarray([3, 1])), (7, np.asarray([8, 2]))]
   check_finite(state, 7, 3, seen, source, tmp_path)
-  with pytest.raises(
-    NumericError, match='last 2 steps up to step 7.* scene 8, scene 2'
-  ):
+  with pytest.raises(NumericError, match='step 7.* scene 8.* scene 2'):
     check_finite(state, 7, 2, seen, source, tmp_path)
   lines = (tmp_path / 'bad_batches_0.jsonl').read_text().splitlines()
   assert json.loads(lines[0]) == {'step': 6, 'samples': ['scene 3', 'scene 1']}
@@ -221,11 +219,12 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
   assert kernels > 20
 
 
-def test_an_unknown_optimizer_is_one_sentence():
-  with pytest.raises(UsageError, match='adam, adafactor, muon'):
-    optimizer(1e-3, kind='sgdd')
-  with pytest.raises(UsageError, match='b3'):
-    optimizer(1e-3, b3=0.9)
+@pytest.mark.parametrize(
+  'options, named', [({'kind': 'sgdd'}, 'sgdd'), ({'b3': 0.9}, 'b3')]
+)
+def test_an_unknown_optimizer_or_option_is_refused(options, named):
+  with pytest.raises(UsageError, match=named):
+    optimizer(1e-3, **options)
 
 
 def test_crops_of_both_images_show_the_same_place(model):
@@ -278,10 +277,10 @@ def test_levels_reach_max_level_and_no_further(model):
   )
   assert 0.24 < seen[0].max() < 0.25 and seen[0].min() < 0.01
   settings = dataclasses.replace(made.sampling, aug_level=0.3)
-  with pytest.raises(UsageError, match=r'lies in \[0, 0.25\]'):
+  with pytest.raises(UsageError, match='aug_level'):
     sampling.check_sampling(made, settings)
   config.stage.max_level = 1.5
-  with pytest.raises(UsageError, match='max_level is 1.5'):
+  with pytest.raises(UsageError, match='max_level'):
     tiny_model.build(config, encoder)
 
 
@@ -331,14 +330,11 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
   assert (losses(1e-4) < losses(None)).all()
 
 
-@pytest.mark.parametrize(
-  'stage, floor, words',
-  [('sr1', 0.0, 'contrast_floor is 0; it is'), ('base', 0.1, 'stages with a')],
-)
-def test_a_contrast_floor_that_cannot_be(model, stage, floor, words):
+@pytest.mark.parametrize('stage, floor', [('sr1', 0.0), ('base', 0.1)])
+def test_a_contrast_floor_that_cannot_be_is_refused(model, stage, floor):
   config = tiny_model.config(stage)
   config.stage.contrast_floor = floor
-  with pytest.raises(UsageError, match=words):
+  with pytest.raises(UsageError, match='contrast_floor'):
     tiny_model.build(config, load_text_encoder(model / 'text'))
 
 
