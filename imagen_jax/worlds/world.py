@@ -62,6 +62,9 @@ class World(Source):
   ) -> list[tuple[int, int]]:
     """Where things are named: [(position of the noun's last token, group)]."""
 
+  def name(self, i: int) -> str:
+    return f'scene {i}'
+
   def __len__(self) -> int:
     return self.num
 
