@@ -7,7 +7,6 @@ complete, so the same call resumes an interrupted one.
 import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,12 +21,13 @@ from imagen_jax.data.arrayrecord import (
   short,
   write_records,
 )
-from imagen_jax.data.checked import CLEANING
+from imagen_jax.data.checked import CLEANING, thread_pool
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample
+from imagen_jax.io.files import AnyPath
 
 DROPPED = 'dropped.jsonl'
 BATCH = 64  # samples read, and captions embedded, at a time
@@ -68,7 +68,7 @@ class Recipe:
 
 def prepare(
   source: Source,
-  out: str | os.PathLike[str],
+  out: AnyPath,
   recipe: Recipe,
   *,
   embed: Embed | None = None,
@@ -194,8 +194,7 @@ def _write_part(
       if progress is not None:
         progress.add(len(some))
 
-  threads = min(16, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+  with thread_pool() as pool:
     count = write_records(file, records(pool))
   part = {
     'format_version': FORMAT_VERSION,

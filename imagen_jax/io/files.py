@@ -14,9 +14,11 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
-from typing import Any, Protocol, Self, TypedDict, TypeVar
+from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
 from imagen_jax.errors import ImagenError, ModelError
+
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 COPY_AGAIN = 'copy it again from where it came'
 # Errors of the file system; {} is the file.
