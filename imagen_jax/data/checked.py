@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import logging
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, decode
 from imagen_jax.io.files import AnyPath
 
@@ -243,6 +245,14 @@ def summary(skipped: Iterable[tuple[str, str]]) -> str:
     f'{", …" if len(names) > EXAMPLES else ""})'
     for reason, names in sorted(by_reason.items(), key=lambda e: -len(e[1]))
   )
+
+
+def write_skipped(
+  file: pathlib.Path, skipped: Iterable[tuple[str, str]]
+) -> None:
+  """Writes skipped samples as JSON Lines of `name` and `reason`."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  files.write_lines(file, [{'name': n, 'reason': r} for n, r in skipped])
 
 
 @functools.cache

@@ -6,7 +6,6 @@ complete, so the same call resumes an interrupted one.
 
 import concurrent.futures
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from imagen_jax.data.arrayrecord import (
   short,
   write_records,
 )
-from imagen_jax.data.checked import CLEANING, thread_pool
+from imagen_jax.data.checked import CLEANING, thread_pool, write_skipped
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
@@ -107,8 +106,7 @@ def prepare(
     parts.append(part)
   dropped = [*source.skipped]
   dropped += [entry for part in parts for entry in part.pop('dropped')]
-  lines = [json.dumps({'name': n, 'reason': r}) + '\n' for n, r in dropped]
-  files.write_text(out / DROPPED, ''.join(lines))
+  write_skipped(out / DROPPED, dropped)
   header |= {'count': sum(part['count'] for part in parts), 'parts': parts}
   files.write_json(out / DATASET, header)
   (out / UNFINISHED).unlink(missing_ok=True)
@@ -203,5 +201,5 @@ def _write_part(
     **files.digest(file),
     'dropped': dropped,
   }
-  files.write_text(file.with_suffix('.json'), json.dumps(part) + '\n')
+  files.write_lines(file.with_suffix('.json'), [part])
   return part

@@ -1,6 +1,5 @@
 """Folders in Hugging Face layout: JSON and safetensors, never pickles."""
 
-import os
 import pathlib
 from collections.abc import Collection
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files, safetensors
+from imagen_jax.io.files import AnyPath
 from imagen_jax.io.safetensors import Tensor
 
 # Without this, transformers takes a file for TensorFlow's, or rejects it.
@@ -21,7 +21,7 @@ FLOATS = [
 
 
 def open_tensors(
-  folder: str | os.PathLike[str], stem: str, *, what: str, convert: str
+  folder: AnyPath, stem: str, *, what: str, convert: str
 ) -> dict[str, Tensor]:
   """{name: `Tensor`} over a folder's weights; no data is read yet.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io.files import AnyPath
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -111,7 +111,7 @@ class TextEncoder:
 
 
 def load_text_encoder(
-  path: str | os.PathLike[str],
+  path: AnyPath,
   dtype: str = 'float32',
   *,
   max_len: int | None = None,

@@ -1,7 +1,6 @@
 """T5's tokenizer: sentencepiece ids, then </s>, then padding."""
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import sentencepiece
 from jaxtyping import Bool, Int32
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io.files import AnyPath
 
 VOCABULARY = 'spiece.model'
 FAST = 'tokenizer.json'
@@ -24,7 +24,7 @@ class Tokenizer:
     digest: sha256 of the vocabulary file.
   """
 
-  def __init__(self, path: str | os.PathLike[str]) -> None:
+  def __init__(self, path: AnyPath) -> None:
     """Reads a `spiece.model`, or a `tokenizer.json` where only that exists.
 
     Raises:
@@ -106,7 +106,7 @@ class _Fast:
     return self._model.encode(prompt, add_special_tokens=False)
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(folder: AnyPath) -> Tokenizer:
   """The `Tokenizer` of a Hugging Face folder.
 
   Raises:

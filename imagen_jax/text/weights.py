@@ -9,7 +9,6 @@ and the host holds at most one. Pickles are never read.
 import functools
 import hashlib
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -21,7 +20,7 @@ from jax.typing import DTypeLike
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import hub_folder, safetensors
-from imagen_jax.io.files import read_json, write_bytes, write_json
+from imagen_jax.io.files import AnyPath, read_json, write_bytes, write_json
 from imagen_jax.io.safetensors import Tensor
 from imagen_jax.nets.t5 import T5Encoder
 
@@ -64,7 +63,7 @@ WHAT = (
 CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)'
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(folder: AnyPath) -> dict[str, Any]:
   """Reads a folder's `config.json`.
 
   Raises:
@@ -77,7 +76,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   )
 
 
-def model_max_length(folder: str | os.PathLike[str]) -> float:
+def model_max_length(folder: AnyPath) -> float:
   """`model_max_length` of a folder's `tokenizer_config.json`, or infinity."""
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
@@ -86,7 +85,7 @@ def model_max_length(folder: str | os.PathLike[str]) -> float:
 
 
 def module_from_config(
-  folder: str | os.PathLike[str],
+  folder: AnyPath,
   config: Mapping[str, Any],
   *,
   dtype: DTypeLike = jnp.float32,
@@ -141,7 +140,7 @@ def module_from_config(
 
 
 def load_params(
-  folder: str | os.PathLike[str],
+  folder: AnyPath,
   module: T5Encoder,
   *,
   place: Place | None = None,
@@ -245,7 +244,7 @@ def _put_layer(stack: jax.Array, part: np.ndarray, i: int) -> jax.Array:
 
 
 def save_folder(
-  folder: str | os.PathLike[str],
+  folder: AnyPath,
   module: T5Encoder,
   params: Mapping[str, Any],
   *,

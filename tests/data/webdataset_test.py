@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax.data import webdataset
-from imagen_jax.data.sources import list_skipped, make_source
+from imagen_jax.data.checked import write_skipped
+from imagen_jax.data.sources import make_source
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import DataError, UsageError
 
@@ -161,7 +162,7 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
     'link': 'it is a link or another special file',
     'device': 'it is a link or another special file',
   }
-  list_skipped(source, tmp_path / 'new' / 'bad.jsonl')
+  write_skipped(tmp_path / 'new' / 'bad.jsonl', source.skipped)
   lines = (tmp_path / 'new' / 'bad.jsonl').read_text().splitlines()
   assert len(lines) == len(reasons)
   assert set(json.loads(lines[0])) == {'name', 'reason'}
