@@ -1,6 +1,5 @@
 """Training: resuming, the NaN guard, EMA, optimizers, the stage's loss."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax.cascade import conditioning, objective, sampling
+from imagen_jax.cascade import conditioning, objective, settings
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
@@ -277,9 +276,9 @@ def test_levels_reach_max_level_and_no_further(model):
     jnp.ones((256, 5), bool),
   )
   assert 0.24 < seen[0].max() < 0.25 and seen[0].min() < 0.01
-  settings = dataclasses.replace(made.sampling, aug_level=0.3)
-  with pytest.raises(UsageError, match=r'lies in \[0, 0.25\]'):
-    sampling.check_sampling(made, settings)
+  with pytest.raises(UsageError) as caught:
+    settings.choose([made], {'aug_level': 0.3})
+  assert caught.value.key == 'aug_level'
   config.stage.max_level = 1.5
   with pytest.raises(UsageError, match='max_level is 1.5'):
     tiny_model.build(config, encoder)
