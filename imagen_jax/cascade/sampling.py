@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from imagen_jax.cascade.conditioning import low_res_input, null_where
 from imagen_jax.cascade.stage import Stage
-from imagen_jax.diffusion import guidance, process, samplers
-from imagen_jax.diffusion.samplers import Inpaint, SamplerSpec, Trajectory
+from imagen_jax.diffusion import guidance, process, reverse
+from imagen_jax.diffusion.reverse import Inpaint, Reverse, Trajectory
+from imagen_jax.diffusion.samplers import SamplerSpec
 from imagen_jax.typing import (
   Array,
   AugLevel,
@@ -99,7 +100,7 @@ def sample(
     [B, H, W, 3] float32 in [−1, 1], of the shape of `inputs.low_res`
     upsampled, else of `inputs.image`, else square.
   """
-  images = samplers.sample(**_arguments(stage, params, spec, inputs))
+  images = reverse.sample(_reverse(stage, params, spec, inputs))
   return jnp.clip(images, -1, 1)
 
 
@@ -107,13 +108,13 @@ def trajectory(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
 ) -> Trajectory:
   """The noisy images and the predictions of all steps of `sample`."""
-  return samplers.trajectory(**_arguments(stage, params, spec, inputs))
+  return reverse.trajectory(_reverse(stage, params, spec, inputs))
 
 
-def _arguments(
+def _reverse(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
-) -> dict[str, Any]:
-  """The arguments of `samplers.sample`."""
+) -> Reverse:
+  """The reverse process of a stage."""
   image, inpaint = inputs.image, None
   if inputs.inpaint_mask is not None:
     if image is None:
@@ -138,15 +139,9 @@ def _arguments(
       height, width = (n * stage.factor for n in inputs.low_res.shape[1:3])
     elif image is not None:
       height, width = image.shape[1:3]
-    z = samplers.initial_noise(keys, (height, width, 3))
-  return {
-    'keys': keys,
-    'z': z,
-    'logsnr': samplers.logsnr_grid(stage.logsnr_fn, spec, start=start),
-    'denoise': denoise,
-    'spec': spec,
-    'inpaint': inpaint,
-  }
+    z = reverse.initial_noise(keys, (height, width, 3))
+  logsnr = reverse.logsnr_grid(stage.logsnr_fn, spec, start=start)
+  return Reverse(keys, z, logsnr, denoise, spec, inpaint)
 
 
 def _low_res(

@@ -1,10 +1,9 @@
 """A stage of the cascade: network, schedule, settings and parameters."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +30,12 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 }
 
 
+def _part(cls: Any, whole: Any) -> Any:
+  """A `cls` with the values that its fields have in `whole`."""
+  names = [field.name for field in dataclasses.fields(cls)]
+  return cls(**{name: getattr(whole, name) for name in names})
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(SamplerSpec):
   """The sampling settings of a stage; each can be overridden per call.
@@ -46,8 +51,7 @@ class SamplingConfig(SamplerSpec):
   @property
   def spec(self) -> SamplerSpec:
     """The settings that are compiled in."""
-    fields = dataclasses.fields(SamplerSpec)
-    return SamplerSpec(**{f.name: getattr(self, f.name) for f in fields})
+    return _part(SamplerSpec, self)
 
   @property
   def scalars(self) -> dict[str, np.float32 | None]:
@@ -114,8 +118,7 @@ class Stage:
   @property
   def loss_spec(self) -> LossSpec:
     """The fields of the loss."""
-    fields = dataclasses.fields(LossSpec)
-    return LossSpec(**{f.name: getattr(self, f.name) for f in fields})
+    return _part(LossSpec, self)
 
 
 def from_config(
@@ -176,49 +179,39 @@ def _check_names(where: str, given: Mapping[str, Any], cls: type) -> None:
   fields = {field.name for field in dataclasses.fields(cls)}
   for key in given:
     if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
       raise UsageError(
-        f'{where} has no key {key!r}'
-        + (f'; did you mean {near[0]}?' if near else '.')
-        + f' It knows {", ".join(sorted(fields - {"parent"}))}.'
+        f'{where} has no key {key!r}{kinds.did_you_mean(key, fields)} Its keys '
+        f'are {", ".join(sorted(fields - {"parent"}))}.'
       )
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
   """Rejects values of `stage` that are invalid or have no effect."""
-  weighting = config.get('weighting')
-  for key, choices in (
-    ('prediction', PREDICTIONS),
-    ('weighting', (None, *WEIGHTINGS)),
-  ):
-    value = config.get(key, choices[0])
-    if value not in choices:
-      names = ', '.join(map(str, choices))
-      raise UsageError(f'stage.{key} is {value!r}; choose of {names}.')
-  for key, needs in (
-    ('min_snr_gamma', 'min_snr'),
-    ('sigmoid_bias', 'sigmoid'),
-  ):
-    default = getattr(LossSpec, key)
-    if config.get(key, default) != default and weighting != needs:
-      raise UsageError(
-        f'stage.{key} has no effect with stage.weighting={weighting!r}; set '
-        f'that to {needs!r}, or leave {key} out.'
-      )
-  if not config.get('min_snr_gamma', 1.0) > 0:
-    gamma = config['min_snr_gamma']
-    raise UsageError(f'stage.min_snr_gamma is {gamma:g}; it is positive.')
-  level = config.get('max_level', 1.0)
-  if not 0 <= level <= 1:
-    raise UsageError(f'stage.max_level is {level:g}; it lies in [0, 1].')
-  floor = config.get('contrast_floor')
-  if floor is not None and not floor > 0:
-    raise UsageError(f'stage.contrast_floor is {floor:g}; it is positive.')
-  if floor is not None and config.get('low_resolution') is None:
-    raise UsageError(
-      'stage.contrast_floor is for stages with a stage.low_resolution; '
-      'set it to None.'
-    )
+  get = lambda key: config.get(key, getattr(Stage, key, None))
+  weightings = None, *WEIGHTINGS
+  floor, weighting = get('contrast_floor'), get('weighting')
+  rules = [
+    ('prediction', get('prediction') in PREDICTIONS, _one_of(PREDICTIONS)),
+    ('weighting', weighting in weightings, _one_of(weightings)),
+    ('min_snr_gamma', get('min_snr_gamma') > 0, 'it is positive'),
+    ('max_level', 0 <= get('max_level') <= 1, 'it lies in [0, 1]'),
+    ('contrast_floor', floor is None or floor > 0, 'it is positive'),
+    (
+      'contrast_floor',
+      floor is None or get('low_resolution') is not None,
+      'it has no effect without stage.low_resolution; set it to None',
+    ),
+  ]
+  for key, needs in ('min_snr_gamma', 'min_snr'), ('sigmoid_bias', 'sigmoid'):
+    used = weighting == needs or get(key) == getattr(Stage, key)
+    rules.append((key, used, f'it needs stage.weighting={needs!r}'))
+  for key, valid, rule in rules:
+    if not valid:
+      raise UsageError(f'stage.{key} is {get(key)!r}; {rule}.')
+
+
+def _one_of(choices: Sequence[str | None]) -> str:
+  return f'choose one of {", ".join(map(str, choices))}'
 
 
 def make_schedule(

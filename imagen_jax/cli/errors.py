@@ -1,12 +1,12 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
-import difflib
 import os
 import sys
 
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import files
+from imagen_jax.kinds import did_you_mean
 
 
 def run(main, argv=None):
@@ -102,9 +102,3 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message):
     raise UsageError(f'{message}; see {self.prog} --help.')
-
-
-def did_you_mean(name, known):
-  """'; did you mean X?' for the nearest of `known`, or '.' if none is."""
-  near = difflib.get_close_matches(name, list(known), n=1)
-  return f'; did you mean {near[0]}?' if near else '.'

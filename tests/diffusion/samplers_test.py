@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion import process, samplers
+from imagen_jax.diffusion import process, reverse, samplers
 from imagen_jax.diffusion.guidance import static_threshold
 from imagen_jax.diffusion.process import over
 from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec
@@ -44,14 +44,14 @@ def keys(num, seed=0):
 def sampled(
   keys, denoise, *, z=None, start=1.0, inpaint=None, seen=False, **options
 ):
-  """`samplers.sample`, or `trajectory` if `seen`, with a spec of `options`."""
+  """`reverse.sample`, or `trajectory` if `seen`, with a spec of `options`."""
   spec = SamplerSpec(**{'sampler': 'ddpm', 'gamma': 0.0} | options)
   if z is None:
     shape = SHAPE if inpaint is None else inpaint.known.shape[1:]
-    z = samplers.initial_noise(keys, shape)
-  logsnr = samplers.logsnr_grid(cosine_logsnr, spec, start=start, dtype=z.dtype)
-  run = samplers.trajectory if seen else samplers.sample
-  return run(keys, z, logsnr, denoise, spec=spec, inpaint=inpaint)
+    z = reverse.initial_noise(keys, shape)
+  logsnr = reverse.logsnr_grid(cosine_logsnr, spec, start=start, dtype=z.dtype)
+  run = reverse.trajectory if seen else reverse.sample
+  return run(reverse.Reverse(keys, z, logsnr, denoise, spec, inpaint))
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'options'))
@@ -89,7 +89,9 @@ def flow_errors(sampler, grid, all_steps):
 @pytest.mark.parametrize(
   'sampler, low, high', [('dpmpp', 1.8, 2.3), ('ddim', 0.85, 1.15)]
 )
-def test_order_of_the_deterministic_solvers(sampler, low, high):
+def test_the_order_of_the_deterministic_solvers_is_the_published_one(
+  sampler, low, high
+):
   """The error against the exact flow decreases as steps^−2 and steps^−1."""
   steps = [64, 128, 256]
   errors = flow_errors(sampler, 'logsnr', steps)
@@ -410,7 +412,7 @@ def test_a_new_sampler_is_a_function_and_a_line_in_the_table(monkeypatch):
 # Inpainting.
 
 
-def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
+def test_a_mask_keeps_pixels_to_the_bit_and_generates_the_rest():
   known = jax.random.uniform(jax.random.key(3), (2, 8, 8, 3), minval=-1)
   mask = jnp.zeros((2, 8, 8, 1)).at[:, 2:6, 3:].set(1)
 
@@ -418,10 +420,10 @@ def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
     return sampled(
       keys(2),
       lambda z, logsnr: jnp.tanh(z),
-      z=samplers.initial_noise(keys(2), (8, 8, 3)),
+      z=reverse.initial_noise(keys(2), (8, 8, 3)),
       steps=4,
       sampler=sampler,
-      inpaint=None if mask is None else samplers.Inpaint(known, mask),
+      inpaint=None if mask is None else reverse.Inpaint(known, mask),
     )
 
   kept = np.broadcast_to(mask == 0, known.shape)
@@ -441,7 +443,7 @@ def test_kept_pixels_enter_with_the_noise_that_the_step_expects():
     keys(64),
     lambda z, logsnr: jnp.zeros_like(z),
     steps=4,
-    inpaint=samplers.Inpaint(known, mask),
+    inpaint=reverse.Inpaint(known, mask),
     seen=True,
   )
   for z, logsnr in list(zip(seen.z, seen.logsnr))[1:]:
