@@ -249,8 +249,7 @@ def make_schedule(
   if resolution is None:
     raise UsageError(
       'stage.schedule.shift_from needs stage.schedule.resolution; set it to '
-      "the side of the stage's images.",
-      key='stage.schedule.resolution',
+      "the side of the stage's images."
     )
   return lambda t: schedule.shifted_logsnr(
     plain(t), resolution=resolution, base_resolution=shift_from
