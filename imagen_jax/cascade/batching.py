@@ -200,11 +200,11 @@ def check_images(
     )
   if mask is not None:
     if image is None:
-      raise UsageError('a mask needs the image that it is for.', key='mask')
+      raise UsageError('mask needs an image to inpaint.', key='mask')
     if mask.size != image.size:
       raise UsageError(
-        f'the mask has {mask.size} pixels and the image {image.size}; they '
-        'must have the same shape.',
+        f'mask has {mask.width}×{mask.height} pixels and the image '
+        f'{image.width}×{image.height}; they must have the same size.',
         key='mask',
       )
 

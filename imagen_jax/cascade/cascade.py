@@ -144,7 +144,7 @@ class Cascade:
     if encoder.digest != record.text['digest']:
       raise ModelError(
         f'the text encoder in {path} is not the one that stage '
-        f'{record.name} was trained with; put that one there.'
+        f'{record.name} was trained with; copy that one there.'
       )
     length = record.text['max_len']
     _, _, cut = encoder.tokenize(prompts, max_len=length)

@@ -280,7 +280,7 @@ def param_shapes(stage: Stage) -> dict:
   except (ArithmeticError, LookupError, TypeError, ValueError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
-      f'stage.net of {stage.name} does not make a network ({reason[:200]}); '
+      f'stage.net of {stage.name} does not define a network ({reason[:200]}); '
       'give one value per level where there are several, and widths that '
       'head_dim and norm_groups divide.'
     ) from error

@@ -87,7 +87,8 @@ class ArrayRecordSource(Checked):
       if header[key] != self.header[key]:
         raise DataError(
           f'{folder} was prepared with another {key} than the first set of '
-          f'{self.where}; prepare them alike, or name one of them.'
+          f'{self.where}; prepare them with the same '
+          'settings, or give the path of one.'
         )
 
   def __len__(self) -> int:
@@ -224,8 +225,8 @@ def _files(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[str]:
     file = folder / part['name']
     if not file.exists() or file.stat().st_size != part['bytes']:
       raise DataError(
-        f'{file} is missing or has another size than {DATASET} says; copy '
-        'it again from where it came.'
+        f'{file} is missing or has another size than {DATASET} states; '
+        f'{files.COPY_AGAIN}.'
       )
     if part['count']:
       yield f'{file}[0:{part["count"]}]'
@@ -235,12 +236,12 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   if not (path / DATASET).exists():
     if (path / UNFINISHED).exists():
       raise DataError(
-        f'{path} is not finished: repeat the imagen-prepare command that '
-        'began it, and it continues.'
+        f'{path} is not finished; repeat its imagen-prepare command, which '
+        'resumes it.'
       )
     raise DataError(
-      f'{path} is no prepared data: it has no {DATASET}; prepare one with '
-      'imagen-prepare.'
+      f'{path} is not prepared data: it has no {DATASET}; check the path, or '
+      'prepare it with imagen-prepare.'
     )
   header = files.read_json(
     path / DATASET, error=DataError, version=FORMAT_VERSION

@@ -122,7 +122,7 @@ class Checked(Source):
         self.note(self.name(j % len(self)), reason)
     raise DataError(
       f'{self.where}: no sample from {self.name(int(i))} on can be read '
-      f'({reason}); is the disk still there?'
+      f'({reason}); check the disk.'
     )
 
   def read(self, i: int) -> tuple[bytes, str]:

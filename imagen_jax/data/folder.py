@@ -135,7 +135,7 @@ def _read_metadata(
     if name in found:
       bad[f'line {number}'] = 'it lists an image a second time'
     elif os.path.isabs(name) or '..' in pathlib.PurePosixPath(name).parts:
-      bad[name] = 'its name leads out of the folder'
+      bad[name] = 'its name points outside the folder'
     else:
       found[name] = caption
   return found, bad

@@ -123,16 +123,15 @@ def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
       if wrong:
         key = wrong[0]
         raise UsageError(
-          f'{out} holds another prepared set, of {key} '
-          f'{short(before.get(key))!r} where this is {short(now[key])!r}; '
-          'choose another.',
+          f'{out} holds a set prepared with {key} {short(before.get(key))!r}, '
+          f'and this call has {short(now[key])!r}; choose another folder.',
           key='out',
         )
       for cut in out.glob('.part-*.tmp'):  # left by a killed process
         cut.unlink()
       return
   if out.exists() and any(out.iterdir()):
-    raise UsageError(f'{out} is not empty; choose another.', key='out')
+    raise UsageError(f'{out} is not empty; choose another folder.', key='out')
   out.mkdir(parents=True, exist_ok=True)
   files.write_json(out / UNFINISHED, header)
 

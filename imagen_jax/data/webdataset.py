@@ -29,7 +29,7 @@ MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
 MAX_TEXT = 2**20
 CAPTION_KEYS = ('caption', 'text')
 TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
-CUT = 'the tar is cut short there'
+CUT = 'the tar is truncated there'
 # Columns of the index, which has one row per good sample.
 COLUMNS = 'image image_size text text_size is_json width height crc'.split()
 
@@ -162,10 +162,8 @@ def _index(shard: str) -> tuple[np.ndarray, dict[str, str]]:
     )
     return list(found.values()), bad | wrong
 
-  location, state = (
-    pathlib.Path(shard).resolve(),
-    [stat.st_size, stat.st_mtime_ns],
-  )
+  location = pathlib.Path(shard).resolve()
+  state = [stat.st_size, stat.st_mtime_ns]
   return index_cache.cached('tar', location, state, len(COLUMNS), make)
 
 
@@ -193,7 +191,7 @@ def _members(
         if problem is None and suffix not in (*SUFFIXES, *TEXTS):
           continue  # other columns, such as key.npy, are ignored
         if problem is None and suffix in samples.get(key, {}):
-          problem, key = 'its key is there already', f'{key} (repeated)'
+          problem, key = 'another sample has its key', f'{key} (repeated)'
         if problem:
           bad[key] = problem
         else:
@@ -207,8 +205,8 @@ def _members(
   except tarfile.TarError as error:
     if last is None:
       raise DataError(
-        f'{shard} is no plain tar ({error}); download it again, or unpack it '
-        'if it is compressed.'
+        f'{shard} is not an uncompressed tar ({error}); download it again, or '
+        'decompress it.'
       ) from error
     if bad.get(last) != CUT:
       bad[f'after {last}'] = 'the tar is damaged there'
@@ -219,7 +217,7 @@ def _problem(member: tarfile.TarInfo, size: int) -> str | None:
   """Why a member is not usable, or None."""
   parts = pathlib.PurePosixPath(member.name).parts
   if member.name.startswith('/') or '..' in parts or '\\' in member.name:
-    return 'its name leads out of the tar'
+    return 'its name points outside the tar'
   if not member.isreg() or member.issparse():
     return 'it is a link or another special file'
   if member.size > MAX_MEMBER:
@@ -261,5 +259,5 @@ def _caption(data: bytes, is_json: bool) -> str:
     except StopIteration:
       raise BadSample('it has no caption') from None
     if not isinstance(data, str):
-      raise BadSample('its caption is no text')
+      raise BadSample('its caption is not text')
   return clean_caption(data)

@@ -56,9 +56,7 @@ class Checkpoints:
       keep_every: steps that are a multiple of it are kept for good.
     """
     if keep_last < 1:
-      raise UsageError(
-        f'train.keep_last is {keep_last}; at least 1 checkpoint must be kept.'
-      )
+      raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
     self.directory = epath.Path(directory)
     if '://' not in str(directory):  # orbax takes no relative path
       self.directory = epath.Path(os.path.abspath(directory))

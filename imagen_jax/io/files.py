@@ -147,7 +147,7 @@ def read_json(
       f'{path} cannot be read as JSON ({problem}); {advice}.'
     ) from problem
   if not isinstance(value, dict):
-    raise error(f'{path} holds no JSON object; {advice}.')
+    raise error(f'{path} does not hold a JSON object; {advice}.')
   found = value.get('format_version')
   if version is not None and found != version:
     raise error(

@@ -186,7 +186,7 @@ def test_bisected_percentile_is_exact_on_order_statistics():
   assert (guidance.magnitude_percentile(x, 100) == np.abs(x).max(1)).all()
 
 
-def test_bisected_percentile_in_float64_and_at_full_size():
+def test_bisected_percentile_is_exact_in_float64_and_at_full_size():
   with jax.enable_x64(True):
     x = jax.random.normal(jax.random.key(9), (2, 64, 64, 3), jnp.float64)
     expected = np.percentile(np.abs(x).reshape(2, -1), 99.5, axis=1)

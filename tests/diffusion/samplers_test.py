@@ -231,8 +231,8 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
 @pytest.mark.parametrize('grid', ['time', 'logsnr'])
 def test_the_network_sees_every_point_but_the_last(grid):
   """From pure noise towards the data, each point exactly once."""
-  told = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
-  path = trajectory(told, steps=5, grid=grid)
+  echo = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
+  path = trajectory(echo, steps=5, grid=grid)
   times = jnp.linspace(1, 0, 6)
   expected = (
     cosine_logsnr(times) if grid == 'time' else jnp.linspace(-15, 15, 6)
