@@ -32,8 +32,7 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 
 def _part(cls: Any, whole: Any) -> Any:
   """A `cls` with the values that its fields have in `whole`."""
-  names = [field.name for field in dataclasses.fields(cls)]
-  return cls(**{name: getattr(whole, name) for name in names})
+  return cls(**{name: getattr(whole, name) for name in _names(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +144,13 @@ def from_config(
   cls = kinds.find(
     net.pop('kind', None), NETS, key='stage.net.kind', base=Network
   )
-  _check_names('stage.net', net, cls)
-  _check_names('stage.sampling', chosen, SamplingConfig)
+  _check_names('stage.net', net, _names(cls))
+  _check_names('stage.sampling', chosen, _names(SamplingConfig))
   logsnr_fn = make_schedule(**_section(config, 'schedule'))
-  _check_names('stage', config, Stage)
+  _check_names('stage', config, _names(Stage))
   _check_values(config)
   filled = {'resolution': config['resolution'], 'dtype': dtype}
-  fields = {field.name for field in dataclasses.fields(cls)}
-  net = {k: v for k, v in filled.items() if k in fields} | net
+  net = {k: v for k, v in filled.items() if k in _names(cls)} | net
   try:
     sampling = SamplingConfig(**chosen)
   except SettingError as error:
@@ -175,13 +173,18 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
   }
 
 
-def _check_names(where: str, given: Mapping[str, Any], cls: type) -> None:
-  fields = {field.name for field in dataclasses.fields(cls)}
+def _names(cls: Any) -> list[str]:
+  return [field.name for field in dataclasses.fields(cls)]
+
+
+def _check_names(
+  where: str, given: Mapping[str, Any], known: Sequence[str]
+) -> None:
   for key in given:
-    if key not in fields:
+    if key not in known:
       raise UsageError(
-        f'{where} has no key {key!r}{kinds.did_you_mean(key, fields)} Its keys '
-        f'are {", ".join(sorted(fields - {"parent"}))}.'
+        f'{where} has no key {key!r}{kinds.did_you_mean(key, known)} Its keys '
+        f'are {", ".join(name for name in known if name != "parent")}.'
       )
 
 
@@ -236,13 +239,8 @@ def make_schedule(
     raise UsageError(
       f'stage.schedule.kind is {kind!r}; it can be {" or ".join(SCHEDULES)}.'
     )
-  known = inspect.signature(SCHEDULES[kind]).parameters
-  for key in options:
-    if key not in known:
-      raise UsageError(
-        f'stage.schedule has no key {key!r}; {kind!r} knows '
-        f'{", ".join(name for name in known if name != "t")}.'
-      )
+  _, *known = inspect.signature(SCHEDULES[kind]).parameters
+  _check_names('stage.schedule', options, known)
   plain = functools.partial(SCHEDULES[kind], **options)
   if shift_from is None:
     return plain

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from imagen_jax.diffusion.process import diffuse
-from imagen_jax.diffusion.samplers import SAMPLERS, Past, SamplerSpec
+from imagen_jax.diffusion.samplers import SAMPLERS, Past, SamplerSpec, Step
 from imagen_jax.typing import Array, Image, Keys, PixelMask
 
 
@@ -138,7 +138,7 @@ def _run(reverse: Reverse, *, record: bool) -> tuple[Image, Any]:
     i, logsnr_t, logsnr_s = step_input
     x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
     noise = normal(i + 1) if fresh else jnp.zeros_like(z)
-    z_next = step(z, x, noise, logsnr_t=logsnr_t, logsnr_s=logsnr_s, last=last)
+    z_next = step(z, x, noise, Step(logsnr_t, logsnr_s, last))
     if inpaint is not None:
       # A separate noise index: the sampler's noise is the same without a mask.
       kept = diffuse(inpaint.known, normal(steps + 1 + i), logsnr_s)

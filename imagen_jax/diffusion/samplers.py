@@ -3,16 +3,15 @@
 A sampler needs only denoise(z, logsnr) -> x. The step of each sampler is a
 function with the same arguments,
 
-  step(z, x, noise, *, logsnr_t, logsnr_s, last, **options) -> z_s
+  step(z, x, noise, at: Step, **options) -> z_s
 
-where z is z_t, x = denoise(z_t), noise is fresh standard noise, and last =
-(x, logsnr) of the previous step, for multistep solvers. At the first step the
-log-SNR of `last` is −inf. z, x and noise are [B, ...], log-SNRs are scalars.
-To add a sampler, write such a function and its entry in `SAMPLERS`.
+where z is z_t, x = denoise(z_t), and noise is fresh standard noise, all
+[B, ...]. To add a sampler, write such a function and its entry in `SAMPLERS`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -24,71 +23,60 @@ from imagen_jax.typing import Scalars, Values
 Past = tuple[Values, Values]
 
 
+class Step(NamedTuple):
+  """Where a step is.
+
+  Attributes:
+    t, s: the log-SNRs at which it starts and ends, scalars.
+    last: (x, log-SNR) of the previous step, for multistep solvers; at the first
+      step this log-SNR is −inf.
+  """
+
+  t: Scalars
+  s: Scalars
+  last: Past | None = None
+
+
 def ddpm_step(
-  z: Values,
-  x: Scalars,
-  noise: Scalars,
-  *,
-  logsnr_t: Scalars,
-  logsnr_s: Scalars,
-  last: Past | None = None,
-  gamma: float = 0.0,
+  z: Values, x: Scalars, noise: Scalars, at: Step, *, gamma: float = 0.0
 ) -> Values:
   """Ancestral sampling, with the variance interpolated by gamma (eq. 6)."""
-  del last
-  mean, variance = posterior(
-    z, x, logsnr_t=logsnr_t, logsnr_s=logsnr_s, gamma=gamma
-  )
+  mean, variance = posterior(z, x, logsnr_t=at.t, logsnr_s=at.s, gamma=gamma)
   return mean + jnp.sqrt(variance) * noise
 
 
 def ddim_step(
-  z: Values,
-  x: Scalars,
-  noise: Scalars,
-  *,
-  logsnr_t: Scalars,
-  logsnr_s: Scalars,
-  last: Past | None = None,
-  eta: float = 0.0,
+  z: Values, x: Scalars, noise: Scalars, at: Step, *, eta: float = 0.0
 ) -> Values:
   """DDIM: z_s = alpha_s x + sigma_s eps (eq. 5; Song et al. 2021).
 
   eta in [0, 1] scales the standard deviation of the fresh noise: 0 is
   deterministic, 1 is the ancestral sampler with gamma = 0.
   """
-  del last
-  alpha, sigma = alpha_sigma(logsnr_s)
-  fresh = -jnp.expm1(logsnr_t - logsnr_s) * eta**2  # fraction of the variance
-  eps = eps_from_x(z, x, logsnr_t)
+  alpha, sigma = alpha_sigma(at.s)
+  fresh = -jnp.expm1(at.t - at.s) * eta**2  # fraction of the variance
+  eps = eps_from_x(z, x, at.t)
   return alpha * x + sigma * (
     jnp.sqrt(1 - fresh) * eps + jnp.sqrt(fresh) * noise
   )
 
 
-def dpmpp_step(
-  z: Values,
-  x: Values,
-  noise: Values | None,
-  *,
-  logsnr_t: Scalars,
-  logsnr_s: Scalars,
-  last: Past,
-) -> Values:
+def dpmpp_step(z: Values, x: Values, noise: Values | None, at: Step) -> Values:
   """DPM-Solver++(2M): extrapolate x over the step (Lu et al. 2022, alg. 2).
 
-  With h = (logsnr_s − logsnr_t) / 2, the exact solution for constant x is
+  With h half the increase of the log-SNR, the exact solution for constant x is
   z_s = (sigma_s / sigma_t) z_t + alpha_s (1 − e^−h) x, which is DDIM. Taking
   x at the middle of the step, on the line through the last two predictions,
   makes it second order. At the first step h_last is infinite, so the slope
   has weight zero.
   """
-  del noise
-  x_last, logsnr_last = last
-  _, sigma_t = alpha_sigma(logsnr_t)
-  alpha_s, sigma_s = alpha_sigma(logsnr_s)
-  h = (logsnr_s - logsnr_t) / 2
-  h_last = (logsnr_t - logsnr_last) / 2
+  if at.last is None:
+    raise ValueError('a multistep solver needs the last step')
+  x_last, logsnr_last = at.last
+  _, sigma_t = alpha_sigma(at.t)
+  alpha_s, sigma_s = alpha_sigma(at.s)
+  h = (at.s - at.t) / 2
+  h_last = (at.t - logsnr_last) / 2
   middle = x + h / (2 * h_last) * (x - x_last)
   return (sigma_s / sigma_t) * z - alpha_s * jnp.expm1(-h) * middle
 

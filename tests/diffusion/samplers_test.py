@@ -18,7 +18,7 @@ import pytest
 from imagen_jax.diffusion import process, reverse, samplers
 from imagen_jax.diffusion.guidance import static_threshold
 from imagen_jax.diffusion.process import over
-from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec
+from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec, Step
 from imagen_jax.diffusion.schedule import alpha_sigma, cosine_logsnr
 
 MU, S = 0.3, 2.0
@@ -118,9 +118,7 @@ def moments(steps, gamma):
     @jax.jit
     def probe(z, noise, now, then):
       x = gaussian_denoise(z, now)
-      return samplers.ddpm_step(
-        z, x, noise, logsnr_t=now, logsnr_s=then, gamma=gamma
-      )
+      return samplers.ddpm_step(z, x, noise, Step(now, then), gamma=gamma)
 
     mean, variance = 0.0, 1.0
     for now, then in zip(logsnr[:-2], logsnr[1:-1]):
@@ -165,9 +163,9 @@ def step_inputs():
 @pytest.mark.parametrize('pair', [(-15.0, -5.0), (-1.0, -0.5), (2.0, 9.0)])
 def test_ddim_with_eta_one_is_the_ancestral_step(pair):
   with jax.enable_x64(True):
-    options = dict(logsnr_t=jnp.float64(pair[0]), logsnr_s=jnp.float64(pair[1]))
-    ddim = samplers.ddim_step(*step_inputs(), **options, eta=1.0)
-    ddpm = samplers.ddpm_step(*step_inputs(), **options, gamma=0.0)
+    at = Step(*map(jnp.float64, pair))
+    ddim = samplers.ddim_step(*step_inputs(), at, eta=1.0)
+    ddpm = samplers.ddpm_step(*step_inputs(), at, gamma=0.0)
     np.testing.assert_allclose(ddim, ddpm, rtol=1e-8, atol=1e-10)
 
 
@@ -175,9 +173,7 @@ def test_eta_scales_the_fresh_noise_and_keeps_the_marginal():
   with jax.enable_x64(True):
     now, then, eta = jnp.float64(-1), jnp.float64(1), 0.5
     step = lambda z, noise: float(
-      samplers.ddim_step(
-        jnp.float64(z), 0.0, noise, logsnr_t=now, logsnr_s=then, eta=eta
-      )
+      samplers.ddim_step(jnp.float64(z), 0.0, noise, Step(now, then), eta=eta)
     )
     _, variance = process.posterior(
       jnp.zeros((1,)), 0.0, logsnr_t=now, logsnr_s=then
@@ -191,11 +187,11 @@ def test_eta_scales_the_fresh_noise_and_keeps_the_marginal():
 def test_first_step_of_the_multistep_solver_is_ddim():
   with jax.enable_x64(True):
     z, x, noise = step_inputs()
-    options = dict(logsnr_t=jnp.float64(-3), logsnr_s=jnp.float64(-2))
     past = jnp.zeros_like(x), jnp.float64(-jnp.inf)
+    at = Step(jnp.float64(-3), jnp.float64(-2), past)
     np.testing.assert_allclose(
-      samplers.dpmpp_step(z, x, noise, **options, last=past),
-      samplers.ddim_step(z, x, noise, **options),
+      samplers.dpmpp_step(z, x, noise, at),
+      samplers.ddim_step(z, x, noise, at),
       rtol=1e-12,
     )
 
@@ -207,14 +203,8 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
     def error(h):
       now = jnp.float64(0.5)
       z, x = jnp.float64(0.7), lambda lam: 0.2 + 0.3 * (lam - now)
-      step = samplers.dpmpp_step(
-        z,
-        x(now),
-        None,
-        logsnr_t=2 * now,
-        logsnr_s=2 * (now + h),
-        last=(x(now - h), 2 * (now - h)),
-      )
+      at = Step(2 * now, 2 * (now + h), (x(now - h), 2 * (now - h)))
+      step = samplers.dpmpp_step(z, x(now), None, at)
       # d(z / sigma) = e^λ x(λ) dλ, in closed form.
       _, sigma_t = alpha_sigma(2 * now)
       _, sigma_s = alpha_sigma(2 * (now + h))
@@ -398,7 +388,7 @@ def test_impossible_settings_are_named(field, value):
 def test_a_new_sampler_is_a_function_and_a_line_in_the_table(monkeypatch):
   """This one ignores the prediction and scales z by eta."""
 
-  def step(z, x, noise, *, logsnr_t, logsnr_s, last, eta):
+  def step(z, x, noise, at, *, eta):
     return eta * z
 
   with pytest.raises(samplers.SettingError):
