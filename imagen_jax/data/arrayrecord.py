@@ -246,12 +246,9 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   header = files.read_json(
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
-  try:
-    _ = header['size'], header['count'], header['text'], header['parts']
-  except KeyError as error:
-    raise DataError(
-      f'{path / DATASET} lacks {error}; {files.COPY_AGAIN}.'
-    ) from error
+  for key in ('size', 'count', 'text', 'parts'):
+    if key not in header:
+      raise DataError(f'{path / DATASET} lacks {key!r}; {files.COPY_AGAIN}.')
   return header
 
 

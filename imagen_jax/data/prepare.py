@@ -71,7 +71,6 @@ def prepare(
   recipe: Recipe,
   *,
   embed: Embed | None = None,
-  progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
   """Writes a source as prepared data, or resumes an interrupted call.
 
@@ -81,7 +80,6 @@ def prepare(
     recipe: the settings of the set.
     embed: list of captions -> list of bfloat16 [tokens, dim], if the recipe
       has text.
-    progress: counts samples.
 
   Returns:
     (the header, [(name, reason)] of the skipped samples).
@@ -94,6 +92,7 @@ def prepare(
   number = min(recipe.number or len(source), len(source))
   header = recipe.header(number)
   _claim(out, header)
+  progress = Progress(f'{out}:', number)
   parts: list[dict[str, Any]] = []
   for start in range(0, number, size):
     indices = range(start, min(start + size, number))
@@ -101,9 +100,10 @@ def prepare(
     part = _finished(file)
     if part is None:
       part = _write_part(file, source, indices, embed, progress)
-    elif progress is not None:
+    else:
       progress.add(len(indices))
     parts.append(part)
+  progress.close()
   dropped = [*source.skipped]
   dropped += [entry for part in parts for entry in part.pop('dropped')]
   write_skipped(out / DROPPED, dropped)
@@ -164,7 +164,7 @@ def _write_part(
   source: Source,
   indices: range,
   embed: Embed | None,
-  progress: Progress | None,
+  progress: Progress,
 ) -> dict[str, Any]:
   """Writes one part; its .json, which marks it as complete, comes last."""
   dropped: list[tuple[str, str]] = []
@@ -188,8 +188,7 @@ def _write_part(
       captions = [example['caption'] for example in good]
       texts = embed(captions) if embed and good else [None] * len(good)
       yield from map(pack, good, texts)
-      if progress is not None:
-        progress.add(len(some))
+      progress.add(len(some))
 
   with thread_pool() as pool:
     count = write_records(file, records(pool))

@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import sentencepiece
@@ -14,6 +15,10 @@ from imagen_jax.io.files import AnyPath
 VOCABULARY = 'spiece.model'
 FAST = 'tokenizer.json'
 PAD, EOS = 0, 1
+# (ids, mask, tokens cut off).
+Tokens: TypeAlias = tuple[
+  Int32[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int32[np.ndarray, ' b']
+]
 
 
 class Tokenizer:
@@ -44,11 +49,7 @@ class Tokenizer:
       ) from None
     self.size = self._pieces.size
 
-  def __call__(
-    self, prompts: Sequence[str], max_len: int
-  ) -> tuple[
-    Int32[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int32[np.ndarray, ' b']
-  ]:
+  def __call__(self, prompts: Sequence[str], max_len: int) -> Tokens:
     """Token ids of a list of prompts.
 
     Args:
