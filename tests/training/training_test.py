@@ -330,14 +330,11 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
   assert (losses(1e-4) < losses(None)).all()
 
 
-@pytest.mark.parametrize(
-  'stage, floor, words',
-  [('sr1', 0.0, 'contrast_floor is 0; it is'), ('base', 0.1, 'stages with a')],
-)
-def test_a_contrast_floor_that_cannot_be(model, stage, floor, words):
+@pytest.mark.parametrize('stage, floor', [('sr1', 0.0), ('base', 0.1)])
+def test_a_contrast_floor_without_effect_is_refused(model, stage, floor):
   config = tiny_model.config(stage)
   config.stage.contrast_floor = floor
-  with pytest.raises(UsageError, match=words):
+  with pytest.raises(UsageError, match='stage.contrast_floor'):
     tiny_model.build(config, load_text_encoder(model / 'text'))
 
 
