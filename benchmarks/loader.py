@@ -16,7 +16,7 @@ import pathlib
 import statistics
 import time
 
-from imagen_jax.data.pipeline import batches
+from imagen_jax.data.pipeline import Order, batches
 from imagen_jax.data.sources import make_source
 from imagen_jax.io.model_folder import text_folder
 from imagen_jax.text.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ def loader_rate(source, tokenizer, *, batch_size, max_len, seconds):
     ids, mask, _ = tokenizer([example['caption']], max_len)
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
-  data = batches(source, seed=0, batch_size=batch_size, transform=transform)
+  data = batches(source, Order(0, batch_size), transform=transform)
   for _ in range(10):  # discard batches that were prefetched
     next(data)
   start, images = time.perf_counter(), 0

@@ -9,6 +9,7 @@ The paper is Saharia et al. 2022; (2.4), (4.1), (F.1) are its sections.
 """
 
 import importlib
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -25,7 +26,7 @@ OPEN = (
 TEMPLATES = {'if_finetune': 'if_finetune', 'text': 'shapes_text'}
 
 
-def base():
+def base() -> ConfigDict:
   """The keys of every kind of run."""
   return ConfigDict(
     {
@@ -45,14 +46,14 @@ def base():
   )
 
 
-def stage_run():
+def stage_run() -> ConfigDict:
   """The keys of a run that trains a stage of a cascade."""
   config = base()
   config.stage = stage()
   return config
 
 
-def template(kind):
+def template(kind: object) -> ConfigDict:
   """The config with every key of a kind of run, at its default."""
   if kind in TEMPLATES:
     name = f'imagen_jax.configs.{TEMPLATES[kind]}'
@@ -60,7 +61,7 @@ def template(kind):
   return base() if ':' in str(kind) else stage_run()
 
 
-def stage():
+def stage() -> dict[str, Any]:
   """One model of the cascade."""
   return {
     # Name of its directory in a model folder.
@@ -105,7 +106,7 @@ def stage():
   }
 
 
-def sampling():
+def sampling() -> dict[str, Any]:
   """The default sampling settings of a stage."""
   return {
     # 'ddpm' (ancestral, the paper's), 'ddim' or 'dpmpp'.
@@ -136,7 +137,7 @@ def sampling():
   }
 
 
-def text():
+def text() -> dict[str, Any]:
   """The frozen text encoder."""
   return {
     # A folder of T5 v1.1 in Hugging Face layout (config.json, safetensors,
@@ -150,7 +151,7 @@ def text():
   }
 
 
-def data():
+def data() -> dict[str, Any]:
   """The captioned images."""
   return {
     # 'folder', 'webdataset', 'arrayrecord' (what imagen-prepare writes),
@@ -174,7 +175,7 @@ def data():
   }
 
 
-def train():
+def train() -> dict[str, Any]:
   """The training loop."""
   return {
     # Total number of steps, resumed or not; 2.5 M in the paper.
@@ -213,7 +214,7 @@ def train():
   }
 
 
-def optimizer():
+def optimizer() -> dict[str, Any]:
   """The optimizer and its learning rate."""
   return {
     # 'adam' (the paper's for super-resolution), 'adafactor' (its base
@@ -234,7 +235,7 @@ def optimizer():
   }
 
 
-def mesh():
+def mesh() -> dict[str, Any]:
   """The device mesh."""
   return {
     # Data-parallel groups; −1: as many as there are devices.

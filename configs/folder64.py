@@ -32,9 +32,10 @@ No result was measured.
 """
 
 from imagen_jax.configs import common
+from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   """A base stage at the paper's resolution and a small width."""
   config = common.stage_run()
   config.stage.net = {

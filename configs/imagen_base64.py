@@ -34,9 +34,10 @@ for a short run set `multiply_by_parameter_scale` to False in its options.
 """
 
 from imagen_jax.configs import common
+from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   """The base stage, at the paper's size."""
   config = common.stage_run()
   config.dtype = 'bfloat16'

@@ -21,9 +21,10 @@ leaving out the self-attention removes 8.4 M. With 4 instead of 8 blocks of
 """
 
 from imagen_jax.configs import imagen_sr256
+from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   """The 256→1024 stage, at the paper's size as printed."""
   config = imagen_sr256.get_config()
   config.stage.update(name='sr1024', resolution=1024, low_resolution=256)

@@ -31,9 +31,10 @@ best-looking images). Guidance 8 is Table 1's.
 """
 
 from imagen_jax.configs import imagen_base64
+from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   """The 64→256 stage, at the paper's size."""
   config = imagen_base64.get_config()
   config.stage.update(name='sr256', resolution=256, low_resolution=64)

@@ -1,10 +1,16 @@
-"""Resolves a config's `kind` to a class."""
+"""Resolves a config's `kind` to a class; suggests names."""
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from imagen_jax.errors import UsageError
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """'; did you mean X?' for the nearest of `known`, or '.' if none is."""
+  near = difflib.get_close_matches(name, list(known), n=1)
+  return f'; did you mean {near[0]}?' if near else '.'
 
 
 def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
@@ -21,10 +27,9 @@ def find(kind: str, table: Mapping[str, str], *, key: str, base: type) -> type:
   """
   where = key.removeprefix('config.')
   if kind not in table and ':' not in str(kind):
-    near = difflib.get_close_matches(str(kind), table, n=1)
     raise UsageError(
       f'{where} is {kind!r}; it can be {", ".join(table)}, or a class of yours '
-      f'as my_module:MyClass' + (f'; did you mean {near[0]}?' if near else '.'),
+      'as my_module:MyClass' + did_you_mean(str(kind), table),
       key=key,
     )
   module_name, _, name = table.get(kind, kind).partition(':')

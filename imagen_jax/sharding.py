@@ -73,35 +73,32 @@ def make_mesh(
     UsageError: the sizes do not fit the devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {'data': data, 'fsdp': fsdp}
-  asked = ', '.join(f'mesh.{k}={v}' for k, v in sizes.items())
-  have = f'{len(devices)} device{"" if len(devices) == 1 else "s"}'
-  if any(v == 0 or v < -1 for v in sizes.values()) or data == fsdp == -1:
+  asked, have = f'mesh.data={data}, mesh.fsdp={fsdp}', len(devices)
+  if min(data, fsdp) < -1 or 0 in (data, fsdp) or data == fsdp == -1:
     raise UsageError(
-      f'{asked} is no mesh: give positive numbers, at most one of them -1 '
-      f'for "the rest" of the {have}.'
+      f'{asked} is not a mesh; give positive numbers, or -1 for one of them, '
+      'which stands for the rest of the devices.'
     )
-  for axis in AXES:
-    if sizes[axis] == -1:
-      other = sizes[AXES[1 - AXES.index(axis)]]
-      if len(devices) % other:
-        raise UsageError(
-          f'{asked} does not fit: {other} does not divide the {have} here; '
-          f'choose a divisor of {len(devices)}.'
-        )
-      sizes[axis] = len(devices) // other
-  n = sizes['data'] * sizes['fsdp']
-  if n > len(devices):
+  if -1 in (data, fsdp):
+    other = -data * fsdp
+    if have % other:
+      raise UsageError(
+        f'{asked} does not fit: {other} does not divide the number of devices, '
+        f'{have}; choose a divisor of it.'
+      )
+    data, fsdp = (have // other if n == -1 else n for n in (data, fsdp))
+  used = data * fsdp
+  if used > have:
     raise UsageError(
-      f'{asked} needs {n} devices and there are {len(devices)}; use smaller '
+      f'{asked} needs {used} devices and there are {have}; use smaller '
       'numbers, or -1 for one of them.'
     )
-  if n < len(devices) and jax.process_count() > 1:
+  if used < have and jax.process_count() > 1:
     raise UsageError(
-      f'{asked} would leave {len(devices) - n} of {have} idle, which several '
-      'processes cannot do; use -1 for one of them.'
+      f'{asked} leaves {have - used} of {have} devices idle, which is not '
+      'possible with several processes; use -1 for one of them.'
     )
-  grid = device_grid(devices[:n], sizes['data'], sizes['fsdp'])
+  grid = device_grid(devices[:used], data, fsdp)
   # Auto: Linen does not support Explicit axes.
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -209,18 +206,14 @@ def state_shardings(
   abstract_tree: Any, mesh: Mesh, *, min_size: int = 2**14
 ) -> Any:
   """One sharding per leaf of a training state: `leaf_sharding` of each."""
-  return jax.tree.map(
-    lambda leaf: leaf_sharding(leaf, mesh, min_size=min_size), abstract_tree
-  )
+  place = functools.partial(leaf_sharding, mesh=mesh, min_size=min_size)
+  return jax.tree.map(place, abstract_tree)
 
 
 def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
   """The abstract tree with a sharding on every leaf, for restoring."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract_tree,
-    shardings,
-  )
+  placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(placed, abstract_tree, shardings)
 
 
 def check_batch_size(
@@ -233,7 +226,7 @@ def check_batch_size(
   """
   if accumulate < 1:
     raise UsageError(
-      f'train.accumulate={accumulate} is no number of parts; give 1 or more.',
+      f'train.accumulate is {accumulate}; it is at least 1.',
       key='config.train.accumulate',
     )
   n = mesh.size * accumulate
@@ -242,8 +235,8 @@ def check_batch_size(
     parts = f' in {accumulate} parts each' if accumulate > 1 else ''
     raise UsageError(
       f'train.batch_size={batch_size} cannot be split equally over the '
-      f'{mesh.size} devices of the mesh{parts}; use a multiple of {n}, {near} '
-      'for instance.',
+      f'{mesh.size} devices of the mesh{parts}; use a multiple of {n}, such as '
+      f'{near}.',
       key='config.train.batch_size',
     )
 

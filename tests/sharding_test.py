@@ -36,15 +36,15 @@ def test_a_single_process_may_use_fewer_devices_than_there_are():
   assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
-def test_the_axes_are_auto_because_linen_knows_no_other():
+def test_the_axes_are_auto_because_linen_supports_no_other():
   types = sharding.make_mesh().axis_types
   assert set(types) == {jax.sharding.AxisType.Auto}
 
 
 @pytest.mark.parametrize(
-  ('data', 'fsdp'), [(-1, 3), (4, 4), (-1, -1), (0, 1), (-2, 1)]
+  ('data', 'fsdp'), [(-1, 3), (3, -1), (4, 4), (-1, -1), (0, 1), (-2, 1)]
 )
-def test_sizes_that_do_not_fit_are_refused(data, fsdp):
+def test_sizes_that_do_not_fit_the_devices_are_refused(data, fsdp):
   with pytest.raises(UsageError):
     sharding.make_mesh(data, fsdp)
 
@@ -130,13 +130,24 @@ def test_a_batch_is_split_over_both_axes():
   np.testing.assert_array_equal(shardings['image'], batch['image'])
 
 
-def test_a_batch_that_the_devices_cannot_share_is_refused_with_one_they_can():
+@pytest.mark.parametrize(
+  'key, size, parts, near',
+  [
+    ('train.batch_size', 15, 1, '16.'),
+    ('train.batch_size', 0, 1, '8.'),
+    ('train.batch_size', 8, 2, '16.'),
+    ('train.accumulate', 16, 0, '1.'),
+  ],
+)
+def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can(
+  key, size, parts, near
+):
   mesh = sharding.make_mesh(2, 4)
-  sharding.check_batch_size(16, mesh)
-  for size, possible in ((15, '16'), (0, '8')):
-    with pytest.raises(UsageError, match=possible) as caught:
-      sharding.check_batch_size(size, mesh)
-    assert caught.value.key == 'config.train.batch_size'
+  sharding.check_batch_size(16, mesh, 2)
+  with pytest.raises(UsageError) as caught:
+    sharding.check_batch_size(size, mesh, parts)
+  assert caught.value.key == f'config.{key}'
+  assert str(caught.value).endswith(f' {near}')
 
 
 def test_constrain_batch_splits_under_a_mesh_and_is_nothing_without():

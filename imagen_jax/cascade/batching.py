@@ -44,19 +44,15 @@ class Request:
   callback: Callable[[str, int, int], None] | None = None
 
   def __post_init__(self) -> None:
-    if not 0 <= self.seed < SEEDS:
-      raise UsageError(f'seed is {self.seed}; it lies in [0, 2³²).', key='seed')
-    if not self.prompts:
-      raise UsageError('there is nothing to generate: give a prompt.')
-    if not self.indices:
-      raise UsageError(
-        'there is nothing to generate: ask for at least 1 image of a prompt.',
-        key='num_images',
-      )
-    if self.batch_size is not None and self.batch_size < 1:
-      raise UsageError(
-        f'batch_size is {self.batch_size}; it is at least 1.', key='batch_size'
-      )
+    batch = self.batch_size
+    for key, valid, problem in (
+      ('seed', 0 <= self.seed < SEEDS, f'seed is {self.seed}, not in [0, 2³²)'),
+      (None, self.prompts, 'there is nothing to generate: give a prompt'),
+      ('num_images', self.indices, 'num_images is at least 1'),
+      ('batch_size', batch is None or batch > 0, 'batch_size is at least 1'),
+    ):
+      if not valid:
+        raise UsageError(f'{problem}.', key=key)
 
   @functools.cached_property
   def rows(self) -> list[tuple[int, int]]:
@@ -200,11 +196,11 @@ def check_images(
     )
   if mask is not None:
     if image is None:
-      raise UsageError('a mask needs the image that it is for.', key='mask')
+      raise UsageError('mask needs an image to inpaint.', key='mask')
     if mask.size != image.size:
       raise UsageError(
-        f'the mask has {mask.size} pixels and the image {image.size}; they '
-        'must have the same shape.',
+        f'mask has {mask.width}×{mask.height} pixels and the image '
+        f'{image.width}×{image.height}; they must have the same size.',
         key='mask',
       )
 

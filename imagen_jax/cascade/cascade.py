@@ -8,7 +8,7 @@ time.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,11 @@ import numpy as np
 import PIL.Image
 
 from imagen_jax import sharding
-from imagen_jax.cascade import batching, conditioning, sampling
+from imagen_jax.cascade import batching, conditioning, sampling, settings
 from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
-from imagen_jax.diffusion.samplers import SAMPLERS, SettingError
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
@@ -138,53 +137,23 @@ class Cascade:
     path = model_folder.text_path(self.path, record)
     size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
     mesh = self._mesh(size)
-    encoder = load_text_encoder(
-      path,
-      self.dtype.name,
-      place=functools.partial(sharding.leaf_sharding, mesh=mesh)
-      if mesh.shape['fsdp'] > 1
-      else None,
-    )
+    place = None
+    if mesh.shape['fsdp'] > 1:
+      place = functools.partial(sharding.leaf_sharding, mesh=mesh)
+    encoder = load_text_encoder(path, self.dtype.name, place=place)
     if encoder.digest != record.text['digest']:
       raise ModelError(
         f'the text encoder in {path} is not the one that stage '
-        f'{record.name} was trained with; put that one there.'
+        f'{record.name} was trained with; copy that one there.'
       )
     length = record.text['max_len']
-    _, _, cut = encoder.tokenize(list(prompts), max_len=length)
-    text, mask = encoder.encode(list(prompts), max_len=length)
-    return Embedding(
-      prompts=tuple(prompts),
-      text=np.asarray(text, np.float32),
-      mask=np.asarray(mask),
-      cut=tuple(int(n) for n in cut),
-    )
+    _, _, cut = encoder.tokenize(prompts, max_len=length)
+    text, mask = encoder.encode(prompts, max_len=length)
+    return Embedding(tuple(prompts), text, mask, tuple(cut.tolist()))
 
   def settings(self, **choices: Any) -> list[SamplingConfig]:
-    """The sampling settings of every stage: its defaults, then `choices`.
-
-    Each choice is one value for all stages or a list with one per stage; None
-    keeps the stage's default. `threshold='none'` is no thresholding.
-
-    Raises:
-      UsageError: a list's length is not the number of stages, or a value is
-        invalid or has no effect.
-    """
-    names = [stage.name for stage in self.stages]
-    result = []
-    for stage, chosen in zip(self.stages, batching.per_stage(choices, names)):
-      if chosen.get('threshold') == 'none':
-        chosen['threshold'] = None
-      try:
-        config = dataclasses.replace(stage.sampling, **chosen)
-      except SettingError as error:
-        raise UsageError(
-          f'stage {stage.name}: {error}', key=error.field
-        ) from error
-      sampling.check_sampling(stage, config)
-      result.append(config)
-    _check_effects(self.stages, result, choices)
-    return result
+    """The sampling settings of every stage, see `settings.choose`."""
+    return settings.choose(self.stages, choices)
 
   def sample(
     self,
@@ -253,56 +222,32 @@ class Cascade:
     if embedding is None:
       embedding = self.embed(request.prompts)
     results = {}
-    for stage, record, config in zip(self.stages, self._records, configs):
+    for i, (stage, config) in enumerate(zip(self.stages, configs)):
       width, height = _size(stage, low, image)
       start = batching.start_from(image, mask, width, height)
       inputs = _stage_inputs(stage, request, embedding, low, start)
-      low = self._run_stage(stage, record, config, request, inputs)
+      low = self._run_stage(i, config, request, inputs)
       results[stage.name] = conditioning.to_uint8(low)
     return results
 
   def _run_stage(
     self,
-    stage: Stage,
-    record: model_folder.StageRecord,
+    i: int,
     config: SamplingConfig,
     request: Request,
     inputs: Callable[[np.ndarray], SampleInputs],
   ) -> np.ndarray:
-    """One stage's images of all rows: float32 [N, H, W, 3] in [−1, 1]."""
+    """Stage i's images of all rows: float32 [N, H, W, 3] in [−1, 1]."""
+    stage, record = self.stages[i], self._records[i]
     mesh = self._mesh(model_folder.float32_bytes(record))
-    params = model_folder.load_params(
-      record,
-      put=lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh)),
-    )
+    put = lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh))
+    params = model_folder.load_params(record, put=put)
     shardings = sharding.batch_sharding(mesh)
     compiled = sampling.compiled(stage, config.spec, shardings)
     sample = lambda arrays: compiled(params, arrays._replace(**config.scalars))
     images = batching.generate(request, stage.name, mesh, inputs, sample)
     batching.free(params)
     return images
-
-
-def _check_effects(
-  stages: Sequence[Stage],
-  configs: Sequence[SamplingConfig],
-  choices: Mapping[str, Any],
-) -> None:
-  """Rejects choices that have no effect on any stage."""
-  options = {name for s in SAMPLERS.values() for name in s.options}
-  for name in sorted(options.intersection(choices)):
-    used = any(name in SAMPLERS[c.sampler].options for c in configs)
-    if choices[name] is not None and not used:
-      raise UsageError(
-        f'{name} has no effect with sampler {configs[0].sampler}.', key=name
-      )
-  if choices.get('aug_level') is not None:
-    upsample = any(stage.low_resolution is not None for stage in stages)
-    if not upsample and any(config.aug_level for config in configs):
-      raise UsageError(
-        'aug_level has no effect without a super-resolution stage.',
-        key='aug_level',
-      )
 
 
 def _from_uint8(low_res: np.ndarray, count: int) -> np.ndarray:

@@ -70,16 +70,9 @@ def loss(
       weight = contrast_weight(low, stage.contrast_floor, x.shape[1])
 
   def predict(z: Array, logsnr: Array) -> Any:
-    return stage.net.apply(
-      {'params': params},
-      z,
-      logsnr,
-      text,
-      mask,
-      *extra,
-      train=True,
-      rngs={'dropout': keys['net']},
-    )
+    arrays = z, logsnr, text, mask, *extra
+    rngs = {'dropout': keys['net']}
+    return stage.net.apply({'params': params}, *arrays, train=True, rngs=rngs)
 
   return diffusion_loss(
     keys['loss'],

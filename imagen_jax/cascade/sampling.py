@@ -1,17 +1,17 @@
 """Sampling from a stage."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from imagen_jax.cascade.conditioning import low_res_input, null_where
-from imagen_jax.cascade.stage import SamplingConfig, Stage
-from imagen_jax.diffusion import guidance, process, samplers
-from imagen_jax.diffusion.samplers import Inpaint, SamplerSpec, Trajectory
-from imagen_jax.errors import UsageError
+from imagen_jax.cascade.stage import Stage
+from imagen_jax.diffusion import guidance, process, reverse
+from imagen_jax.diffusion.reverse import Inpaint, Reverse, Trajectory
+from imagen_jax.diffusion.samplers import SamplerSpec
 from imagen_jax.typing import (
   Array,
   AugLevel,
@@ -55,8 +55,7 @@ class SampleInputs(NamedTuple):
 def network(
   stage: Stage,
   params: dict,
-  text: TextEmb,
-  mask: TextMask,
+  inputs: SampleInputs,
   low_res: tuple[Image, AugLevel] | tuple[()] = (),
 ) -> Callable:
   """The network as f(z, logsnr, branch), for `diffusion.guidance.guided`.
@@ -67,26 +66,23 @@ def network(
   Args:
     stage: the stage.
     params: its parameters.
-    text: [B, L, D] embeddings.
-    mask: [B, L] bool.
+    inputs: with the text and its mask.
     low_res: for a super-resolution stage, the upsampled low-resolution images
       [B, H, W, 3] and their augmentation levels [B].
   """
+  net = functools.partial(stage.net.apply, {'params': params})
 
   def apply(z: Array, logsnr: Array, branch: str) -> Any:
-    if branch == 'both':
-      both = _twice((z, logsnr, text, mask, *low_res))
-      dropped = jnp.arange(2 * z.shape[0]) >= z.shape[0]
-      hidden = null_where(dropped, both[2], both[3])
-      out = stage.net.apply({'params': params}, *both[:2], *hidden, *both[4:])
-      return out[: z.shape[0]], out[z.shape[0] :]
-    return stage.net.apply({'params': params}, z, logsnr, text, mask, *low_res)
+    arrays = z, logsnr, inputs.text, inputs.mask, *low_res
+    if branch == 'cond':
+      return net(*arrays)
+    batch = z.shape[0]
+    twice = [jnp.concatenate([array, array]) for array in arrays]
+    text, mask = null_where(jnp.arange(2 * batch) >= batch, *twice[2:4])
+    out: Any = net(*twice[:2], text, mask, *twice[4:])
+    return out[:batch], out[batch:]
 
   return apply
-
-
-def _twice(arrays: Sequence[Array]) -> list[Array]:
-  return [jnp.concatenate([a, a], axis=0) for a in arrays]
 
 
 def sample(
@@ -104,62 +100,64 @@ def sample(
     [B, H, W, 3] float32 in [−1, 1], of the shape of `inputs.low_res`
     upsampled, else of `inputs.image`, else square.
   """
-  arguments = _arguments(stage, params, spec, inputs)
-  return jnp.clip(samplers.sample(**arguments), -1, 1)
+  images = reverse.sample(_reverse(stage, params, spec, inputs))
+  return jnp.clip(images, -1, 1)
 
 
 def trajectory(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
 ) -> Trajectory:
   """The noisy images and the predictions of all steps of `sample`."""
-  return samplers.trajectory(**_arguments(stage, params, spec, inputs))
+  return reverse.trajectory(_reverse(stage, params, spec, inputs))
 
 
-def _arguments(
+def _reverse(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
-) -> dict[str, Any]:
-  """The arguments of `samplers.sample`."""
-  keys, image = inputs.keys, inputs.image
-  height = width = stage.resolution
-  if image is not None:
-    height, width = image.shape[1:3]
-  low_res: tuple[Image, AugLevel] | tuple[()] = ()
-  if inputs.low_res is not None:
-    height, width = (side * stage.factor for side in inputs.low_res.shape[1:3])
-    if inputs.aug_level is None:
-      raise ValueError('low_res needs its aug_level')
-    level = jnp.full(keys.shape[:1], inputs.aug_level, jnp.float32)
-    eps = _normal(keys, 1, inputs.low_res.shape[1:])
-    # Noised once, before the loop: every step sees the same low-res image.
-    low_res = low_res_input(stage, eps, inputs.low_res, level), level
+) -> Reverse:
+  """The reverse process of a stage."""
+  image, inpaint = inputs.image, None
+  if inputs.inpaint_mask is not None:
+    if image is None:
+      raise ValueError('inpaint_mask needs its image')
+    inpaint = Inpaint(image, inputs.inpaint_mask)
   denoise = guidance.guided(
-    network(stage, params, inputs.text, inputs.mask, low_res),
+    network(stage, params, inputs, _low_res(stage, inputs)),
     weight=inputs.guidance,
     prediction=stage.prediction,
     threshold=spec.threshold,
     percentile=spec.percentile,
     interval=spec.guidance_interval,
   )
-  step_keys, start = _fold(keys, 0), 1.0
+  keys, start = _fold(inputs.keys, 0), 1.0
   if image is not None and spec.strength < 1:
     start = spec.strength
-    eps = _normal(keys, 2, image.shape[1:])
+    eps = _normal(inputs.keys, 2, image.shape[1:])
     z = process.diffuse(image, eps, stage.logsnr_fn(jnp.float32(start)))
   else:
-    z = samplers.initial_noise(step_keys, (height, width, 3))
-  inpaint = None
-  if inputs.inpaint_mask is not None:
-    if image is None:
-      raise ValueError('inpaint_mask needs its image')
-    inpaint = Inpaint(image, inputs.inpaint_mask)
-  return {
-    'keys': step_keys,
-    'z': z,
-    'logsnr': samplers.logsnr_grid(stage.logsnr_fn, spec, start=start),
-    'denoise': denoise,
-    'spec': spec,
-    'inpaint': inpaint,
-  }
+    height = width = stage.resolution
+    if inputs.low_res is not None:
+      height, width = (n * stage.factor for n in inputs.low_res.shape[1:3])
+    elif image is not None:
+      height, width = image.shape[1:3]
+    z = reverse.initial_noise(keys, (height, width, 3))
+  logsnr = reverse.logsnr_grid(stage.logsnr_fn, spec, start=start)
+  return Reverse(keys, z, logsnr, denoise, spec, inpaint)
+
+
+def _low_res(
+  stage: Stage, inputs: SampleInputs
+) -> tuple[Image, AugLevel] | tuple[()]:
+  """The upsampled low-resolution images and their levels, if there are any.
+
+  They are noised once, before the loop: every step sees the same images.
+  """
+  if inputs.low_res is None:
+    return ()
+  if inputs.aug_level is None:
+    raise ValueError('low_res needs its aug_level')
+  level = jnp.full(inputs.keys.shape[:1], inputs.aug_level, jnp.float32)
+  eps = _normal(inputs.keys, 1, inputs.low_res.shape[1:])
+  return low_res_input(stage, eps, inputs.low_res, level), level
 
 
 def _fold(keys: Keys | KeyData, number: int) -> Keys:
@@ -195,25 +193,3 @@ def compiled(
     return sample(stage, params, spec, inputs._replace(keys=keys))
 
   return jax.jit(run, out_shardings=shardings)
-
-
-def check_sampling(stage: Stage, config: SamplingConfig) -> None:
-  """Rejects settings that this stage was not trained for.
-
-  Raises:
-    UsageError: guidance without caption dropout, or an augmentation level
-      outside [0, max_level].
-  """
-  if config.guidance != 1 and stage.cond_drop == 0:
-    raise UsageError(
-      f'stage {stage.name}: guidance {config.guidance:g} needs a model trained '
-      'with caption dropout, and this one had stage.cond_drop = 0; use 1.',
-      key='guidance',
-    )
-  if not 0 <= config.aug_level <= stage.max_level:
-    raise UsageError(
-      f'stage {stage.name}: aug_level is {config.aug_level:g}; it lies in '
-      f'[0, {stage.max_level:g}], and 0.1 to 0.3 give the best-looking '
-      'images.',
-      key='aug_level',
-    )

@@ -1,10 +1,9 @@
 """A stage of the cascade: network, schedule, settings and parameters."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +30,11 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 }
 
 
+def _part(cls: Any, whole: Any) -> Any:
+  """A `cls` with the values that its fields have in `whole`."""
+  return cls(**{name: getattr(whole, name) for name in _names(cls)})
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(SamplerSpec):
   """The sampling settings of a stage; each can be overridden per call.
@@ -46,8 +50,7 @@ class SamplingConfig(SamplerSpec):
   @property
   def spec(self) -> SamplerSpec:
     """The settings that are compiled in."""
-    fields = dataclasses.fields(SamplerSpec)
-    return SamplerSpec(**{f.name: getattr(self, f.name) for f in fields})
+    return _part(SamplerSpec, self)
 
   @property
   def scalars(self) -> dict[str, np.float32 | None]:
@@ -114,8 +117,7 @@ class Stage:
   @property
   def loss_spec(self) -> LossSpec:
     """The fields of the loss."""
-    fields = dataclasses.fields(LossSpec)
-    return LossSpec(**{f.name: getattr(self, f.name) for f in fields})
+    return _part(LossSpec, self)
 
 
 def from_config(
@@ -142,14 +144,13 @@ def from_config(
   cls = kinds.find(
     net.pop('kind', None), NETS, key='config.stage.net.kind', base=Network
   )
-  _check_names('stage.net', net, cls)
-  _check_names('stage.sampling', chosen, SamplingConfig)
+  _check_names('stage.net', net, _names(cls))
+  _check_names('stage.sampling', chosen, _names(SamplingConfig))
   logsnr_fn = make_schedule(**_section(config, 'schedule'))
-  _check_names('stage', config, Stage)
+  _check_names('stage', config, _names(Stage))
   _check_values(config)
   filled = {'resolution': config['resolution'], 'dtype': dtype}
-  fields = {field.name for field in dataclasses.fields(cls)}
-  net = {k: v for k, v in filled.items() if k in fields} | net
+  net = {k: v for k, v in filled.items() if k in _names(cls)} | net
   try:
     sampling = SamplingConfig(**chosen)
   except SettingError as error:
@@ -172,53 +173,48 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
   }
 
 
-def _check_names(where: str, given: Mapping[str, Any], cls: type) -> None:
-  fields = {field.name for field in dataclasses.fields(cls)}
+def _names(cls: Any) -> list[str]:
+  return [field.name for field in dataclasses.fields(cls)]
+
+
+def _check_names(
+  where: str, given: Mapping[str, Any], known: Sequence[str]
+) -> None:
   for key in given:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
+    if key not in known:
       raise UsageError(
-        f'{where} has no key {key!r}'
-        + (f'; did you mean {near[0]}?' if near else '.')
-        + f' It knows {", ".join(sorted(fields - {"parent"}))}.'
+        f'{where} has no key {key!r}{kinds.did_you_mean(key, known)} Its keys '
+        f'are {", ".join(name for name in known if name != "parent")}.'
       )
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
   """Rejects values of `stage` that are invalid or have no effect."""
-  weighting = config.get('weighting')
-  for key, choices in (
-    ('prediction', PREDICTIONS),
-    ('weighting', (None, *WEIGHTINGS)),
-  ):
-    value = config.get(key, choices[0])
-    if value not in choices:
-      names = ', '.join(map(str, choices))
-      raise UsageError(f'stage.{key} is {value!r}; choose of {names}.')
-  for key, needs in (
-    ('min_snr_gamma', 'min_snr'),
-    ('sigmoid_bias', 'sigmoid'),
-  ):
-    default = getattr(LossSpec, key)
-    if config.get(key, default) != default and weighting != needs:
-      raise UsageError(
-        f'stage.{key} has no effect with stage.weighting={weighting!r}; set '
-        f'that to {needs!r}, or leave {key} out.'
-      )
-  if not config.get('min_snr_gamma', 1.0) > 0:
-    gamma = config['min_snr_gamma']
-    raise UsageError(f'stage.min_snr_gamma is {gamma:g}; it is positive.')
-  level = config.get('max_level', 1.0)
-  if not 0 <= level <= 1:
-    raise UsageError(f'stage.max_level is {level:g}; it lies in [0, 1].')
-  floor = config.get('contrast_floor')
-  if floor is not None and not floor > 0:
-    raise UsageError(f'stage.contrast_floor is {floor:g}; it is positive.')
-  if floor is not None and config.get('low_resolution') is None:
-    raise UsageError(
-      'stage.contrast_floor is for stages with a stage.low_resolution; '
-      'set it to None.'
-    )
+  get = lambda key: config.get(key, getattr(Stage, key, None))
+  weightings = None, *WEIGHTINGS
+  floor, weighting = get('contrast_floor'), get('weighting')
+  rules = [
+    ('prediction', get('prediction') in PREDICTIONS, _one_of(PREDICTIONS)),
+    ('weighting', weighting in weightings, _one_of(weightings)),
+    ('min_snr_gamma', get('min_snr_gamma') > 0, 'it is positive'),
+    ('max_level', 0 <= get('max_level') <= 1, 'it lies in [0, 1]'),
+    ('contrast_floor', floor is None or floor > 0, 'it is positive'),
+    (
+      'contrast_floor',
+      floor is None or get('low_resolution') is not None,
+      'it has no effect without stage.low_resolution; set it to None',
+    ),
+  ]
+  for key, needs in ('min_snr_gamma', 'min_snr'), ('sigmoid_bias', 'sigmoid'):
+    used = weighting == needs or get(key) == getattr(Stage, key)
+    rules.append((key, used, f'it needs stage.weighting={needs!r}'))
+  for key, valid, rule in rules:
+    if not valid:
+      raise UsageError(f'stage.{key} is {get(key)!r}; {rule}.')
+
+
+def _one_of(choices: Sequence[str | None]) -> str:
+  return f'choose one of {", ".join(map(str, choices))}'
 
 
 def make_schedule(
@@ -243,13 +239,8 @@ def make_schedule(
     raise UsageError(
       f'stage.schedule.kind is {kind!r}; it can be {" or ".join(SCHEDULES)}.'
     )
-  known = inspect.signature(SCHEDULES[kind]).parameters
-  for key in options:
-    if key not in known:
-      raise UsageError(
-        f'stage.schedule has no key {key!r}; {kind!r} knows '
-        f'{", ".join(name for name in known if name != "t")}.'
-      )
+  _, *known = inspect.signature(SCHEDULES[kind]).parameters
+  _check_names('stage.schedule', options, known)
   plain = functools.partial(SCHEDULES[kind], **options)
   if shift_from is None:
     return plain
@@ -288,7 +279,7 @@ def param_shapes(stage: Stage) -> dict:
   except (ArithmeticError, LookupError, TypeError, ValueError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
-      f'stage.net of {stage.name} does not make a network ({reason[:200]}); '
+      f'stage.net of {stage.name} does not define a network ({reason[:200]}); '
       'give one value per level where there are several, and widths that '
       'head_dim and norm_groups divide.'
     ) from error

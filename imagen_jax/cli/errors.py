@@ -1,14 +1,14 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import files
+from imagen_jax.kinds import did_you_mean
 
 
 def run(
@@ -125,9 +125,3 @@ def positive(text: str) -> int:
       f'{text!r} is not a whole number of 1 or more'
     )
   return int(text)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """'; did you mean X?' for the nearest of `known`, or '.' if none is."""
-  near = difflib.get_close_matches(name, list(known), n=1)
-  return f'; did you mean {near[0]}?' if near else '.'

@@ -82,7 +82,6 @@ def _main(argv: list[str]) -> None:
   args = _parser().parse_args(argv)
   from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
-  from imagen_jax.data.progress import Progress
   from imagen_jax.data.sources import find_source, make_source
 
   if find_source(args.source).endless and args.num is None:
@@ -98,17 +97,13 @@ def _main(argv: list[str]) -> None:
     **settings,
   )
   text, embed = _embedder(args) if args.text else (None, None)
-  number = min(args.num or len(source), len(source))
-  progress = Progress(f'{args.out}:', number)
   settings |= {'source': args.source, 'fingerprint': source.fingerprint}
   header, dropped = preparation.prepare(
     source,
     args.out,
-    preparation.Recipe(args.size, settings, text, number, args.part_size),
+    preparation.Recipe(args.size, settings, text, args.num, args.part_size),
     embed=embed,
-    progress=progress,
   )
-  progress.close()
   size = sum(part['bytes'] for part in header['parts'])
   print(
     f'{args.out}: {header["count"]} images of {args.size} pixels, '

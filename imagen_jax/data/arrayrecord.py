@@ -13,7 +13,6 @@ padding. It contains no code.
 import glob
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
 from imagen_jax.errors import DataError
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, resize_square
+from imagen_jax.io.files import AnyPath
 
 FORMAT_VERSION = 1
 DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
@@ -56,9 +56,11 @@ class ArrayRecordSource(Checked):
   path_is = 'what imagen-prepare wrote'
 
   def __init__(
-    self, path: str | os.PathLike[str], size: int, *, max_bad: float = MAX_BAD
+    self, path: AnyPath, size: int, *, max_bad: float = MAX_BAD
   ) -> None:
-    self.path = path
+    super().__init__(path, size, max_bad=max_bad)
+
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     folders = [pathlib.Path(path)]
     if not folders[0].exists():
       folders = [*map(pathlib.Path, sorted(glob.glob(str(path))))] or folders
@@ -67,27 +69,26 @@ class ArrayRecordSource(Checked):
     self.text_header = self.header['text']
     names: list[str] = []
     for folder, header in zip(folders, self._headers):
-      self._check(folder, header, size)
+      self._check(folder, header)
       names += _files(folder, header)
     self._records = (
       array_record_data_source.ArrayRecordDataSource(names) if names else ()
     )
-    super().__init__(str(path), size, 'area', max_bad, {})
+    return {}, []
 
-  def _check(
-    self, folder: pathlib.Path, header: Mapping[str, Any], size: int
-  ) -> None:
+  def _check(self, folder: pathlib.Path, header: Mapping[str, Any]) -> None:
     """Checks that a set is large enough, and prepared like the first."""
-    if size > header['size']:
+    if self.size > header['size']:
       raise DataError(
-        f'{folder} was prepared at {header["size"]} pixels and {size} are '
-        f'needed; prepare it again with imagen-prepare --size {size}.'
+        f'{folder} was prepared at {header["size"]} pixels and {self.size} are '
+        f'needed; prepare it again with imagen-prepare --size {self.size}.'
       )
     for key in ('size', 'text'):
       if header[key] != self.header[key]:
         raise DataError(
           f'{folder} was prepared with another {key} than the first set of '
-          f'{self.path}; prepare them alike, or name one of them.'
+          f'{self.where}; prepare them with the same '
+          'settings, or give the path of one.'
         )
 
   def __len__(self) -> int:
@@ -138,7 +139,7 @@ class ArrayRecordSource(Checked):
       stored = self.header['text'][key]
       if stored != value:
         raise DataError(
-          f'{self.path} holds embeddings of another {key} ({short(stored)}) '
+          f'{self.where} holds embeddings of another {key} ({short(stored)}) '
           f'than text.path and text.max_len give ({short(value)}); prepare '
           'it again with imagen-prepare --text, or set those to what it was '
           'prepared with.'
@@ -224,8 +225,8 @@ def _files(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[str]:
     file = folder / part['name']
     if not file.exists() or file.stat().st_size != part['bytes']:
       raise DataError(
-        f'{file} is missing or has another size than {DATASET} says; copy '
-        'it again from where it came.'
+        f'{file} is missing or has another size than {DATASET} states; '
+        f'{files.COPY_AGAIN}.'
       )
     if part['count']:
       yield f'{file}[0:{part["count"]}]'
@@ -235,22 +236,19 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   if not (path / DATASET).exists():
     if (path / UNFINISHED).exists():
       raise DataError(
-        f'{path} is not finished: repeat the imagen-prepare command that '
-        'began it, and it continues.'
+        f'{path} is not finished; repeat its imagen-prepare command, which '
+        'resumes it.'
       )
     raise DataError(
-      f'{path} is no prepared data: it has no {DATASET}; prepare one with '
-      'imagen-prepare.'
+      f'{path} is not prepared data: it has no {DATASET}; check the path, or '
+      'prepare it with imagen-prepare.'
     )
   header = files.read_json(
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
-  try:
-    _ = header['size'], header['count'], header['text'], header['parts']
-  except KeyError as error:
-    raise DataError(
-      f'{path / DATASET} lacks {error}; {files.COPY_AGAIN}.'
-    ) from error
+  for key in ('size', 'count', 'text', 'parts'):
+    if key not in header:
+      raise DataError(f'{path / DATASET} lacks {key!r}; {files.COPY_AGAIN}.')
   return header
 
 

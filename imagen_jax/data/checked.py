@@ -11,15 +11,19 @@ import concurrent.futures
 import functools
 import logging
 import os
+import pathlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, decode
+from imagen_jax.io.files import AnyPath
 
+Key = TypeVar('Key')
 Found = TypeVar('Found')
 
 MAX_BAD = 0.01  # fraction of bad samples that a source tolerates
@@ -27,6 +31,7 @@ MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
 # Version of `clean_caption`, recorded with stored embeddings.
 CLEANING = 'whitespace-1'
 TURN = 256  # samples checked between two updates of the progress
+EXAMPLES = 3  # names that a message lists per reason
 SUBSTITUTES = 100  # neighbours tried before giving up
 
 
@@ -36,19 +41,18 @@ class Checked(Source):
   A sample that fails later, because the disk fails or its file has changed, is
   replaced by the next good one and counts as bad.
 
-  Subclasses have `__len__`, `name`, and `read` or `example`.
+  Subclasses have `scan`, `__len__`, `name`, and `read` or `example`.
 
   Args:
-    where: name of the source, for messages.
+    path: of the data, see the subclass.
     size: side of the images in pixels.
     resize: see `decode`.
     max_bad: fraction of bad samples above which the source raises an error.
-    bad: {name: reason} of the samples skipped as bad.
-    small: names of good images that are too small for `size`.
-    needs: a sentence on what the source needs, for the message if it is empty.
 
   Attributes:
-    bad: as given, and the samples that failed since.
+    needs: a sentence on what the source needs, for the message if it is empty.
+    where: the source's name in messages.
+    bad: {name: reason} of the bad samples, also of those that failed since.
     replaced: number of times that a sample was replaced.
     skipped: ((name, reason), …) of all samples skipped at the start.
 
@@ -56,35 +60,45 @@ class Checked(Source):
     DataError: too many samples are bad, or none is left.
   """
 
+  needs: ClassVar[str] = ''
+  bad: dict[str, str]
+
   def __init__(
     self,
-    where: str,
+    path: AnyPath,
     size: int,
-    resize: str,
-    max_bad: float,
-    bad: Mapping[str, str],
-    small: Sequence[str] = (),
-    needs: str = '',
+    *,
+    resize: str = 'area',
+    max_bad: float = MAX_BAD,
   ) -> None:
-    self.where, self.size, self.resize = where, size, resize
+    self.where, self.size, self.resize = str(path), size, resize
     self.max_bad, self.replaced = max_bad, 0
-    self.bad: dict[str, str] = dict(bad)
     self._lock = threading.Lock()
+    self.bad, small = self.scan(path)
     too_small = f'it is smaller than {size} pixels'
-    self.skipped = (*bad.items(), *((name, too_small) for name in small))
+    self.skipped = (*self.bad.items(), *((name, too_small) for name in small))
     if not len(self):
-      reason = summary(self.skipped) if self.skipped else 'there are none'
+      reason = summary(self.skipped) or 'there are none'
       raise DataError(
-        f'{where} has no image to train on at {size} pixels: {reason}. '
-        f'{needs}'.strip()
+        f'{self.where} has no image to train on at {size} pixels: {reason}. '
+        f'{self.needs}'.strip()
       )
-    self._total = len(self) + len(self.bad) + len(small)
+    self._total = len(self) + len(self.skipped)
     self._check_fraction()
     if self.skipped:
       _tell(
-        f'{where}: {len(self)} images, {len(self.skipped)} left out: '
-        f'{summary(self.skipped)}'
+        f'{self.where}: {len(self)} images are used and {len(self.skipped)} '
+        f'are skipped: {summary(self.skipped)}.'
       )
+
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+    """Finds and checks the samples; called once, at construction.
+
+    Returns:
+      ({name: reason} of the bad samples, names of the images that are good but
+      too small for `self.size`).
+    """
+    raise NotImplementedError
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != '_lock'}
@@ -108,7 +122,7 @@ class Checked(Source):
         self.note(self.name(j % len(self)), reason)
     raise DataError(
       f'{self.where}: no sample from {self.name(int(i))} on can be read '
-      f'({reason}); is the disk still there?'
+      f'({reason}); check the disk.'
     )
 
   def read(self, i: int) -> tuple[bytes, str]:
@@ -145,8 +159,8 @@ class Checked(Source):
       raise DataError(
         f'{self.where}: {len(self.bad)} of {self._total} samples are bad, '
         f'{fraction:.2%} where data.max_bad allows {self.max_bad:.2%}: '
-        f'{summary(self.bad.items())}; mend or remove them, or allow more '
-        'with a higher max_bad.'
+        f'{summary(self.bad.items())}; repair or remove them, or raise '
+        'data.max_bad.'
       )
 
 
@@ -178,49 +192,67 @@ def clean_caption(text: str | bytes) -> str:
 
 
 def survey(
-  number: int, examine: Callable[[int], Found], label: str
-) -> list[Found | BadSample]:
-  """[examine(0), …, examine(number − 1)], computed in threads.
+  keys: Sequence[Key], examine: Callable[[Key], Found], label: str
+) -> tuple[dict[Key, Found], dict[Key, str]]:
+  """Examines samples in threads.
 
   Args:
-    number: of samples.
-    examine: i -> result; a BadSample or OSError that it raises is returned as
-      a BadSample.
+    keys: of the samples, each different.
+    examine: key -> result; raises BadSample or OSError if the sample is bad.
     label: of the progress line.
+
+  Returns:
+    ({key: result} of the good samples, {key: reason} of the bad ones).
   """
 
-  def one(i: int) -> Found | BadSample:
+  def one(key: Key) -> Found | BadSample:
     try:
-      return examine(i)
+      return examine(key)
     except BadSample as error:
       return error
     except OSError as error:
       return BadSample(f'it cannot be read ({error.strerror or error})')
 
-  progress = Progress(label, number)
-  found: list[Found | BadSample] = []
-  with concurrent.futures.ThreadPoolExecutor(
-    min(16, os.cpu_count() or 1)
-  ) as pool:
+  good: dict[Key, Found] = {}
+  bad: dict[Key, str] = {}
+  progress = Progress(label, len(keys))
+  with thread_pool() as pool:
     # In chunks: pool.map alone would queue all samples at once.
-    for start in range(0, number, TURN):
-      turn = range(start, min(start + TURN, number))
-      found += pool.map(one, turn)
+    for start in range(0, len(keys), TURN):
+      turn = keys[start : start + TURN]
+      for key, result in zip(turn, pool.map(one, turn)):
+        if isinstance(result, BadSample):
+          bad[key] = str(result)
+        else:
+          good[key] = result
       progress.add(len(turn))
   progress.close()
-  return found
+  return good, bad
 
 
-def summary(skipped: Iterable[tuple[str, str]], examples: int = 3) -> str:
+def thread_pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Threads that read and decode samples."""
+  return concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def summary(skipped: Iterable[tuple[str, str]]) -> str:
   """'2 because it has no caption (a.png, b.png), …', most common first."""
   by_reason: dict[str, list[str]] = collections.defaultdict(list)
   for name, reason in skipped:
     by_reason[reason].append(name)
   return ', '.join(
-    f'{len(names)} because {reason} ({", ".join(names[:examples])}'
-    f'{", …" if len(names) > examples else ""})'
+    f'{len(names)} because {reason} ({", ".join(names[:EXAMPLES])}'
+    f'{", …" if len(names) > EXAMPLES else ""})'
     for reason, names in sorted(by_reason.items(), key=lambda e: -len(e[1]))
   )
+
+
+def write_skipped(
+  file: pathlib.Path, skipped: Iterable[tuple[str, str]]
+) -> None:
+  """Writes skipped samples as JSON Lines of `name` and `reason`."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  files.write_lines(file, [{'name': n, 'reason': r} for n, r in skipped])
 
 
 @functools.cache

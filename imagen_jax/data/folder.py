@@ -16,9 +16,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from imagen_jax.data import index_cache
-from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
+from imagen_jax.data.checked import Checked, clean_caption, survey
 from imagen_jax.errors import DataError
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
+from imagen_jax.io.files import AnyPath
 
 CAPTION_KEYS = ('text', 'caption')
 
@@ -31,9 +32,7 @@ class FolderSource(Checked):
   images that do not decode, captions that are missing or not text.
 
   Args:
-    path: the folder, searched recursively.
-    size: side of the images in pixels.
-    resize, max_bad: see `Checked`.
+    path: the folder, searched recursively; the others are `Checked`'s.
 
   Attributes:
     names: of the images, sorted, relative to the folder.
@@ -45,39 +44,19 @@ class FolderSource(Checked):
   """
 
   path_is = 'a folder of images with .txt captions beside them'
+  needs = (
+    f'It needs images ({" ".join(SUFFIXES)}) with a .txt caption beside each, '
+    'or a metadata.jsonl.'
+  )
 
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    resize: str = 'area',
-    max_bad: float = MAX_BAD,
-  ) -> None:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     self.path = pathlib.Path(path)
     found, bad = _find(self.path)
-    sides = _check(self.path, list(found))
-    names, captions, small = [], [], []
-    for name, caption in found.items():
-      side = sides[name]
-      if isinstance(side, str):
-        bad[name] = side
-      elif side < size:
-        small.append(name)
-      else:
-        names.append(name)
-        captions.append(caption)
-    self.names, self.captions = tuple(names), tuple(captions)
-    super().__init__(
-      str(path),
-      size,
-      resize,
-      max_bad,
-      bad,
-      small,
-      f'It needs images ({" ".join(SUFFIXES)}) with a .txt caption beside '
-      'each, or a metadata.jsonl.',
-    )
+    sides, unreadable = _check(self.path, list(found))
+    self.names = tuple(name for name in sides if sides[name] >= self.size)
+    self.captions = tuple(found[name] for name in self.names)
+    small = [name for name in sides if sides[name] < self.size]
+    return bad | unreadable, small
 
   def __len__(self) -> int:
     return len(self.names)
@@ -151,12 +130,12 @@ def _read_metadata(
     except (ValueError, KeyError, TypeError, StopIteration) as error:
       raise DataError(
         f'{file}, line {number}, is not an object with "file_name" and '
-        '"text": mend or remove the line.'
+        '"text"; correct or remove the line.'
       ) from error
     if name in found:
       bad[f'line {number}'] = 'it lists an image a second time'
     elif os.path.isabs(name) or '..' in pathlib.PurePosixPath(name).parts:
-      bad[name] = 'its name leads out of the folder'
+      bad[name] = 'its name points outside the folder'
     else:
       found[name] = caption
   return found, bad
@@ -169,40 +148,26 @@ def _read_caption(file: pathlib.Path) -> bytes:
     raise BadSample('it has no caption') from error
 
 
-def _check(path: pathlib.Path, names: Sequence[str]) -> dict[str, int | str]:
-  """{name: shorter side in pixels, or what is wrong}; cached by `_state`."""
+def _check(
+  path: pathlib.Path, names: Sequence[str]
+) -> tuple[dict[str, int], dict[str, str]]:
+  """({name: shorter side in pixels}, {name: what is wrong}), both sorted.
+
+  Cached; an image is read again if its `_state` has changed.
+  """
   location = path.resolve()
   header, rows = index_cache.load('folder', location) or ({'names': []}, [])
-  known = dict(zip(header['names'], rows))
+  known = {name: (*row,) for name, row in zip(header['names'], rows)}
   states = {name: _state(path / name) for name in names}
-  new = [
-    name
-    for name in names
-    if name not in known or tuple(known[name][:2]) != states[name]
-  ]
-
-  def examine(i: int) -> int:
-    return min(inspect(path / new[i]))
-
-  results = dict(zip(new, survey(len(new), examine, f'checking {path}')))
-  sides: dict[str, int | str] = {}
-  good: dict[str, list[int]] = {}
-  for name in names:
-    result = results.get(name)
-    if isinstance(result, BadSample):
-      sides[name] = str(result)
-    else:
-      side = int(known[name][2]) if result is None else result
-      sides[name] = side
-      good[name] = [*states[name], side]
+  new = [n for n in names if known.get(n, ())[:2] != states[n]]
+  found, bad = survey(
+    new, lambda name: min(inspect(path / name)), f'checking {path}'
+  )
+  sides = {n: found.get(n) or int(known[n][2]) for n in names if n not in bad}
   if new:
-    index_cache.save(
-      'folder',
-      location,
-      {'names': list(good)},
-      list(good.values()) or [[0, 0, 0]],
-    )
-  return sides
+    table = [[*states[name], side] for name, side in sides.items()]
+    index_cache.save('folder', location, {'names': list(sides)}, table)
+  return sides, bad
 
 
 def _state(file: pathlib.Path) -> tuple[int, int]:

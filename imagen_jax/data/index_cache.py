@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,27 @@ import numpy as np
 from imagen_jax.io import files
 
 VERSION = 1
+
+
+def cached(
+  kind: str,
+  location: object,
+  state: Any,
+  columns: int,
+  make: Callable[[], tuple[Sequence[Sequence[int]], Mapping[str, str]]],
+) -> tuple[np.ndarray, dict[str, str]]:
+  """(int64 rows [n, columns], {name: what is wrong}) that `make` returns.
+
+  They are taken from the cache if they were made with an equal `state`, a JSON
+  value such as the size and modification time of the files.
+  """
+  found = load(kind, location)
+  if found is None or found[0]['state'] != state:
+    rows, bad = make()
+    found = {'state': state, 'bad': bad}, np.array(rows, np.int64)
+    save(kind, location, *found)
+  header, table = found
+  return table.reshape(-1, columns), header['bad']
 
 
 def path_for(kind: str, location: object) -> pathlib.Path:

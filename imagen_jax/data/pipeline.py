@@ -8,6 +8,7 @@ same random numbers for different images, and would misalign the epochs where
 the hosts do not divide the number of images.
 """
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -26,14 +27,44 @@ PREFETCH = 16  # batches, each made by one thread
 SIDED = re.compile(r'\b(left|right)', re.IGNORECASE)
 
 
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """Which examples are in which batch, and which rows this host makes.
+
+  Attributes:
+    seed: of the permutations and of `augment`.
+    batch_size: the global batch size, over all hosts.
+    start_step: number of the first batch.
+    host, num_hosts: index of this process, and number of processes. The global
+      batch is the concatenation of the hosts' batches.
+
+  Raises:
+    UsageError: the hosts do not divide the batch.
+  """
+
+  seed: int
+  batch_size: int
+  start_step: int = 0
+  host: int = 0
+  num_hosts: int = 1
+
+  def __post_init__(self) -> None:
+    if self.batch_size % self.num_hosts:
+      raise UsageError(
+        f'train.batch_size={self.batch_size} cannot be split over '
+        f'{self.num_hosts} hosts; use a multiple of {self.num_hosts}.'
+      )
+
+  @property
+  def rows(self) -> int:
+    """Rows of a batch that each host makes."""
+    return self.batch_size // self.num_hosts
+
+
 def batches(
   source: Source,
+  order: Order,
   *,
-  seed: int,
-  batch_size: int,
-  start_step: int = 0,
-  host: int = 0,
-  num_hosts: int = 1,
   augment: Callable[[Example, np.random.Generator], Example] | None = None,
   transform: Callable[[Example], Example] | None = None,
 ) -> Iterator[Example]:
@@ -44,11 +75,7 @@ def batches(
 
   Args:
     source: `__len__` and `__getitem__(i) -> dict`, safe to call from threads.
-    seed: of the permutations and of `augment`.
-    batch_size: the global batch size, over all hosts.
-    start_step: number of the first batch.
-    host, num_hosts: index of this process, and number of processes. The global
-      batch is the concatenation of the hosts' batches.
+    order: seed, batch size, first step, and this host's part.
     augment: (example, numpy Generator) -> example, or None. Each example has
       its own generator, new in every epoch, the same on any host.
     transform: example -> example, or None; runs last, before batching. It and
@@ -61,17 +88,12 @@ def batches(
     in the source. It prefetches in threads.
 
   Raises:
-    UsageError: the hosts do not divide the batch.
     DataError: the source is empty.
   """
-  if batch_size % num_hosts:
-    raise UsageError(
-      f'train.batch_size {batch_size} cannot be split over {num_hosts} hosts; '
-      f'make it a multiple of {num_hosts}.'
-    )
   if len(source) == 0:
-    raise DataError('the data set has no images.')
-  data = grain.MapDataset.source(_Numbered(source)).seed(seed)
+    raise DataError('the data set has no images; check data.path.')
+  # A map for the index would give the random operations other seeds.
+  data = grain.MapDataset.source(_Numbered(source)).seed(order.seed)
   data = data.shuffle().repeat(None)
   if augment is not None:
     data = data.random_map(augment)
@@ -79,17 +101,15 @@ def batches(
     data = data.map(
       lambda example: transform(example) | {'index': example['index']}
     )
-  rows = batch_size // num_hosts
-  data = _HostRows(data, host, num_hosts, rows).batch(rows)
+  data = _HostRows(data, order).batch(order.rows)
   # Threads suffice: decoding and numpy release the GIL. Unlike the number of
   # worker processes, their number does not change the order.
   threads = min(PREFETCH, os.cpu_count() or 1)
-  iterator = iter(
-    data.to_iter_dataset(
-      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
-    )
+  options = grain.ReadOptions(
+    num_threads=threads, prefetch_buffer_size=PREFETCH
   )
-  iterator.set_state({'next_index': start_step})
+  iterator = iter(data.to_iter_dataset(options))
+  iterator.set_state({'next_index': order.start_step})
   return iterator
 
 
@@ -114,18 +134,16 @@ class _HostRows(grain.MapDataset):
   be added to another image.
   """
 
-  def __init__(
-    self, parent: grain.MapDataset, host: int, num_hosts: int, rows: int
-  ) -> None:
+  def __init__(self, parent: grain.MapDataset, order: Order) -> None:
     super().__init__(parent)
-    self._host, self._num_hosts, self._rows = host, num_hosts, rows
+    self._order = order
 
   def __len__(self) -> int:
-    return len(self._parent) // self._num_hosts
+    return len(self._parent) // self._order.num_hosts
 
   def __getitem__(self, index: Any) -> Any:
-    batch, row = divmod(index, self._rows)
-    start = (batch * self._num_hosts + self._host) * self._rows
+    batch, row = divmod(index, self._order.rows)
+    start = batch * self._order.batch_size + self._order.host * self._order.rows
     return self._parent[start + row]
 
 

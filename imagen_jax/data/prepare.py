@@ -6,8 +6,6 @@ complete, so the same call resumes an interrupted one.
 
 import concurrent.futures
 import dataclasses
-import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,12 +20,13 @@ from imagen_jax.data.arrayrecord import (
   short,
   write_records,
 )
-from imagen_jax.data.checked import CLEANING
+from imagen_jax.data.checked import CLEANING, thread_pool, write_skipped
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample
+from imagen_jax.io.files import AnyPath
 
 DROPPED = 'dropped.jsonl'
 BATCH = 64  # samples read, and captions embedded, at a time
@@ -68,11 +67,10 @@ class Recipe:
 
 def prepare(
   source: Source,
-  out: str | os.PathLike[str],
+  out: AnyPath,
   recipe: Recipe,
   *,
   embed: Embed | None = None,
-  progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
   """Writes a source as prepared data, or resumes an interrupted call.
 
@@ -82,7 +80,6 @@ def prepare(
     recipe: the settings of the set.
     embed: list of captions -> list of bfloat16 [tokens, dim], if the recipe
       has text.
-    progress: counts samples.
 
   Returns:
     (the header, [(name, reason)] of the skipped samples).
@@ -95,6 +92,7 @@ def prepare(
   number = min(recipe.number or len(source), len(source))
   header = recipe.header(number)
   _claim(out, header)
+  progress = Progress(f'{out}:', number)
   parts: list[dict[str, Any]] = []
   for start in range(0, number, size):
     indices = range(start, min(start + size, number))
@@ -102,13 +100,13 @@ def prepare(
     part = _finished(file)
     if part is None:
       part = _write_part(file, source, indices, embed, progress)
-    elif progress is not None:
+    else:
       progress.add(len(indices))
     parts.append(part)
+  progress.close()
   dropped = [*source.skipped]
   dropped += [entry for part in parts for entry in part.pop('dropped')]
-  lines = [json.dumps({'name': n, 'reason': r}) + '\n' for n, r in dropped]
-  files.write_text(out / DROPPED, ''.join(lines))
+  write_skipped(out / DROPPED, dropped)
   header |= {'count': sum(part['count'] for part in parts), 'parts': parts}
   files.write_json(out / DATASET, header)
   (out / UNFINISHED).unlink(missing_ok=True)
@@ -125,16 +123,15 @@ def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
       if wrong:
         key = wrong[0]
         raise UsageError(
-          f'{out} holds another prepared set, of {key} '
-          f'{short(before.get(key))!r} where this is {short(now[key])!r}; '
-          'choose another.',
+          f'{out} holds a set prepared with {key} {short(before.get(key))!r}, '
+          f'and this call has {short(now[key])!r}; choose another folder.',
           key='out',
         )
       for cut in out.glob('.part-*.tmp'):  # left by a killed process
         cut.unlink()
       return
   if out.exists() and any(out.iterdir()):
-    raise UsageError(f'{out} is not empty; choose another.', key='out')
+    raise UsageError(f'{out} is not empty; choose another folder.', key='out')
   out.mkdir(parents=True, exist_ok=True)
   files.write_json(out / UNFINISHED, header)
 
@@ -167,7 +164,7 @@ def _write_part(
   source: Source,
   indices: range,
   embed: Embed | None,
-  progress: Progress | None,
+  progress: Progress,
 ) -> dict[str, Any]:
   """Writes one part; its .json, which marks it as complete, comes last."""
   dropped: list[tuple[str, str]] = []
@@ -191,11 +188,9 @@ def _write_part(
       captions = [example['caption'] for example in good]
       texts = embed(captions) if embed and good else [None] * len(good)
       yield from map(pack, good, texts)
-      if progress is not None:
-        progress.add(len(some))
+      progress.add(len(some))
 
-  threads = min(16, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+  with thread_pool() as pool:
     count = write_records(file, records(pool))
   part = {
     'format_version': FORMAT_VERSION,
@@ -204,5 +199,5 @@ def _write_part(
     **files.digest(file),
     'dropped': dropped,
   }
-  files.write_text(file.with_suffix('.json'), json.dumps(part) + '\n')
+  files.write_lines(file.with_suffix('.json'), [part])
   return part

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import TextIO
 
 WIDTH = 30
 EVERY = 10.0  # seconds between plain lines
@@ -14,15 +13,11 @@ class Progress:
   Args:
     label: of the line.
     total: number of items.
-    stream: where to write, stderr by default.
   """
 
-  def __init__(
-    self, label: str, total: int, stream: TextIO | None = None
-  ) -> None:
+  def __init__(self, label: str, total: int) -> None:
     self._label, self._total = label, total
-    self._stream = stream or sys.stderr
-    self._bar = self._stream.isatty()
+    self._bar = sys.stderr.isatty()
     self._start = time.monotonic()
     self._done, self._next = 0, self._start + 2
     self._shown = False
@@ -40,7 +35,7 @@ class Progress:
     if self._shown:
       self._show(time.monotonic())
       if self._bar:
-        self._stream.write('\n')
+        sys.stderr.write('\n')
 
   def _show(self, now: float) -> None:
     self._shown = True
@@ -55,5 +50,5 @@ class Progress:
       text = f'\r{text}  [{"#" * full}{"." * (WIDTH - full)}]'
     else:
       text += '\n'
-    self._stream.write(text)
-    self._stream.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()

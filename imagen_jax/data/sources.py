@@ -1,8 +1,6 @@
 """Builds a source of captioned images from a config's `data` section."""
 
 import inspect
-import json
-import pathlib
 import re
 from typing import Any
 
@@ -89,11 +87,3 @@ def make_source(
           key=f'config.data.{name}',
         )
   return cls(**{k: v for k, v in given.items() if takes_all or k in known})
-
-
-def list_skipped(source: Source, file: pathlib.Path) -> None:
-  """Writes the samples that a source skips, if any, as JSON lines."""
-  if source.skipped:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({'name': n, 'reason': r}) for n, r in source.skipped]
-    file.write_text('\n'.join(lines) + '\n', encoding='utf-8')

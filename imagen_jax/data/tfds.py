@@ -7,7 +7,7 @@ captions is several examples.
 
 import glob
 import hashlib
-import json
+import itertools
 import os
 import pathlib
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.data import index_cache
-from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
+from imagen_jax.data.checked import Checked, clean_caption, survey
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, inspect
+from imagen_jax.io.files import AnyPath
 
 CAPTION_KEYS = ('caption', 'captions', 'text', 'title', 'description')
 # Names of evaluation splits, in order of preference.
@@ -32,9 +34,8 @@ class TfdsSource(Checked):
     path: the build's folder (the one with dataset_info.json), or its name,
       such as 'coco_captions', searched for in $TFDS_DATA_DIR or
       ~/tensorflow_datasets; the latest of several versions is used.
-    size: side of the images in pixels.
     split: 'train', or 'eval' for the build's validation split.
-    resize, max_bad: see `Checked`.
+    size, resize, max_bad: see `Checked`.
 
   Raises:
     DataError: there is no such build, it is stored as TFRecord, it has no
@@ -45,32 +46,25 @@ class TfdsSource(Checked):
   path_is = 'the name or folder of a prepared TFDS build'
   has_eval_split = True
 
+  needs = f'Captions are read from {", ".join(CAPTION_KEYS)}.'
+
   def __init__(
-    self,
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    split: str = 'train',
-    resize: str = 'area',
-    max_bad: float = MAX_BAD,
+    self, path: AnyPath, size: int, *, split: str = 'train', **options: Any
   ) -> None:
+    self.split = split
+    super().__init__(path, size, **options)
+
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     self.folder = find_build(path)
     self._records, self._image, self._caption, self.split = _open(
-      self.folder, split
+      self.folder, self.split
     )
+    self.where = f'{self.folder} ({self.split})'
     rows, bad = self._index()
-    small = [f'record {row[0]}' for row in rows[rows[:, 2] < size]]
+    large = rows[:, 2] >= self.size
     # One row per example: record number, and caption number within it.
-    self.rows = rows[rows[:, 2] >= size][:, :2]
-    super().__init__(
-      f'{self.folder} ({self.split})',
-      size,
-      resize,
-      max_bad,
-      bad,
-      small,
-      f'Captions are looked for in {", ".join(CAPTION_KEYS)}.',
-    )
+    self.rows = rows[large][:, :2]
+    return bad, [f'record {row[0]}' for row in rows[~large]]
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -110,9 +104,6 @@ class TfdsSource(Checked):
       [file.name, file.stat().st_size, file.stat().st_mtime_ns]
       for file in sorted(self.folder.iterdir())
     ]
-    cached = index_cache.load('tfds', location)
-    if cached is not None and cached[0]['state'] == state:
-      return cached[1].reshape(-1, 3), cached[0]['bad']
 
     def examine(i: int) -> list[list[int]]:
       data, captions = self._record(i)
@@ -128,20 +119,16 @@ class TfdsSource(Checked):
         raise problem
       return good
 
-    rows: list[list[int]] = []
-    bad: dict[str, str] = {}
-    found = survey(len(self._records), examine, f'checking {self.folder}')
-    for i, result in enumerate(found):
-      if isinstance(result, BadSample):
-        bad[f'record {i}'] = str(result)
-      else:
-        rows += result
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    index_cache.save('tfds', location, {'state': state, 'bad': bad}, table)
-    return table, bad
+    def make() -> tuple[list[list[int]], dict[str, str]]:
+      numbers = range(len(self._records))
+      found, bad = survey(numbers, examine, f'checking {self.folder}')
+      rows = list(itertools.chain(*found.values()))
+      return rows, {f'record {i}': reason for i, reason in bad.items()}
+
+    return index_cache.cached('tfds', location, state, 3, make)
 
 
-def find_build(path: str | os.PathLike[str]) -> pathlib.Path:
+def find_build(path: AnyPath) -> pathlib.Path:
   """The folder of a build, by path or by name.
 
   Raises:
@@ -152,13 +139,10 @@ def find_build(path: str | os.PathLike[str]) -> pathlib.Path:
     base = pathlib.Path(
       os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
     ).expanduser()
-    roots = [folder, base / path]
     found = [
       pathlib.Path(file).parent
-      for root in roots
-      for file in glob.glob(
-        f'{glob.escape(str(root))}/**/{INFO}', recursive=True
-      )
+      for root in map(str, (folder, base / path))
+      for file in glob.glob(f'{glob.escape(root)}/**/{INFO}', recursive=True)
     ]
     if not found:
       raise DataError(
@@ -167,12 +151,10 @@ def find_build(path: str | os.PathLike[str]) -> pathlib.Path:
         '--file_format=array_record'
       )
     folder = max(found, key=_version)
-  try:
-    kind = json.loads((folder / INFO).read_text()).get('fileFormat')
-  except (OSError, ValueError, AttributeError) as error:
-    raise DataError(
-      f'{folder / INFO} cannot be read ({error}); build the set again.'
-    ) from error
+  info = files.read_json(
+    folder / INFO, error=DataError, advice='build the set again'
+  )
+  kind = info.get('fileFormat')
   if kind != 'array_record':
     raise DataError(
       f'{folder} is stored as {kind or "tfrecord"}, which only TensorFlow '

@@ -8,27 +8,28 @@ user's cache directory, with a checksum of each image to detect later changes.
 
 import glob
 import hashlib
-import itertools
 import json
 import os
 import pathlib
 import re
 import tarfile
 import zlib
+from collections.abc import Mapping
 from typing import IO
 
 import numpy as np
 
 from imagen_jax.data import index_cache
-from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
+from imagen_jax.data.checked import Checked, clean_caption, survey
 from imagen_jax.errors import DataError
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
+from imagen_jax.io.files import AnyPath
 
 MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
 MAX_TEXT = 2**20
 CAPTION_KEYS = ('caption', 'text')
 TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
-CUT = 'the tar is cut short there'
+CUT = 'the tar is truncated there'
 # Columns of the index, which has one row per good sample.
 COLUMNS = 'image image_size text text_size is_json width height crc'.split()
 
@@ -40,9 +41,7 @@ class WebDatasetSource(Checked):
 
   Args:
     path: a tar, a folder of tars, or a pattern such as 'shards/*.tar' or
-      'shards/{00000..00099}.tar'.
-    size: side of the images in pixels.
-    resize, max_bad: see `Checked`.
+      'shards/{00000..00099}.tar'; the others are `Checked`'s.
 
   Attributes:
     shards: the tars, sorted by name.
@@ -54,14 +53,9 @@ class WebDatasetSource(Checked):
 
   path_is = "tars, such as 'shards/*.tar'"
 
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    resize: str = 'area',
-    max_bad: float = MAX_BAD,
-  ) -> None:
+  needs = 'Its tars need images with a .txt or .json of the same name.'
+
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     self.shards = find_shards(path)
     bad: dict[str, str] = {}
     small: list[str] = []
@@ -70,20 +64,11 @@ class WebDatasetSource(Checked):
       found, wrong = _index(shard)
       tar = os.path.basename(shard)
       bad |= {f'{tar}/{key}': reason for key, reason in wrong.items()}
-      sides = found[:, 5:7].min(axis=1)
-      small += [_name(shard, row[0]) for row in found[sides < size]]
-      found = found[sides >= size]
-      rows.append(np.insert(found, 0, number, axis=1))
+      large = found[:, 5:7].min(axis=1) >= self.size
+      small += [_name(shard, row[0]) for row in found[~large]]
+      rows.append(np.insert(found[large], 0, number, axis=1))
     self.rows = np.concatenate(rows)
-    super().__init__(
-      str(path),
-      size,
-      resize,
-      max_bad,
-      bad,
-      small,
-      'Its tars need images with a .txt or .json of the same name.',
-    )
+    return bad, small
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -106,7 +91,7 @@ class WebDatasetSource(Checked):
     return data, caption
 
 
-def find_shards(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def find_shards(path: AnyPath) -> tuple[str, ...]:
   """The tars that a path or pattern matches, as a sorted tuple of names.
 
   Raises:
@@ -144,26 +129,18 @@ def _braces(pattern: str) -> list[str]:
   first, last = match.groups()
   numbers = range(int(first), int(last) + 1)
   head, tail = pattern[: match.start()], pattern[match.end() :]
-  return list(
-    itertools.chain.from_iterable(
-      _braces(f'{head}{number:0{len(first)}d}{tail}') for number in numbers
-    )
-  )
+  return [
+    name
+    for number in numbers
+    for name in _braces(f'{head}{number:0{len(first)}d}{tail}')
+  ]
 
 
 def _index(shard: str) -> tuple[np.ndarray, dict[str, str]]:
   """(int64 rows [n, len(COLUMNS)], {key: what is wrong}) of one tar."""
   stat = os.stat(shard)
-  state = [stat.st_size, stat.st_mtime_ns]
-  location = pathlib.Path(shard).resolve()
-  cached = index_cache.load('tar', location)
-  if cached is not None and cached[0]['state'] == state:
-    return cached[1].reshape(-1, len(COLUMNS)), cached[0]['bad']
-  samples, bad = _members(shard, stat.st_size)
-  keys = [key for key in samples if key not in bad]
 
-  def examine(i: int) -> list[int]:
-    sample = samples[keys[i]]
+  def examine(sample: Mapping[str, tuple[int, int]]) -> list[int]:
     image = [sample[s] for s in SUFFIXES if s in sample]
     text = [(sample[s], s == '.json') for s in TEXTS if s in sample]
     if not image:
@@ -177,16 +154,17 @@ def _index(shard: str) -> tuple[np.ndarray, dict[str, str]]:
     sides = inspect(data)
     return [offset, size, where, length, is_json, *sides, zlib.crc32(data)]
 
-  rows: list[list[int]] = []
-  found = survey(len(keys), examine, f'indexing {shard}')
-  for key, row in zip(keys, found):
-    if isinstance(row, BadSample):
-      bad[key] = str(row)
-    else:
-      rows.append(row)
-  table = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
-  index_cache.save('tar', location, {'state': state, 'bad': bad}, table)
-  return table, bad
+  def make() -> tuple[list[list[int]], dict[str, str]]:
+    samples, bad = _members(shard, stat.st_size)
+    keys = [key for key in samples if key not in bad]
+    found, wrong = survey(
+      keys, lambda key: examine(samples[key]), f'indexing {shard}'
+    )
+    return list(found.values()), bad | wrong
+
+  location = pathlib.Path(shard).resolve()
+  state = [stat.st_size, stat.st_mtime_ns]
+  return index_cache.cached('tar', location, state, len(COLUMNS), make)
 
 
 def _members(
@@ -213,7 +191,7 @@ def _members(
         if problem is None and suffix not in (*SUFFIXES, *TEXTS):
           continue  # other columns, such as key.npy, are ignored
         if problem is None and suffix in samples.get(key, {}):
-          problem, key = 'its key is there already', f'{key} (repeated)'
+          problem, key = 'another sample has its key', f'{key} (repeated)'
         if problem:
           bad[key] = problem
         else:
@@ -227,8 +205,8 @@ def _members(
   except tarfile.TarError as error:
     if last is None:
       raise DataError(
-        f'{shard} is no plain tar ({error}); download it again, or unpack it '
-        'if it is compressed.'
+        f'{shard} is not an uncompressed tar ({error}); download it again, or '
+        'decompress it.'
       ) from error
     if bad.get(last) != CUT:
       bad[f'after {last}'] = 'the tar is damaged there'
@@ -239,7 +217,7 @@ def _problem(member: tarfile.TarInfo, size: int) -> str | None:
   """Why a member is not usable, or None."""
   parts = pathlib.PurePosixPath(member.name).parts
   if member.name.startswith('/') or '..' in parts or '\\' in member.name:
-    return 'its name leads out of the tar'
+    return 'its name points outside the tar'
   if not member.isreg() or member.issparse():
     return 'it is a link or another special file'
   if member.size > MAX_MEMBER:
@@ -281,5 +259,5 @@ def _caption(data: bytes, is_json: bool) -> str:
     except StopIteration:
       raise BadSample('it has no caption') from None
     if not isinstance(data, str):
-      raise BadSample('its caption is no text')
+      raise BadSample('its caption is not text')
   return clean_caption(data)

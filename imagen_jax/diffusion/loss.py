@@ -57,12 +57,12 @@ def log_weight(
   logsnr: Values,
   *,
   slope: Values | None = None,
-  min_snr_gamma: float = 5.0,
-  sigmoid_bias: float = 0.0,
+  spec: LossSpec = LossSpec(),
 ) -> Values:
   """The log of a weighting's weight on the eps error, [B] -> [B].
 
-  `slope` is d logsnr / dt, needed by 'sigmoid' only.
+  `slope` is d logsnr / dt, needed by 'sigmoid' only; `spec` has the options of
+  'min_snr' and 'sigmoid'.
   """
   match weighting:
     case 'eps':
@@ -72,11 +72,11 @@ def log_weight(
     case 'v':
       return -jax.nn.log_sigmoid(logsnr)
     case 'min_snr':
-      return jnp.minimum(0.0, math.log(min_snr_gamma) - logsnr)
+      return jnp.minimum(0.0, math.log(spec.min_snr_gamma) - logsnr)
     case 'sigmoid':
       if slope is None:
         raise ValueError("weighting 'sigmoid' needs the schedule's slope")
-      return jax.nn.log_sigmoid(sigmoid_bias - logsnr) + jnp.log(-slope)
+      return jax.nn.log_sigmoid(spec.sigmoid_bias - logsnr) + jnp.log(-slope)
   raise ValueError(f'weighting is one of {WEIGHTINGS}, not {weighting!r}')
 
 
@@ -129,12 +129,7 @@ def diffusion_loss(
 
   # Convert the prediction's error to the eps error, then apply the weight. In
   # logarithms equal factors cancel exactly.
-  log_ratio = log_weight(
-    spec.weighting or spec.prediction,
-    logsnr,
-    slope=slope,
-    min_snr_gamma=spec.min_snr_gamma,
-    sigmoid_bias=spec.sigmoid_bias,
-  ) - log_weight(spec.prediction, logsnr)
-  weight = jnp.exp(log_ratio)
+  weighting = spec.weighting or spec.prediction
+  log_ratio = log_weight(weighting, logsnr, slope=slope, spec=spec)
+  weight = jnp.exp(log_ratio - log_weight(spec.prediction, logsnr))
   return weight * mse, dict(t=t, logsnr=logsnr, mse=mse, weight=weight)

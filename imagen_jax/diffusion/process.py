@@ -51,12 +51,6 @@ def eps_from_x(z: Values, x: Scalars, logsnr: Scalars) -> Values:
   return (z - alpha * x) / sigma
 
 
-def eps_from_v(z: Values, v: Values, logsnr: Scalars) -> Values:
-  """eps = sigma z + alpha v."""
-  alpha, sigma = alpha_sigma(over(z, logsnr))
-  return sigma * z + alpha * v
-
-
 def v_from_x_eps(x: Values, eps: Values, logsnr: Scalars) -> Values:
   """v = alpha eps − sigma x (Salimans and Ho 2022, Section 4)."""
   alpha, sigma = alpha_sigma(over(x, logsnr))

@@ -14,11 +14,10 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -26,7 +25,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata import array_metadata_store
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import files, manifest
+from imagen_jax.io import files, leaves, manifest
+from imagen_jax.io.files import AnyPath
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +43,10 @@ class Checkpoints:
 
   def __init__(
     self,
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     *,
     keep_last: int = 3,
     keep_every: int | None = None,
-    warn: Callable[[str], None] | None = None,
   ) -> None:
     """Opens a directory, which need not exist before the first save.
 
@@ -55,19 +54,14 @@ class Checkpoints:
       directory: a local path or a bucket's, such as gs://….
       keep_last: how many of the newest steps are kept.
       keep_every: steps that are a multiple of it are kept for good.
-      warn: called with a sentence about each step that is skipped; None: logs
-        it.
     """
     if keep_last < 1:
-      raise UsageError(
-        f'train.keep_last is {keep_last}; at least 1 checkpoint must be kept.'
-      )
+      raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
     self.directory = epath.Path(directory)
     if '://' not in str(directory):  # orbax takes no relative path
       self.directory = epath.Path(os.path.abspath(directory))
     self.keep_last = keep_last
     self.keep_every = keep_every
-    self._warn = warn or _log.warning
     self._bad: set[int] = set()
     self._last_saved: int | None = None
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -125,12 +119,14 @@ class Checkpoints:
         'step': int(step),
         'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
         'extra': extra or {},
-        'leaves': _leaves(state),
+        'leaves': leaves.describe(state),
       }
       self._make_room(step)
-      args = ocp.args.Composite(state=ocp.args.PyTreeSave(_arrays(state)))
+      arrays = ocp.args.PyTreeSave(leaves.arrays(state))
       with self._saving(step):
-        self._orbax.save(self._path(step), args=args)
+        self._orbax.save(
+          self._path(step), args=ocp.args.Composite(state=arrays)
+        )
       self._last_saved = step
       self._pending = step, self._worker.submit(self._finish, step, fields)
     if wait:
@@ -205,17 +201,10 @@ class Checkpoints:
       ),
       abstract_state,
     )
-    _check_leaves(self._path(step), body['leaves'], _leaves(abstract_state))
-    state = self._read(
-      step,
-      ocp.args.PyTreeRestore(
-        abstract_state,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(
-          abstract_state
-        ),
-      ),
-    )
-    return state, body['extra'], step
+    wanted = leaves.describe(abstract_state)
+    leaves.check(self._path(step), body['leaves'], wanted)
+    args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    return self._read(step, abstract_state, args), body['extra'], step
 
   def restore_subtree(
     self, name: str, step: int | None = None
@@ -235,32 +224,15 @@ class Checkpoints:
       ModelError: no step is good, or the state has no such field.
     """
     step, body = self._newest_good(step)
-    wanted: dict[str, Any] = {}
-    for leaf, kind in body['leaves'].items():
-      keys = leaf.split('/')
-      if keys[0] == name:
-        branch = wanted
-        for key in keys[:-1]:
-          branch = branch.setdefault(key, {})
-        dtype, shape = kind.removesuffix(']').split('[')
-        branch[keys[-1]] = jax.ShapeDtypeStruct(
-          [int(n) for n in shape.split(',') if n], jnp.dtype(dtype)
-        )
+    wanted = leaves.subtree(body['leaves'], name)
     if not wanted:
+      fields = sorted({path.split('/')[0] for path in body['leaves']})
       raise ModelError(
-        f'{self._path(step)} holds no {name}; it holds '
-        f'{", ".join(sorted({k.split("/")[0] for k in body["leaves"]}))}.'
+        f'{self._path(step)} holds no {name}; it holds {", ".join(fields)}.'
       )
-    tree = self._read(
-      step,
-      ocp.args.PyTreeRestore(
-        wanted,
-        restore_args=jax.tree.map(
-          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-        ),
-        partial_restore=True,
-      ),
-    )
+    numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = jax.tree.map(lambda _: numpy, wanted)
+    tree = self._read(step, wanted, args, partial_restore=True)
     return tree[name], body['extra'], step
 
   # Directories.
@@ -340,7 +312,10 @@ class Checkpoints:
         + 'check space and permissions, then run the same command again.'
       ) from error
 
-  def _read(self, step: int, args: Any) -> Any:
+  def _read(
+    self, step: int, wanted: Any, restore_args: Any, **options: Any
+  ) -> Any:
+    args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, **options)
     try:
       return self._orbax.restore(
         self._path(step), args=ocp.args.Composite(state=args)
@@ -368,7 +343,7 @@ class Checkpoints:
         return step, self._verified(step)
       except manifest.Damaged as error:
         self._bad.add(step)
-        self._warn(f'Step {step} is skipped: {error}')
+        _log.warning('Step %s is skipped: %s', step, error)
     if steps:
       raise ModelError(
         f'{self.directory} holds no good checkpoint: all of '
@@ -387,20 +362,6 @@ def _not_of_a_thread(record: logging.LogRecord) -> bool:
   return '_SignalingThread' not in message and 'save thread' not in message
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-  """{'params/down_0/kernel': 'float32[3,3,8,8]'} for every leaf."""
-
-  def kind(x: Any) -> str:
-    shape = ','.join(map(str, np.shape(x)))
-    return f'{getattr(x, "dtype", jax.dtypes.result_type(x))}[{shape}]'
-
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): kind(x)
-    for path, x in leaves
-  }
-
-
 def _handlers() -> Any:
   """Orbax's handlers of arrays; a small replicated array is written once.
 
@@ -415,27 +376,3 @@ def _handlers() -> Any:
   return ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
   )
-
-
-def _arrays(tree: Any) -> Any:
-  """Converts numbers to arrays of the dtype that jax gives them."""
-
-  def array(x: Any) -> jax.Array | np.ndarray:
-    if isinstance(x, jax.Array):
-      return x
-    return np.asarray(x, getattr(x, 'dtype', jax.dtypes.result_type(x)))
-
-  return jax.tree.map(array, tree)
-
-
-def _check_leaves(
-  path: epath.Path, saved: Mapping[str, str], wanted: Mapping[str, str]
-) -> None:
-  for name in sorted(saved.keys() | wanted.keys()):
-    there, here = saved.get(name), wanted.get(name)
-    if there != here:
-      raise ModelError(
-        f'{path} was saved by another model: {name} is {there or "absent"} '
-        f'there and {here or "absent"} here; use the config that it was '
-        'trained with, or another workdir.'
-      )

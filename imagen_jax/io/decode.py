@@ -7,7 +7,6 @@ header first, so that a file that would unpack to gigabytes is rejected.
 """
 
 import io
-import os
 import warnings
 from typing import IO, TypeAlias
 
@@ -15,8 +14,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from imagen_jax.io.files import AnyPath
+
 # An image file: its bytes, its path, or the open file.
-Encoded: TypeAlias = bytes | str | os.PathLike[str] | IO[bytes]
+Encoded: TypeAlias = bytes | AnyPath | IO[bytes]
 
 # Pillow supports more formats, some of which run other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')

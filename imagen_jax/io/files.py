@@ -13,10 +13,12 @@ import pathlib
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
-from typing import Any, Protocol, Self, TypedDict, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
 from imagen_jax.errors import ImagenError, ModelError
+
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 COPY_AGAIN = 'copy it again from where it came'
 # Errors of the file system; {} is the file.
@@ -56,7 +58,7 @@ class Digest(TypedDict):
 
 @contextlib.contextmanager
 def replacing(
-  path: str | os.PathLike[str], *, error: type[ImagenError] | None = None
+  path: AnyPath, *, error: type[ImagenError] | None = None
 ) -> Iterator[pathlib.Path]:
   """Yields a temporary path beside `path`, renamed to it on success.
 
@@ -116,7 +118,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(
-  path: str | os.PathLike[str],
+  path: AnyPath,
   *,
   error: type[ImagenError] = ModelError,
   advice: str = COPY_AGAIN,
@@ -145,7 +147,7 @@ def read_json(
       f'{path} cannot be read as JSON ({problem}); {advice}.'
     ) from problem
   if not isinstance(value, dict):
-    raise error(f'{path} holds no JSON object; {advice}.')
+    raise error(f'{path} does not hold a JSON object; {advice}.')
   found = value.get('format_version')
   if version is not None and found != version:
     raise error(
@@ -155,8 +157,13 @@ def read_json(
   return value
 
 
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+  """Writes JSON values as JSON Lines."""
+  write_text(path, ''.join(json.dumps(value) + '\n' for value in values))
+
+
 def read_lines(
-  path: str | os.PathLike[str], *, error: type[ImagenError] = ModelError
+  path: AnyPath, *, error: type[ImagenError] = ModelError
 ) -> Iterator[dict[str, Any]]:
   """The objects of a JSON Lines file, without lines that a kill cut short.
 

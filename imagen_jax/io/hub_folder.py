@@ -1,6 +1,5 @@
 """Folders in Hugging Face layout: JSON and safetensors, never pickles."""
 
-import os
 import pathlib
 from collections.abc import Collection
 
@@ -9,19 +8,17 @@ import numpy as np
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files, safetensors
+from imagen_jax.io.files import AnyPath
 from imagen_jax.io.safetensors import Tensor
 
 # Without this, transformers takes a file for TensorFlow's, or rejects it.
 METADATA = {'format': 'pt'}
 AGAIN = 'download the folder again'
-FLOATS = [
-  np.dtype(kind)
-  for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
-]
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def open_tensors(
-  folder: str | os.PathLike[str], stem: str, *, what: str, convert: str
+  folder: AnyPath, stem: str, *, what: str, convert: str
 ) -> dict[str, Tensor]:
   """{name: `Tensor`} over a folder's weights; no data is read yet.
 
@@ -59,13 +56,12 @@ def _weights_file(
   folder: pathlib.Path, stem: str, what: str, convert: str
 ) -> pathlib.Path:
   single = f'{stem}.safetensors'
-  index = f'{stem}.safetensors.index.json'
-  variants = sorted(folder.glob(f'{stem}.*.safetensors')) + sorted(
-    folder.glob(f'{stem}.safetensors.index.*.json')
-  )
+  index = f'{single}.index.json'
   for name in (single, index):
     if (folder / name).exists():
       return folder / name
+  variants = sorted(folder.glob(f'{stem}.*.safetensors'))
+  variants += sorted(folder.glob(f'{single}.index.*.json'))
   if len(variants) == 1:
     return variants[0]
   if variants:
@@ -89,8 +85,8 @@ def _open_floats(path: pathlib.Path) -> dict[str, Tensor]:
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ModelError(
-        f'{path}: tensor {name!r} is of type {tensor.dtype}, which no weights '
-        f'of this model are; {AGAIN}.'
+        f'{path}: tensor {name!r} is of type {tensor.dtype}, not '
+        f'floating-point; {AGAIN}.'
       )
   return tensors
 
@@ -106,16 +102,15 @@ def check_names(
   for name in given:
     if name not in wanted:
       raise ModelError(
-        f'{folder} holds a tensor {name!r} that the network of its '
-        'config.json has not; the weights and the config belong to different '
-        'models.'
+        f'{folder} holds a tensor {name!r} that its config.json does not '
+        'describe; the weights and the config belong to different models.'
       )
   missing = [name for name in wanted if name not in given]
   if missing:
     raise ModelError(
       f'{folder} lacks the tensor {missing[0]!r}'
       + (f' and {len(missing) - 1} more' if missing[1:] else '')
-      + f', which its config.json asks for; {AGAIN}.'
+      + f', which its config.json describes; {AGAIN}.'
     )
 
 
@@ -129,8 +124,8 @@ def read_shaped(
   """
   if tensor.shape != shape:
     raise ModelError(
-      f'{folder}: tensor {name!r} has shape {tensor.shape} where config.json '
-      f'asks for {shape}; the weights and the config belong to different '
+      f'{folder}: tensor {name!r} has shape {tensor.shape}, and config.json '
+      f'describes {shape}; the weights and the config belong to different '
       'models.'
     )
   return tensor.read()

@@ -1,42 +1,34 @@
 """Image files: PNG with metadata, grids, and users' input images."""
 
 import json
-import os
+import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 
 from imagen_jax.errors import DataError
-from imagen_jax.io import files
+from imagen_jax.io import decode, files
+from imagen_jax.io.files import AnyPath
 
-AnyPath: TypeAlias = str | os.PathLike[str]
 METADATA_KEY = 'imagen_jax'
+GAP = 2  # pixels between the images of a grid
 
 
 def grid(
-  images: UInt8[np.ndarray, 'b h w c'],
-  columns: int | None = None,
-  *,
-  pad: int = 2,
+  images: UInt8[np.ndarray, 'b h w c'], columns: int | None = None
 ) -> UInt8[np.ndarray, 'grid_h grid_w c']:
-  """Images side by side on white, `pad` pixels apart."""
-  count, height, width, channels = images.shape
-  columns = columns or int(np.ceil(np.sqrt(count)))
-  rows = -(-count // columns)
-  shape = (
-    rows * (height + pad) - pad,
-    columns * (width + pad) - pad,
-    channels,
-  )
-  canvas = np.full(shape, 255, np.uint8)
-  for i, image in enumerate(images):
-    y = (i // columns) * (height + pad)
-    x = (i % columns) * (width + pad)
-    canvas[y : y + height, x : x + width] = image
-  return canvas
+  """Images side by side on white, `GAP` pixels apart."""
+  columns = columns or math.ceil(math.sqrt(len(images)))
+  rows = -(-len(images) // columns)
+  white = ((0, rows * columns - len(images)), (0, GAP), (0, GAP), (0, 0))
+  cells = np.pad(images, white, constant_values=255)
+  _, height, width, channels = cells.shape
+  cells = cells.reshape(rows, columns, height, width, channels)
+  canvas = cells.swapaxes(1, 2).reshape(rows * height, -1, channels)
+  return canvas[:-GAP, :-GAP]
 
 
 def upsample(
@@ -92,8 +84,6 @@ def read_image(
   Raises:
     DataError: the file is not an image, or smaller than `size`.
   """
-  from imagen_jax.io import decode
-
   try:
     return decode.decode(path, size)
   except decode.BadSample as error:

@@ -14,22 +14,23 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, safetensors
+from imagen_jax.io.files import AnyPath
 from imagen_jax.io.safetensors import Tensor
 
 if TYPE_CHECKING:
   from imagen_jax.io.checkpoint import Checkpoints
 
-AnyPath: TypeAlias = str | os.PathLike[str]
 
 FORMAT_VERSION = 2
 RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
@@ -101,9 +102,13 @@ def save_stage(
     raise UsageError(f'dtype {dtype!r} is unknown; use {" or ".join(DTYPES)}.')
   if path.exists():
     raise UsageError(f'{path} exists and is not overwritten; choose another.')
+  flat = traverse_util.flatten_dict(params)
+  if any('/' in key for names in flat for key in names):
+    raise ValueError(f'a parameter name of {path} contains a slash')
+  kind = np.dtype(DTYPES[dtype])
   tensors = {
-    name: Tensor(np.dtype(DTYPES[dtype]), np.shape(leaf), _cast(leaf, dtype))
-    for name, leaf in _flatten(params)
+    '/'.join(names): Tensor(kind, np.shape(leaf), _cast(leaf, kind))
+    for names, leaf in flat.items()
   }
   with files.replacing(path, error=ModelError) as temporary:
     temporary.mkdir()
@@ -133,14 +138,12 @@ def load_stage(path: AnyPath) -> StageRecord:
   file = path / (RECORD if exported else 'config.json')
   if not file.exists():
     raise ModelError(
-      f'{path} is no stage: it has neither stage.json nor config.json; give a '
-      'model folder, a training workdir, or export one with imagen-export.'
+      f'{path} is not a stage: it has neither {RECORD} nor config.json; give a '
+      'model folder or a training workdir.'
     )
   record = files.read_json(file, version=FORMAT_VERSION)
   if exported and not (path / WEIGHTS).exists():
-    raise ModelError(
-      f'{path} has no weights.safetensors; copy the whole folder again.'
-    )
+    raise ModelError(f'{path} has no {WEIGHTS}; {files.COPY_AGAIN}.')
   try:
     stage = StageRecord(
       path=path,
@@ -155,8 +158,8 @@ def load_stage(path: AnyPath) -> StageRecord:
     _ = exported and record['weights']['sha256']
   except (KeyError, TypeError, AttributeError) as error:
     raise ModelError(
-      f'{file} lacks what imagen_jax writes there ({error}); copy it again '
-      'from where it came.'
+      f'{file} lacks a key that imagen_jax writes ({error}); '
+      f'{files.COPY_AGAIN}.'
     ) from error
   return stage
 
@@ -190,24 +193,22 @@ def find_stages(
     found = [load_stage(p) for p in sorted(path.iterdir()) if _is_stage(p)]
   if not found:
     raise ModelError(
-      f'{path} holds no stage: no directory in it has a stage.json or a '
-      "training's config.json; check the path, or train first."
+      f'{path} holds no stage: no directory in it has a {RECORD}, or the '
+      'config.json of a training run; check the path, or train first.'
     )
   found.sort(key=lambda r: (r.low_resolution or 0, r.resolution))
   if names is not None:
     have = [record.name for record in found]
-    for name in names:
-      if name not in have:
-        raise UsageError(
-          f'{path} has no stage {name!r}; it has {", ".join(have)}.'
-        )
+    for name in set(names).difference(have):
+      raise UsageError(
+        f'{path} has no stage {name!r}; it has {", ".join(have)}.'
+      )
     found = [record for record in found if record.name in names]
   for lower, upper in zip(found, found[1:]):
     if upper.low_resolution != lower.resolution:
       raise ModelError(
-        f'the stages {lower.name} ({_span(lower)}) and {upper.name} '
-        f'({_span(upper)}) in {path} do not follow one another; choose ones '
-        'that do.'
+        f'{path}: stage {upper.name} ({_span(upper)}) does not upsample the '
+        f'images of {lower.name} ({_span(lower)}); choose other stages.'
       )
   return found
 
@@ -234,13 +235,14 @@ def load_params(
   Raises:
     ModelError: naming the file that is missing or damaged.
   """
+  put = put or (lambda array: array)
   if record.weights is None:
     part = {'ema': 'ema_params', 'raw': 'params'}[weights]
     if step is None:
       step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
       tree, _, _ = checkpoints.restore_subtree(part, step)
-    return tree if put is None else _map(put, tree)
+    return jax.tree.map(put, tree)
   file = record.path / WEIGHTS
   try:
     intact = files.digest(file)['sha256'] == record.weights['sha256']
@@ -253,15 +255,11 @@ def load_params(
       f'{file} is damaged: its sha256 is not the one in {RECORD}; '
       f'{files.COPY_AGAIN}.'
     )
-  params: dict[str, Any] = {}
-  for name, tensor in safetensors.open_file(file).items():
-    *branches, leaf = name.split('/')
-    branch = params
-    for key in branches:
-      branch = branch.setdefault(key, {})
-    array = tensor.read().astype(np.float32, copy=False)
-    branch[leaf] = array if put is None else put(array)
-  return params
+  params = {
+    name: put(tensor.read().astype(np.float32, copy=False))
+    for name, tensor in safetensors.open_file(file).items()
+  }
+  return traverse_util.unflatten_dict(params, sep='/')
 
 
 def float32_bytes(record: StageRecord) -> int:
@@ -272,8 +270,8 @@ def float32_bytes(record: StageRecord) -> int:
   """
   if record.weights is None:
     return 0
-  size = np.dtype(DTYPES[record.weights['dtype']]).itemsize
-  return record.weights['bytes'] * 4 // size
+  kind = np.dtype(DTYPES[record.weights['dtype']])
+  return record.weights['bytes'] * 4 // kind.itemsize
 
 
 def weights_digest(record: StageRecord) -> str:
@@ -346,8 +344,7 @@ def _is_stage(path: pathlib.Path) -> bool:
     return 'stage' in json.loads((path / 'config.json').read_text())['config']
   except (OSError, ValueError, KeyError, TypeError):
     pass  # other folders have a config.json too
-  parts = ('stage.json', 'weights.safetensors', 'checkpoints')
-  return any((path / part).exists() for part in parts)
+  return any((path / n).exists() for n in (RECORD, WEIGHTS, 'checkpoints'))
 
 
 def _span(record: StageRecord) -> str:
@@ -355,23 +352,5 @@ def _span(record: StageRecord) -> str:
   return f'{"text" if low is None else low}→{record.resolution}'
 
 
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-  if isinstance(tree, dict):
-    return {key: _map(function, value) for key, value in tree.items()}
-  return function(tree)
-
-
-def _cast(leaf: Any, dtype: str) -> Callable[[], np.ndarray]:
-  return lambda: np.asarray(leaf).astype(DTYPES[dtype])
-
-
-def _flatten(
-  tree: Mapping[str, Any], prefix: str = ''
-) -> Iterator[tuple[str, Any]]:
-  for key, value in tree.items():
-    if '/' in key:
-      raise ValueError(f'parameter name {key!r} contains a slash')
-    if isinstance(value, dict):
-      yield from _flatten(value, f'{prefix}{key}/')
-    else:
-      yield prefix + key, value
+def _cast(leaf: Any, kind: np.dtype) -> Callable[[], np.ndarray]:
+  return lambda: np.asarray(leaf).astype(kind)

@@ -9,7 +9,6 @@ our own. It writes the same bytes.
 import functools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import safetensors
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files
+from imagen_jax.io.files import AnyPath
 
 # In the library's order: a file starts with the tensors of the last type.
 DTYPES: dict[str, Any] = {
@@ -48,7 +48,7 @@ class Tensor(NamedTuple):
   read: Callable[[], np.ndarray]
 
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def open_file(path: AnyPath) -> dict[str, Tensor]:
   """{name: `Tensor`} of a file, sorted by name; no data are read yet.
 
   Raises:
@@ -86,7 +86,7 @@ def _unreadable(path: Any, error: Exception) -> ModelError:
 
 
 def write_file(
-  path: str | os.PathLike[str],
+  path: AnyPath,
   tensors: Mapping[str, Tensor],
   *,
   metadata: Mapping[str, str] | None = None,

@@ -1,17 +1,15 @@
 """CLIP's tokenizer, for the CLIP score (Section 4.1)."""
 
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io.files import AnyPath
 
 
-def load(
-  folder: str | os.PathLike[str], length: int
-) -> Callable[[Sequence[str]], np.ndarray]:
+def load(folder: AnyPath, length: int) -> Callable[[Sequence[str]], np.ndarray]:
   """Loads a function from N sentences to int32 ids [N, length].
 
   Longer sentences are truncated; the end token is kept.

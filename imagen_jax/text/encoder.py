@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -15,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io.files import AnyPath
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
-from imagen_jax.text.tokenizer import Tokenizer, load_tokenizer
+from imagen_jax.text.tokenizer import Tokenizer, Tokens, load_tokenizer
 from imagen_jax.text.weights import Place
 from imagen_jax.typing import Array, TextEmb, TextMask
 
@@ -69,9 +69,7 @@ class TextEncoder:
 
   def tokenize(
     self, prompts: Sequence[str], *, max_len: int | None = None
-  ) -> tuple[
-    Int[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int[np.ndarray, ' b']
-  ]:
+  ) -> Tokens:
     """See `Tokenizer.__call__`; returns (ids, mask, cut)."""
     return self.tokenizer(prompts, max_len or self.max_len)
 
@@ -99,19 +97,16 @@ class TextEncoder:
     emb = np.zeros((*ids.shape, self.dim), np.float32)
     for start in range(0, len(prompts), batch_size):
       rows = slice(start, start + batch_size)
-      fill = ((0, batch_size - len(ids[rows])), (0, 0))
-      out = encode_tokens(
-        self.module,
-        self.params,
-        np.pad(ids[rows], fill),
-        np.pad(mask[rows], fill),
-      )
-      emb[rows] = sharding.fetch(out)[: len(ids[rows])]
+      count = len(ids[rows])
+      fill = ((0, batch_size - count), (0, 0))
+      padded = [np.pad(array[rows], fill) for array in (ids, mask)]
+      out = encode_tokens(self.module, self.params, *padded)
+      emb[rows] = sharding.fetch(out)[:count]
     return emb, mask
 
 
 def load_text_encoder(
-  path: str | os.PathLike[str],
+  path: AnyPath,
   dtype: str = 'float32',
   *,
   max_len: int | None = None,

@@ -1,19 +1,24 @@
 """T5's tokenizer: sentencepiece ids, then </s>, then padding."""
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int32
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io.files import AnyPath
 
 VOCABULARY = 'spiece.model'
 FAST = 'tokenizer.json'
 PAD, EOS = 0, 1
+# (ids, mask, tokens cut off).
+Tokens: TypeAlias = tuple[
+  Int32[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int32[np.ndarray, ' b']
+]
 
 
 class Tokenizer:
@@ -24,7 +29,7 @@ class Tokenizer:
     digest: sha256 of the vocabulary file.
   """
 
-  def __init__(self, path: str | os.PathLike[str]) -> None:
+  def __init__(self, path: AnyPath) -> None:
     """Reads a `spiece.model`, or a `tokenizer.json` where only that exists.
 
     Raises:
@@ -44,11 +49,7 @@ class Tokenizer:
       ) from None
     self.size = self._pieces.size
 
-  def __call__(
-    self, prompts: Sequence[str], max_len: int
-  ) -> tuple[
-    Int32[np.ndarray, 'b l'], Bool[np.ndarray, 'b l'], Int32[np.ndarray, ' b']
-  ]:
+  def __call__(self, prompts: Sequence[str], max_len: int) -> Tokens:
     """Token ids of a list of prompts.
 
     Args:
@@ -106,7 +107,7 @@ class _Fast:
     return self._model.encode(prompt, add_special_tokens=False)
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(folder: AnyPath) -> Tokenizer:
   """The `Tokenizer` of a Hugging Face folder.
 
   Raises:

@@ -9,8 +9,8 @@ and the host holds at most one. Pickles are never read.
 import functools
 import hashlib
 import math
-import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import hub_folder, safetensors
-from imagen_jax.io.files import read_json, write_bytes, write_json
+from imagen_jax.io.files import AnyPath, read_json, write_bytes, write_json
 from imagen_jax.io.safetensors import Tensor
 from imagen_jax.nets.t5 import T5Encoder
 
@@ -50,6 +50,19 @@ TOP = {
   ),
   'norm': 'encoder.final_layer_norm.weight',
 }
+# {attribute of `T5Encoder`: key of config.json}.
+SIZES = {
+  'vocab_size': 'vocab_size',
+  'width': 'd_model',
+  'num_layers': 'num_layers',
+  'num_heads': 'num_heads',
+  'head_dim': 'd_kv',
+  'mlp_dim': 'd_ff',
+  'num_buckets': 'relative_attention_num_buckets',
+  'max_distance': 'relative_attention_max_distance',
+}
+# Of the keys that T5 v1.0 leaves out.
+DEFAULTS = {'num_buckets': 32, 'max_distance': 128}
 # Another name of shared.weight.
 ALIAS = 'encoder.embed_tokens.weight'
 # A full T5 also has a decoder, which Imagen does not use.
@@ -64,20 +77,17 @@ WHAT = (
 CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)'
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(folder: AnyPath) -> dict[str, Any]:
   """Reads a folder's `config.json`.
 
   Raises:
     ModelError: the file is missing or not JSON.
   """
-  return read_json(
-    pathlib.Path(folder) / 'config.json',
-    advice=hub_folder.AGAIN,
-    missing=WHAT,
-  )
+  path = pathlib.Path(folder) / 'config.json'
+  return read_json(path, advice=hub_folder.AGAIN, missing=WHAT)
 
 
-def model_max_length(folder: str | os.PathLike[str]) -> float:
+def model_max_length(folder: AnyPath) -> float:
   """`model_max_length` of a folder's `tokenizer_config.json`, or infinity."""
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
@@ -86,7 +96,7 @@ def model_max_length(folder: str | os.PathLike[str]) -> float:
 
 
 def module_from_config(
-  folder: str | os.PathLike[str],
+  folder: AnyPath,
   config: Mapping[str, Any],
   *,
   dtype: DTypeLike = jnp.float32,
@@ -105,43 +115,36 @@ def module_from_config(
   kind = config.get('model_type', 't5')
   if kind not in ('t5', 'mt5'):
     raise ModelError(
-      f'{path} is of model_type {kind!r}, not a T5; give the folder of a T5 '
-      'such as google/t5-v1_1-xxl or flan-t5.'
+      f'{path} has model_type {kind!r}, which is not a T5; give the folder of '
+      'a T5 such as google/t5-v1_1-xxl or flan-t5.'
     )
   gated = {'relu': False, 'gated-gelu': True}
   activation = config.get('feed_forward_proj', 'relu')
   if activation not in gated:
     raise ModelError(
       f'{path} has feed_forward_proj {activation!r}; only relu (T5 v1.0) and '
-      'gated-gelu (v1.1, Flan) are known.'
+      'gated-gelu (v1.1, Flan) are supported.'
     )
 
-  def size(key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
+  sizes: dict[str, Any] = {
+    name: config.get(key, DEFAULTS.get(name)) for name, key in SIZES.items()
+  }
+  for name, value in sizes.items():
     if not isinstance(value, int) or value < 1:
       raise ModelError(
-        f'{path} has {key} = {value!r} where a whole number above 0 belongs; '
-        'is it the config.json of a T5?'
+        f'{path} has {SIZES[name]} = {value!r}; a T5 has a whole number above '
+        '0 there.'
       )
-    return value
-
   return T5Encoder(
-    vocab_size=size('vocab_size'),
-    width=size('d_model'),
-    num_layers=size('num_layers'),
-    num_heads=size('num_heads'),
-    head_dim=size('d_kv'),
-    mlp_dim=size('d_ff'),
+    **sizes,
     gated=gated[activation],
-    num_buckets=size('relative_attention_num_buckets', 32),
-    max_distance=size('relative_attention_max_distance', 128),
     epsilon=float(config.get('layer_norm_epsilon', 1e-6)),
     dtype=dtype,
   )
 
 
 def load_params(
-  folder: str | os.PathLike[str],
+  folder: AnyPath,
   module: T5Encoder,
   *,
   place: Place | None = None,
@@ -173,7 +176,7 @@ def load_params(
     stored = _torch_shape(shape, name)
     array = hub_folder.read_shaped(folder, name, tensors[name], stored)
     digests[name] = _sha256(array)
-    return array.T.reshape(shape) if _turned(name) else array
+    return array.T.reshape(shape) if _transposed(name) else array
 
   def dtype(name: str) -> DTypeLike:
     return np.float32 if name in PRECISE else np.dtype(module.dtype)
@@ -184,9 +187,12 @@ def load_params(
       read(_torch_name(name, i, module), shape).astype(leaf.dtype)
       for i in range(module.num_layers)
     )
-    return (
-      _stack_on_device(leaf, parts, place) if place else _stack(leaf, parts)
-    )
+    if place:
+      return _stack_on_device(leaf, parts, place(leaf))
+    stack = np.empty(leaf.shape, leaf.dtype)
+    for i, part in enumerate(parts):
+      stack[i] = part
+    return jnp.asarray(stack)
 
   def whole(name: str, shape: tuple[int, ...]) -> jax.Array:
     array = read(TOP[name], shape).astype(dtype(name))
@@ -206,33 +212,22 @@ def _open(folder: pathlib.Path, module: T5Encoder) -> dict[str, Tensor]:
     alias = tensors.pop(ALIAS)
     tensors.setdefault(TOP['embedding'], alias)
   layer, top = _names(module)
-  wanted = [
-    _torch_name(name, i, module)
-    for name in layer
-    for i in range(module.num_layers)
-  ] + [TOP[name] for name in top]
+  wanted = [TOP[name] for name in top]
+  for i in range(module.num_layers):
+    wanted += [_torch_name(name, i, module) for name in layer]
   given = [name for name in tensors if not name.startswith(IGNORED)]
   hub_folder.check_names(folder, given, wanted)
   return tensors
 
 
-def _stack(
-  leaf: jax.ShapeDtypeStruct, parts: Iterator[np.ndarray]
-) -> jax.Array:
-  stack = np.empty(leaf.shape, leaf.dtype)
-  for i, part in enumerate(parts):
-    stack[i] = part
-  return jnp.asarray(stack)
-
-
 def _stack_on_device(
-  leaf: jax.ShapeDtypeStruct, parts: Iterator[np.ndarray], place: Place
+  leaf: jax.ShapeDtypeStruct,
+  parts: Iterator[np.ndarray],
+  sharding: jax.sharding.Sharding,
 ) -> jax.Array:
   """Fills a sharded stack layer by layer, in place."""
-  sharding = place(leaf)
-  stack = jax.jit(
-    lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding
-  )()
+  zeros = lambda: jnp.zeros(leaf.shape, leaf.dtype)
+  stack = jax.jit(zeros, out_shardings=sharding)()
   for i, part in enumerate(parts):
     # Waiting keeps the host from reading ahead of the devices.
     stack = jax.block_until_ready(_put_layer(stack, part, i))
@@ -245,7 +240,7 @@ def _put_layer(stack: jax.Array, part: np.ndarray, i: int) -> jax.Array:
 
 
 def save_folder(
-  folder: str | os.PathLike[str],
+  folder: AnyPath,
   module: T5Encoder,
   params: Mapping[str, Any],
   *,
@@ -265,11 +260,10 @@ def save_folder(
   """
   folder = pathlib.Path(folder)
   layer, top = _names(module)
-  leaves = {TOP[name]: params[name] for name in top} | {
-    _torch_name(name, i, module): params['layers'][name][i]
-    for name in layer
-    for i in range(module.num_layers)
-  }
+  leaves = {TOP[name]: params[name] for name in top}
+  for i in range(module.num_layers):
+    for name in layer:
+      leaves[_torch_name(name, i, module)] = params['layers'][name][i]
   safetensors.write_file(
     folder / SINGLE,
     {name: _exported(name, leaf, dtype) for name, leaf in leaves.items()},
@@ -286,7 +280,7 @@ def _exported(name: str, leaf: jax.Array, dtype: DTypeLike | None) -> Tensor:
 
   def read() -> np.ndarray:
     array = np.asarray(leaf).astype(kind)
-    if _turned(name):
+    if _transposed(name):
       array = array.reshape(_torch_shape(array.shape, name)[::-1]).T
     return array
 
@@ -298,15 +292,8 @@ def _config(module: T5Encoder) -> dict[str, Any]:
   return {
     'architectures': ['T5EncoderModel'],
     'model_type': 't5',
-    'vocab_size': module.vocab_size,
-    'd_model': module.width,
-    'num_layers': module.num_layers,
-    'num_heads': module.num_heads,
-    'd_kv': module.head_dim,
-    'd_ff': module.mlp_dim,
+    **{key: getattr(module, name) for name, key in SIZES.items()},
     'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
-    'relative_attention_num_buckets': module.num_buckets,
-    'relative_attention_max_distance': module.max_distance,
     'layer_norm_epsilon': module.epsilon,
     'pad_token_id': 0,
     'eos_token_id': 1,
@@ -329,16 +316,13 @@ def _torch_name(name: str, i: int, module: T5Encoder) -> str:
   return f'encoder.block.{i}.{LAYER[name]}'
 
 
-def _turned(name: str) -> bool:
+def _transposed(name: str) -> bool:
   """Whether a tensor is a Linear's, which torch stores as [out, in]."""
-  return name.endswith(
-    tuple(f'.{w}.weight' for w in ('q', 'k', 'v', 'o'))
-    + tuple(f'.{w}.weight' for w in ('wi', 'wi_0', 'wi_1', 'wo'))
-  )
+  return re.search(r'\.(q|k|v|o|wi|wi_0|wi_1|wo)\.weight$', name) is not None
 
 
 def _torch_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-  if not _turned(name):
+  if not _transposed(name):
     return tuple(shape)
   # [D, N, H] -> [N·H, D], but the output projection [N, H, D] -> [D, N·H].
   split = len(shape) - 1 if name.endswith('.o.weight') else 1

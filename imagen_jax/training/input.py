@@ -6,18 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax.data.pipeline import batches
+from imagen_jax.data.pipeline import Order, batches
 from imagen_jax.training.experiment import Experiment
 
 
 def train_batches(experiment: Experiment, start_step: int) -> Iterator[dict]:
   """This process's part of the batches after step `start_step`."""
-  return _batches(
-    experiment,
-    'train',
-    start_step=start_step,
-    augment=experiment.augmentation(),
-  )
+  return _batches(experiment, 'train', start_step, experiment.augmentation())
 
 
 def eval_batches(experiment: Experiment) -> Iterator[dict]:
@@ -26,17 +21,17 @@ def eval_batches(experiment: Experiment) -> Iterator[dict]:
 
 
 def _batches(
-  experiment: Experiment, split: str, **options: Any
+  experiment: Experiment, split: str, start_step: int = 0, augment: Any = None
 ) -> Iterator[dict]:
-  return batches(
-    experiment.source(split),
+  order = Order(
     seed=experiment.config.seed,
     batch_size=experiment.config.train.batch_size,
+    start_step=start_step,
     host=jax.process_index(),
     num_hosts=jax.process_count(),
-    transform=experiment.example,
-    **options,
   )
+  source = experiment.source(split)
+  return batches(source, order, augment=augment, transform=experiment.example)
 
 
 def split_index(batch: dict) -> tuple[dict, np.ndarray]:

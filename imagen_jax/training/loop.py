@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
-from imagen_jax.data.sources import list_skipped
+from imagen_jax.data.checked import write_skipped
 from imagen_jax.io import model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
@@ -97,8 +97,8 @@ def _claim(
     init_from=init_from,
     force=force,
   )
-  if jax.process_index() == 0:
-    list_skipped(source, workdir / 'bad_samples.jsonl')
+  if jax.process_index() == 0 and source.skipped:
+    write_skipped(workdir / 'bad_samples.jsonl', source.skipped)
 
 
 def _first_state(

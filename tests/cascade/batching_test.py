@@ -36,12 +36,12 @@ def test_every_32_bit_seed_is_a_seed(seed):
 
 
 def test_every_row_has_its_own_inputs_and_the_last_batch_is_padded():
-  told, batches = [], []
+  calls, batches = [], []
   request = batching.Request(
     ['a', 'b'],
     indices=(0, 2, 5),
     batch_size=4,
-    callback=lambda *a: told.append(a),
+    callback=lambda *a: calls.append(a),
   )
   assert request.rows == [(p, i) for p in (0, 1) for i in (0, 2, 5)]
   mesh = sharding.make_mesh(devices=jax.devices()[:2])
@@ -53,7 +53,7 @@ def test_every_row_has_its_own_inputs_and_the_last_batch_is_padded():
   out = batching.generate(request, 'base', mesh, inputs, lambda a: 2 * a['x'])
   np.testing.assert_array_equal(out[:, 0, 0, 0], 2 * np.arange(6))
   assert batches == [[0, 1, 2, 3], [4, 5, 5, 5]]
-  assert told == [('base', 4, 6), ('base', 6, 6)]
+  assert calls == [('base', 4, 6), ('base', 6, 6)]
 
 
 def test_keys_differ_between_rows_and_stages():

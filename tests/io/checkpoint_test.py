@@ -7,6 +7,7 @@ import pathlib
 import random
 import shutil
 import warnings
+from unittest import mock
 
 import flax.struct
 import jax
@@ -17,7 +18,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import manifest
+from imagen_jax.io import checkpoint, manifest
 from imagen_jax.io.checkpoint import Checkpoints
 
 MANIFEST = manifest.name(0, 1)
@@ -88,10 +89,10 @@ def files(directory):
 
 
 def restore(directory, **options):
-  warnings = []
-  with Checkpoints(directory, warn=warnings.append) as checkpoints:
-    result = checkpoints.restore(jax.eval_shape(lambda: fresh()), **options)
-  return *result, warnings
+  with mock.patch.object(checkpoint._log, 'warning') as warning:
+    with Checkpoints(directory) as checkpoints:
+      result = checkpoints.restore(jax.eval_shape(lambda: fresh()), **options)
+  return *result, [c.args[0] % c.args[1:] for c in warning.mock_calls]
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_extra(two_steps):
@@ -139,7 +140,7 @@ def test_a_part_is_read_without_the_rest(copy):
     assert (step, extra) == (200, {'data_step': 200})
     assert same_bits(tree, fresh(2).ema_params)
     assert isinstance(tree['down_0']['kernel'], np.ndarray)
-    with pytest.raises(ModelError, match='model'):
+    with pytest.raises(ModelError, match='opt_state'):
       checkpoints.restore_subtree('model')
 
 
@@ -151,30 +152,24 @@ def flip(path, generator):
   return bit
 
 
-def damage_every_file(copy, hurt, expect):
-  """Damages each file of step 200 in turn; `verify` must name it."""
-  unnoticed = []
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete'])
+def test_damage_of_any_file_is_noticed_and_the_file_named(copy, damage):
+  generator = random.Random(0)
+  hurt = {
+    'flip': lambda path: flip(path, generator),
+    'truncate': lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    'delete': lambda path: path.unlink(),
+  }[damage]
   with Checkpoints(copy) as checkpoints:
     checkpoints.verify(200)
-    for path in files(copy / '200'):
+    for path in 3 * files(copy / '200'):
       whole = path.read_bytes()
       hurt(path)
-      try:
+      gone = damage == 'delete' and path.name == MANIFEST
+      with pytest.raises(ModelError, match='200' if gone else path.name):
         checkpoints.verify(200)
-        unnoticed.append(path.name)
-      except ModelError as error:
-        assert expect(path) in str(error)
       path.write_bytes(whole)
     checkpoints.verify(200)
-  assert unnoticed == []
-
-
-def test_a_flipped_bit_in_any_file_is_noticed_and_the_file_named(copy):
-  generator = random.Random(0)
-  for _ in range(3):
-    damage_every_file(
-      copy, lambda path: flip(path, generator), lambda path: path.name
-    )
 
 
 @pytest.mark.slow
@@ -196,7 +191,7 @@ def test_a_thousand_damages_are_all_noticed(copy):
     checkpoints.verify(200)
 
 
-def test_every_bit_of_the_manifest_counts(copy):
+def test_a_flipped_bit_of_the_manifest_is_noticed(copy):
   path = copy / '200' / MANIFEST
   whole = path.read_bytes()
   for i in random.Random(2).sample(range(8 * len(whole)), 300):
@@ -207,22 +202,6 @@ def test_every_bit_of_the_manifest_counts(copy):
       manifest.read(copy / '200')
   path.write_bytes(whole)
   manifest.read(copy / '200')
-
-
-def test_truncation_is_noticed_in_any_file(copy):
-  damage_every_file(
-    copy,
-    lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    lambda path: path.name,
-  )
-
-
-def test_deletion_is_noticed_of_any_file(copy):
-  damage_every_file(
-    copy,
-    lambda path: path.unlink(),
-    lambda path: '200' if path.name == MANIFEST else path.name,
-  )
 
 
 def test_a_damaged_step_is_named_and_the_one_before_restored(copy):
@@ -247,7 +226,7 @@ def test_a_half_written_step_is_no_step(copy):
   assert step == 100 and '200' in warnings[0]
 
 
-def test_a_step_lacking_another_process_s_manifest_is_no_step(copy):
+def test_a_step_that_lacks_a_manifest_of_a_process_is_no_step(copy):
   body = {'step': 200}
   manifest.write(copy / '200', body, process=0, processes=2)
   (copy / '200' / MANIFEST).unlink()
@@ -297,7 +276,7 @@ def test_a_newer_format_is_refused_rather_than_skipped(copy):
   assert not isinstance(caught.value, manifest.Damaged)
 
 
-def test_another_model_s_state_is_refused_naming_the_leaf(two_steps):
+def test_another_models_state_is_refused_naming_the_leaf(two_steps):
   def attempt(**changes):
     state = jax.eval_shape(lambda: fresh().replace(**changes))
     with Checkpoints(two_steps) as checkpoints:
@@ -325,7 +304,7 @@ def test_the_last_and_every_nth_step_are_kept(tmp_path):
 
 def test_damaged_steps_do_not_count_among_the_last(copy):
   (copy / '200' / 'state' / '_METADATA').unlink()
-  with Checkpoints(copy, keep_last=2, warn=lambda _: None) as checkpoints:
+  with Checkpoints(copy, keep_last=2) as checkpoints:
     state, _, _ = checkpoints.restore(jax.eval_shape(lambda: fresh()))
     checkpoints.save(150, state)
     checkpoints.wait()
@@ -336,7 +315,7 @@ def test_a_damaged_or_half_written_step_is_written_again(copy):
   (copy / '200' / 'state' / '_METADATA').unlink()
   (copy / '300').mkdir()
   (copy / '250.orbax-checkpoint-tmp').mkdir()
-  with Checkpoints(copy, warn=lambda _: None) as checkpoints:
+  with Checkpoints(copy) as checkpoints:
     state, _, step = checkpoints.restore(jax.eval_shape(lambda: fresh()))
     assert step == 100
     checkpoints.save(200, fresh(5))
@@ -363,7 +342,7 @@ def test_saving_the_same_step_twice_in_a_row_is_saving_it_once(tmp_path):
   np.testing.assert_array_equal(tree, np.zeros(3))
 
 
-def test_a_save_that_fails_says_so_and_the_last_step_stays(copy, monkeypatch):
+def test_a_save_that_fails_is_named_and_the_last_step_stays(copy, monkeypatch):
   def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -382,7 +361,7 @@ async def async_serialize_from_host():
   pass
 
 
-def test_what_a_failed_save_left_unwritten_is_dropped_without_a_word(tmp_path):
+def test_a_directory_that_cannot_be_made_is_named_without_warnings(tmp_path):
   (tmp_path / 'file').write_text('')
   with warnings.catch_warnings(record=True, action='always') as heard:
     with Checkpoints(tmp_path / 'file' / 'c') as checkpoints:
@@ -392,14 +371,7 @@ def test_what_a_failed_save_left_unwritten_is_dropped_without_a_word(tmp_path):
   assert not heard
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with Checkpoints(tmp_path / 'file' / 'c') as checkpoints:
-    with pytest.raises(ModelError, match='c/1'):
-      checkpoints.save(1, {'w': jnp.zeros(3)}, wait=True)
-
-
-def test_restoring_says_nothing_about_shardings(two_steps, caplog, capfd):
+def test_restoring_prints_nothing(two_steps, caplog, capfd):
   restore(two_steps)
   with Checkpoints(two_steps) as checkpoints:
     checkpoints.restore_subtree('params')

@@ -96,13 +96,10 @@ def test_bfloat16_weights_come_back_rounded_to_nearest(model):
   assert size < 40 * 2 + 500
 
 
-def test_a_stage_says_what_it_is(model):
+def test_a_stage_record_holds_what_was_saved(model):
   record = model_folder.load_stage(model / 'sr1')
-  assert (record.name, record.resolution, record.low_resolution) == (
-    'sr1',
-    64,
-    16,
-  )
+  sides = record.resolution, record.low_resolution
+  assert (record.name, sides) == ('sr1', (64, 16))
   assert record.config == config('sr1', 64, 16) and record.text == TEXT
   assert record.provenance == {'command': 'train.py', 'steps': 3}
 
@@ -120,19 +117,20 @@ def test_stages_come_in_the_order_of_the_chain(model):
 
 
 @pytest.mark.parametrize(
-  ('name', 'resolution', 'low', 'words'),
+  ('name', 'resolution', 'low', 'other'),
   [
-    ('sr3', 1024, 128, r'sr2 .*sr3 '),
-    ('base2', 32, None, r'base .*base2 '),
-    ('other', 64, 16, r'(sr1|other) .*(sr1|other) '),
+    ('sr3', 1024, 128, 'sr2'),
+    ('base2', 32, None, 'base'),
+    ('second', 64, 16, 'sr1'),
   ],
 )
 def test_stages_that_do_not_chain_are_both_named(
-  model, name, resolution, low, words
+  model, name, resolution, low, other
 ):
   save(model, name, resolution, low)
-  with pytest.raises(ModelError, match=words):
+  with pytest.raises(ModelError) as caught:
     model_folder.find_stages(model)
+  assert {name, other} <= set(str(caught.value).split())
   model_folder.find_stages(model, ['base', 'sr1', 'sr2'])
 
 
@@ -240,7 +238,7 @@ def test_a_workdir_without_a_checkpoint_is_named_when_it_is_needed(model):
     model_folder.load_params(record)
 
 
-def test_the_text_encoder_beside_the_stages_wins(model, tmp_path):
+def test_a_text_encoder_beside_the_stages_takes_precedence(model, tmp_path):
   record = model_folder.load_stage(model / 'base')
   assert model_folder.text_path(model, record) == model / 'text'
   assert model_folder.text_path(model / 'base', record) == model / 'text'

@@ -1,6 +1,5 @@
 """Training: resuming, the NaN guard, EMA, optimizers, the stage's loss."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax.cascade import conditioning, objective, sampling
+from imagen_jax.cascade import conditioning, objective, settings
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
@@ -276,9 +275,9 @@ def test_levels_reach_max_level_and_no_further(model):
     jnp.ones((256, 5), bool),
   )
   assert 0.24 < seen[0].max() < 0.25 and seen[0].min() < 0.01
-  settings = dataclasses.replace(made.sampling, aug_level=0.3)
-  with pytest.raises(UsageError, match='aug_level'):
-    sampling.check_sampling(made, settings)
+  with pytest.raises(UsageError) as caught:
+    settings.choose([made], {'aug_level': 0.3})
+  assert caught.value.key == 'aug_level'
   config.stage.max_level = 1.5
   with pytest.raises(UsageError, match='max_level'):
     tiny_model.build(config, encoder)
@@ -331,10 +330,10 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
 
 
 @pytest.mark.parametrize('stage, floor', [('sr1', 0.0), ('base', 0.1)])
-def test_a_contrast_floor_that_cannot_be_is_refused(model, stage, floor):
+def test_a_contrast_floor_without_effect_is_refused(model, stage, floor):
   config = tiny_model.config(stage)
   config.stage.contrast_floor = floor
-  with pytest.raises(UsageError, match='contrast_floor'):
+  with pytest.raises(UsageError, match='stage.contrast_floor'):
     tiny_model.build(config, load_text_encoder(model / 'text'))
 
 

@@ -1,0 +1,85 @@
+"""The sampling settings of a call: each stage's defaults and the choices."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from imagen_jax.cascade import batching
+from imagen_jax.cascade.stage import SamplingConfig, Stage
+from imagen_jax.diffusion.samplers import SAMPLERS, SettingError
+from imagen_jax.errors import UsageError
+
+
+def choose(
+  stages: Sequence[Stage], choices: Mapping[str, Any]
+) -> list[SamplingConfig]:
+  """The settings of every stage: its defaults, overridden by `choices`.
+
+  Args:
+    stages: the stages.
+    choices: {field: one value, or a list with one per stage}; None keeps the
+      default. `threshold='none'` is no thresholding.
+
+  Raises:
+    UsageError: a list's length is not the number of stages, or a value is
+      invalid or has no effect.
+  """
+  names = [stage.name for stage in stages]
+  result = []
+  for stage, chosen in zip(stages, batching.per_stage(choices, names)):
+    if chosen.get('threshold') == 'none':
+      chosen['threshold'] = None
+    try:
+      config = dataclasses.replace(stage.sampling, **chosen)
+    except SettingError as error:
+      raise UsageError(
+        f'stage {stage.name}: {error}', key=error.field
+      ) from error
+    check(stage, config)
+    result.append(config)
+  _check_effects(stages, result, choices)
+  return result
+
+
+def check(stage: Stage, config: SamplingConfig) -> None:
+  """Rejects settings that this stage was not trained for.
+
+  Raises:
+    UsageError: guidance without caption dropout, or an augmentation level
+      outside [0, max_level].
+  """
+  if config.guidance != 1 and stage.cond_drop == 0:
+    raise UsageError(
+      f'stage {stage.name}: guidance {config.guidance:g} needs a model trained '
+      'with caption dropout, and this one had stage.cond_drop = 0; use 1.',
+      key='guidance',
+    )
+  if not 0 <= config.aug_level <= stage.max_level:
+    raise UsageError(
+      f'stage {stage.name}: aug_level is {config.aug_level:g}; it lies in '
+      f'[0, {stage.max_level:g}], and 0.1 to 0.3 give the best-looking '
+      'images.',
+      key='aug_level',
+    )
+
+
+def _check_effects(
+  stages: Sequence[Stage],
+  configs: Sequence[SamplingConfig],
+  choices: Mapping[str, Any],
+) -> None:
+  """Rejects choices that have no effect on any stage."""
+  options = {name for s in SAMPLERS.values() for name in s.options}
+  for name in sorted(options.intersection(choices)):
+    used = any(name in SAMPLERS[c.sampler].options for c in configs)
+    if choices[name] is not None and not used:
+      raise UsageError(
+        f'{name} has no effect with sampler {configs[0].sampler}.', key=name
+      )
+  if choices.get('aug_level') is not None:
+    upsample = any(stage.low_resolution is not None for stage in stages)
+    if not upsample and any(config.aug_level for config in configs):
+      raise UsageError(
+        'aug_level has no effect without a super-resolution stage.',
+        key='aug_level',
+      )
