@@ -139,8 +139,8 @@ class SamplerSpec:
     SettingError: a value is invalid.
   """
 
-  sampler: str = 'dpmpp'
-  steps: int = 32
+  sampler: str = 'ddpm'
+  steps: int = 256
   threshold: str | None = 'dynamic'
   percentile: float = 99.5
   guidance_interval: tuple[float, float] | None = None
