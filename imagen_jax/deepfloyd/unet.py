@@ -124,7 +124,7 @@ class IFUNet(nn.Module):
     sample: Image,
     t: Steps,
     text: TextEmb,
-    noise_level: Float[Array, ' b'] | None = None,
+    noise_level: Steps | None = None,
     pooled_text: TextEmb | None = None,
   ) -> Float[Array, 'b h w out']:
     """Predicts eps and, with 6 output channels, the variance's interpolation.
