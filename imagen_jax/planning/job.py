@@ -223,8 +223,9 @@ def train_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:
 
 def lower_train(job: Job, mesh: Mesh) -> jax.stages.Lowered:
   """The training step lowered for a mesh of devices that need not exist."""
-  with jax.set_mesh(mesh):
-    return make_program(job.experiment, mesh, unroll=False).traced.lower()
+  program = make_program(job.experiment, mesh, unroll=False)
+  with jax.set_mesh(mesh):  # under which nothing can run
+    return program.traced.lower()
 
 
 def sample_arguments(
