@@ -76,7 +76,6 @@ def make_program(
   experiment: Experiment,
   mesh: Mesh,
   *,
-  accumulate: int | None = None,
   unroll: bool | None = None,
 ) -> Program:
   """The program of an experiment's step.
@@ -84,8 +83,7 @@ def make_program(
   Args:
     experiment: the `Experiment`.
     mesh: of the devices, which need not exist as long as nothing is run.
-    accumulate, unroll: see `make_train_step`; None means the config's and the
-      platform's, respectively.
+    unroll: see `make_train_step`; None means the platform's.
   """
   tx = make_optimizer(experiment.config.train)
   state = jax.eval_shape(
@@ -93,7 +91,7 @@ def make_program(
   )
   shardings = sharding.state_shardings(state, mesh)
   step = jax.jit(
-    train_step(experiment, tx, accumulate=accumulate, unroll=unroll),
+    train_step(experiment, tx, unroll=unroll),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
@@ -104,7 +102,6 @@ def train_step(
   experiment: Experiment,
   tx: optax.GradientTransformation,
   *,
-  accumulate: int | None = None,
   unroll: bool | None = None,
 ) -> StepFn:
   """`make_train_step` of an experiment and its config."""
@@ -115,6 +112,6 @@ def train_step(
     seed=experiment.config.seed,
     ema_limit=train.ema_decay,
     condition=experiment.condition,
-    accumulate=train.accumulate if accumulate is None else accumulate,
+    accumulate=train.accumulate,
     unroll=unroll,
   )
