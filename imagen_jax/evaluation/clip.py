@@ -157,7 +157,7 @@ def read_config(path: pathlib.Path) -> tuple[ClipImage, ClipText]:
     ModelError: it is not the config of a CLIP model.
   """
   try:
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = json.loads(path.read_text(encoding='utf-8-sig'))
     return (
       ClipImage(**_fields(ClipImage, config, 'vision_config')),
       ClipText(**_fields(ClipText, config, 'text_config')),

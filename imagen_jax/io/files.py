@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
-from imagen_jax.errors import ImagenError, ModelError
+from imagen_jax.errors import DataError, ImagenError, ModelError
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -139,7 +139,7 @@ def read_json(
   """
   path = pathlib.Path(path)
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
+    value = json.loads(path.read_text(encoding='utf-8-sig'))
   except FileNotFoundError as problem:
     raise error(f'{path} does not exist; {missing or advice}.') from problem
   except (OSError, ValueError, RecursionError) as problem:
@@ -157,6 +157,28 @@ def read_json(
   return value
 
 
+def read_text(
+  path: AnyPath, *, error: type[ImagenError] = DataError, advice: str
+) -> str:
+  """The text of a file in UTF-8, without a byte-order mark.
+
+  Lines end with a newline character, as on every system. Split them there: to
+  `str.splitlines`, U+2028 and U+0085 within a line are line ends too.
+
+  Args:
+    path: the file.
+    error: type of the exceptions.
+    advice: what to give instead, for the message.
+
+  Raises:
+    error: the file cannot be read, or is not UTF-8.
+  """
+  try:
+    return pathlib.Path(path).read_text(encoding='utf-8-sig')
+  except (OSError, UnicodeDecodeError) as problem:
+    raise error(f'{path} cannot be read ({problem}); {advice}.') from problem
+
+
 def write_lines(path: Path, values: Iterable[Any]) -> None:
   """Writes JSON values as JSON Lines."""
   write_text(path, ''.join(json.dumps(value) + '\n' for value in values))
@@ -171,12 +193,12 @@ def read_lines(
     error: the file is missing or cannot be read.
   """
   try:
-    text = pathlib.Path(path).read_text(encoding='utf-8', errors='replace')
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig', errors='replace')
   except OSError as problem:
     raise error(
       f'{path} cannot be read ({problem}); {COPY_AGAIN}.'
     ) from problem
-  for line in text.splitlines():
+  for line in text.split('\n'):
     with contextlib.suppress(ValueError, TypeError):
       yield dict(json.loads(line))
 

@@ -13,7 +13,6 @@ an untrusted model folder is safe to open.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -341,8 +340,8 @@ def _is_stage(path: pathlib.Path) -> bool:
   if path.name.startswith('.'):  # what a killed export left
     return False
   try:  # a workdir, perhaps before its first checkpoint
-    return 'stage' in json.loads((path / 'config.json').read_text())['config']
-  except (OSError, ValueError, KeyError, TypeError):
+    return 'stage' in files.read_json(path / 'config.json')['config']
+  except (ModelError, KeyError, TypeError):
     pass  # other folders have a config.json too
   return any((path / n).exists() for n in (RECORD, WEIGHTS, 'checkpoints'))
 

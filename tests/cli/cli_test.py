@@ -67,7 +67,8 @@ def test_every_prompt_of_a_file_is_sampled_with_the_named_stages(
   model, tmp_path
 ):
   file = tmp_path / 'prompts.txt'
-  file.write_text('a red star\n\na blue heart\n')
+  # As an editor on Windows writes it; U+2028 ends no line.
+  file.write_bytes('\ufeffa red star\r\n\r\na\u2028blue heart\r\n'.encode())
   args = ['--model', model, '--out', tmp_path, '--stages', 'base']
   assert run(sample.main, '--prompts', file, *args) == 0
   images = sorted(tmp_path.glob('00*.png'))
@@ -75,6 +76,8 @@ def test_every_prompt_of_a_file_is_sampled_with_the_named_stages(
     '000_a-red-star.png',
     '001_a-blue-heart.png',
   ]
+  prompts = [image_io.read_metadata(image)['prompt'] for image in images]
+  assert prompts == ['a red star', 'a\u2028blue heart']
   assert Image.open(images[0]).size == (8, 8)
 
 
