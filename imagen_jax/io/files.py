@@ -117,6 +117,26 @@ def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + '\n')
 
 
+def parse_json(text: str | bytes) -> Any:
+  """`json.loads` for text of any origin, such as endless brackets.
+
+  Raises:
+    ValueError: it is not JSON.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError('it is nested too deeply') from error
+
+
+def inside(folder: AnyPath, name: Any) -> pathlib.Path | None:
+  """The file of a folder that untrusted text names; None if it leaves it."""
+  parts = name.split('/') if isinstance(name, str) else ['..']
+  if '..' in parts or not parts[0] or '\\' in name or '\0' in name:
+    return None
+  return pathlib.Path(folder, name)
+
+
 def read_json(
   path: AnyPath,
   *,
@@ -139,10 +159,10 @@ def read_json(
   """
   path = pathlib.Path(path)
   try:
-    value = json.loads(path.read_text(encoding='utf-8-sig'))
+    value = parse_json(path.read_text(encoding='utf-8-sig'))
   except FileNotFoundError as problem:
     raise error(f'{path} does not exist; {missing or advice}.') from problem
-  except (OSError, ValueError, RecursionError) as problem:
+  except (OSError, ValueError) as problem:
     raise error(
       f'{path} cannot be read as JSON ({problem}); {advice}.'
     ) from problem
@@ -200,7 +220,7 @@ def read_lines(
     ) from problem
   for line in text.split('\n'):
     with contextlib.suppress(ValueError, TypeError):
-      yield dict(json.loads(line))
+      yield dict(parse_json(line))
 
 
 def digest(path: Path) -> Digest:
