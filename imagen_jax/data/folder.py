@@ -11,13 +11,13 @@ or the folder holds a `metadata.jsonl` with one object per image:
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import Checked, clean_caption, survey
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.io.files import AnyPath
 
@@ -108,9 +108,9 @@ def _find(path: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
 def _images(path: pathlib.Path) -> Iterator[str]:
   """Names, relative to `path`, of the files that look like images."""
   for file in path.rglob('*'):
-    # Names with a leading dot belong to other programs (._one.jpg).
-    if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'):
-      yield file.relative_to(path).as_posix()
+    name = file.relative_to(path)
+    if file.suffix.lower() in SUFFIXES and not files.is_hidden(name):
+      yield name.as_posix()
 
 
 def _read_metadata(
@@ -122,7 +122,7 @@ def _read_metadata(
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = files.parse_json(line)
       name = record['file_name']
       caption = next(record[key] for key in CAPTION_KEYS if key in record)
       if not isinstance(name, str) or not isinstance(caption, str):
@@ -132,12 +132,13 @@ def _read_metadata(
         f'{file}, line {number}, is not an object with "file_name" and '
         '"text"; correct or remove the line.'
       ) from error
-    if name in found:
+    place = files.inside('', name)
+    if name in bad or (place and place.as_posix() in found):
       bad[f'line {number}'] = 'it lists an image a second time'
-    elif os.path.isabs(name) or '..' in pathlib.PurePosixPath(name).parts:
+    elif place is None:
       bad[name] = 'its name points outside the folder'
     else:
-      found[name] = caption
+      found[place.as_posix()] = caption
   return found, bad
 
 

@@ -24,6 +24,7 @@ from imagen_jax.deepfloyd.stage import SampleInputs, Stage
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.typing import Image
 
@@ -31,7 +32,8 @@ from imagen_jax.typing import Image
 def _stage_folders(path: pathlib.Path) -> list[pathlib.Path]:
   places = [path]
   if path.is_dir():
-    places += sorted(p for p in path.iterdir() if p.is_dir())
+    folders = (p for p in path.iterdir() if p.is_dir())
+    places += sorted(p for p in folders if not files.is_hidden(p.name))
   return [p for p in places if (p / 'unet' / 'config.json').exists()]
 
 

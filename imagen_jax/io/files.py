@@ -137,6 +137,14 @@ def inside(folder: AnyPath, name: Any) -> pathlib.Path | None:
   return pathlib.Path(folder, name)
 
 
+def is_hidden(name: AnyPath) -> bool:
+  """Whether a relative name, or a folder in it, belongs to other programs.
+
+  Examples are ._one.jpg, .ipynb_checkpoints/one.jpg and .Trash-0/one.jpg.
+  """
+  return any(p.startswith('.') for p in pathlib.PurePath(name).parts)
+
+
 def read_json(
   path: AnyPath,
   *,
