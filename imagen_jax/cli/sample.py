@@ -168,13 +168,17 @@ def _generate(
     strength=choices['strength'],
     **images,
   )
+  low_res = input_images.read_low_res(cascade, args.low_res)
+  if 'image' in images and low_res is None:
+    shape = cascade.shape_for(images['image'])
+    input_images.note_crop(args.init_image, images['image'].size, *shape)
   embedding = cascade.embed(prompts)
   _notes(cascade, embedding)
   generated = cascade.sample(
     embedding,
     seed=args.seed,
     num_images=args.num_images,
-    low_res=input_images.read_low_res(cascade, args.low_res),
+    low_res=low_res,
     **images,
     batch_size=request.batch,
     callback=output.progress(),

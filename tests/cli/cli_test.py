@@ -112,6 +112,21 @@ def test_only_the_masked_part_of_a_given_image_is_inpainted(model, tmp_path):
   assert (near != pixels).mean() > 0.5
 
 
+@pytest.mark.parametrize(
+  'flag, stage, side', [('init_image', 'base', 8), ('low_res', 'sr1', 16)]
+)
+@pytest.mark.parametrize('size, noted', [((40, 32), 0), ((50, 30), 1)])
+def test_the_crop_of_a_given_image_is_noted(
+  model, tmp_path, capsys, flag, stage, side, size, noted
+):
+  Image.new('RGB', size).save(tmp_path / 'mine.png')
+  args = ['--model', model, '--out', tmp_path / 'out', '--stages', stage]
+  args += ['--prompt', PROMPT, f'--{flag}', tmp_path / 'mine.png']
+  assert run(sample.main, *args, '--steps', 1) == 0
+  assert capsys.readouterr().err.count('mine.png') == noted
+  assert Image.open(next(tmp_path.glob('out/000*'))).height == side
+
+
 def test_an_image_below_the_low_resolution_is_refused(model, tmp_path):
   Image.new('RGB', (40, 6), 'orange').save(tmp_path / 'mine.png')
   args = ['--model', model, '--out', tmp_path / 'out', '--stages', 'sr1']
