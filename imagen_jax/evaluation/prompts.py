@@ -10,7 +10,6 @@ The project ships none of these files.
 
 import csv
 import io
-import json
 import os
 import pathlib
 from typing import Any
@@ -90,7 +89,7 @@ def _objects(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
+      row = files.parse_json(line)
       category = row.get('tag', row.get('category', ALL))
       if not isinstance(row['prompt'], str) or not isinstance(category, str):
         raise TypeError('not strings')

@@ -151,13 +151,25 @@ def load_stage(path: AnyPath) -> StageRecord:
       weights=record['weights'] if exported else None,
       provenance=record['provenance'] if exported else {},
     )
-    _ = stage.name, stage.resolution, stage.low_resolution
+    kinds: list[tuple[Any, Any]] = [
+      (stage.name, str),
+      (stage.resolution, int),
+      (stage.low_resolution, int | None),
+      (stage.provenance, dict),
+    ]
     _ = stage.config['text']['path'], stage.config['train']['checkpoint_dir']
-    _ = stage.text['dim'], stage.text['max_len'], stage.text['digest']
-    _ = exported and record['weights']['sha256']
+    kinds += [(stage.text[key], int) for key in ('dim', 'max_len')]
+    kinds += [(stage.text['digest'], str)]
+    if exported:
+      kinds += [(record['weights']['sha256'], str)]
+      kinds += [(record['weights']['bytes'], int)]
+      DTYPES[record['weights']['dtype']]
+    for value, kind in kinds:
+      if not isinstance(value, kind):
+        raise TypeError(f'{value!r} is no {kind}')
   except (KeyError, TypeError, AttributeError) as error:
     raise ModelError(
-      f'{file} lacks a key that imagen_jax writes ({error}); '
+      f'{file} lacks a key or value that imagen_jax writes ({error}); '
       f'{files.COPY_AGAIN}.'
     ) from error
   return stage
