@@ -11,8 +11,9 @@ or the folder holds a `metadata.jsonl` with one object per image:
 
 import hashlib
 import json
+import mimetypes
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import Checked, clean_caption, survey
@@ -21,6 +22,7 @@ from imagen_jax.io import files
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.io.files import AnyPath
 
+OTHERS = ('.heic', '.avif', '.jxl', '.jp2')  # which mimetypes may not know
 CAPTION_KEYS = ('text', 'caption')
 
 
@@ -52,6 +54,7 @@ class FolderSource(Checked):
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     self.path = pathlib.Path(path)
     found, bad = _find(self.path)
+    self.unused = dict(_unused(self.path, found.keys() | bad.keys()))
     sides, unreadable = _check(self.path, list(found))
     self.names = tuple(name for name in sides if sides[name] >= self.size)
     self.captions = tuple(found[name] for name in self.names)
@@ -111,6 +114,22 @@ def _images(path: pathlib.Path) -> Iterator[str]:
     name = file.relative_to(path)
     if file.suffix.lower() in SUFFIXES and not files.is_hidden(name):
       yield name.as_posix()
+
+
+def _unused(path: pathlib.Path, known: Collection[str]) -> Iterator[tuple]:
+  """(name, reason) of the images that are no samples, sorted by name."""
+  for file in sorted(path.rglob('*')):
+    name = file.relative_to(path)
+    kind, _ = mimetypes.guess_type(name)
+    suffix = file.suffix.lower()
+    image = suffix in (*SUFFIXES, *OTHERS) or (kind or '').startswith('image/')
+    if image and not files.is_hidden(name) and name.as_posix() not in known:
+      yield (
+        name.as_posix(),
+        'metadata.jsonl does not list it'
+        if suffix in SUFFIXES
+        else f'only {", ".join(SUFFIXES)} are read',
+      )
 
 
 def _read_metadata(

@@ -128,6 +128,21 @@ def test_images_in_hidden_folders_belong_to_other_programs(tmp_path):
   assert source.names == ('a.png',) and source.skipped == ()
 
 
+def test_images_that_are_no_samples_are_listed_but_not_bad(tmp_path):
+  add(tmp_path, 'a.png')
+  add(tmp_path, 'x/c.ppm').rename(tmp_path / 'x/c.HEIC')
+  (tmp_path / 'notes.txt').write_text('not a caption')
+  source = FolderSource(tmp_path, 16)
+  assert [n for n, _ in source.skipped] == ['x/c.HEIC'] and not source.bad
+  add(tmp_path, 'b.png')
+  line = json.dumps({'file_name': 'a.png', 'text': 'a'})
+  (tmp_path / 'metadata.jsonl').write_text(line)
+  source = FolderSource(tmp_path, 16)
+  assert source.names == ('a.png',) and not source.bad
+  assert len(set(dict(source.skipped).values())) == 2
+  assert [n for n, _ in source.skipped] == ['b.png', 'x/c.HEIC']
+
+
 def test_an_image_listed_under_two_spellings_is_used_once(tmp_path):
   add(tmp_path, 'x/a.png')
   names = ['./x/a.png', 'x//a.png', 'x/a.png', '../a.png', '../a.png', 'b\0']
