@@ -203,6 +203,21 @@ def check_images(
         f'{image.width}×{image.height}; they must have the same size.',
         key='mask',
       )
+    if np.max(np.asarray(mask)) < 128:
+      raise UsageError(
+        'mask has no white pixel, so that nothing would be inpainted.',
+        key='mask',
+      )
+
+
+def upright(
+  image: PIL.Image.Image | None, mask: PIL.Image.Image | None
+) -> tuple[PIL.Image.Image | None, PIL.Image.Image | None]:
+  """The image and its mask in RGB and grey, decoded as for training."""
+  return (
+    image and image_io.upright(image),
+    mask and image_io.upright(mask, 'L'),
+  )
 
 
 def check_size(stage: str, width: int, height: int, multiple: int) -> None:
@@ -224,7 +239,7 @@ def start_from(
   width: int,
   height: int,
 ) -> dict[str, np.ndarray]:
-  """The image to start from and its mask, at a stage's size.
+  """The image to start from and its mask, `upright`, at a stage's size.
 
   Returns:
     {'image': [H, W, 3] in [−1, 1], 'inpaint_mask': [H, W, 1] of 0 and 1},

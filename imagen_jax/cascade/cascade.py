@@ -7,6 +7,7 @@ time.
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,6 +127,25 @@ class Cascade:
     """The `data.kind`s that its stages were trained on."""
     return {record.config['data']['kind'] for record in self._records}
 
+  @property
+  def multiple(self) -> int:
+    """What the sides of the first stage's images must be multiples of.
+
+    If it upsamples, of the low-resolution images; then every stage can
+    generate images of their shape.
+    """
+    side = self.stages[0].low_resolution or self.stages[0].resolution
+    factors = [(s.net.multiple, s.resolution // side) for s in self.stages]
+    return math.lcm(*(m // math.gcd(m, factor) for m, factor in factors))
+
+  def shape_for(self, image: PIL.Image.Image) -> tuple[int, int]:
+    """(width, height) of the first stage's images if they start from `image`.
+
+    The closest aspect ratio that every stage can generate.
+    """
+    side = self.stages[0].resolution
+    return image_io.shaped(*image.size, side, self.multiple)
+
   def embed(self, prompts: Sequence[str]) -> Embedding:
     """Encodes prompts; the text encoder is loaded for this call only.
 
@@ -183,7 +203,7 @@ class Cascade:
       low_res: uint8 [N, h, w, 3], the images to upsample if the first stage is
         not a base model; one per image, or one for all.
       image: an image of any shape to start from, see `SamplerSpec.strength`,
-        or to inpaint.
+        or to inpaint; cropped to a shape that the networks can generate.
       mask: of the same shape, white where to inpaint; elsewhere every stage
         keeps `image`, resized, bit for bit.
       batch_size: images per batch; None: all of them, at most 4.
@@ -210,6 +230,7 @@ class Cascade:
       callback=callback,
     )
     first = self.stages[0]
+    image, mask = batching.upright(image, mask)
     batching.check_images(
       first.name,
       first.low_resolution is not None,
@@ -223,7 +244,12 @@ class Cascade:
       embedding = self.embed(request.prompts)
     results = {}
     for i, (stage, config) in enumerate(zip(self.stages, configs)):
-      width, height = _size(stage, low, image)
+      width, height = stage.resolution, stage.resolution
+      if low is not None:
+        height, width = (side * stage.factor for side in low.shape[1:3])
+      elif image is not None:
+        width, height = self.shape_for(image)
+      batching.check_size(stage.name, width, height, stage.net.multiple)
       start = batching.start_from(image, mask, width, height)
       inputs = _stage_inputs(stage, request, embedding, low, start)
       low = self._run_stage(i, config, request, inputs)
@@ -259,23 +285,6 @@ def _from_uint8(low_res: np.ndarray, count: int) -> np.ndarray:
       key='low_res',
     )
   return np.broadcast_to(low, (count, *low.shape[1:]))
-
-
-def _size(
-  stage: Stage, low: Image | None, image: PIL.Image.Image | None
-) -> tuple[int, int]:
-  """(width, height) of a stage's images.
-
-  Raises:
-    UsageError: the network cannot generate that shape.
-  """
-  width = height = stage.resolution
-  if low is not None:
-    height, width = (side * stage.factor for side in low.shape[1:3])
-  elif image is not None:
-    width, height = image_io.shaped(*image.size, stage.resolution)
-  batching.check_size(stage.name, width, height, stage.net.multiple)
-  return width, height
 
 
 def _stage_inputs(

@@ -1,7 +1,8 @@
 """The images that sampling starts from, read from files."""
 
-import math
 from typing import TYPE_CHECKING
+
+from imagen_jax.cli import output
 
 if TYPE_CHECKING:
   import PIL.Image
@@ -20,11 +21,10 @@ def read_low_res(cascade: 'Cascade', path: str | None) -> 'Uint8Image | None':
     return None
   from imagen_jax.io import images as image_io
 
-  units = [
-    stage.net.multiple // math.gcd(stage.net.multiple, stage.resolution // side)
-    for stage in cascade.stages
-  ]
-  return image_io.read_low_res(path, side, math.lcm(*units))[None]
+  pixels = image_io.read_low_res(path, side, cascade.multiple)
+  height, width, _ = pixels.shape
+  note_crop(path, image_io.open_image(path).size, width, height)
+  return pixels[None]
 
 
 def open_images(**paths: str | None) -> dict[str, 'PIL.Image.Image']:
@@ -36,3 +36,23 @@ def open_images(**paths: str | None) -> dict[str, 'PIL.Image.Image']:
     for name, path in paths.items()
     if path
   }
+
+
+def note_crop(
+  path: str | None, size: tuple[int, int], width: int, height: int
+) -> None:
+  """Notes that an image does not have the aspect ratio of what is generated.
+
+  Args:
+    path: of the image.
+    size: its (width, height) in pixels.
+    width, height: of what is generated from it.
+  """
+  from imagen_jax.io import decode
+
+  left, top, right, bottom = decode.central(size, width, height)
+  if (right - left, bottom - top) != size:
+    output.note(
+      f'{path} has {size[0]}×{size[1]} pixels; the {right - left}×'
+      f'{bottom - top} in its centre are used, which fit {width}×{height}.'
+    )

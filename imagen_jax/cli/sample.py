@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import pathlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,6 +18,7 @@ from imagen_jax.cli import (
   sampling_flags,
 )
 from imagen_jax.errors import DataError, ImagenError, UsageError
+from imagen_jax.io import files
 
 if TYPE_CHECKING:
   from imagen_jax.cascade.cascade import Cascade
@@ -130,14 +130,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     raise UsageError(
       'nothing to generate: add --prompt "a red circle above a blue square".'
     )
-  try:
-    text = pathlib.Path(args.prompts).read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    raise DataError(
-      f'--prompts {args.prompts} cannot be read ({error}); give a UTF-8 text '
-      'file with one prompt a line.'
-    ) from error
-  prompts = [line.strip() for line in text.splitlines() if line.strip()]
+  text = files.read_text(
+    args.prompts, advice='give a UTF-8 text file with one prompt a line'
+  )
+  prompts = [line.strip() for line in text.split('\n') if line.strip()]
   if not prompts:
     raise DataError(
       f'--prompts {args.prompts} is empty; write one prompt a line.'
@@ -172,13 +168,17 @@ def _generate(
     strength=choices['strength'],
     **images,
   )
+  low_res = input_images.read_low_res(cascade, args.low_res)
+  if 'image' in images and low_res is None:
+    shape = cascade.shape_for(images['image'])
+    input_images.note_crop(args.init_image, images['image'].size, *shape)
   embedding = cascade.embed(prompts)
   _notes(cascade, embedding)
   generated = cascade.sample(
     embedding,
     seed=args.seed,
     num_images=args.num_images,
-    low_res=input_images.read_low_res(cascade, args.low_res),
+    low_res=low_res,
     **images,
     batch_size=request.batch,
     callback=output.progress(),

@@ -110,13 +110,15 @@ class ArrayRecordSource(Checked):
       header, pixels, text = _unpack(record)
       side = self.header['size']
       image = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
-    except (RuntimeError, ValueError, KeyError) as error:
+      example = {'image': image, 'caption': header['caption']}
+      if not isinstance(example['caption'], str):
+        raise TypeError('not text')
+      if self.header['text'] is not None:
+        example |= _padded(text, **self.header['text'])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
       raise BadSample('its record is damaged') from error
     if side != self.size:
-      image = resize_square(Image.fromarray(image), self.size)
-    example = {'image': image, 'caption': header['caption']}
-    if self.header['text'] is not None:
-      example |= _padded(text, **self.header['text'])
+      example['image'] = resize_square(Image.fromarray(image), self.size)
     return example
 
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
@@ -200,7 +202,7 @@ def pack(example: Mapping[str, Any], text: np.ndarray | None) -> bytes:
 def _unpack(record: bytes) -> tuple[dict[str, Any], memoryview, memoryview]:
   """(header, pixels, embeddings) of a record, as bytes-like views."""
   start = 4 + int.from_bytes(record[:4], 'little')
-  header = json.loads(record[4:start])
+  header = files.parse_json(record[4:start])
   end = start + header['image']
   return header, memoryview(record)[start:end], memoryview(record)[end:]
 
@@ -222,7 +224,12 @@ def _files(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[str]:
     DataError: one is missing or has another size.
   """
   for part in header['parts']:
-    file = folder / part['name']
+    file = files.inside(folder, part['name'])
+    if file is None:
+      raise DataError(
+        f'{folder / DATASET} names a file outside its folder, '
+        f'{part["name"]!r}; {files.COPY_AGAIN}.'
+      )
     if not file.exists() or file.stat().st_size != part['bytes']:
       raise DataError(
         f'{file} is missing or has another size than {DATASET} states; '
@@ -246,10 +253,25 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   header = files.read_json(
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
-  for key in ('size', 'count', 'text', 'parts'):
-    if key not in header:
-      raise DataError(f'{path / DATASET} lacks {key!r}; {files.COPY_AGAIN}.')
+  _check_keys(path / DATASET, header, size=int, count=int, parts=list)
+  _check_keys(path / DATASET, header, text=dict | None)
+  for part in header['parts']:
+    _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
+  if header['text'] is not None:
+    whole, text = ('dim', 'max_len'), ('encoder', 'tokenizer', 'cleaning')
+    types = dict.fromkeys(whole, int) | dict.fromkeys(text, str)
+    _check_keys(path / DATASET, header['text'], **types)
   return header
+
+
+def _check_keys(file: pathlib.Path, found: Any, **types: Any) -> None:
+  """Raises DataError if an object of a header lacks a key, or its type."""
+  for key, kind in types.items():
+    if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
+      raise DataError(
+        f'{file} lacks {key!r}, or has another type of value there; '
+        f'{files.COPY_AGAIN}.'
+      )
 
 
 def short(value: Any) -> Any:

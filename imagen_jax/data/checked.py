@@ -13,7 +13,7 @@ import logging
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from imagen_jax.data.progress import Progress
@@ -53,6 +53,7 @@ class Checked(Source):
     needs: a sentence on what the source needs, for the message if it is empty.
     where: the source's name in messages.
     bad: {name: reason} of the bad samples, also of those that failed since.
+    unused: {name: reason} of files that are no samples; set by `scan`.
     replaced: number of times that a sample was replaced.
     skipped: ((name, reason), …) of all samples skipped at the start.
 
@@ -62,6 +63,7 @@ class Checked(Source):
 
   needs: ClassVar[str] = ''
   bad: dict[str, str]
+  unused: Mapping[str, str] = {}
 
   def __init__(
     self,
@@ -76,14 +78,15 @@ class Checked(Source):
     self._lock = threading.Lock()
     self.bad, small = self.scan(path)
     too_small = f'it is smaller than {size} pixels'
-    self.skipped = (*self.bad.items(), *((name, too_small) for name in small))
+    skipped = self.bad | dict.fromkeys(small, too_small)
+    self.skipped = (*skipped.items(), *self.unused.items())
     if not len(self):
       reason = summary(self.skipped) or 'there are none'
       raise DataError(
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
         f'{self.needs}'.strip()
       )
-    self._total = len(self) + len(self.skipped)
+    self._total = len(self) + len(skipped)
     self._check_fraction()
     if self.skipped:
       _tell(

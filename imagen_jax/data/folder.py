@@ -11,16 +11,18 @@ or the folder holds a `metadata.jsonl` with one object per image:
 
 import hashlib
 import json
-import os
+import mimetypes
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import Checked, clean_caption, survey
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.io.files import AnyPath
 
+OTHERS = ('.heic', '.avif', '.jxl', '.jp2')  # which mimetypes may not know
 CAPTION_KEYS = ('text', 'caption')
 
 
@@ -52,6 +54,7 @@ class FolderSource(Checked):
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     self.path = pathlib.Path(path)
     found, bad = _find(self.path)
+    self.unused = dict(_unused(self.path, found.keys() | bad.keys()))
     sides, unreadable = _check(self.path, list(found))
     self.names = tuple(name for name in sides if sides[name] >= self.size)
     self.captions = tuple(found[name] for name in self.names)
@@ -108,9 +111,25 @@ def _find(path: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
 def _images(path: pathlib.Path) -> Iterator[str]:
   """Names, relative to `path`, of the files that look like images."""
   for file in path.rglob('*'):
-    # Names with a leading dot belong to other programs (._one.jpg).
-    if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'):
-      yield file.relative_to(path).as_posix()
+    name = file.relative_to(path)
+    if file.suffix.lower() in SUFFIXES and not files.is_hidden(name):
+      yield name.as_posix()
+
+
+def _unused(path: pathlib.Path, known: Collection[str]) -> Iterator[tuple]:
+  """(name, reason) of the images that are no samples, sorted by name."""
+  for file in sorted(path.rglob('*')):
+    name = file.relative_to(path)
+    kind, _ = mimetypes.guess_type(name)
+    suffix = file.suffix.lower()
+    image = suffix in (*SUFFIXES, *OTHERS) or (kind or '').startswith('image/')
+    if image and not files.is_hidden(name) and name.as_posix() not in known:
+      yield (
+        name.as_posix(),
+        'metadata.jsonl does not list it'
+        if suffix in SUFFIXES
+        else f'only {", ".join(SUFFIXES)} are read',
+      )
 
 
 def _read_metadata(
@@ -122,7 +141,7 @@ def _read_metadata(
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = files.parse_json(line)
       name = record['file_name']
       caption = next(record[key] for key in CAPTION_KEYS if key in record)
       if not isinstance(name, str) or not isinstance(caption, str):
@@ -132,12 +151,13 @@ def _read_metadata(
         f'{file}, line {number}, is not an object with "file_name" and '
         '"text"; correct or remove the line.'
       ) from error
-    if name in found:
+    place = files.inside('', name)
+    if name in bad or (place and place.as_posix() in found):
       bad[f'line {number}'] = 'it lists an image a second time'
-    elif os.path.isabs(name) or '..' in pathlib.PurePosixPath(name).parts:
+    elif place is None:
       bad[name] = 'its name points outside the folder'
     else:
-      found[name] = caption
+      found[place.as_posix()] = caption
   return found, bad
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from imagen_jax.io import files
 
-VERSION = 1
+VERSION = 2
 
 
 def cached(

@@ -1,14 +1,17 @@
 """Webdataset tars, as img2dataset writes them: key.jpg, key.txt, key.json.
 
+A key may contain dots if both its image and its caption do (a.b.jpg, a.b.txt);
+an a.b.jpg or a.b.txt alone is another column of sample a, and ignored.
+
 A tar is read through an index of offsets, so any sample is one seek away and
 nothing is extracted, unpickled or piped through a shell. Building the index
 reads every image once, which finds the bad ones. The index is kept in the
 user's cache directory, with a checksum of each image to detect later changes.
 """
 
+import collections
 import glob
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -22,6 +25,7 @@ import numpy as np
 from imagen_jax.data import index_cache
 from imagen_jax.data.checked import Checked, clean_caption, survey
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.io.files import AnyPath
 
@@ -45,6 +49,7 @@ class WebDatasetSource(Checked):
 
   Attributes:
     shards: the tars, sorted by name.
+    tars: the same, relative to their common folder.
 
   Raises:
     DataError: there is no tar, a file is not a tar, no image is usable, or too
@@ -60,12 +65,13 @@ class WebDatasetSource(Checked):
     bad: dict[str, str] = {}
     small: list[str] = []
     rows: list[np.ndarray] = []
-    for number, shard in enumerate(self.shards):
+    root = os.path.commonpath([os.path.dirname(s) for s in self.shards])
+    self.tars = [os.path.relpath(shard, root or '.') for shard in self.shards]
+    for number, (shard, tar) in enumerate(zip(self.shards, self.tars)):
       found, wrong = _index(shard)
-      tar = os.path.basename(shard)
       bad |= {f'{tar}/{key}': reason for key, reason in wrong.items()}
       large = found[:, 5:7].min(axis=1) >= self.size
-      small += [_name(shard, row[0]) for row in found[~large]]
+      small += [f'{tar}{_member(shard, row[0])}' for row in found[~large]]
       rows.append(np.insert(found[large], 0, number, axis=1))
     self.rows = np.concatenate(rows)
     return bad, small
@@ -79,7 +85,8 @@ class WebDatasetSource(Checked):
     return hashlib.sha256(self.rows.tobytes()).hexdigest()
 
   def name(self, i: int) -> str:
-    return _name(self.shards[self.rows[i][0]], self.rows[i][1])
+    shard, offset = self.rows[i][:2]
+    return f'{self.tars[shard]}{_member(self.shards[shard], offset)}'
 
   def read(self, i: int) -> tuple[bytes, str]:
     shard, image, image_size, text, text_size, is_json, *_, crc = self.rows[i]
@@ -172,26 +179,38 @@ def _members(
 ) -> tuple[dict[str, dict[str, tuple[int, int]]], dict[str, str]]:
   """({key: {suffix: (offset, size)}}, {key: what is wrong}), from tar headers.
 
-  A key is a member's name up to the first dot of its last component.
+  A key is a member's name up to its last dot.
   """
   samples: dict[str, dict[str, tuple[int, int]]] = {}
+  copies: collections.Counter[tuple[str, str]] = collections.Counter()
   bad: dict[str, str] = {}
   last = None
+
+  def column(key: str) -> bool:
+    """Whether a key is 'sample.column', as the names of the others show."""
+    start, found = key.rfind('/') + 1, samples[key].keys()
+    starts = [key[:i] for i, c in enumerate(key) if c == '.' and i > start]
+    pair = found & set(SUFFIXES) and found & set(TEXTS)
+    return not pair and any(k in samples or k in bad for k in starts)
+
   try:
     # 'r:' rejects compressed tars, which have no random access.
     with tarfile.open(shard, 'r:', errorlevel=0) as tar:
       for member in tar:
         if member.isdir():
           continue
-        folder, _, base = member.name.rpartition('/')
-        stem, dot, suffix = base.partition('.')
-        key, suffix = f'{folder}/{stem}'.lstrip('/'), (dot + suffix).lower()
-        last = key
+        key, suffix = os.path.splitext(member.name.lstrip('/'))
+        last, suffix = key, suffix.lower()
         problem = _problem(member, size)
-        if problem is None and suffix not in (*SUFFIXES, *TEXTS):
+        if problem is None and (
+          suffix not in (*SUFFIXES, *TEXTS) or files.is_hidden(member.name)
+        ):
           continue  # other columns, such as key.npy, are ignored
         if problem is None and suffix in samples.get(key, {}):
-          problem, key = 'another sample has its key', f'{key} (repeated)'
+          copies[key, suffix] += 1
+          again = copies[key, suffix]
+          key += ' (repeated)' if again == 1 else f' (repeated {again})'
+          problem = 'another sample has its key'
         if problem:
           bad[key] = problem
         else:
@@ -210,13 +229,12 @@ def _members(
       ) from error
     if bad.get(last) != CUT:
       bad[f'after {last}'] = 'the tar is damaged there'
-  return samples, bad
+  return {k: v for k, v in samples.items() if not column(k)}, bad
 
 
 def _problem(member: tarfile.TarInfo, size: int) -> str | None:
   """Why a member is not usable, or None."""
-  parts = pathlib.PurePosixPath(member.name).parts
-  if member.name.startswith('/') or '..' in parts or '\\' in member.name:
+  if files.inside('', member.name) is None:
     return 'its name points outside the tar'
   if not member.isreg() or member.issparse():
     return 'it is a link or another special file'
@@ -227,16 +245,14 @@ def _problem(member: tarfile.TarInfo, size: int) -> str | None:
   return None
 
 
-def _name(shard: str, offset: int) -> str:
-  """'tar/member', from the member's header, 512 bytes before its data."""
-  tar = os.path.basename(shard)
+def _member(shard: str, offset: int) -> str:
+  """'/member', from the member's header, 512 bytes before its data."""
   try:
     with open(shard, 'rb') as file:
       header = _read_at(file, offset - 512, 512)
-    name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
-    return f'{tar}/{name}'
+    return f'/{tarfile.TarInfo.frombuf(header, "utf-8", "replace").name}'
   except (OSError, BadSample, tarfile.TarError):
-    return f'{tar} at byte {offset}'
+    return f' at byte {offset}'
 
 
 def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
@@ -252,9 +268,9 @@ def _caption(data: bytes, is_json: bool) -> str:
     raise BadSample('its caption is longer than a megabyte')
   if is_json:
     try:
-      record = json.loads(data)
+      record = files.parse_json(data)
       data = next(record[key] for key in CAPTION_KEYS if record.get(key))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
       raise BadSample('its .json is broken') from error
     except StopIteration:
       raise BadSample('it has no caption') from None

@@ -93,6 +93,10 @@ def generate(
   given: dict[str, Any] = input_images.open_images(
     image=args.init_image, mask=args.mask, low_res=args.low_res
   )
+  for name, path in ('image', args.init_image), ('low_res', args.low_res):
+    if name in given:
+      shape = model.shape_for(**{name: given[name]})
+      input_images.note_crop(path, given[name].size, *shape)
   generated = model.sample(
     [clean(prompt) for prompt in prompts],
     negative_prompt=clean(args.negative_prompt or ''),

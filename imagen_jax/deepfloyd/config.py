@@ -69,13 +69,20 @@ PER_LEVEL: dict[str, tuple[Any, tuple | None]] = {
   'up_block_types': ((), tuple(ATTENDS_UP)),
 }
 # Whole numbers above 0, or None where it is the default.
-OPTIONAL = ('encoder_hid_dim', 'time_embedding_dim')
+OPTIONAL = ('encoder_hid_dim', 'time_embedding_dim', 'sample_size')
 SIZES = (
   *OPTIONAL,
   'norm_num_groups',
   'addition_embed_type_num_heads',
   'cross_attention_dim',
 )
+# Numbers, and whether they must be above 0.
+NUMBERS = {
+  'norm_eps': True,
+  'freq_shift': False,
+  'resnet_out_scale_factor': True,
+  'mid_block_scale_factor': True,
+}
 # Keys of diffusers' class that have no effect on these block types.
 UNUSED = {
   'addition_time_embed_dim',
@@ -246,6 +253,11 @@ def _check_sizes(path: Path, config: UNetConfig) -> None:
     value = getattr(config, key)
     if not (_whole(value) or (value is None and key in OPTIONAL)):
       _refuse(path, key, value, ('a whole number above 0',))
+  for key, positive in NUMBERS.items():
+    value = getattr(config, key)
+    number = isinstance(value, int | float) and abs(value) < float('inf')
+    if not number or (positive and value <= 0):
+      _refuse(path, key, value, ('a number' + ' above 0' * positive,))
   channels, sizes = config.block_out_channels, config.attention_head_dim
   heads = config.addition_embed_type_num_heads
   divisors = [

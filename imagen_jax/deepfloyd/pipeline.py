@@ -24,6 +24,7 @@ from imagen_jax.deepfloyd.stage import SampleInputs, Stage
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.typing import Image
 
@@ -31,7 +32,8 @@ from imagen_jax.typing import Image
 def _stage_folders(path: pathlib.Path) -> list[pathlib.Path]:
   places = [path]
   if path.is_dir():
-    places += sorted(p for p in path.iterdir() if p.is_dir())
+    folders = (p for p in path.iterdir() if p.is_dir())
+    places += sorted(p for p in folders if not files.is_hidden(p.name))
   return [p for p in places if (p / 'unet' / 'config.json').exists()]
 
 
@@ -121,6 +123,21 @@ class IF:
     """
     return settings.choose(self.stages, task, choices)
 
+  def shape_for(
+    self,
+    image: PIL.Image.Image | None = None,
+    low_res: PIL.Image.Image | None = None,
+  ) -> tuple[int, int]:
+    """(width, height) to which a given image is cropped and resized.
+
+    As in IF, sides of `low_res` are multiples of 8 pixels, those of the first
+    stage's images that start from `image` too.
+    """
+    if low_res is not None:
+      return max(low_res.width // 8, 1) * 8, max(low_res.height // 8, 1) * 8
+    assert image is not None
+    return image_io.shaped(*image.size, self.stages[0].resolution)
+
   def embed(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """{prompt: [77, D]}; T5 is freed afterwards. See `text.embed`."""
     prompts = list(dict.fromkeys(prompts))
@@ -158,8 +175,10 @@ class IF:
       style_prompt: its pooled text is added to the time embedding, and its
         prediction is mixed in by `style_fraction`, as in IF's dream and style
         transfer.
-      low_res: the image to upsample if the first stage upsamples.
-      image: an image to start from (`strength`), or to inpaint.
+      low_res: the image to upsample if the first stage upsamples, cropped to
+        multiples of 8 pixels.
+      image: an image to start from (`strength`), or to inpaint; cropped to a
+        shape that the networks can generate.
       mask: of the same shape, white where to inpaint; the rest is kept
         bit-equal.
       aspect: (width, height), without `image` or `low_res`.
@@ -184,6 +203,7 @@ class IF:
       callback=callback,
     )
     first = self.stages[0]
+    image, mask = batching.upright(image, mask)
     batching.check_images(
       first.name,
       first.upsamples,
@@ -195,7 +215,8 @@ class IF:
     _check_effects(chosen, choices, negative_prompt, style_prompt)
     low = None
     if low_res is not None:
-      low = image_io.to_float(low_res, *low_res.size)
+      low_res = image_io.upright(low_res)
+      low = image_io.to_float(low_res, *self.shape_for(low_res=low_res))
       low = np.broadcast_to(low, (len(request.rows), *low.shape))
     styles = [] if style_prompt is None else [style_prompt]
     texts = self.embed([*request.prompts, negative_prompt, *styles])
@@ -280,11 +301,11 @@ def _size(
   aspect: tuple[int, int],
 ) -> tuple[int, int]:
   """(width, height) of a stage's images."""
-  if image is not None:
-    width, height = image_io.shaped(*image.size, part.resolution)
-  elif low is not None:
+  if low is not None:
     # As in IF: four times the input, rounded down to a multiple of 32 pixels.
     height, width = (side * 4 // 32 * 32 for side in low.shape[1:3])
+  elif image is not None:
+    width, height = image_io.shaped(*image.size, part.resolution)
   else:
     width, height = image_io.shaped(*aspect, part.resolution)
   batching.check_size(part.name, width, height, part.config.multiple)

@@ -71,6 +71,7 @@ class Schedule:
   lambda_min_clipped: float = -5.1
 
 
+POSITIVE = ('num_train_timesteps', 'beta_start', 'beta_end')
 CHOICES = {
   'beta_schedule': ('squaredcos_cap_v2', 'linear'),
   'variance_type': ('learned_range', 'fixed_small', 'fixed_large'),
@@ -101,7 +102,17 @@ def parse(
       'epsilon.'
     )
   fields = {field.name for field in dataclasses.fields(Schedule)}
-  result = Schedule(**{k: v for k, v in raw.items() if k in fields})
+  given = {k: v for k, v in raw.items() if k in fields}
+  for key, value in given.items():
+    default = getattr(Schedule, key)
+    number = isinstance(default, float) and type(value) is int
+    if not (number or type(value) is type(default)) or (
+      value != value or (key in POSITIVE and not 0 < value < np.inf)
+    ):
+      raise ModelError(
+        f'{path} has {key} {value!r}; it is a value such as {default!r}.'
+      )
+  result = Schedule(**given)
   for key, allowed in CHOICES.items():
     if getattr(result, key) not in allowed:
       raise ModelError(

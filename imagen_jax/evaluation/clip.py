@@ -5,7 +5,6 @@ so a weights file is used without conversion. Imagen's text encoder is T5.
 """
 
 import dataclasses
-import json
 import pathlib
 import typing
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io import files
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -157,7 +157,7 @@ def read_config(path: pathlib.Path) -> tuple[ClipImage, ClipText]:
     ModelError: it is not the config of a CLIP model.
   """
   try:
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = files.parse_json(path.read_text(encoding='utf-8-sig'))
     return (
       ClipImage(**_fields(ClipImage, config, 'vision_config')),
       ClipText(**_fields(ClipText, config, 'text_config')),

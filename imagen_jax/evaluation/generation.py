@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation.suite import Item, Record, Records, Suite
-from imagen_jax.io import files
+from imagen_jax.io import decode, files
 from imagen_jax.io import images as image_io
 
 FORMAT_VERSION = 1  # of run.json
@@ -188,11 +187,16 @@ def read_image(
   Raises:
     DataError: it is missing or damaged.
   """
-  path = folder / record['file']
+  path = files.inside(folder, record['file'])
+  if path is None:
+    raise DataError(
+      f'the records of {folder} name an image outside it, {record["file"]!r}; '
+      f'delete {folder} and run again.'
+    )
   try:
-    with Image.open(path) as image:
-      return np.asarray(image.convert('RGB'))
-  except OSError as error:
+    with decode.opened(path, min_side=1) as image:
+      return np.asarray(decode.upright(image))
+  except decode.BadSample as error:
     raise DataError(
       f'{path} cannot be read ({error}); delete {folder} and run again.'
     ) from error

@@ -10,12 +10,12 @@ The project ships none of these files.
 
 import csv
 import io
-import json
 import os
 import pathlib
 from typing import Any
 
 from imagen_jax.errors import DataError
+from imagen_jax.io import files
 
 ALL = 'all'  # the category of prompts without one
 
@@ -38,22 +38,22 @@ def read_prompts(path: str | os.PathLike) -> list[tuple[str, str]]:
       path, text, delimiter='\t', quoting=csv.QUOTE_NONE
     ),
     '.jsonl': lambda text: _objects(path, text),
-    '.txt': lambda text: [(ALL, line) for line in text.splitlines()],
+    '.txt': lambda text: [(ALL, line) for line in text.split('\n')],
   }
   if path.suffix not in readers:
     raise DataError(
       f'{path} is no list of prompts; give a {", ".join(readers)} file.'
     )
+  text = files.read_text(path, advice='give a UTF-8 file of prompts')
   try:
-    # Spreadsheet programs write a byte-order mark.
-    text = path.read_text(encoding='utf-8-sig')
-  except (OSError, UnicodeDecodeError) as error:
+    rows = readers[path.suffix](text)
+  except csv.Error as error:
     raise DataError(
-      f'{path} cannot be read ({error}); give a UTF-8 file of prompts.'
+      f'{path} is no table ({error}); give a file of prompts.'
     ) from error
   found = [
     (' '.join(category.split()) or ALL, ' '.join(prompt.split()))
-    for category, prompt in readers[path.suffix](text)
+    for category, prompt in rows
     if prompt.strip()
   ]
   if not found:
@@ -85,11 +85,11 @@ def _table(
 
 def _objects(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
   found = []
-  for number, line in enumerate(text.splitlines(), start=1):
+  for number, line in enumerate(text.split('\n'), start=1):
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
+      row = files.parse_json(line)
       category = row.get('tag', row.get('category', ALL))
       if not isinstance(row['prompt'], str) or not isinstance(category, str):
         raise TypeError('not strings')

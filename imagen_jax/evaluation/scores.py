@@ -4,7 +4,6 @@
 `provenance` what each suite was measured on.
 """
 
-import json
 import os
 import pathlib
 import typing
@@ -82,7 +81,7 @@ def read_scores(folder: str | os.PathLike) -> dict[str, typing.Any]:
   if not path.exists():
     return {}
   try:
-    scores = json.loads(path.read_text(encoding='utf-8'))
+    scores = files.parse_json(path.read_text(encoding='utf-8'))
     scores.get('provenance', {}).values()
   except (OSError, ValueError, AttributeError) as error:
     raise DataError(

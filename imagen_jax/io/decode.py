@@ -1,4 +1,4 @@
-"""Decodes images for training, in the same way for every source.
+"""Decodes every image that enters, for training or sampling, in the same way.
 
 Images are turned upright (EXIF), composited on white where transparent, and
 converted to 8-bit RGB; an animation gives its first frame. Then the central
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from imagen_jax.io.files import AnyPath
 
+Box: TypeAlias = tuple[int, int, int, int]
 # An image file: its bytes, its path, or the open file.
 Encoded: TypeAlias = bytes | AnyPath | IO[bytes]
 
@@ -52,10 +53,10 @@ def decode(
   Raises:
     BadSample: it is damaged, unsupported, too large to unpack, or too small.
   """
-  with _open(data) as image:
+  with opened(data) as image:
     if min(image.size) < size:
       raise BadSample(f'it is smaller than {size} pixels')
-    return resize_square(_load(image), size, resize)
+    return resize_square(upright(image), size, resize)
 
 
 def inspect(data: Encoded) -> tuple[int, int]:
@@ -64,9 +65,9 @@ def inspect(data: Encoded) -> tuple[int, int]:
   Raises:
     BadSample: as `decode`.
   """
-  with _open(data) as image:
+  with opened(data) as image:
     size = image.size
-    _load(image)
+    upright(image)
   return size
 
 
@@ -74,20 +75,43 @@ def resize_square(
   image: Image.Image, size: int, resize: str = 'area'
 ) -> UInt8[np.ndarray, '{size} {size} 3']:
   """The central square of an RGB Pillow image, as pixels."""
-  side = min(image.size)
-  left, top = (image.width - side) // 2, (image.height - side) // 2
+  return np.asarray(fit(image, size, size, resize))
+
+
+def central(size: tuple[int, int], width: int, height: int) -> Box:
+  """The largest central box of aspect ratio width : height.
+
+  Args:
+    size: (width, height) of the whole in pixels.
+    width, height: the aspect ratio.
+
+  Returns:
+    (left, top, right, bottom).
+  """
+  whole_width, whole_height = size
+  inner_width = min(whole_width, round(whole_height * width / height) or 1)
+  inner_height = min(whole_height, round(whole_width * height / width) or 1)
+  left = (whole_width - inner_width) // 2
+  top = (whole_height - inner_height) // 2
+  return left, top, left + inner_width, top + inner_height
+
+
+def fit(
+  image: Image.Image, width: int, height: int, resize: str = 'area'
+) -> Image.Image:
+  """An image's central part of the target's aspect ratio, resized to it."""
   # Pillow scales each kernel with the ratio, so all three antialias; BOX is
   # the mean over the target pixel's area, including fractions of pixels.
-  square = image.resize(
-    (size, size),
-    RESIZE[resize],
-    box=(left, top, left + side, top + side),
-  )
-  return np.asarray(square)
+  box = central(image.size, width, height)
+  return image.resize((width, height), RESIZE[resize], box=box)
 
 
-def _open(data: Encoded) -> Image.Image:
-  """Opens an image and checks its header; pixels are not read yet."""
+def opened(data: Encoded, min_side: int = MIN_SIDE) -> Image.Image:
+  """Opens an image and checks its header; pixels are not read yet.
+
+  Raises:
+    BadSample: it is none, of a format not in `FORMATS`, too large or too small.
+  """
   if isinstance(data, bytes):
     if not data:
       raise BadSample('it is empty')
@@ -104,8 +128,8 @@ def _open(data: Encoded) -> Image.Image:
   problem = None
   if width * height > MAX_PIXELS:
     problem = _HUGE
-  elif min(width, height) < MIN_SIDE:
-    problem = f'it is less than {MIN_SIDE} pixels wide or high'
+  elif min(width, height) < min_side:
+    problem = f'it is less than {min_side} pixels wide or high'
   elif image.mode == 'F':
     problem = 'its pixels have no fixed range (floating point)'
   if problem:
@@ -114,16 +138,20 @@ def _open(data: Encoded) -> Image.Image:
   return image
 
 
-def _load(image: Image.Image) -> Image.Image:
-  """Decodes a Pillow image: upright, RGB."""
+def upright(image: Image.Image, background: str = 'white') -> Image.Image:
+  """Decodes a Pillow image: upright, RGB, transparency on `background`.
+
+  Raises:
+    BadSample: it is damaged.
+  """
   try:
     # Cameras store the sensor's rows and the orientation in EXIF.
-    return _rgb(ImageOps.exif_transpose(image))
+    return _rgb(ImageOps.exif_transpose(image), background)
   except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be decoded') from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: str) -> Image.Image:
   """Converts any Pillow mode to RGB, where convert('RGB') alone is wrong."""
   if image.mode.startswith('I'):
     # 16-bit grey; convert would clip everything above 255 to white.
@@ -132,6 +160,6 @@ def _rgb(image: Image.Image) -> Image.Image:
   elif image.has_transparency_data:
     # convert would show the hidden colour of transparent pixels.
     image = image.convert('RGBA')
-    white = Image.new('RGBA', image.size, 'white')
-    image = Image.alpha_composite(white, image)
+    behind = Image.new('RGBA', image.size, background)
+    image = Image.alpha_composite(behind, image)
   return image.convert('RGB')

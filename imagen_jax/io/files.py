@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
-from imagen_jax.errors import ImagenError, ModelError
+from imagen_jax.errors import DataError, ImagenError, ModelError
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -117,6 +117,34 @@ def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + '\n')
 
 
+def parse_json(text: str | bytes) -> Any:
+  """`json.loads` for text of any origin, such as endless brackets.
+
+  Raises:
+    ValueError: it is not JSON.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError('it is nested too deeply') from error
+
+
+def inside(folder: AnyPath, name: Any) -> pathlib.Path | None:
+  """The file of a folder that untrusted text names; None if it leaves it."""
+  parts = name.split('/') if isinstance(name, str) else ['..']
+  if '..' in parts or not parts[0] or '\\' in name or '\0' in name:
+    return None
+  return pathlib.Path(folder, name)
+
+
+def is_hidden(name: AnyPath) -> bool:
+  """Whether a relative name, or a folder in it, belongs to other programs.
+
+  Examples are ._one.jpg, .ipynb_checkpoints/one.jpg and .Trash-0/one.jpg.
+  """
+  return any(p.startswith('.') for p in pathlib.PurePath(name).parts)
+
+
 def read_json(
   path: AnyPath,
   *,
@@ -139,10 +167,10 @@ def read_json(
   """
   path = pathlib.Path(path)
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
+    value = parse_json(path.read_text(encoding='utf-8-sig'))
   except FileNotFoundError as problem:
     raise error(f'{path} does not exist; {missing or advice}.') from problem
-  except (OSError, ValueError, RecursionError) as problem:
+  except (OSError, ValueError) as problem:
     raise error(
       f'{path} cannot be read as JSON ({problem}); {advice}.'
     ) from problem
@@ -155,6 +183,28 @@ def read_json(
       f'{version}: upgrade, or check that the file is the right one.'
     )
   return value
+
+
+def read_text(
+  path: AnyPath, *, error: type[ImagenError] = DataError, advice: str
+) -> str:
+  """The text of a file in UTF-8, without a byte-order mark.
+
+  Lines end with a newline character, as on every system. Split them there: to
+  `str.splitlines`, U+2028 and U+0085 within a line are line ends too.
+
+  Args:
+    path: the file.
+    error: type of the exceptions.
+    advice: what to give instead, for the message.
+
+  Raises:
+    error: the file cannot be read, or is not UTF-8.
+  """
+  try:
+    return pathlib.Path(path).read_text(encoding='utf-8-sig')
+  except (OSError, UnicodeDecodeError) as problem:
+    raise error(f'{path} cannot be read ({problem}); {advice}.') from problem
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
@@ -171,14 +221,14 @@ def read_lines(
     error: the file is missing or cannot be read.
   """
   try:
-    text = pathlib.Path(path).read_text(encoding='utf-8', errors='replace')
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig', errors='replace')
   except OSError as problem:
     raise error(
       f'{path} cannot be read ({problem}); {COPY_AGAIN}.'
     ) from problem
-  for line in text.splitlines():
+  for line in text.split('\n'):
     with contextlib.suppress(ValueError, TypeError):
-      yield dict(json.loads(line))
+      yield dict(parse_json(line))
 
 
 def digest(path: Path) -> Digest:

@@ -1,6 +1,8 @@
 """Folders in Hugging Face layout: JSON and safetensors, never pickles."""
 
+import os
 import pathlib
+import re
 from collections.abc import Collection
 
 import ml_dtypes
@@ -14,6 +16,11 @@ from imagen_jax.io.safetensors import Tensor
 # Without this, transformers takes a file for TensorFlow's, or rejects it.
 METADATA = {'format': 'pt'}
 AGAIN = 'download the folder again'
+# A file of weights that is no shard, or an index of shards: .fp16.safetensors,
+# .safetensors.index.fp16.json, but not .fp16-00001-of-00002.safetensors.
+VARIANT = re.compile(
+  r'(?!.*-\d+-of-\d+).*\.safetensors$|(?=.*\.safetensors).*\.index\b.*\.json$'
+)
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
@@ -24,7 +31,7 @@ def open_tensors(
 
   The weights are `stem.safetensors`, or shards listed in
   `stem.safetensors.index.json`; if a folder has neither, its only variant, such
-  as `stem.fp16.safetensors`.
+  as `stem.fp16.safetensors` or `stem.safetensors.index.fp16.json`.
 
   Args:
     folder: in Hugging Face layout.
@@ -33,23 +40,47 @@ def open_tensors(
     convert: how a pickled model becomes safetensors, for the message.
 
   Raises:
-    ModelError: there are no weights, or they are pickled, damaged, or not
-      floating-point numbers.
+    ModelError: there are no weights, or they are pickled, damaged, outside the
+      folder, or not floating-point numbers.
   """
   folder = pathlib.Path(folder)
   found = _weights_file(folder, stem, what, convert)
   if found.suffix == '.safetensors':
     return _open_floats(found)
-  listed = files.read_json(found, advice=AGAIN).get('weight_map', {})
   tensors: dict[str, Tensor] = {}
-  for file in sorted(set(listed.values())):
-    if not (folder / file).exists():
+  shards = _shards(found)
+  for shard in sorted(set(shards.values())):
+    if not os.path.isfile(shard):
       raise ModelError(
-        f'{folder / file}, named in {found.name}, does not exist; the download '
-        f'is incomplete: {AGAIN}.'
+        f'{shard}, named in {found.name}, does not exist; the download is '
+        f'incomplete: {AGAIN}.'
       )
-    tensors |= _open_floats(folder / file)
+    opened = _open_floats(shard)
+    tensors |= {
+      n: t for n, t in opened.items() if shards.get(n, shard) == shard
+    }
+  for name in shards:
+    if name not in tensors:
+      raise ModelError(
+        f'{shards[name]} lacks the tensor {name!r}, which {found.name} lists; '
+        f'{AGAIN}.'
+      )
   return tensors
+
+
+def _shards(index: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{tensor: file} of an index.json."""
+  listed = files.read_json(index, advice=AGAIN).get('weight_map')
+  shards = {
+    name: files.inside(index.parent, file)
+    for name, file in (listed.items() if isinstance(listed, dict) else ())
+  }
+  found = {name: file for name, file in shards.items() if file is not None}
+  if not found or len(found) < len(shards):
+    raise ModelError(
+      f'{index} does not map every tensor to a file in its folder; {AGAIN}.'
+    )
+  return found
 
 
 def _weights_file(
@@ -57,11 +88,19 @@ def _weights_file(
 ) -> pathlib.Path:
   single = f'{stem}.safetensors'
   index = f'{single}.index.json'
-  for name in (single, index):
-    if (folder / name).exists():
-      return folder / name
-  variants = sorted(folder.glob(f'{stem}.*.safetensors'))
-  variants += sorted(folder.glob(f'{single}.index.*.json'))
+  defaults = [folder / single, folder / index]
+  variants = [
+    path
+    for path in sorted(folder.glob(f'{stem}.*'))
+    if VARIANT.match(path.name, len(stem)) and path not in defaults
+  ]
+  for path in defaults:
+    # Downloads of one variant may bring the index of another.
+    lacks = variants and path.name == index and path.exists()
+    if lacks and not any(map(os.path.isfile, _shards(path).values())):
+      continue
+    if path.exists():
+      return path
   if len(variants) == 1:
     return variants[0]
   if variants:

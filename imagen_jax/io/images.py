@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from imagen_jax.errors import DataError
 from imagen_jax.io import decode, files
@@ -64,9 +64,9 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
     DataError: the file is not an image, or has no such metadata.
   """
   try:
-    with Image.open(path) as image:
+    with decode.opened(path, min_side=1) as image:
       record = dict(getattr(image, 'text', {})).get(METADATA_KEY)
-  except OSError as error:
+  except (decode.BadSample, OSError, SyntaxError, ValueError) as error:
     raise DataError(f'{path} cannot be read as an image ({error}).') from error
   if record is None:
     raise DataError(
@@ -74,22 +74,6 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
       'by sample.py can be reproduced.'
     )
   return json.loads(record)
-
-
-def read_image(
-  path: AnyPath, size: int
-) -> UInt8[np.ndarray, '{size} {size} 3']:
-  """Reads a user's image: its central square, box-downsampled.
-
-  Raises:
-    DataError: the file is not an image, or smaller than `size`.
-  """
-  try:
-    return decode.decode(path, size)
-  except decode.BadSample as error:
-    raise DataError(
-      f'{path} cannot be used as an image of {size} pixels: {error}.'
-    ) from error
 
 
 def read_low_res(
@@ -108,28 +92,35 @@ def read_low_res(
     DataError: it is not an image, or smaller than `side`.
   """
   image = open_image(path)
-  width, height = shaped(*image.size, side, multiple)
-  if width == height:
-    return read_image(path, side)
   if min(image.size) < side:
     raise DataError(
       f'{path} cannot be used as an image of {side} pixels: it is '
       f'{image.width}×{image.height} pixels, smaller than that.'
     )
-  return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BOX))
+  return np.asarray(decode.fit(image, *shaped(*image.size, side, multiple)))
 
 
 def open_image(path: AnyPath, mode: str = 'RGB') -> Image.Image:
-  """Opens an image file as a PIL image of any shape.
+  """Opens an image file of any shape, decoded as for training.
+
+  Args:
+    path: of the file.
+    mode: 'RGB', or 'L' for an inpaint mask, black where it is transparent.
 
   Raises:
-    DataError: it is not an image.
+    DataError: it is not an image, or one that `decode` refuses.
   """
   try:
-    with Image.open(path) as image:
-      return image.convert(mode)
-  except OSError as error:
-    raise DataError(f'{path} cannot be read as an image ({error}).') from error
+    with decode.opened(path) as image:
+      return upright(image, mode)
+  except decode.BadSample as error:
+    raise DataError(f'{path} cannot be used: {error}.') from error
+
+
+def upright(image: Image.Image, mode: str = 'RGB') -> Image.Image:
+  """A Pillow image as `open_image` gives it; may raise `BadSample`."""
+  background = 'black' if mode == 'L' else 'white'
+  return decode.upright(image, background).convert(mode)
 
 
 def shaped(
@@ -145,17 +136,20 @@ def shaped(
 def to_float(
   image: Image.Image, width: int, height: int
 ) -> Float32[np.ndarray, '{height} {width} 3']:
-  """A PIL image in [−1, 1], resized with bicubic if its size differs."""
-  if image.size != (width, height):
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-  return np.asarray(image.convert('RGB'), np.float32) / 127.5 - 1
+  """The central part of that aspect ratio of an RGB image, in [−1, 1]."""
+  return np.asarray(_resized(image, width, height), np.float32) / 127.5 - 1
 
 
 def to_mask(
   image: Image.Image, width: int, height: int
 ) -> Float32[np.ndarray, '{height} {width} 1']:
-  """A PIL image as an inpaint mask: 1 where it is bright, 0 elsewhere."""
-  image = image.convert('L')
-  if image.size != (width, height):
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-  return (np.asarray(image)[..., None] >= 127.5).astype(np.float32)
+  """That part of a grey inpaint mask: 1 where it is bright, 0 elsewhere."""
+  pixels = np.asarray(_resized(image, width, height))
+  return (pixels[..., None] >= 127.5).astype(np.float32)
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+  """Box-downsampled as in training, or upsampled with bicubic."""
+  left, _, right, _ = decode.central(image.size, width, height)
+  resize = 'bicubic' if width > right - left else 'area'
+  return decode.fit(image, width, height, resize)

@@ -13,7 +13,6 @@ an untrusted model folder is safe to open.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -152,13 +151,25 @@ def load_stage(path: AnyPath) -> StageRecord:
       weights=record['weights'] if exported else None,
       provenance=record['provenance'] if exported else {},
     )
-    _ = stage.name, stage.resolution, stage.low_resolution
+    kinds: list[tuple[Any, Any]] = [
+      (stage.name, str),
+      (stage.resolution, int),
+      (stage.low_resolution, int | None),
+      (stage.provenance, dict),
+    ]
     _ = stage.config['text']['path'], stage.config['train']['checkpoint_dir']
-    _ = stage.text['dim'], stage.text['max_len'], stage.text['digest']
-    _ = exported and record['weights']['sha256']
+    kinds += [(stage.text[key], int) for key in ('dim', 'max_len')]
+    kinds += [(stage.text['digest'], str)]
+    if exported:
+      kinds += [(record['weights']['sha256'], str)]
+      kinds += [(record['weights']['bytes'], int)]
+      DTYPES[record['weights']['dtype']]
+    for value, kind in kinds:
+      if not isinstance(value, kind):
+        raise TypeError(f'{value!r} is no {kind}')
   except (KeyError, TypeError, AttributeError) as error:
     raise ModelError(
-      f'{file} lacks a key that imagen_jax writes ({error}); '
+      f'{file} lacks a key or value that imagen_jax writes ({error}); '
       f'{files.COPY_AGAIN}.'
     ) from error
   return stage
@@ -341,8 +352,8 @@ def _is_stage(path: pathlib.Path) -> bool:
   if path.name.startswith('.'):  # what a killed export left
     return False
   try:  # a workdir, perhaps before its first checkpoint
-    return 'stage' in json.loads((path / 'config.json').read_text())['config']
-  except (OSError, ValueError, KeyError, TypeError):
+    return 'stage' in files.read_json(path / 'config.json')['config']
+  except (ModelError, KeyError, TypeError):
     pass  # other folders have a config.json too
   return any((path / n).exists() for n in (RECORD, WEIGHTS, 'checkpoints'))
 

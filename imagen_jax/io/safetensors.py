@@ -71,7 +71,7 @@ def _tensor(path: Any, file: Any, name: str) -> Tensor:
   def read() -> np.ndarray:
     try:
       return file.get_tensor(name)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
       raise _unreadable(path, error) from error
 
   dtype = np.dtype(DTYPES[view.get_dtype()])

@@ -92,7 +92,13 @@ def model_max_length(folder: AnyPath) -> float:
   path = pathlib.Path(folder) / 'tokenizer_config.json'
   if not path.exists():
     return math.inf
-  return read_json(path).get('model_max_length') or math.inf
+  length = read_json(path).get('model_max_length') or math.inf
+  if not isinstance(length, int | float) or not length >= 2:
+    raise ModelError(
+      f'{path} has model_max_length = {length!r}; a tokenizer has a number '
+      f'there, or none; {hub_folder.AGAIN}.'
+    )
+  return length
 
 
 def module_from_config(
@@ -120,7 +126,7 @@ def module_from_config(
     )
   gated = {'relu': False, 'gated-gelu': True}
   activation = config.get('feed_forward_proj', 'relu')
-  if activation not in gated:
+  if not isinstance(activation, str) or activation not in gated:
     raise ModelError(
       f'{path} has feed_forward_proj {activation!r}; only relu (T5 v1.0) and '
       'gated-gelu (v1.1, Flan) are supported.'
@@ -135,10 +141,16 @@ def module_from_config(
         f'{path} has {SIZES[name]} = {value!r}; a T5 has a whole number above '
         '0 there.'
       )
+  epsilon = config.get('layer_norm_epsilon', 1e-6)
+  if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+    raise ModelError(
+      f'{path} has layer_norm_epsilon = {epsilon!r}; it is a small number '
+      'above 0.'
+    )
   return T5Encoder(
     **sizes,
     gated=gated[activation],
-    epsilon=float(config.get('layer_norm_epsilon', 1e-6)),
+    epsilon=epsilon,
     dtype=dtype,
   )
 

@@ -98,6 +98,7 @@ def test_choices_are_one_value_or_a_list_with_one_per_stage():
     ('low_res', False, {'low_res': 'small.png'}),
     ('mask', False, {'mask': (8, 8)}),
     ('mask', False, {'image': (8, 8), 'mask': (8, 4)}),
+    ('mask', False, {'image': (8, 8), 'mask': (8, 8)}),  # all black
     ('strength', False, {'strength': 0.5}),
   ],
 )

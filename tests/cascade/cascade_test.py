@@ -240,6 +240,31 @@ def test_inpainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
   np.testing.assert_array_equal(out['sr1'][0][large], resized[large])
 
 
+def test_the_shape_of_a_given_image_is_kept_as_far_as_the_networks_allow(
+  cascade,
+):
+  multiples = {s.name: s.net.multiple for s in cascade.stages}
+  assert multiples == {'base': 1, 'sr1': 4} and cascade.multiple == 2
+  for size, shape in ((40, 30), (10, 8)), ((30, 50), (8, 14)):
+    image = Image.new('RGB', size)
+    assert cascade.shape_for(image) == shape
+    out = generate(cascade, [RED], image=image, strength=0.5, steps=2)
+    assert out['sr1'].shape == (1, 2 * shape[1], 2 * shape[0], 3)
+
+
+def test_a_given_pillow_image_of_any_kind_is_read_as_an_rgb_one(cascade):
+  image, mask = given_image()
+  clear = Image.new('L', image.size, 0)
+  white = Image.new('RGB', image.size, 'white')
+  hidden = image.copy()
+  hidden.putalpha(clear)
+  alpha = white.copy()
+  alpha.putalpha(mask)
+  a = generate(cascade, [RED], image=hidden, mask=alpha)
+  b = generate(cascade, [RED], image=white, mask=mask)
+  np.testing.assert_array_equal(a['sr1'], b['sr1'])
+
+
 def test_a_start_from_an_image_stays_near_it(cascade):
   image, _ = given_image()
 

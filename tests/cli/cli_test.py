@@ -67,7 +67,8 @@ def test_every_prompt_of_a_file_is_sampled_with_the_named_stages(
   model, tmp_path
 ):
   file = tmp_path / 'prompts.txt'
-  file.write_text('a red star\n\na blue heart\n')
+  # As an editor on Windows writes it; U+2028 ends no line.
+  file.write_bytes('\ufeffa red star\r\n\r\na\u2028blue heart\r\n'.encode())
   args = ['--model', model, '--out', tmp_path, '--stages', 'base']
   assert run(sample.main, '--prompts', file, *args) == 0
   images = sorted(tmp_path.glob('00*.png'))
@@ -75,6 +76,8 @@ def test_every_prompt_of_a_file_is_sampled_with_the_named_stages(
     '000_a-red-star.png',
     '001_a-blue-heart.png',
   ]
+  prompts = [image_io.read_metadata(image)['prompt'] for image in images]
+  assert prompts == ['a red star', 'a\u2028blue heart']
   assert Image.open(images[0]).size == (8, 8)
 
 
@@ -107,6 +110,21 @@ def test_only_the_masked_part_of_a_given_image_is_inpainted(model, tmp_path):
   np.testing.assert_array_equal(painted[mask == 0], pixels[mask == 0])
   assert (painted != pixels)[mask == 255].mean() > 0.9
   assert (near != pixels).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+  'flag, stage, side', [('init_image', 'base', 8), ('low_res', 'sr1', 16)]
+)
+@pytest.mark.parametrize('size, noted', [((40, 32), 0), ((50, 30), 1)])
+def test_the_crop_of_a_given_image_is_noted(
+  model, tmp_path, capsys, flag, stage, side, size, noted
+):
+  Image.new('RGB', size).save(tmp_path / 'mine.png')
+  args = ['--model', model, '--out', tmp_path / 'out', '--stages', stage]
+  args += ['--prompt', PROMPT, f'--{flag}', tmp_path / 'mine.png']
+  assert run(sample.main, *args, '--steps', 1) == 0
+  assert capsys.readouterr().err.count('mine.png') == noted
+  assert Image.open(next(tmp_path.glob('out/000*'))).height == side
 
 
 def test_an_image_below_the_low_resolution_is_refused(model, tmp_path):

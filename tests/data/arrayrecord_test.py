@@ -322,3 +322,50 @@ def test_imagen_prepare_names_what_is_wrong(
   out = ['--out', str(tmp_path / 'out')]
   assert command_line.main([*words.split(), *out]) == code
   assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('size', '16'), ('count', None), ('parts', {}), ('parts', [3]),
+    ('parts', [{}]), ('text', []), ('text', {'dim': 3}), ('name', 3),
+    ('bytes', '1'), ('count of a part', None), ('name', '../x'), ('name', '/x'),
+  ],
+)  # fmt: skip
+def test_a_header_with_other_types_or_files_elsewhere_is_refused(
+  images, tmp_path, key, value
+):
+  write(images, tmp_path / 'out', text=True)
+  file = tmp_path / 'out' / 'dataset.json'
+  header = json.loads(file.read_text())
+  part = header['parts'][1]
+  if isinstance(value, str) and 'x' in value:  # a good part, elsewhere
+    elsewhere = tmp_path / 'x'
+    (tmp_path / 'out' / part['name']).rename(elsewhere)
+    value = '../x' if value == '../x' else str(elsewhere)
+  of_part = key in ('name', 'bytes', 'count of a part')
+  (part if of_part else header)[key.split()[0]] = value
+  file.write_text(json.dumps(header))
+  with pytest.raises(DataError, match='dataset.json'):
+    ArrayRecordSource(tmp_path / 'out', 16)
+
+
+@pytest.mark.parametrize(
+  'header, text',
+  [
+    (b'[' * 100_000, b''), (b'3', b''), (b'{"caption": 3, "image": 768}', b''),
+    (b'{"caption": "a", "image": "x"}', b''),
+    (b'{"caption": "a", "image": 768}', bytes(7)),  # no row of 3 bfloat16
+    (b'{"caption": "a", "image": 768}', bytes(6 * 6)),  # 6 rows of at most 5
+  ],
+)  # fmt: skip
+def test_a_malformed_record_is_replaced_by_its_neighbour(
+  images, tmp_path, monkeypatch, header, text
+):
+  write(images, tmp_path / 'out', text=True)
+  source = ArrayRecordSource(tmp_path / 'out', 16, max_bad=1)
+  bad = len(header).to_bytes(4, 'little') + header + bytes(768) + text
+  records = [bad, *(source._records[i] for i in range(1, 10))]
+  monkeypatch.setattr(source, '_records', records)
+  assert source[0]['caption'] == source[1]['caption']
+  assert source.bad.keys() == {'record 0'}

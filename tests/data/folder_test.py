@@ -79,6 +79,7 @@ def test_metadata_lines_are_captions(tmp_path, key):
     '{"text": "a"}',
     '3',
     '{"file_name": "one.png", "text": null}',
+    '[' * 100_000,
   ],
 )
 def test_a_broken_metadata_line_is_named(tmp_path, line):
@@ -117,6 +118,41 @@ def test_unusable_images_are_left_out_and_named_once(tmp_path, caplog):
   assert len(caplog.messages) == 1
   for reason in reasons.values():
     assert reason in caplog.messages[0]
+
+
+def test_images_in_hidden_folders_belong_to_other_programs(tmp_path):
+  base = tmp_path / '.mine'  # the folder itself may be hidden
+  for name in ('a.png', '.ipynb_checkpoints/a.png', 'x/.Trash-0/y/b.png'):
+    add(base, name)
+  source = FolderSource(base, 16)
+  assert source.names == ('a.png',) and source.skipped == ()
+
+
+def test_images_that_are_no_samples_are_listed_but_not_bad(tmp_path):
+  add(tmp_path, 'a.png')
+  add(tmp_path, 'x/c.ppm').rename(tmp_path / 'x/c.HEIC')
+  (tmp_path / 'notes.txt').write_text('not a caption')
+  source = FolderSource(tmp_path, 16)
+  assert [n for n, _ in source.skipped] == ['x/c.HEIC'] and not source.bad
+  add(tmp_path, 'b.png')
+  line = json.dumps({'file_name': 'a.png', 'text': 'a'})
+  (tmp_path / 'metadata.jsonl').write_text(line)
+  source = FolderSource(tmp_path, 16)
+  assert source.names == ('a.png',) and not source.bad
+  assert len(set(dict(source.skipped).values())) == 2
+  assert [n for n, _ in source.skipped] == ['b.png', 'x/c.HEIC']
+
+
+def test_an_image_listed_under_two_spellings_is_used_once(tmp_path):
+  add(tmp_path, 'x/a.png')
+  names = ['./x/a.png', 'x//a.png', 'x/a.png', '../a.png', '../a.png', 'b\0']
+  lines = [json.dumps({'file_name': name, 'text': 'a'}) for name in names]
+  (tmp_path / 'metadata.jsonl').write_text('\n'.join(lines))
+  source = FolderSource(tmp_path, 16, max_bad=1)
+  assert source.names == ('x/a.png',)
+  assert [n for n, _ in source.skipped] == [
+    'line 2', 'line 3', '../a.png', 'line 5', 'b\0'
+  ]  # fmt: skip
 
 
 def test_missing_files_of_the_list_are_left_out(tmp_path):

@@ -61,11 +61,55 @@ def test_samples_are_in_the_order_of_the_names_of_their_tars(tmp_path):
   write(tmp_path / 'b.tar', sample('x/1', 3, b'three'))
   write(tmp_path / 'a.tar', sample('0', 1, b'one ') + sample('1.a', 2, b'two'))
   source = WebDatasetSource(tmp_path, 16)
-  assert len(source) == 2 + 1 - 1  # '1.a.png' is column 'a.png' of key '1'
-  assert [e['caption'] for e in source] == ['one', 'three']
+  assert [e['caption'] for e in source] == ['one', 'two', 'three']
   np.testing.assert_array_equal(source[0]['image'], pixels(1))
-  np.testing.assert_array_equal(source[1]['image'], pixels(3))
-  assert source.name(1) == 'b.tar/x/1.png'
+  np.testing.assert_array_equal(source[2]['image'], pixels(3))
+  assert source.name(2) == 'b.tar/x/1.png'
+
+
+def test_every_pair_is_used_whatever_dots_its_name_has(tmp_path):
+  keys = ['a', 'a.v2', '1.5', '1.6', 'x.y/z.0.1', 'B.C']
+  captions = [f'of {key}' for key in keys]
+  members = []
+  for i, key in enumerate(keys):
+    image, text = sample(key, i, captions[i].encode())
+    members += [(image[0].replace('C.png', 'C.PNG'), image[1]), text]
+  source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16)
+  assert [e['caption'] for e in source] == captions
+  assert source.skipped == ()
+
+
+def test_other_columns_of_a_sample_are_no_samples(tmp_path):
+  image = encoded(pixels())
+  members = sample('1') + sample('2.0') + [
+    ('1.seg.png', image), ('1.cls.txt', b'3'), ('1.npy', b''),
+    ('2.0.seg.png', image), ('2.0.seg.json', b'{"text": "a pair"}'),
+    ('3.seg.png', image), ('4.cls.txt', b'3'),
+  ]  # fmt: skip
+  source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16, max_bad=1)
+  assert [e['caption'] for e in source] == ['an image', 'an image', 'a pair']
+  assert {name for name, _ in source.skipped} == {'a.tar/3.seg', 'a.tar/4.cls'}
+
+
+def test_hidden_files_of_a_tar_belong_to_other_programs(tmp_path):
+  names = ('./1', '._1', 'x/._1', '.trash/1', 'x/.ipynb_checkpoints/1')
+  members = [m for name in names for m in sample(name)]
+  source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16)
+  assert [source.name(i) for i in range(len(source))] == ['a.tar/./1.png']
+  assert source.skipped == ()
+
+
+def test_bad_samples_of_tars_and_keys_of_the_same_name_all_count(tmp_path):
+  for folder in ('x', 'y/z'):
+    (tmp_path / folder).mkdir(parents=True)
+    members = sample('1') + sample('1') + sample('1') + [('2.txt', b'a')]
+    write(tmp_path / folder / '0.tar', members)
+  source = WebDatasetSource(tmp_path, 16, max_bad=1)
+  assert len(source) == 2 and len(source.bad) == 6
+  assert {'x/0.tar/2', 'y/z/0.tar/2'} < source.bad.keys()
+  assert source.name(1) == 'y/z/0.tar/1.png'
+  with pytest.raises(DataError, match='75'):  # per cent
+    WebDatasetSource(tmp_path, 16, max_bad=0.74)
 
 
 def test_captions_are_also_found_in_the_json(tmp_path):

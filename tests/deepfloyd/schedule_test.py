@@ -294,3 +294,17 @@ def test_config_files_are_read(tmp_path):
     with pytest.raises(ModelError) as caught:
       schedule.read(tmp_path)
     assert key in str(caught.value) and value in str(caught.value)
+  for key, value in [
+    ('num_train_timesteps', '1000'),
+    ('num_train_timesteps', 0),
+    ('num_train_timesteps', 10.5),
+    ('beta_start', None),
+    ('thresholding', 1),
+    ('beta_schedule', ['linear']),
+    ('clip_sample_range', float('nan')),
+  ]:
+    path.write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(ModelError, match=key):
+      schedule.read(tmp_path)
+  path.write_text(json.dumps(raw | {'sample_max_value': 1}))
+  assert schedule.read(tmp_path).sample_max_value == 1

@@ -15,6 +15,10 @@ FILES = {
   'gen.jsonl': '{"tag": "two_object", "prompt": "a cat and a dog"}\n\n'
   '{"category": "mine", "prompt": "a cat"}\n{"prompt": "a fish"}\n',
   'mine.txt': 'a cat\n\n  two   dogs\n',
+  'windows.txt': '\ufeffa cat\r\ntwo dogs\r\n',
+  'lines.jsonl': '\ufeff{"prompt": "a\u2028cat"}\n{"prompt": "a\x85dog"}\n',
+  'lines.tsv': 'Prompt\tCategory\na\x85cat\tmine\n',
+  'lines.txt': 'a\u2028cat\ntwo\x0bdogs\n',
 }
 READ = {
   'bench.csv': [
@@ -29,6 +33,10 @@ READ = {
     ('all', 'a fish'),
   ],
   'mine.txt': [('all', 'a cat'), ('all', 'two dogs')],
+  'windows.txt': [('all', 'a cat'), ('all', 'two dogs')],
+  'lines.jsonl': [('all', 'a cat'), ('all', 'a dog')],
+  'lines.tsv': [('mine', 'a cat')],
+  'lines.txt': [('all', 'a cat'), ('all', 'two dogs')],
 }
 
 
@@ -47,6 +55,7 @@ def test_prompt_files_of_all_formats_are_read(name, tmp_path):
     ('no_prompt.jsonl', '{"prompt": "a"}\n{"tag": "b"}\n'),
     ('no_object.jsonl', '[1]\n'),
     ('empty.txt', '\n'),
+    ('huge_field.csv', 'Prompt\n' + 'x' * 200_000),
     ('other_format.pkl', 'x'),
     ('missing.txt', None),
   ],

@@ -110,6 +110,10 @@ def test_a_lost_image_is_a_data_error(tmp_path):
   (tmp_path / 'images/a').mkdir(parents=True)
   Image.new('RGB', (4, 4)).save(tmp_path / record['file'])
   assert generation.read_image(tmp_path, record).shape == (4, 4, 3)
+  (tmp_path / 'run').mkdir()
+  for name in '../images/a/0.png', str(tmp_path / record['file']):
+    with pytest.raises(DataError):
+      generation.read_image(tmp_path / 'run', {'file': name})
 
 
 def test_ticks_enclose_and_are_round():

@@ -37,6 +37,22 @@ def test_what_is_replaced_is_seen_old_or_new_and_nothing_is_left(tmp_path):
   assert names == {'deep', 'deep/file', 'folder', 'folder/file'}
 
 
+def test_the_mark_of_other_editors_is_no_text_and_lines_end_at_newlines(
+  tmp_path,
+):
+  text, objects = tmp_path / 'a.txt', tmp_path / 'a.jsonl'
+  text.write_bytes('\ufeffa\u2028b\r\nc'.encode())
+  objects.write_bytes('\ufeff{"a": "\u2028"}\r\n{"b": 1}\n{"c"'.encode())
+  assert files.read_text(text, advice='') == 'a\u2028b\nc'
+  assert list(files.read_lines(objects)) == [{'a': '\u2028'}, {'b': 1}]
+  objects.write_bytes('\ufeff{"a": 1}'.encode())
+  assert files.read_json(objects) == {'a': 1}
+  for data in (b'\xff\xfea\0', None):  # UTF-16; missing
+    text.unlink() if data is None else text.write_bytes(data)
+    with pytest.raises(DataError):
+      files.read_text(text, advice='')
+
+
 @pytest.mark.parametrize('kind', [make, make_folder])
 def test_what_fails_leaves_the_old_and_no_temporary(kind, tmp_path):
   (tmp_path / 'file').write_text('old')

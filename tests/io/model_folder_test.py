@@ -161,6 +161,30 @@ def test_half_a_stage_or_no_model_is_named(model, tmp_path):
     model_folder.find_stages(model / 'text')
 
 
+@pytest.mark.parametrize(
+  'value', [None, 3.5, '16', [16], {}], ids=lambda value: type(value).__name__
+)
+@pytest.mark.parametrize(
+  'key',
+  [
+    'config stage name', 'config stage resolution', 'text dim', 'text max_len',
+    'text digest', 'weights dtype', 'weights bytes', 'weights sha256', 'text',
+    'config', 'provenance',
+  ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused(model, key, value):
+  file = model / 'base' / 'stage.json'
+  record = json.loads(file.read_text())
+  *path, last = key.split()
+  place = record
+  for name in path:
+    place = place[name]
+  place[last] = [value] if type(place[last]) is type(value) else value
+  file.write_text(json.dumps(record))
+  with pytest.raises(ModelError, match='base/stage.json'):
+    model_folder.find_stages(model)
+
+
 def test_a_json_that_is_damaged_or_newer_is_refused(model):
   file = model / 'base' / 'stage.json'
   whole = json.loads(file.read_text())

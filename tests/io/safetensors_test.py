@@ -1,5 +1,7 @@
 """safetensors files, byte-equal to the library's; damaged files are named."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -68,6 +70,17 @@ def test_a_damaged_file_is_named(file, spoil):
   file.write_bytes(spoil(file.read_bytes()))
   with pytest.raises(ModelError, match='x.safetensors'):
     own.open_file(file)
+
+
+@pytest.mark.parametrize('shape', [[1] * 99, [0, 2**63], [0, 2**62, 8]])
+def test_a_shape_that_numpy_lacks_is_named(tmp_path, shape):
+  size = 4 * (0 not in shape)
+  head = {'w': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, size]}}
+  text = json.dumps(head).encode()
+  path = tmp_path / 'x.safetensors'
+  path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(size))
+  with pytest.raises(ModelError, match='x.safetensors'):
+    own.open_file(path)['w'].read()
 
 
 def test_a_type_that_numpy_lacks_is_named(tmp_path):

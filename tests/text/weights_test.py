@@ -156,6 +156,15 @@ def edit_config(**values):
     (lambda f: (f / 'spiece.model').write_bytes(b'x'), 'spiece.model'),
     (edit_config(model_type='bert'), 'model_type'),
     (edit_config(feed_forward_proj='gated-silu'), 'feed_forward_proj'),
+    (edit_config(feed_forward_proj=['relu']), 'feed_forward_proj'),
+    (edit_config(layer_norm_epsilon='1e-6'), 'layer_norm_epsilon'),
+    (edit_config(layer_norm_epsilon=None), 'layer_norm_epsilon'),
+    (
+      lambda f: (f / 'tokenizer_config.json').write_text(
+        '{"model_max_length": "512"}'
+      ),
+      'model_max_length',
+    ),
     (edit_config(d_model=None), 'd_model'),
     (edit_config(d_ff=25), 'wi_0'),
     (edit_config(vocab_size=20), 'vocab_size'),
