@@ -26,6 +26,7 @@ from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
+from imagen_jax.io.paths import user_path
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import Image, TextEmb, TextMask
 
@@ -55,9 +56,11 @@ def load(
       does not upsample the images of the one before it.
     UsageError: a name in `stages` is unknown.
   """
-  path = model_folder.demo_path() if path is None else pathlib.Path(path)
+  path = model_folder.demo_path() if path is None else user_path(path)
   records = model_folder.find_stages(path, stages)
-  return Cascade(path, records, resolve_dtype(dtype), fsdp, devices)
+  return Cascade(
+    pathlib.Path(path), records, resolve_dtype(dtype), fsdp, devices
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,10 @@ def run(
     or what `main` returned.
   """
   sys.unraisablehook = _unraisable
+  for stream in sys.stdout, sys.stderr:
+    # Not every terminal or pipe is UTF-8: '≤' is then printed as \u2264.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
   try:
     code = main(sys.argv[1:] if argv is None else list(argv)) or 0
     sys.stdout.flush()  # a closed pipe raises here, not at exit

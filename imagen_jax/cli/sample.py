@@ -19,6 +19,7 @@ from imagen_jax.cli import (
 )
 from imagen_jax.errors import DataError, ImagenError, UsageError
 from imagen_jax.io import files
+from imagen_jax.io.paths import user_path
 
 if TYPE_CHECKING:
   from imagen_jax.cascade.cascade import Cascade
@@ -66,19 +67,35 @@ def _parser(
   source.add_argument(
     '--prompt', help='what to generate; empty for unconditional images'
   )
-  source.add_argument('--prompts', help='a text file, one prompt a line')
+  source.add_argument(
+    '--prompts', type=user_path, help='a text file, one prompt a line'
+  )
   source.add_argument(
     '--from_image',
+    type=user_path,
     help='generate the image of a PNG again, from the settings in it',
   )
   add('--num_images', type=int, default=1, help='images per prompt')
   add('--seed', type=int, default=0, help='of the images')
-  add('--out', default='out', help='directory; nothing in it is overwritten')
-  add('--model', help='model folder; the bundled demo if left out')
+  add(
+    '--out',
+    type=user_path,
+    default='out',
+    help='directory; nothing in it is overwritten',
+  )
+  add(
+    '--model', type=user_path, help='model folder; the bundled demo if left out'
+  )
   add('--stages', help='names of stages, such as base,sr1; all if left out')
-  add('--low_res', help='an image for the first of --stages to upsample')
-  add('--init_image', help='an image to start from')
-  add('--mask', help='with --init_image: white where to inpaint')
+  add(
+    '--low_res',
+    type=user_path,
+    help='an image for the first of --stages to upsample',
+  )
+  add('--init_image', type=user_path, help='an image to start from')
+  add(
+    '--mask', type=user_path, help='with --init_image: white where to inpaint'
+  )
   sampling_flags.add_flags(parser)
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; at most 4 if left out')

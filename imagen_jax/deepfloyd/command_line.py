@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import input_images, output, sampling_flags
 from imagen_jax.errors import UsageError
+from imagen_jax.io.paths import user_path
 
 if TYPE_CHECKING:
   import numpy as np
@@ -33,9 +34,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help="clean prompts as IF's training captions were",
   )
-  add('--text_cache', help='directory that keeps embeddings of prompts')
+  add(
+    '--text_cache',
+    type=user_path,
+    help='directory that keeps embeddings of prompts',
+  )
   add(
     '--upsample_with',
+    type=user_path,
     help='model folder of a super-resolution stage of our own, as third stage',
   )
 

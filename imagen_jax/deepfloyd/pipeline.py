@@ -25,6 +25,7 @@ from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
+from imagen_jax.io.paths import user_path
 from imagen_jax.typing import Image
 
 
@@ -58,7 +59,7 @@ def load(
     ModelError: there is no stage, or the stages do not form a cascade.
     UsageError: a name is unknown.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(user_path(path))
   found = [stage.read(folder) for folder in _stage_folders(path)]
   if not found:
     raise ModelError(

@@ -28,7 +28,7 @@ from PIL import Image
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation.suite import Item, Record, Records, Suite
-from imagen_jax.io import files
+from imagen_jax.io import files, paths
 from imagen_jax.io import images as image_io
 
 FORMAT_VERSION = 1  # of run.json
@@ -95,12 +95,7 @@ def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
           key='out',
         )
     return
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError) as error:
-    raise UsageError(
-      f'out: {folder} cannot be a folder: {error}.', key='out'
-    ) from error
+  paths.check_folder(folder, key='out').mkdir(parents=True, exist_ok=True)
   record = {'format_version': FORMAT_VERSION, 'identity': identity}
   files.write_json(path, record)
 

@@ -1,6 +1,7 @@
 """The commands as users call them: files, records, one-sentence errors."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import export, sample, train
+import imagen_jax
+from imagen_jax.cli import evaluate, export, prepare, sample, train
+from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
+from imagen_jax.data.sources import make_source
+from imagen_jax.errors import DataError
 from imagen_jax.io import images as image_io
 from tests import tiny_model
 
@@ -155,6 +160,54 @@ def test_a_format_that_is_not_installed_is_skipped(
   args = ['--model', model, '--out', tmp_path, '--stages', 'base']
   assert run(sample.main, '--prompt', PROMPT, *args) == 0
   assert run(sample.main, '--prompt', PROMPT, '--style_prompt', 'x') == 2
+
+
+@pytest.mark.parametrize('below', ['file', 'file/sub'])
+@pytest.mark.parametrize(
+  'command, argv',
+  [
+    (sample, ['--prompt', 'x', '--out']),
+    (evaluate, ['--out']),
+    (export, ['--workdir', 'nowhere', '--out']),
+    (prepare, ['--source', 'shapes', '--size', 8, '--num', 2, '--out']),
+    (train, ['--config', 'shapes_base', '--dry_run', '--workdir']),
+    (
+      train,
+      ['--config=folder64', '--workdir=w', '--config.train.checkpoint_dir'],
+    ),
+  ],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused_at_once(
+  tmp_path, monkeypatch, capsys, command, argv, below
+):
+  (tmp_path / 'file').touch()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('imagen_jax.io.model_folder.find_stages', None)
+  assert run(command.main, *argv, below) == 2
+  assert argv[-1] in capsys.readouterr().err
+  assert os.listdir() == ['file']
+
+
+def test_home_is_known_to_every_flag_and_config(model, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'model').symlink_to(model)
+  args = ['--stages=base', '--model=~/model', '--out=~/images']
+  assert run(sample.main, '--prompt', 'x', *args) == 0
+  assert sorted(os.listdir()) == ['images', 'model']
+  assert len(imagen_jax.load('~/model').stages) == 2
+  (tmp_path / 'mine.py').write_text(
+    'from imagen_jax.configs import folder64\n'
+    'def get_config():\n'
+    '  config = folder64.get_config()\n'
+    "  config.text.path = '~/text'\n"
+    '  return config\n'
+  )
+  config = load_config('./mine.py', ['data.path=~/images'])
+  assert config.text.path == str(tmp_path / 'text')
+  assert config.data.path == str(tmp_path / 'images')
+  with pytest.raises(DataError, match=f'{tmp_path}/images'):
+    make_source(kind='folder', size=8, path='~/images')
 
 
 @pytest.mark.parametrize(
