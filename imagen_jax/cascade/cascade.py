@@ -170,6 +170,7 @@ class Cascade:
     mask: PIL.Image.Image | None = None,
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
+    finished: Callable[[int, np.ndarray], None] | None = None,
     **choices: Any,
   ) -> dict[str, np.ndarray]:
     """Samples images from prompts.
@@ -191,6 +192,8 @@ class Cascade:
         keeps `image`, resized, bit for bit.
       batch_size: images per batch; None: all of them, at most 4.
       callback: called as callback(stage_name, done, total) after each batch.
+      finished: called as finished(i, images) with images i, i + 1, … of the
+        result, uint8 [n, H, W, 3], as soon as they are finished.
       **choices: fields of `SamplingConfig` (sampler, steps, guidance, …), one
         value or a list with one per stage.
 
@@ -200,6 +203,7 @@ class Cascade:
 
     Raises:
       UsageError, ModelError: as `settings`, `embed` and `load`.
+      NumericError: an image is NaN or Inf.
     """
     configs = self.settings(**choices)
     embedding = None
@@ -226,6 +230,8 @@ class Cascade:
       embedding = self.embed(request.prompts)
     results = {}
     for i, (stage, config) in enumerate(zip(self.stages, configs)):
+      if stage is self.stages[-1]:
+        request = dataclasses.replace(request, finished=finished)
       width, height = _size(stage, low, image)
       start = batching.start_from(image, mask, width, height)
       inputs = _stage_inputs(stage, request, embedding, low, start)
@@ -248,7 +254,12 @@ class Cascade:
     shardings = sharding.batch_sharding(mesh)
     compiled = sampling.compiled(stage, config.spec, shardings)
     sample = lambda arrays: compiled(params, arrays._replace(**config.scalars))
-    images = batching.generate(request, stage.name, mesh, inputs, sample)
+    finite = lambda arrays: sampling.finite(
+      stage, params, config.spec, arrays._replace(**config.scalars)
+    )
+    images = batching.generate(
+      request, stage.name, mesh, inputs, sample, finite
+    )
     batching.free(params)
     return images
 

@@ -1,18 +1,14 @@
 """sample.py --from_image: generates an image again."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 import imagen_jax
 from imagen_jax.cli import input_images, output, runtime, sampling_flags
 from imagen_jax.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-  from imagen_jax.typing import Uint8Image
 
-
-def repeat(args: argparse.Namespace) -> tuple['Uint8Image', list[dict]]:
-  """(images, records): generates an image again from its PNG's record."""
+def repeat(args: argparse.Namespace, out: output.Output) -> None:
+  """Generates an image again from its PNG's record."""
   from imagen_jax.io import images as image_io
 
   file = args.from_image
@@ -53,13 +49,13 @@ def repeat(args: argparse.Namespace) -> tuple['Uint8Image', list[dict]]:
     )
   if not record.get('init_image'):
     del call['strength']  # without effect
-  result = cascade.sample(
+  cascade.sample(
     [prompt],
     low_res=input_images.read_low_res(cascade, low_path),
     **input_images.open_images(
       image=record.get('init_image'), mask=record.get('mask')
     ),
     callback=output.progress(),
+    finished=out.of([record | {'devices': output.devices()}]),
     **call,
   )
-  return list(result.values())[-1], [record | {'devices': output.devices()}]

@@ -24,12 +24,11 @@ from imagen_jax.io.paths import user_path
 if TYPE_CHECKING:
   from imagen_jax.cascade.cascade import Cascade
   from imagen_jax.cascade.stage import SamplingConfig
-  from imagen_jax.typing import Uint8Image
 
 # Modules for model folders of other layouts, each of which may be absent:
 #   add_flags(parser)            adds an argument group of its own flags
 #   is_folder(path) -> bool      whether a --model is one of its folders
-#   generate(args, prompts) -> (images, records), for `output.write`
+#   generate(args, prompts, out)   writes the images to an `output.Output`
 FORMATS = ('imagen_jax.deepfloyd.command_line',)
 # Flags that are allowed with --from_image.
 WITH_FROM_IMAGE = (
@@ -118,6 +117,7 @@ def _main(argv: list[str]) -> None:
   parser, own = _parser(formats)
   args = parser.parse_args(argv)
   given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
+  out = output.Output(args.out, grid=args.from_image is None)
   if args.from_image is not None:
     for name in sorted(given.difference(WITH_FROM_IMAGE)):
       raise UsageError(
@@ -125,7 +125,8 @@ def _main(argv: list[str]) -> None:
         'image; leave it out.',
         key=name,
       )
-    images, records = from_image.repeat(args)
+    with out:
+      from_image.repeat(args, out)
   else:
     prompts = _prompts(args)
     theirs = [m for m in formats if args.model and m.is_folder(args.model)]
@@ -134,10 +135,8 @@ def _main(argv: list[str]) -> None:
         raise UsageError('has no effect with this --model.', key=name)
     runtime.start(processes=args)
     generate = theirs[0].generate if theirs else _generate
-    images, records = generate(args, prompts)
-  grid = args.from_image is None
-  for path in output.write(args.out, images, records, grid=grid):
-    print(path)
+    with out:
+      generate(args, prompts, out)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -159,9 +158,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _generate(
-  args: argparse.Namespace, prompts: Sequence[str]
-) -> tuple['Uint8Image', list[dict]]:
-  """(images, records) of a model folder in the package's own layout."""
+  args: argparse.Namespace, prompts: Sequence[str], out: output.Output
+) -> None:
+  """Generates with a model folder in the package's own layout."""
   from imagen_jax.cascade import batching
 
   # Check everything before any work.
@@ -187,7 +186,8 @@ def _generate(
   )
   embedding = cascade.embed(prompts)
   _notes(cascade, embedding)
-  generated = cascade.sample(
+  record = _record(cascade, configs, args) | {'batch_size': request.batch}
+  cascade.sample(
     embedding,
     seed=args.seed,
     num_images=args.num_images,
@@ -195,13 +195,9 @@ def _generate(
     **images,
     batch_size=request.batch,
     callback=output.progress(),
+    finished=out.of(request.records(record)),
     **choices,
   )
-  record = _record(cascade, configs, args) | {'batch_size': request.batch}
-  records = [
-    record | {'prompt': prompts[p], 'index': i} for p, i in request.rows
-  ]
-  return list(generated.values())[-1], records
 
 
 def _notes(cascade: 'Cascade', embedding: Any) -> None:

@@ -10,8 +10,6 @@ from imagen_jax.errors import UsageError
 from imagen_jax.io.paths import user_path
 
 if TYPE_CHECKING:
-  import numpy as np
-
   from imagen_jax.cascade.cascade import Cascade
   from imagen_jax.deepfloyd.pipeline import IF
 
@@ -66,9 +64,9 @@ def steps_per_stage(text: str | None) -> str | list[str] | None:
 
 
 def generate(
-  args: argparse.Namespace, prompts: Sequence[str]
-) -> tuple['np.ndarray', list[dict]]:
-  """Samples as `sample.py`'s arguments say: (images, records).
+  args: argparse.Namespace, prompts: Sequence[str], out: output.Output
+) -> None:
+  """Samples as `sample.py`'s arguments say.
 
   Raises:
     UsageError: a flag is invalid or has no effect.
@@ -99,25 +97,27 @@ def generate(
   given: dict[str, Any] = input_images.open_images(
     image=args.init_image, mask=args.mask, low_res=args.low_res
   )
+  record = _record(args, model, choices) | {'batch_size': request.batch}
+  finished = out.of(request.records(record))
   generated = model.sample(
     [clean(prompt) for prompt in prompts],
     negative_prompt=clean(args.negative_prompt or ''),
     style_prompt=None if style is None else clean(style),
     aspect=images.parse_aspect(args.aspect_ratio or '1:1'),
     callback=output.progress(),
+    finished=finished if third is None else None,
     **given,
     **again,
     **choices,
   )
-  last = conditioning.to_uint8(list(generated.values())[-1])
   if third is not None:
-    callback = output.progress()
-    generated = third.sample(prompts, low_res=last, callback=callback, **again)
-    last = list(generated.values())[-1]
-  record = _record(args, model, choices) | {'batch_size': request.batch}
-  return last, [
-    record | {'prompt': prompts[p], 'index': i} for p, i in request.rows
-  ]
+    third.sample(
+      prompts,
+      low_res=conditioning.to_uint8(list(generated.values())[-1]),
+      callback=output.progress(),
+      finished=finished,
+      **again,
+    )
 
 
 def _check_flags(args: argparse.Namespace) -> None:

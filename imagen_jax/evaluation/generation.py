@@ -14,6 +14,7 @@ run. Their number may change when the run is resumed.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -147,25 +148,33 @@ def generate(
         low_res = np.stack(
           [run.suite.true_image(item, run.true_size) for item in chunk]
         )
-      results = cascade.sample(
+
+      cascade.sample(
         [item.prompt for item in chunk],
         seed=run.seed,
         indices=[chunk[0].index],
         low_res=low_res,
         batch_size=run.batch_size,
+        finished=functools.partial(_keep, run, chunk, write),
         **run.sampling,
       )
-      for item, image in zip(chunk, list(results.values())[-1]):
-        verdict = run.suite.judge(item, image)
-        metadata = {
-          'prompt': item.prompt,
-          'seed': run.seed,
-          'index': item.index,
-        }
-        image_io.save_png(run.folder / item.file, image, metadata)
-        write(dataclasses.asdict(item) | {'file': item.file} | verdict)
       done += len(chunk)
       progress(done, total)
+
+
+def _keep(
+  run: Run,
+  items: Sequence[Item],
+  write: Callable[[Record], None],
+  start: int,
+  images: np.ndarray,
+) -> None:
+  """Judges finished images, those of items[start:], and writes them."""
+  for item, image in zip(items[start:], images):
+    verdict = run.suite.judge(item, image)
+    metadata = {'prompt': item.prompt, 'seed': run.seed, 'index': item.index}
+    image_io.save_png(run.folder / item.file, image, metadata)
+    write(dataclasses.asdict(item) | {'file': item.file} | verdict)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:

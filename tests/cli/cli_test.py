@@ -1,5 +1,6 @@
 """The commands as users call them: files, records, one-sentence errors."""
 
+import errno
 import json
 import os
 import pathlib
@@ -233,6 +234,46 @@ def test_a_flag_without_effect_is_refused(
   assert run(sample.main, *argv, '--model', model, '--out', out) == 2
   assert f'--{flag}' in capsys.readouterr().err
   assert not out.exists()
+
+
+@pytest.mark.parametrize('threshold', ['dynamic', 'static', 'none'])
+def test_an_image_that_is_no_number_is_an_error_and_not_written(
+  model, tmp_path, capsys, threshold
+):
+  args = ['--model', model, '--out', tmp_path / 'out', '--prompt', PROMPT]
+  args += ['--threshold', threshold, '--guidance']
+  assert run(sample.main, *args, '3e38,1') == 5
+  assert 'base' in capsys.readouterr().err
+  for text in ('inf', 'nan', '1e39'):
+    assert run(sample.main, *args, text) == 2
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  'error, code', [(KeyboardInterrupt, 130), (OSError, 2)]
+)
+def test_what_is_finished_before_an_error_is_kept(
+  model, tmp_path, monkeypatch, capsys, error, code
+):
+  save, saved = image_io.save_png, []
+
+  def stops_at_the_third(path, *args):
+    if len(saved) == 2:
+      raise error(errno.ENOSPC, 'full') if error is OSError else error
+    saved.append(str(path))
+    save(path, *args)
+
+  monkeypatch.setattr(image_io, 'save_png', stops_at_the_third)
+  args = ['--model', model, '--out', tmp_path, '--num_images', 4]
+  args += ['--batch_size', 1, '--prompt', PROMPT]
+  assert run(sample.main, *args) == code
+  assert capsys.readouterr().out.split() == saved
+  assert sorted(map(str, tmp_path.iterdir())) == saved
+  whole = np.asarray(Image.open(saved[1]))
+  monkeypatch.undo()
+  assert run(sample.main, *args) == 0
+  again = np.asarray(Image.open(next(tmp_path.glob('003_*'))))
+  np.testing.assert_array_equal(whole, again)
 
 
 def test_the_grid_of_steps_is_chosen_and_recorded(model, tmp_path):
