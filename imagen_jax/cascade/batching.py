@@ -52,6 +52,11 @@ class Request:
     for key, valid, problem in (
       ('seed', 0 <= self.seed < SEEDS, f'seed is {self.seed}, not in [0, 2³²)'),
       (None, self.prompts, 'there is nothing to generate: give a prompt'),
+      (
+        'prompt',
+        all(map(_is_text, self.prompts)),
+        'prompt is not Unicode text',
+      ),
       ('num_images', self.indices, 'num_images is at least 1'),
       ('batch_size', batch is None or batch > 0, 'batch_size is at least 1'),
     ):
@@ -81,6 +86,11 @@ class Request:
       for p, i in (self.rows[row] for row in rows)
     ]
     return np.stack([np.asarray(jax.random.key_data(key)) for key in keys])
+
+
+def _is_text(prompt: str) -> bool:
+  """Whether it has no lone surrogates: bytes that are not UTF-8, or JSON."""
+  return not any('\ud800' <= c <= '\udfff' for c in prompt)
 
 
 def image_key(seed: int, prompt: str, i: int) -> jax.Array:

@@ -119,6 +119,13 @@ class Parser(argparse.ArgumentParser):
       )
     return namespace
 
+  def given(self, args: Sequence[str]) -> set[str]:
+    """Names of the flags in `args`, also of those with their default."""
+    absent = object()
+    empty = dict.fromkeys((a.dest for a in self._actions), absent)
+    found = self.parse_args(args, argparse.Namespace(**empty))
+    return {key for key, value in vars(found).items() if value is not absent}
+
   def error(self, message: str) -> NoReturn:
     raise UsageError(f'{message}; see {self.prog} --help.')
 

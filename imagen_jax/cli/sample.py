@@ -116,7 +116,7 @@ def _main(argv: list[str]) -> None:
   formats = _formats()
   parser, own = _parser(formats)
   args = parser.parse_args(argv)
-  given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
+  given = parser.given(argv)
   out = output.Output(args.out, grid=args.from_image is None)
   if args.from_image is not None:
     for name in sorted(given.difference(WITH_FROM_IMAGE)):

@@ -64,16 +64,26 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
     DataError: the file is not an image, or has no such metadata.
   """
   try:
-    with Image.open(path) as image:
-      record = dict(getattr(image, 'text', {})).get(METADATA_KEY)
-  except OSError as error:
-    raise DataError(f'{path} cannot be read as an image ({error}).') from error
-  if record is None:
+    with Image.open(path, formats=['PNG']) as image:
+      text = dict(getattr(image, 'text', {})).get(METADATA_KEY)
+  except (OSError, SyntaxError, ValueError) as error:
+    raise DataError(f'{path} cannot be read as a PNG ({error}).') from error
+  if text is None:
     raise DataError(
       f'{path} carries no record of how it was made; only PNG files written '
       'by sample.py can be reproduced.'
     )
-  return json.loads(record)
+  try:
+    record = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise DataError(
+      f'the metadata of {path} is not JSON ({error}); it was changed.'
+    ) from error
+  if not isinstance(record, dict):
+    raise DataError(
+      f'the metadata of {path} is no JSON object; it was changed.'
+    )
+  return record
 
 
 def read_image(

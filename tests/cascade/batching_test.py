@@ -95,6 +95,7 @@ def test_keys_differ_between_rows_and_stages():
     ('num_images', {'indices': ()}),
     ('batch_size', {'batch_size': 0}),
     (None, {'prompts': ()}),
+    ('prompt', {'prompts': ('a', 'b\udcff')}),
   ],
 )
 def test_impossible_requests_are_refused(key, choices):

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import imagen_jax
 from imagen_jax.cli import evaluate, export, prepare, sample, train
@@ -217,6 +217,10 @@ def test_home_is_known_to_every_flag_and_config(model, tmp_path, monkeypatch):
     ('seed', ['--from_image', '000.png', '--seed', '3']),
     ('steps', ['--from_image', '000.png', '--steps', '3']),
     ('num_images', ['--from_image', '000.png', '--num_images', '2']),
+    # The default, which is not what the image has.
+    ('batch_size', ['--from_image', '000.png', '--batch_size', '1']),
+    ('num_images', ['--from_image', '000.png', '--num_images=1']),
+    ('dtype', ['--from_image', '000.png', '--dtype', 'auto']),
     ('strength', ['--prompt', PROMPT, '--strength', '0.5']),
     ('mask', ['--prompt', PROMPT, '--mask', 'mask.png']),
     ('aug_level', ['--prompt', PROMPT, '--stages', 'base', '--aug_level', '1']),
@@ -350,6 +354,52 @@ def test_a_users_mistake_is_one_sentence(
 
 def test_a_png_without_our_metadata_cannot_be_repeated(tmp_path):
   Image.new('RGB', (8, 8)).save(tmp_path / 'x.png')
+  assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
+
+
+SAMPLING = {'sampler': 'ddpm', 'steps': 1}
+EDITS = {
+  'seed': ['7', 7.5, True, -1, 2**32, None],
+  'index': [-1, 10**12, '0'],
+  'prompt': [None, ['a'], 3, 'a\ud800'],
+  'batch_size': ['4', 0, 10**9],
+  'model': [3, 'a\0b'],
+  'dtype': [32, 'int4'],
+  'mask': [['a']],
+  'stages': [
+    {}, [], 'base', {'base': None}, {'nowhere': SAMPLING},
+    *({'base': SAMPLING | {key: value}} for key, value in [
+      ('steps', '8'), ('steps', -1), ('steps', 1.5), ('guidance', 'x'),
+      ('guidance', float('nan')), ('sampler', 1), ('sampler', 'euler'),
+    ]),
+  ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'key, value', [(key, value) for key in EDITS for value in EDITS[key]]
+)
+def test_an_edited_record_is_one_sentence(
+  generated, model, tmp_path, capsys, key, value
+):
+  first = next(generated.glob('000*'))
+  record = image_io.read_metadata(first) | {'model': str(model), key: value}
+  info = PngImagePlugin.PngInfo()
+  info.add_text('imagen_jax', json.dumps(record))
+  Image.open(first).save(tmp_path / 'x.png', pnginfo=info)
+  args = ['--from_image', tmp_path / 'x.png', '--out', tmp_path / 'out']
+  assert run(sample.main, *args) == 3
+  assert 'x.png' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  'text', ['{"prompt": "a", seed: 3}', '[1]', '[' * 9999]
+)
+def test_a_record_that_is_no_json_object_is_one_sentence(tmp_path, text):
+  info = PngImagePlugin.PngInfo()
+  info.add_text('imagen_jax', text)
+  Image.new('RGB', (8, 8)).save(tmp_path / 'x.png', pnginfo=info)
   assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
 
 
