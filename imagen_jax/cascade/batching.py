@@ -15,7 +15,8 @@ import numpy as np
 import PIL.Image
 
 from imagen_jax import sharding
-from imagen_jax.errors import UsageError
+from imagen_jax.cascade.conditioning import to_uint8
+from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.typing import KeyData
 
@@ -32,6 +33,8 @@ class Request:
     indices: which images of each prompt.
     batch_size: images per batch; None: all of them, at most 4.
     callback: called as callback(stage name, images done, images in total).
+    finished: called as finished(i, images) with images i, i + 1, … of the last
+      stage, uint8 [n, H, W, 3], after each of its batches.
 
   Raises:
     UsageError: there is nothing to generate, or a number is out of range.
@@ -42,12 +45,18 @@ class Request:
   indices: Sequence[int] = (0,)
   batch_size: int | None = None
   callback: Callable[[str, int, int], None] | None = None
+  finished: Callable[[int, np.ndarray], None] | None = None
 
   def __post_init__(self) -> None:
     batch = self.batch_size
     for key, valid, problem in (
       ('seed', 0 <= self.seed < SEEDS, f'seed is {self.seed}, not in [0, 2³²)'),
       (None, self.prompts, 'there is nothing to generate: give a prompt'),
+      (
+        'prompt',
+        all(map(_is_text, self.prompts)),
+        'prompt is not Unicode text',
+      ),
       ('num_images', self.indices, 'num_images is at least 1'),
       ('batch_size', batch is None or batch > 0, 'batch_size is at least 1'),
     ):
@@ -58,6 +67,12 @@ class Request:
   def rows(self) -> list[tuple[int, int]]:
     """(index of its prompt, index in the prompt's images) per image."""
     return [(p, i) for p in range(len(self.prompts)) for i in self.indices]
+
+  def records(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A record of the call, with each image's prompt and index."""
+    return [
+      {**record, 'prompt': self.prompts[p], 'index': i} for p, i in self.rows
+    ]
 
   @property
   def batch(self) -> int:
@@ -71,6 +86,11 @@ class Request:
       for p, i in (self.rows[row] for row in rows)
     ]
     return np.stack([np.asarray(jax.random.key_data(key)) for key in keys])
+
+
+def _is_text(prompt: str) -> bool:
+  """Whether it has no lone surrogates: bytes that are not UTF-8, or JSON."""
+  return not any('\ud800' <= c <= '\udfff' for c in prompt)
 
 
 def image_key(seed: int, prompt: str, i: int) -> jax.Array:
@@ -97,6 +117,7 @@ def generate(
   mesh: jax.sharding.Mesh,
   inputs: Callable[[np.ndarray], Any],
   sample: Callable[[Any], jax.Array],
+  finite: Callable[[Any], jax.Array],
 ) -> np.ndarray:
   """Generates one stage's images for all rows of a request.
 
@@ -106,9 +127,14 @@ def generate(
     mesh: to generate on.
     inputs: indices of rows [B] -> tree of host arrays [B, ...].
     sample: that tree, on the mesh -> [B, H, W, 3].
+    finite: that tree -> bool [steps], whether each step's images are finite;
+      called if the result is not.
 
   Returns:
     [N, H, W, 3] on the host.
+
+  Raises:
+    NumericError: an image is NaN or Inf.
   """
   count, generated = len(request.rows), []
   batch = -(-request.batch // mesh.size) * mesh.size
@@ -118,10 +144,26 @@ def generate(
     arrays = sharding.put_whole_batch(inputs(rows), mesh)
     with jax.set_mesh(mesh):
       images = sample(arrays)
-    generated.append(sharding.fetch(images)[: count - start])
+      done = sharding.fetch(images)[: count - start]
+      if not np.isfinite(done).all():
+        raise _not_finite(name, sharding.fetch(finite(arrays)))
+    generated.append(done)
+    if request.finished is not None:
+      request.finished(start, to_uint8(done))
     if request.callback is not None:
       request.callback(name, min(start + batch, count), count)
   return np.concatenate(generated)
+
+
+def _not_finite(name: str, finite: np.ndarray) -> NumericError:
+  """The error for images of a stage, given which steps were finite."""
+  step = int(np.argmin(finite)) + 1
+  where = 'after the last step' if finite.all() else f'at step {step}'
+  return NumericError(
+    f'stage {name} generated NaN or Inf {where} of {len(finite)}; try '
+    'float32, less guidance or dynamic thresholding, and check that the '
+    'training of this stage did not diverge.'
+  )
 
 
 def free(params: Any) -> None:

@@ -27,6 +27,7 @@ from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
+from imagen_jax.io.paths import user_path
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import Image, TextEmb, TextMask
 
@@ -56,9 +57,11 @@ def load(
       does not upsample the images of the one before it.
     UsageError: a name in `stages` is unknown.
   """
-  path = model_folder.demo_path() if path is None else pathlib.Path(path)
+  path = model_folder.demo_path() if path is None else user_path(path)
   records = model_folder.find_stages(path, stages)
-  return Cascade(path, records, resolve_dtype(dtype), fsdp, devices)
+  return Cascade(
+    pathlib.Path(path), records, resolve_dtype(dtype), fsdp, devices
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +190,7 @@ class Cascade:
     mask: PIL.Image.Image | None = None,
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
+    finished: Callable[[int, np.ndarray], None] | None = None,
     **choices: Any,
   ) -> dict[str, np.ndarray]:
     """Samples images from prompts.
@@ -208,6 +212,8 @@ class Cascade:
         keeps `image`, resized, bit for bit.
       batch_size: images per batch; None: all of them, at most 4.
       callback: called as callback(stage_name, done, total) after each batch.
+      finished: called as finished(i, images) with images i, i + 1, … of the
+        result, uint8 [n, H, W, 3], as soon as they are finished.
       **choices: fields of `SamplingConfig` (sampler, steps, guidance, …), one
         value or a list with one per stage.
 
@@ -217,6 +223,7 @@ class Cascade:
 
     Raises:
       UsageError, ModelError: as `settings`, `embed` and `load`.
+      NumericError: an image is NaN or Inf.
     """
     configs = self.settings(**choices)
     embedding = None
@@ -244,7 +251,9 @@ class Cascade:
       embedding = self.embed(request.prompts)
     results = {}
     for i, (stage, config) in enumerate(zip(self.stages, configs)):
-      width, height = stage.resolution, stage.resolution
+      if stage is self.stages[-1]:
+        request = dataclasses.replace(request, finished=finished)
+      width = height = stage.resolution
       if low is not None:
         height, width = (side * stage.factor for side in low.shape[1:3])
       elif image is not None:
@@ -271,7 +280,12 @@ class Cascade:
     shardings = sharding.batch_sharding(mesh)
     compiled = sampling.compiled(stage, config.spec, shardings)
     sample = lambda arrays: compiled(params, arrays._replace(**config.scalars))
-    images = batching.generate(request, stage.name, mesh, inputs, sample)
+    finite = lambda arrays: sampling.finite(
+      stage, params, config.spec, arrays._replace(**config.scalars)
+    )
+    images = batching.generate(
+      request, stage.name, mesh, inputs, sample, finite
+    )
     batching.free(params)
     return images
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from imagen_jax.cascade.conditioning import low_res_input, null_where
 from imagen_jax.cascade.stage import Stage
@@ -111,6 +112,19 @@ def trajectory(
   return reverse.trajectory(_reverse(stage, params, spec, inputs))
 
 
+@functools.partial(jax.jit, static_argnames=('stage', 'spec'))
+def finite(
+  stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
+) -> Bool[Array, ' n']:
+  """Whether the predictions of each step of `compiled` are finite."""
+  inputs = inputs._replace(keys=_wrapped(inputs.keys))
+  return reverse.finite(_reverse(stage, params, spec, inputs))
+
+
+def _wrapped(key_data: KeyData) -> Keys:
+  return jax.random.wrap_key_data(jnp.asarray(key_data), impl='threefry2x32')
+
+
 def _reverse(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
 ) -> Reverse:
@@ -187,9 +201,7 @@ def compiled(
   """
 
   def run(params: dict, inputs: SampleInputs) -> Image:
-    keys = jax.random.wrap_key_data(
-      jnp.asarray(inputs.keys), impl='threefry2x32'
-    )
-    return sample(stage, params, spec, inputs._replace(keys=keys))
+    inputs = inputs._replace(keys=_wrapped(inputs.keys))
+    return sample(stage, params, spec, inputs)
 
   return jax.jit(run, out_shardings=shardings)

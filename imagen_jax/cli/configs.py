@@ -18,6 +18,7 @@ from typing import Any
 
 from imagen_jax.cli.errors import did_you_mean
 from imagen_jax.errors import UsageError
+from imagen_jax.io.paths import user_path
 
 if typing.TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -71,7 +72,18 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> 'ConfigDict':
   from imagen_jax.cli.config_values import complete
 
   path, arg = _find(name)
-  return complete(_get_config(path, arg), overrides, file=str(path))
+  config = complete(_get_config(path, arg), overrides, file=str(path))
+  _expand(config)
+  return config
+
+
+def _expand(config: 'ConfigDict') -> None:
+  """Names the home directory in every value that begins with ~."""
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      _expand(value)
+    elif isinstance(value, str):
+      config[key] = user_path(value)
 
 
 def _find(name: str) -> tuple[pathlib.Path, str]:

@@ -1,6 +1,7 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,10 @@ def run(
     or what `main` returned.
   """
   sys.unraisablehook = _unraisable
+  for stream in sys.stdout, sys.stderr:
+    # Not every terminal or pipe is UTF-8: '≤' is then printed as \u2264.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
   try:
     code = main(sys.argv[1:] if argv is None else list(argv)) or 0
     sys.stdout.flush()  # a closed pipe raises here, not at exit
@@ -113,6 +118,13 @@ class Parser(argparse.ArgumentParser):
         + f' See {self.prog} --help.'
       )
     return namespace
+
+  def given(self, args: Sequence[str]) -> set[str]:
+    """Names of the flags in `args`, also of those with their default."""
+    absent = object()
+    empty = dict.fromkeys((a.dest for a in self._actions), absent)
+    found = self.parse_args(args, argparse.Namespace(**empty))
+    return {key for key, value in vars(found).items() if value is not absent}
 
   def error(self, message: str) -> NoReturn:
     raise UsageError(f'{message}; see {self.prog} --help.')

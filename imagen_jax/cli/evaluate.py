@@ -14,6 +14,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
+from imagen_jax.io.paths import user_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +36,12 @@ def _parser() -> errors.Parser:
     'its own, such as shapes; if left out, the kind that the model was trained '
     'on',
   )
-  add('--model', help='model folder; the bundled demo if left out')
+  add(
+    '--model', type=user_path, help='model folder; the bundled demo if left out'
+  )
   add(
     '--out',
+    type=user_path,
     default=EvalConfig.out,
     help='folder of scores.json, index.html, and images and section.json of '
     'each run',
@@ -85,21 +89,33 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group(
     'the suites prompts, clip and fid'
   ).add_argument
-  add('--prompts', help='prompts, clip: .csv, .tsv, .jsonl or .txt file')
+  add(
+    '--prompts',
+    type=user_path,
+    help='prompts, clip: .csv, .tsv, .jsonl or .txt file',
+  )
   add(
     '--num_images',
     type=int,
     default=EvalConfig.num_images,
     help='prompts, clip: images per prompt',
   )
-  add('--data', help='fid: real images with captions')
+  add('--data', type=user_path, help='fid: real images with captions')
   add(
     '--source',
     default=EvalConfig.source,
     help='fid: the data kind of --data, as in imagen-prepare',
   )
-  add('--inception', help='fid: InceptionV3 weights, .safetensors or .npz')
-  add('--clip', help='clip, fid: a CLIP folder in Hugging Face layout')
+  add(
+    '--inception',
+    type=user_path,
+    help='fid: InceptionV3 weights, .safetensors or .npz',
+  )
+  add(
+    '--clip',
+    type=user_path,
+    help='clip, fid: a CLIP folder in Hugging Face layout',
+  )
 
 
 def _main(argv: list[str]) -> None:

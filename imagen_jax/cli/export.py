@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from imagen_jax.cli import errors
+from imagen_jax.io.paths import user_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,9 +19,14 @@ def _main(argv: list[str]) -> None:
     description='Export the model of a training workdir as safetensors and '
     'JSON.',
   )
-  parser.add_argument('--workdir', required=True, help='training directory')
   parser.add_argument(
-    '--out', required=True, help='directory to write, such as models/mine/base'
+    '--workdir', type=user_path, required=True, help='training directory'
+  )
+  parser.add_argument(
+    '--out',
+    type=user_path,
+    required=True,
+    help='directory to write, such as models/mine/base',
   )
   parser.add_argument(
     '--weights', default='ema', choices=['ema', 'raw'], help='which weights'

@@ -1,18 +1,18 @@
 """sample.py --from_image: generates an image again."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import imagen_jax
 from imagen_jax.cli import input_images, output, runtime, sampling_flags
 from imagen_jax.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-  from imagen_jax.typing import Uint8Image
+MAX_BATCH = 4096  # in a record; the batch is padded to it
 
 
-def repeat(args: argparse.Namespace) -> tuple['Uint8Image', list[dict]]:
-  """(images, records): generates an image again from its PNG's record."""
+def repeat(args: argparse.Namespace, out: output.Output) -> None:
+  """Generates an image again from its PNG's record."""
   from imagen_jax.io import images as image_io
 
   file = args.from_image
@@ -22,44 +22,97 @@ def repeat(args: argparse.Namespace) -> tuple['Uint8Image', list[dict]]:
       f'{file} was generated with {record["format"]}, which --from_image does '
       'not repeat; give the settings in its metadata as flags.'
     )
+  _check(record, file)
   runtime.start(processes=args)
   try:
-    stages = record['stages']
-    demo = record['model'] == 'demo'
-    cascade = imagen_jax.load(
-      args.model or (None if demo else record['model']),
-      dtype=record['dtype'],
-      stages=list(stages),
-      fsdp=args.fsdp,
-    )
-    # Images older than a flag have no value for it.
-    call = {
-      key: [settings.get(key) for settings in stages.values()]
-      for key in sampling_flags.PER_STAGE
-    }
-    call |= {key: record[key] for key in ('seed', 'batch_size')}
-    call['indices'] = [record['index']]
-    digest, low_path = record['model_digest'], record['low_res']
-    prompt = record['prompt']
-  except (KeyError, TypeError, AttributeError) as error:
+    _generate(args, record, out)
+  except UsageError as error:
+    if error.key == 'fsdp':  # the user's
+      raise
     raise DataError(
-      f'the metadata of {file} is incomplete ({error}); another version wrote '
-      'it, or it was changed.'
+      f'the metadata of {file} cannot be repeated ({error}); another version '
+      'wrote it, or it was changed.'
     ) from error
+
+
+def _generate(
+  args: argparse.Namespace, record: Mapping[str, Any], out: output.Output
+) -> None:
+  """Generates the image of a checked record."""
+  stages = record['stages']
+  demo = record['model'] == 'demo'
+  cascade = imagen_jax.load(
+    args.model or (None if demo else record['model']),
+    dtype=record['dtype'],
+    stages=list(stages),
+    fsdp=args.fsdp,
+  )
+  # Images older than a flag have no value for it.
+  call: dict[str, Any] = {
+    key: [settings.get(key) for settings in stages.values()]
+    for key in sampling_flags.PER_STAGE
+  }
+  call |= {key: record[key] for key in ('seed', 'batch_size')}
+  call['indices'] = [record['index']]
+  digest, low_path = record['model_digest'], record.get('low_res')
   if cascade.digest != digest:
     output.note(
-      f'{file} was generated with other weights ({digest}, here '
+      f'{args.from_image} was generated with other weights ({digest}, here '
       f'{cascade.digest}); the image will differ.'
     )
   if not record.get('init_image'):
     del call['strength']  # without effect
-  result = cascade.sample(
-    [prompt],
+  cascade.sample(
+    [record['prompt']],
     low_res=input_images.read_low_res(cascade, low_path),
     **input_images.open_images(
       image=record.get('init_image'), mask=record.get('mask')
     ),
     callback=output.progress(),
+    finished=out.of([{**record, 'devices': output.devices()}]),
     **call,
   )
-  return list(result.values())[-1], [record | {'devices': output.devices()}]
+
+
+def _check(record: Mapping[str, Any], file: str) -> None:
+  """Rejects a record that is incomplete, or whose values are not of its kind.
+
+  Raises:
+    DataError: it was changed, or another program wrote it.
+  """
+  word = lambda value: isinstance(value, str) and '\0' not in value
+  path = lambda value: value is None or word(value)
+  rules: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(('prompt', 'model', 'model_digest', 'dtype'), word),
+    **dict.fromkeys(('low_res', 'init_image', 'mask'), path),
+    'seed': lambda value: _whole(value, 0, 2**32 - 1),
+    'index': lambda value: _whole(value, 0, 2**32 - 1),
+    'batch_size': lambda value: _whole(value, 1, MAX_BATCH),
+    'stages': _are_stages,
+  }
+  for key, valid in rules.items():
+    if not valid(record.get(key)):
+      raise DataError(
+        f'the metadata of {file} has no valid {key} '
+        f'({str(record.get(key))[:60]}); another version wrote it, or it was '
+        'changed.'
+      )
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+  return type(value) is int and least <= value <= most
+
+
+def _are_stages(stages: Any) -> bool:
+  """Whether it is {name: {a flag of sampling: its value}}, not empty."""
+  if not isinstance(stages, dict) or not stages:
+    return False
+  for settings in stages.values():
+    if not isinstance(settings, dict):
+      return False
+    for key, (kind, _) in sampling_flags.PER_STAGE.items():
+      value = settings.get(key)
+      number = kind is float and type(value) is int
+      if value is not None and type(value) is not kind and not number:
+        return False
+  return True

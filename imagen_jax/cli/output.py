@@ -3,66 +3,91 @@
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from imagen_jax.errors import UsageError
+from imagen_jax.io import paths
 
 if TYPE_CHECKING:
-  from imagen_jax.typing import Uint8Image
-
-
-def write(
-  out: str | pathlib.Path,
-  images: 'Uint8Image',
-  records: Sequence[dict],
-  *,
-  grid: bool = True,
-) -> list[pathlib.Path]:
-  """Writes 000_a-red-circle.png, …, and grid_000.png.
-
-  Numbers continue those of existing files, so nothing is overwritten. With
-  several processes, which all hold the images, only process 0 writes.
-
-  Args:
-    out: the directory, created if it is missing.
-    images: uint8 [N, H, W, 3].
-    records: metadata of each image, including its `prompt`.
-    grid: whether to write all images as one grid too.
-
-  Raises:
-    UsageError: `out` is a file.
-  """
-  import jax
   import numpy as np
 
-  from imagen_jax.io import images as image_io
 
-  if jax.process_index() != 0:
-    return []
-  out = pathlib.Path(out)
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except FileExistsError as error:
-    raise UsageError(
-      f'{out} is a file; give a directory.', key='out'
-    ) from error
-  paths, first = [], _next(out, r'(\d+)_.*\.png$')
-  for n, (image, record) in enumerate(zip(images, records), first):
-    path = out / f'{n:03d}_{_slug(record["prompt"])}.png'
-    image_io.save_png(path, image, record)
-    paths.append(path)
-  if grid:
-    number = _next(out, r'grid_(\d+)')
-    path = out / f'grid_{number:03d}.png'
-    num_prompts = len({record['prompt'] for record in records})
-    columns = len(records) // num_prompts if num_prompts > 1 else 1
-    large = image_io.upsample(np.asarray(images), 256)
-    image_io.save_png(
-      path, image_io.grid(large, columns if columns > 1 else None)
-    )
-    paths.append(path)
-  return paths
+class Output:
+  """Writes images when they are finished: 000_a-red-circle.png, …
+
+  Numbers continue those of existing files, so nothing is overwritten. With
+  several processes, which all hold the images, only process 0 writes. At the
+  end, also after an error or Ctrl-C, the paths are printed.
+
+    with Output('out', grid=True) as output:
+      cascade.sample(prompts, finished=output.of(records))
+  """
+
+  def __init__(self, out: str | pathlib.Path, *, grid: bool):
+    """Opens a directory, made when the first image is written.
+
+    Args:
+      out: the directory.
+      grid: whether to write all images as one grid_000.png too.
+
+    Raises:
+      UsageError: `out` cannot be a directory.
+    """
+    self._out = paths.check_folder(out, key='out')
+    self._grid = grid
+    self._paths: list[pathlib.Path] = []
+    self._images: list[np.ndarray] = []
+    self._prompts: set[str] = set()
+
+  def of(
+    self, records: Sequence[Mapping[str, Any]]
+  ) -> Callable[[int, 'np.ndarray'], None]:
+    """The `finished` of a call: writes its image i with records[i].
+
+    Args:
+      records: metadata of each image, including its `prompt`.
+    """
+
+    def finished(start: int, images: 'np.ndarray') -> None:
+      import jax
+
+      from imagen_jax.io import images as image_io
+
+      if jax.process_index() != 0:
+        return
+      self._out.mkdir(parents=True, exist_ok=True)
+      number = _next(self._out, r'(\d+)_.*\.png$')
+      for n, (image, record) in enumerate(zip(images, records[start:]), number):
+        path = self._out / f'{n:03d}_{_slug(record["prompt"])}.png'
+        image_io.save_png(path, image, record)
+        self._paths.append(path)
+        self._images.append(image)
+        self._prompts.add(record['prompt'])
+
+    return finished
+
+  def __enter__(self) -> 'Output':
+    return self
+
+  def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+    if error is None and self._grid and self._images:
+      self._write_grid()
+    for path in self._paths:
+      print(path)
+
+  def _write_grid(self) -> None:
+    """Writes all images as one, with a row for each of several prompts."""
+    import numpy as np
+
+    from imagen_jax.io import images as image_io
+
+    each = len(self._images) // len(self._prompts)
+    columns = each if len(self._prompts) > 1 < each else None
+    large = image_io.upsample(np.stack(self._images), 256)
+    number = _next(self._out, r'grid_(\d+)')
+    path = self._out / f'grid_{number:03d}.png'
+    image_io.save_png(path, image_io.grid(large, columns))
+    self._paths.append(path)
 
 
 def _next(out: pathlib.Path, pattern: str) -> int:

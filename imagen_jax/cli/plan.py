@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.errors import UsageError
+from imagen_jax.io.paths import user_path
 from imagen_jax.training import chips
 from imagen_jax.training.chips import GIB, Chip
 
@@ -30,7 +31,12 @@ def _parser() -> errors.Parser:
     epilog='Any config key can be set: --config.train.batch_size=1024.',
   )
   add = parser.add_argument
-  add('--config', required=True, help='name of a config, or a path to one')
+  add(
+    '--config',
+    type=user_path,
+    required=True,
+    help='name of a config, or a path to one',
+  )
   add('--topology', help='TPU chips and their shape, such as v5e:16x16')
   add('--chip', help=f'one of {", ".join(chips.CHIPS)}; v5e if left out')
   add(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors
 from imagen_jax.errors import UsageError
+from imagen_jax.io.paths import check_folder, user_path
 
 if TYPE_CHECKING:
   import numpy as np
@@ -43,14 +44,14 @@ def _parser() -> errors.Parser:
     help='kind of source: folder, webdataset, tfds, arrayrecord, shapes or '
     'emoji',
   )
-  add('--path', help="where it is, such as 'shards/*.tar'")
+  add('--path', type=user_path, help="where it is, such as 'shards/*.tar'")
   add(
     '--size',
     type=errors.positive,
     required=True,
     help='side of the images in pixels',
   )
-  add('--out', required=True, help='folder to write')
+  add('--out', type=user_path, required=True, help='folder to write')
   add('--resize', default='area', help='area, bicubic or lanczos')
   add('--split', default='train', help='train or eval')
   add('--seed', type=int, default=0, help='of shapes and emoji')
@@ -63,6 +64,7 @@ def _parser() -> errors.Parser:
   )
   add(
     '--text',
+    type=user_path,
     help="store this text encoder's embeddings: a folder of T5 weights, or "
     'demo',
   )
@@ -80,6 +82,7 @@ def _parser() -> errors.Parser:
 
 def _main(argv: list[str]) -> None:
   args = _parser().parse_args(argv)
+  check_folder(args.out, key='out')
   from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
   from imagen_jax.data.sources import find_source, make_source

@@ -3,9 +3,9 @@
 import argparse
 import logging
 import os
-import pathlib
 
 from imagen_jax.errors import UsageError
+from imagen_jax.io import paths
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,9 @@ def start(
   from imagen_jax import sharding
 
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    cache = pathlib.Path(base) / 'imagen_jax' / 'compile'
-    jax.config.update('jax_compilation_cache_dir', str(cache))
+    cache = paths.cache_folder()
+    if cache is not None:
+      jax.config.update('jax_compilation_cache_dir', str(cache / 'compile'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   # A machine without a TPU or GPU is a normal place to run.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.ERROR)

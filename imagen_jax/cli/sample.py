@@ -19,16 +19,16 @@ from imagen_jax.cli import (
 )
 from imagen_jax.errors import DataError, ImagenError, UsageError
 from imagen_jax.io import files
+from imagen_jax.io.paths import user_path
 
 if TYPE_CHECKING:
   from imagen_jax.cascade.cascade import Cascade
   from imagen_jax.cascade.stage import SamplingConfig
-  from imagen_jax.typing import Uint8Image
 
 # Modules for model folders of other layouts, each of which may be absent:
 #   add_flags(parser)            adds an argument group of its own flags
 #   is_folder(path) -> bool      whether a --model is one of its folders
-#   generate(args, prompts) -> (images, records), for `output.write`
+#   generate(args, prompts, out)   writes the images to an `output.Output`
 FORMATS = ('imagen_jax.deepfloyd.command_line',)
 # Flags that are allowed with --from_image.
 WITH_FROM_IMAGE = (
@@ -66,19 +66,35 @@ def _parser(
   source.add_argument(
     '--prompt', help='what to generate; empty for unconditional images'
   )
-  source.add_argument('--prompts', help='a text file, one prompt a line')
+  source.add_argument(
+    '--prompts', type=user_path, help='a text file, one prompt a line'
+  )
   source.add_argument(
     '--from_image',
+    type=user_path,
     help='generate the image of a PNG again, from the settings in it',
   )
   add('--num_images', type=int, default=1, help='images per prompt')
   add('--seed', type=int, default=0, help='of the images')
-  add('--out', default='out', help='directory; nothing in it is overwritten')
-  add('--model', help='model folder; the bundled demo if left out')
+  add(
+    '--out',
+    type=user_path,
+    default='out',
+    help='directory; nothing in it is overwritten',
+  )
+  add(
+    '--model', type=user_path, help='model folder; the bundled demo if left out'
+  )
   add('--stages', help='names of stages, such as base,sr1; all if left out')
-  add('--low_res', help='an image for the first of --stages to upsample')
-  add('--init_image', help='an image to start from')
-  add('--mask', help='with --init_image: white where to inpaint')
+  add(
+    '--low_res',
+    type=user_path,
+    help='an image for the first of --stages to upsample',
+  )
+  add('--init_image', type=user_path, help='an image to start from')
+  add(
+    '--mask', type=user_path, help='with --init_image: white where to inpaint'
+  )
   sampling_flags.add_flags(parser)
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; at most 4 if left out')
@@ -100,7 +116,8 @@ def _main(argv: list[str]) -> None:
   formats = _formats()
   parser, own = _parser(formats)
   args = parser.parse_args(argv)
-  given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
+  given = parser.given(argv)
+  out = output.Output(args.out, grid=args.from_image is None)
   if args.from_image is not None:
     for name in sorted(given.difference(WITH_FROM_IMAGE)):
       raise UsageError(
@@ -108,7 +125,8 @@ def _main(argv: list[str]) -> None:
         'image; leave it out.',
         key=name,
       )
-    images, records = from_image.repeat(args)
+    with out:
+      from_image.repeat(args, out)
   else:
     prompts = _prompts(args)
     theirs = [m for m in formats if args.model and m.is_folder(args.model)]
@@ -117,10 +135,8 @@ def _main(argv: list[str]) -> None:
         raise UsageError('has no effect with this --model.', key=name)
     runtime.start(processes=args)
     generate = theirs[0].generate if theirs else _generate
-    images, records = generate(args, prompts)
-  grid = args.from_image is None
-  for path in output.write(args.out, images, records, grid=grid):
-    print(path)
+    with out:
+      generate(args, prompts, out)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -142,9 +158,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _generate(
-  args: argparse.Namespace, prompts: Sequence[str]
-) -> tuple['Uint8Image', list[dict]]:
-  """(images, records) of a model folder in the package's own layout."""
+  args: argparse.Namespace, prompts: Sequence[str], out: output.Output
+) -> None:
+  """Generates with a model folder in the package's own layout."""
   from imagen_jax.cascade import batching
 
   # Check everything before any work.
@@ -174,7 +190,8 @@ def _generate(
     input_images.note_crop(args.init_image, images['image'].size, *shape)
   embedding = cascade.embed(prompts)
   _notes(cascade, embedding)
-  generated = cascade.sample(
+  record = _record(cascade, configs, args) | {'batch_size': request.batch}
+  cascade.sample(
     embedding,
     seed=args.seed,
     num_images=args.num_images,
@@ -182,13 +199,9 @@ def _generate(
     **images,
     batch_size=request.batch,
     callback=output.progress(),
+    finished=out.of(request.records(record)),
     **choices,
   )
-  record = _record(cascade, configs, args) | {'batch_size': request.batch}
-  records = [
-    record | {'prompt': prompts[p], 'index': i} for p, i in request.rows
-  ]
-  return list(generated.values())[-1], records
 
 
 def _notes(cascade: 'Cascade', embedding: Any) -> None:

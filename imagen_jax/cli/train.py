@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
+from imagen_jax.io.paths import check_folder, user_path
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -28,10 +29,14 @@ def _parser() -> errors.Parser:
     'config is code: use only those you trust.',
   )
   parser.add_argument(
-    '--config', required=True, help='name of a config, or a path to one'
+    '--config',
+    type=user_path,
+    required=True,
+    help='name of a config, or a path to one',
   )
   parser.add_argument(
     '--workdir',
+    type=user_path,
     required=True,
     help='directory of the run: config.json, checkpoints/, metrics.jsonl, '
     'samples/',
@@ -43,6 +48,7 @@ def _parser() -> errors.Parser:
   )
   parser.add_argument(
     '--init_from',
+    type=user_path,
     help='start a new run from the EMA of this workdir or exported stage',
   )
   parser.add_argument(
@@ -58,6 +64,10 @@ def _main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
+  check_folder(args.workdir, key='workdir')
+  elsewhere = config.train.get('checkpoint_dir')
+  if elsewhere and '://' not in elsewhere:
+    check_folder(elsewhere, key='config.train.checkpoint_dir')
   runtime.start(split_cpu=True, processes=args)
 
   from imagen_jax.training.loop import train

@@ -6,14 +6,13 @@ that cannot be read or written is not an error: the check is run again.
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from imagen_jax.io import files
+from imagen_jax.io import files, paths
 
 VERSION = 2
 
@@ -41,9 +40,11 @@ def cached(
 
 def path_for(kind: str, location: object) -> pathlib.Path:
   """The cache file of a folder, tar or TFDS build."""
-  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  base = paths.cache_folder()
+  if base is None:
+    raise FileNotFoundError('there is no cache directory')
   name = hashlib.sha256(f'{kind} {location}'.encode()).hexdigest()[:24]
-  return pathlib.Path(base) / 'imagen_jax' / 'index' / f'{name}.npz'
+  return base / 'index' / f'{name}.npz'
 
 
 def load(
@@ -70,5 +71,5 @@ def save(
     with files.replacing(path_for(kind, location)) as temporary:
       with temporary.open('wb') as file:
         np.savez(file, header=text, rows=np.asarray(rows, np.int64))
-  except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+  except OSError:
     pass

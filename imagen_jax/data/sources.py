@@ -8,6 +8,7 @@ from imagen_jax import kinds
 from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.io.decode import RESIZE
+from imagen_jax.io.paths import user_path
 
 # Each kind is one file, imported on demand.
 KINDS = {
@@ -69,6 +70,7 @@ def make_source(
         'BUCKET /mnt/data for gs://) or download it, and give the local path.',
         key='config.data.path',
       )
+    options['path'] = user_path(path)
   if options.get('resize', 'area') not in RESIZE:
     raise UsageError(
       f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.',

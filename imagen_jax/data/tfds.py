@@ -137,8 +137,10 @@ def find_build(path: AnyPath) -> pathlib.Path:
   folder = pathlib.Path(path)
   if not (folder / INFO).exists():
     base = pathlib.Path(
-      os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-    ).expanduser()
+      os.path.expanduser(
+        os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+      )
+    )
     found = [
       pathlib.Path(file).parent
       for root in map(str, (folder, base / path))

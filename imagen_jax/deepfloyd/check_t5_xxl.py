@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from imagen_jax.cli import errors, runtime
+from imagen_jax.io.paths import user_path
 
 LEAST_COSINE = 0.99
 
@@ -25,11 +26,15 @@ def _main(argv: Sequence[str]) -> int:
   )
   parser.add_argument(
     '--model',
+    type=user_path,
     required=True,
     help='folder with text_encoder/ and tokenizer/, such as IF-I-XL-v1.0',
   )
   parser.add_argument(
-    '--reference', required=True, help='.npy of 77 × 4096 numbers'
+    '--reference',
+    type=user_path,
+    required=True,
+    help='.npy of 77 × 4096 numbers',
   )
   parser.add_argument(
     '--dtype', default='bfloat16', choices=['bfloat16', 'float32']

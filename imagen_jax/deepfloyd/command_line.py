@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import input_images, output, sampling_flags
 from imagen_jax.errors import UsageError
+from imagen_jax.io.paths import user_path
 
 if TYPE_CHECKING:
-  import numpy as np
-
   from imagen_jax.cascade.cascade import Cascade
   from imagen_jax.deepfloyd.pipeline import IF
 
@@ -33,9 +32,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help="clean prompts as IF's training captions were",
   )
-  add('--text_cache', help='directory that keeps embeddings of prompts')
+  add(
+    '--text_cache',
+    type=user_path,
+    help='directory that keeps embeddings of prompts',
+  )
   add(
     '--upsample_with',
+    type=user_path,
     help='model folder of a super-resolution stage of our own, as third stage',
   )
 
@@ -60,9 +64,9 @@ def steps_per_stage(text: str | None) -> str | list[str] | None:
 
 
 def generate(
-  args: argparse.Namespace, prompts: Sequence[str]
-) -> tuple['np.ndarray', list[dict]]:
-  """Samples as `sample.py`'s arguments say: (images, records).
+  args: argparse.Namespace, prompts: Sequence[str], out: output.Output
+) -> None:
+  """Samples as `sample.py`'s arguments say.
 
   Raises:
     UsageError: a flag is invalid or has no effect.
@@ -97,25 +101,27 @@ def generate(
     if name in given:
       shape = model.shape_for(**{name: given[name]})
       input_images.note_crop(path, given[name].size, *shape)
+  record = _record(args, model, choices) | {'batch_size': request.batch}
+  finished = out.of(request.records(record))
   generated = model.sample(
     [clean(prompt) for prompt in prompts],
     negative_prompt=clean(args.negative_prompt or ''),
     style_prompt=None if style is None else clean(style),
     aspect=images.parse_aspect(args.aspect_ratio or '1:1'),
     callback=output.progress(),
+    finished=finished if third is None else None,
     **given,
     **again,
     **choices,
   )
-  last = conditioning.to_uint8(list(generated.values())[-1])
   if third is not None:
-    callback = output.progress()
-    generated = third.sample(prompts, low_res=last, callback=callback, **again)
-    last = list(generated.values())[-1]
-  record = _record(args, model, choices) | {'batch_size': request.batch}
-  return last, [
-    record | {'prompt': prompts[p], 'index': i} for p, i in request.rows
-  ]
+    third.sample(
+      prompts,
+      low_res=conditioning.to_uint8(list(generated.values())[-1]),
+      callback=output.progress(),
+      finished=finished,
+      **again,
+    )
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -241,10 +241,6 @@ class IFExperiment(Experiment):
 
   @classmethod
   def export(cls, request: Export) -> str:
-    if request.out.exists():
-      raise UsageError(
-        f'{request.out} exists; choose another, or remove it.', key='out'
-      )
     record = files.read_json(
       request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
     )

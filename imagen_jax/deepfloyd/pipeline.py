@@ -26,6 +26,7 @@ from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io import images as image_io
+from imagen_jax.io.paths import user_path
 from imagen_jax.typing import Image
 
 
@@ -60,7 +61,7 @@ def load(
     ModelError: there is no stage, or the stages do not form a cascade.
     UsageError: a name is unknown.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(user_path(path))
   found = [stage.read(folder) for folder in _stage_folders(path)]
   if not found:
     raise ModelError(
@@ -161,6 +162,7 @@ class IF:
     aspect: tuple[int, int] = (1, 1),
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
+    finished: Callable[[int, np.ndarray], None] | None = None,
     **choices: Any,
   ) -> dict[str, np.ndarray]:
     """Samples images for prompts.
@@ -184,6 +186,8 @@ class IF:
       aspect: (width, height), without `image` or `low_res`.
       batch_size: images per batch, at most 4 by default.
       callback: called with (stage name, images done, total images).
+      finished: called as finished(i, images) with images i, i + 1, … of the
+        result, uint8 [n, H, W, 3], as soon as they are finished.
       **choices: fields of `Settings`.
 
     Returns:
@@ -192,6 +196,7 @@ class IF:
 
     Raises:
       UsageError, ModelError: see `settings`, `embed` and `Stage.load`.
+      NumericError: an image is NaN or Inf.
     """
     task = 'text' if image is None else 'image' if mask is None else 'mask'
     chosen = self.settings(task, **choices)
@@ -222,6 +227,8 @@ class IF:
     texts = self.embed([*request.prompts, negative_prompt, *styles])
     results = {}
     for part, setting in zip(self.stages, chosen):
+      if part is self.stages[-1]:
+        request = dataclasses.replace(request, finished=finished)
       width, height = _size(part, low, image, aspect)
       shared = batching.start_from(image, mask, width, height)
       if setting.guidance > 1:
@@ -250,7 +257,8 @@ class IF:
       place=functools.partial(sharding.leaf_sharding, mesh=mesh),
     )
     sample = functools.partial(run, module, params)
-    images = batching.generate(request, part.name, mesh, inputs, sample)
+    finite = functools.partial(sample, finite=True)
+    images = batching.generate(request, part.name, mesh, inputs, sample, finite)
     batching.free(params)
     return images
 
@@ -282,6 +290,7 @@ def _generate(
   inputs: SampleInputs,
   *,
   shape: tuple[int, int, int],
+  finite: bool = False,
 ) -> jax.Array:
   """`stage.generate` with the settings' scalars added to `inputs`."""
   made = part.schedule
@@ -290,7 +299,13 @@ def _generate(
   plan = settings.plan(part, setting, inputs.image is not None)
   inputs = inputs._replace(**settings.scalars(part, setting))
   return stage.generate(
-    params, inputs, plan, module=module, made=made, shape=shape
+    params,
+    inputs,
+    plan,
+    module=module,
+    made=made,
+    shape=shape,
+    finite=finite,
   )
 
 

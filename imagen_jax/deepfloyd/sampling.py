@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from imagen_jax.deepfloyd.schedule import Plan, Schedule
 from imagen_jax.diffusion.guidance import magnitude_percentile
@@ -119,7 +120,8 @@ def sample(
   schedule: Schedule,
   *,
   mask: PixelMask | None = None,
-) -> Image:
+  finite: bool = False,
+) -> Image | Bool[Array, ' n']:
   """Runs the steps of a `Plan` as one lax.scan.
 
   Args:
@@ -131,19 +133,22 @@ def sample(
     schedule: determines the thresholding and the variance.
     mask: [B, H, W, 1], 1 where to inpaint; elsewhere z is unchanged and never
       noised (IF's inpainting). None: no inpainting.
+    finite: return whether each step's images are finite instead, bool [steps].
 
   Returns:
-    [B, H, W, C] float32.
+    [B, H, W, C] float32; NaN where a prediction is NaN or Inf.
   """
 
   def step(
     carry: tuple[Image, Image], inputs: tuple[jax.Array, Plan]
-  ) -> tuple[tuple[Image, Image], None]:
+  ) -> tuple[tuple[Image, Image], Array]:
     z, last = carry
     i, row = inputs
     eps, v = predict(z, row.t)
     eps = eps.astype(z.dtype)
-    x = threshold((z - row.sigma * eps) / row.alpha, schedule)
+    x = (z - row.sigma * eps) / row.alpha
+    # Clipping would turn Inf into a colour; NaN reaches the result.
+    x = jnp.where(jnp.isfinite(x), threshold(x, schedule), jnp.nan)
     if schedule.variance_type == 'learned_range' and v is not None:
       fraction: Scalars = (v.astype(z.dtype) + 1) / 2
     else:
@@ -155,12 +160,12 @@ def sample(
     new = new + std * noise(i)
     if mask is not None:
       new = mask * new + (1 - mask) * z
-    return (new, x), None
+    return (new, x), jnp.isfinite(new).all()
 
   start: tuple[Image, Image] = (z, jnp.zeros_like(z))
   rows = jnp.arange(len(plan.t)), jax.tree.map(jnp.asarray, plan)
-  (z, _), _ = jax.lax.scan(step, start, rows)
-  return z
+  (z, _), steps = jax.lax.scan(step, start, rows)
+  return steps if finite else z
 
 
 def add_noise(

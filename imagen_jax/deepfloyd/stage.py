@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd import sampling, weights
@@ -16,6 +17,7 @@ from imagen_jax.deepfloyd import schedule as schedules
 from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.typing import (
+  Array,
   Image,
   KeyData,
   Keys,
@@ -155,7 +157,9 @@ def run(
   inputs: SampleInputs,
   noise: Noise,
   made: schedules.Schedule,
-) -> Image:
+  *,
+  finite: bool = False,
+) -> Image | Bool[Array, ' n']:
   """Samples B images with one network; one scan over the steps.
 
   Args:
@@ -165,6 +169,7 @@ def run(
     inputs: `SampleInputs`; their keys are not used.
     noise: of the whole run.
     made: the stage's schedule.
+    finite: return whether each step's images are finite instead.
 
   Returns:
     [B, H, W, 3] float32 in [−1, 1], the last step's result.
@@ -184,10 +189,14 @@ def run(
   z, mask = noise.start, inputs.inpaint_mask
   if inputs.image is not None:
     z = sampling.add_noise(inputs.image, noise.start, plan, mask)
-  return sampling.sample(predict, plan, z, noise.step, made, mask=mask)
+  return sampling.sample(
+    predict, plan, z, noise.step, made, mask=mask, finite=finite
+  )
 
 
-@functools.partial(jax.jit, static_argnames=('module', 'made', 'shape'))
+@functools.partial(
+  jax.jit, static_argnames=('module', 'made', 'shape', 'finite')
+)
 def generate(
   params: dict,
   inputs: SampleInputs,
@@ -196,7 +205,8 @@ def generate(
   module: IFUNet,
   made: schedules.Schedule,
   shape: tuple[int, int, int],
-) -> Image:
+  finite: bool = False,
+) -> Image | Bool[Array, ' n']:
   """`run` with noise from keys, compiled once per shape and number of steps.
 
   Args:
@@ -206,10 +216,11 @@ def generate(
     module: the network.
     made: the stage's schedule.
     shape: (H, W, 3).
+    finite: return whether each step's images are finite instead.
   """
   keys = jax.random.wrap_key_data(jnp.asarray(inputs.keys), impl='threefry2x32')
   noise = noise_from_keys(keys, shape)
-  out = run(module, params, plan, inputs, noise, made)
+  out = run(module, params, plan, inputs, noise, made, finite=finite)
   if jax.sharding.get_abstract_mesh().empty:
     return out
   # Every process holds every image.

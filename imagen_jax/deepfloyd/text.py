@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from imagen_jax import sharding
 from imagen_jax.cascade import batching
 from imagen_jax.errors import ModelError
-from imagen_jax.io import files
+from imagen_jax.io import files, paths
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.tokenizer import load_tokenizer
@@ -96,7 +96,7 @@ def store(
 
   Only one batch of them is in memory at a time.
   """
-  cache = pathlib.Path(cache)
+  cache = paths.check_folder(cache, key='text_cache')
   cache.mkdir(parents=True, exist_ok=True)
   missing = [p for p in prompts if not _file(p, folder, dtype, cache).exists()]
   for prompt, value in _encode(missing, folder, dtype, batch_size):

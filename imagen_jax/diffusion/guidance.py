@@ -106,7 +106,7 @@ def guided(
   """Makes denoise(z, logsnr) -> x, with guidance and thresholding.
 
   Arithmetic outside the network is in z's dtype, float32 or wider. Samplers
-  recompute eps from the thresholded x.
+  recompute eps from the thresholded x. Where x is Inf, the result is NaN.
 
   Args:
     network: (z [B, ...], logsnr [B], branch) -> output; `branch` is 'cond',
@@ -144,11 +144,13 @@ def guided(
         jnp.any(inside), lambda z, t: both(z, t, w), cond, z, logsnr
       )
     x = to_x(prediction, output, z, logsnr)
+    # Clipping would turn Inf into a colour; NaN reaches the result.
+    invalid = ~jnp.isfinite(x)
     match threshold:
       case 'dynamic':
-        return dynamic_threshold(x, percentile=percentile)
+        x = dynamic_threshold(x, percentile=percentile)
       case 'static':
-        return static_threshold(x)
-    return x
+        x = static_threshold(x)
+    return jnp.where(invalid, jnp.nan, x)
 
   return denoise

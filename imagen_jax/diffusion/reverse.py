@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.diffusion.samplers import SAMPLERS, Past, SamplerSpec, Step
@@ -113,17 +113,24 @@ def sample(reverse: Reverse) -> Image:
   The steps are one lax.scan, so the network is compiled once, whatever their
   number.
   """
-  return _run(reverse, record=False)[0]
+  return _run(reverse, lambda z, x: None)[0]
 
 
 def trajectory(reverse: Reverse) -> Trajectory:
   """The trajectory of `sample`."""
-  _, (z, x) = _run(reverse, record=True)
+  _, (z, x) = _run(reverse, lambda z, x: (z, x))
   return Trajectory(z, x, reverse.logsnr[:-1])
 
 
-def _run(reverse: Reverse, *, record: bool) -> tuple[Image, Any]:
-  """(images, (z, x) of all steps if `record`, else None)."""
+def finite(reverse: Reverse) -> Bool[Array, ' n']:
+  """Whether all predictions of `sample` are finite at each step."""
+  return _run(reverse, lambda z, x: jnp.isfinite(x).all())[1]
+
+
+def _run(
+  reverse: Reverse, record: Callable[[Array, Array], Any]
+) -> tuple[Image, Any]:
+  """(images, `record(z, x)` of all steps)."""
   keys, z, logsnr, denoise, spec, inpaint = reverse
   sampler, steps, dtype = SAMPLERS[spec.sampler], len(logsnr) - 1, z.dtype
   options = {name: getattr(spec, name) for name in sampler.options}
@@ -133,7 +140,7 @@ def _run(reverse: Reverse, *, record: bool) -> tuple[Image, Any]:
 
   def body(
     carry: tuple[Array, Past], step_input: tuple[Array, Array, Array]
-  ) -> tuple[tuple[Array, Past], tuple[Array, Array] | None]:
+  ) -> tuple[tuple[Array, Past], Any]:
     z, last = carry
     i, logsnr_t, logsnr_s = step_input
     x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
@@ -144,7 +151,7 @@ def _run(reverse: Reverse, *, record: bool) -> tuple[Image, Any]:
       kept = diffuse(inpaint.known, normal(steps + 1 + i), logsnr_s)
       z_next = jnp.where(inpaint.mask > 0, z_next, kept)
       x = jnp.where((inpaint.mask > 0) | (i < steps - 1), x, inpaint.known)
-    return (z_next, (x, logsnr_t)), (z, x) if record else None
+    return (z_next, (x, logsnr_t)), record(z, x)
 
   past: Past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
   # The result is the last prediction; the z after it is not used.

@@ -14,6 +14,7 @@ run. Their number may change when the run is resumed.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ from jaxtyping import UInt8
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation.suite import Item, Record, Records, Suite
-from imagen_jax.io import decode, files
+from imagen_jax.io import decode, files, paths
 from imagen_jax.io import images as image_io
 
 FORMAT_VERSION = 1  # of run.json
@@ -94,12 +95,7 @@ def open_run(folder: pathlib.Path, identity: Mapping[str, typing.Any]) -> None:
           key='out',
         )
     return
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError) as error:
-    raise UsageError(
-      f'out: {folder} cannot be a folder: {error}.', key='out'
-    ) from error
+  paths.check_folder(folder, key='out').mkdir(parents=True, exist_ok=True)
   record = {'format_version': FORMAT_VERSION, 'identity': identity}
   files.write_json(path, record)
 
@@ -151,25 +147,33 @@ def generate(
         low_res = np.stack(
           [run.suite.true_image(item, run.true_size) for item in chunk]
         )
-      results = cascade.sample(
+
+      cascade.sample(
         [item.prompt for item in chunk],
         seed=run.seed,
         indices=[chunk[0].index],
         low_res=low_res,
         batch_size=run.batch_size,
+        finished=functools.partial(_keep, run, chunk, write),
         **run.sampling,
       )
-      for item, image in zip(chunk, list(results.values())[-1]):
-        verdict = run.suite.judge(item, image)
-        metadata = {
-          'prompt': item.prompt,
-          'seed': run.seed,
-          'index': item.index,
-        }
-        image_io.save_png(run.folder / item.file, image, metadata)
-        write(dataclasses.asdict(item) | {'file': item.file} | verdict)
       done += len(chunk)
       progress(done, total)
+
+
+def _keep(
+  run: Run,
+  items: Sequence[Item],
+  write: Callable[[Record], None],
+  start: int,
+  images: np.ndarray,
+) -> None:
+  """Judges finished images, those of items[start:], and writes them."""
+  for item, image in zip(items[start:], images):
+    verdict = run.suite.judge(item, image)
+    metadata = {'prompt': item.prompt, 'seed': run.seed, 'index': item.index}
+    image_io.save_png(run.folder / item.file, image, metadata)
+    write(dataclasses.asdict(item) | {'file': item.file} | verdict)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:

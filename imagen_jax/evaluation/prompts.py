@@ -93,6 +93,7 @@ def _objects(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
       category = row.get('tag', row.get('category', ALL))
       if not isinstance(row['prompt'], str) or not isinstance(category, str):
         raise TypeError('not strings')
+      row['prompt'].encode()  # JSON can hold lone surrogates
       found.append((category, row['prompt']))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise DataError(

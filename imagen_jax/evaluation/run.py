@@ -26,6 +26,7 @@ from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Suite
 from imagen_jax.io import model_folder
+from imagen_jax.io.paths import check_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def evaluate(
       model, or a file that it names cannot be used.
   """
   listener = listener or Listener()
+  check_folder(config.out, key='out')
   records = _stages(config)
   suite = suites.make_suite(config, records)
   cascade = load(

@@ -65,15 +65,25 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
   """
   try:
     with decode.opened(path, min_side=1) as image:
-      record = dict(getattr(image, 'text', {})).get(METADATA_KEY)
+      text = dict(getattr(image, 'text', {})).get(METADATA_KEY)
   except (decode.BadSample, OSError, SyntaxError, ValueError) as error:
     raise DataError(f'{path} cannot be read as an image ({error}).') from error
-  if record is None:
+  if text is None:
     raise DataError(
       f'{path} carries no record of how it was made; only PNG files written '
       'by sample.py can be reproduced.'
     )
-  return json.loads(record)
+  try:
+    record = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise DataError(
+      f'the metadata of {path} is not JSON ({error}); it was changed.'
+    ) from error
+  if not isinstance(record, dict):
+    raise DataError(
+      f'the metadata of {path} is no JSON object; it was changed.'
+    )
+  return record
 
 
 def read_low_res(

@@ -23,6 +23,7 @@ from imagen_jax.data.pipeline import flip
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
+from imagen_jax.io.paths import check_folder
 from imagen_jax.typing import Array
 
 # Each kind is one file, imported on demand.
@@ -60,6 +61,9 @@ class Export:
     step: of the checkpoint; None takes the newest good one.
     dtype: of the stored weights, 'bfloat16' or 'float32'.
     command: the command line, kept as provenance.
+
+  Raises:
+    UsageError: `out` exists, or cannot be made.
   """
 
   workdir: pathlib.Path
@@ -68,6 +72,12 @@ class Export:
   step: int | None = None
   dtype: str = 'bfloat16'
   command: str = ''
+
+  def __post_init__(self) -> None:
+    if check_folder(self.out, key='out').exists():
+      raise UsageError(
+        f'{self.out} exists; choose another, or remove it.', key='out'
+      )
 
 
 class Experiment(abc.ABC):

@@ -54,7 +54,7 @@ def find_font(path: str | os.PathLike[str] | None = None) -> pathlib.Path:
   """
   if path:
     return pathlib.Path(path)
-  for folder in (pathlib.Path(p).expanduser() for p in PLACES):
+  for folder in map(pathlib.Path, map(os.path.expanduser, PLACES)):
     for name in FONTS:
       if found := sorted(folder.rglob(name)):
         return found[0]

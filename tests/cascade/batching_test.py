@@ -7,7 +7,7 @@ from PIL import Image
 
 from imagen_jax import sharding
 from imagen_jax.cascade import batching
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import NumericError, UsageError
 
 
 def test_image_keys_differ_by_seed_prompt_and_number():
@@ -36,24 +36,48 @@ def test_every_32_bit_seed_is_a_seed(seed):
 
 
 def test_every_row_has_its_own_inputs_and_the_last_batch_is_padded():
-  calls, batches = [], []
+  calls, batches, shown = [], [], []
   request = batching.Request(
     ['a', 'b'],
     indices=(0, 2, 5),
     batch_size=4,
     callback=lambda *a: calls.append(a),
+    finished=lambda i, images: shown.append((i, images[:, 0, 0, 0].tolist())),
   )
   assert request.rows == [(p, i) for p in (0, 1) for i in (0, 2, 5)]
   mesh = sharding.make_mesh(devices=jax.devices()[:2])
 
   def inputs(rows):
     batches.append(rows.tolist())
-    return {'x': np.asarray(rows, np.float32)[:, None, None, None]}
+    return {'x': np.asarray(rows, np.float32)[:, None, None, None] / 5}
 
-  out = batching.generate(request, 'base', mesh, inputs, lambda a: 2 * a['x'])
-  np.testing.assert_array_equal(out[:, 0, 0, 0], 2 * np.arange(6))
+  out = batching.generate(
+    request, 'base', mesh, inputs, lambda a: 2 * a['x'] - 1, jax.numpy.isfinite
+  )
+  np.testing.assert_allclose(out[:, 0, 0, 0], np.linspace(-1, 1, 6), atol=1e-6)
+  assert shown == [(0, [0, 51, 102, 153]), (4, [204, 255])]
   assert batches == [[0, 1, 2, 3], [4, 5, 5, 5]]
   assert calls == [('base', 4, 6), ('base', 6, 6)]
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_images_that_are_no_numbers_are_an_error_and_are_not_kept(value):
+  shown = []
+  request = batching.Request(
+    ['a', 'b', 'c'], batch_size=1, finished=lambda i, images: shown.append(i)
+  )
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  good = np.array([0, 0, value], np.float32)[:, None, None, None]
+  with pytest.raises(NumericError, match='sr1.* 3 of 4'):
+    batching.generate(
+      request,
+      'sr1',
+      mesh,
+      lambda rows: good[rows],
+      lambda x: x,
+      lambda x: jax.numpy.array([True, True, False, False]),
+    )
+  assert shown == [0, 1]
 
 
 def test_keys_differ_between_rows_and_stages():
@@ -71,6 +95,7 @@ def test_keys_differ_between_rows_and_stages():
     ('num_images', {'indices': ()}),
     ('batch_size', {'batch_size': 0}),
     (None, {'prompts': ()}),
+    ('prompt', {'prompts': ('a', 'b\udcff')}),
   ],
 )
 def test_impossible_requests_are_refused(key, choices):

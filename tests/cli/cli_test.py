@@ -1,6 +1,8 @@
 """The commands as users call them: files, records, one-sentence errors."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -8,10 +10,14 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from imagen_jax.cli import export, sample, train
+import imagen_jax
+from imagen_jax.cli import evaluate, export, prepare, sample, train
+from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
+from imagen_jax.data.sources import make_source
+from imagen_jax.errors import DataError
 from imagen_jax.io import images as image_io
 from tests import tiny_model
 
@@ -172,12 +178,64 @@ def test_a_format_that_is_not_installed_is_skipped(
   assert run(sample.main, '--prompt', PROMPT, '--style_prompt', 'x') == 2
 
 
+@pytest.mark.parametrize('below', ['file', 'file/sub'])
+@pytest.mark.parametrize(
+  'command, argv',
+  [
+    (sample, ['--prompt', 'x', '--out']),
+    (evaluate, ['--out']),
+    (export, ['--workdir', 'nowhere', '--out']),
+    (prepare, ['--source', 'shapes', '--size', 8, '--num', 2, '--out']),
+    (train, ['--config', 'shapes_base', '--dry_run', '--workdir']),
+    (
+      train,
+      ['--config=folder64', '--workdir=w', '--config.train.checkpoint_dir'],
+    ),
+  ],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused_at_once(
+  tmp_path, monkeypatch, capsys, command, argv, below
+):
+  (tmp_path / 'file').touch()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('imagen_jax.io.model_folder.find_stages', None)
+  assert run(command.main, *argv, below) == 2
+  assert argv[-1] in capsys.readouterr().err
+  assert os.listdir() == ['file']
+
+
+def test_home_is_known_to_every_flag_and_config(model, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'model').symlink_to(model)
+  args = ['--stages=base', '--model=~/model', '--out=~/images']
+  assert run(sample.main, '--prompt', 'x', *args) == 0
+  assert sorted(os.listdir()) == ['images', 'model']
+  assert len(imagen_jax.load('~/model').stages) == 2
+  (tmp_path / 'mine.py').write_text(
+    'from imagen_jax.configs import folder64\n'
+    'def get_config():\n'
+    '  config = folder64.get_config()\n'
+    "  config.text.path = '~/text'\n"
+    '  return config\n'
+  )
+  config = load_config('./mine.py', ['data.path=~/images'])
+  assert config.text.path == str(tmp_path / 'text')
+  assert config.data.path == str(tmp_path / 'images')
+  with pytest.raises(DataError, match=f'{tmp_path}/images'):
+    make_source(kind='folder', size=8, path='~/images')
+
+
 @pytest.mark.parametrize(
   'flag, argv',
   [
     ('seed', ['--from_image', '000.png', '--seed', '3']),
     ('steps', ['--from_image', '000.png', '--steps', '3']),
     ('num_images', ['--from_image', '000.png', '--num_images', '2']),
+    # The default, which is not what the image has.
+    ('batch_size', ['--from_image', '000.png', '--batch_size', '1']),
+    ('num_images', ['--from_image', '000.png', '--num_images=1']),
+    ('dtype', ['--from_image', '000.png', '--dtype', 'auto']),
     ('strength', ['--prompt', PROMPT, '--strength', '0.5']),
     ('mask', ['--prompt', PROMPT, '--mask', 'mask.png']),
     ('aug_level', ['--prompt', PROMPT, '--stages', 'base', '--aug_level', '1']),
@@ -195,6 +253,46 @@ def test_a_flag_without_effect_is_refused(
   assert run(sample.main, *argv, '--model', model, '--out', out) == 2
   assert f'--{flag}' in capsys.readouterr().err
   assert not out.exists()
+
+
+@pytest.mark.parametrize('threshold', ['dynamic', 'static', 'none'])
+def test_an_image_that_is_no_number_is_an_error_and_not_written(
+  model, tmp_path, capsys, threshold
+):
+  args = ['--model', model, '--out', tmp_path / 'out', '--prompt', PROMPT]
+  args += ['--threshold', threshold, '--guidance']
+  assert run(sample.main, *args, '3e38,1') == 5
+  assert 'base' in capsys.readouterr().err
+  for text in ('inf', 'nan', '1e39'):
+    assert run(sample.main, *args, text) == 2
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  'error, code', [(KeyboardInterrupt, 130), (OSError, 2)]
+)
+def test_what_is_finished_before_an_error_is_kept(
+  model, tmp_path, monkeypatch, capsys, error, code
+):
+  save, saved = image_io.save_png, []
+
+  def stops_at_the_third(path, *args):
+    if len(saved) == 2:
+      raise error(errno.ENOSPC, 'full') if error is OSError else error
+    saved.append(str(path))
+    save(path, *args)
+
+  monkeypatch.setattr(image_io, 'save_png', stops_at_the_third)
+  args = ['--model', model, '--out', tmp_path, '--num_images', 4]
+  args += ['--batch_size', 1, '--prompt', PROMPT]
+  assert run(sample.main, *args) == code
+  assert capsys.readouterr().out.split() == saved
+  assert sorted(map(str, tmp_path.iterdir())) == saved
+  whole = np.asarray(Image.open(saved[1]))
+  monkeypatch.undo()
+  assert run(sample.main, *args) == 0
+  again = np.asarray(Image.open(next(tmp_path.glob('003_*'))))
+  np.testing.assert_array_equal(whole, again)
 
 
 def test_the_grid_of_steps_is_chosen_and_recorded(model, tmp_path):
@@ -271,6 +369,52 @@ def test_a_users_mistake_is_one_sentence(
 
 def test_a_png_without_our_metadata_cannot_be_repeated(tmp_path):
   Image.new('RGB', (8, 8)).save(tmp_path / 'x.png')
+  assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
+
+
+SAMPLING = {'sampler': 'ddpm', 'steps': 1}
+EDITS = {
+  'seed': ['7', 7.5, True, -1, 2**32, None],
+  'index': [-1, 10**12, '0'],
+  'prompt': [None, ['a'], 3, 'a\ud800'],
+  'batch_size': ['4', 0, 10**9],
+  'model': [3, 'a\0b'],
+  'dtype': [32, 'int4'],
+  'mask': [['a']],
+  'stages': [
+    {}, [], 'base', {'base': None}, {'nowhere': SAMPLING},
+    *({'base': SAMPLING | {key: value}} for key, value in [
+      ('steps', '8'), ('steps', -1), ('steps', 1.5), ('guidance', 'x'),
+      ('guidance', float('nan')), ('sampler', 1), ('sampler', 'euler'),
+    ]),
+  ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'key, value', [(key, value) for key in EDITS for value in EDITS[key]]
+)
+def test_an_edited_record_is_one_sentence(
+  generated, model, tmp_path, capsys, key, value
+):
+  first = next(generated.glob('000*'))
+  record = image_io.read_metadata(first) | {'model': str(model), key: value}
+  info = PngImagePlugin.PngInfo()
+  info.add_text('imagen_jax', json.dumps(record))
+  Image.open(first).save(tmp_path / 'x.png', pnginfo=info)
+  args = ['--from_image', tmp_path / 'x.png', '--out', tmp_path / 'out']
+  assert run(sample.main, *args) == 3
+  assert 'x.png' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  'text', ['{"prompt": "a", seed: 3}', '[1]', '[' * 9999]
+)
+def test_a_record_that_is_no_json_object_is_one_sentence(tmp_path, text):
+  info = PngImagePlugin.PngInfo()
+  info.add_text('imagen_jax', text)
+  Image.new('RGB', (8, 8)).save(tmp_path / 'x.png', pnginfo=info)
   assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
 
 

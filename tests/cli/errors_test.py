@@ -1,5 +1,9 @@
 """How a command shows an error."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from imagen_jax.cli import errors
@@ -24,3 +28,19 @@ def test_the_flag_stands_for_the_key_of_a_usage_error(
 
   assert errors.run(main, [], {'config.data.kind': 'source'}) == 2
   assert capsys.readouterr().err == f'error: {shown}\n'
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_what_a_terminal_cannot_show_is_printed_in_escapes(encoding):
+  code = (
+    'import sys\nfrom imagen_jax.cli import errors\n'
+    'def main(argv):\n  print("≤")\n  print("≤", file=sys.stderr)\n'
+    'sys.exit(errors.run(main, []))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env=os.environ | {'PYTHONIOENCODING': encoding},
+    capture_output=True,
+  )
+  assert (done.returncode, done.stdout) == (0, rb'\u2264' + b'\n')
+  assert done.stderr == done.stdout

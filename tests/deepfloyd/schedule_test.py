@@ -4,6 +4,7 @@ The constants are those of diffusers' own scheduler tests, whose sample is a
 ramp and whose model is x · t / (t + 1).
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -308,3 +309,14 @@ def test_config_files_are_read(tmp_path):
       schedule.read(tmp_path)
   path.write_text(json.dumps(raw | {'sample_max_value': 1}))
   assert schedule.read(tmp_path).sample_max_value == 1
+
+
+def test_a_prediction_of_infinity_is_no_colour_and_its_step_is_known():
+  plan = schedule.plan(IF, np.array([900, 600, 300, 0]))
+  z = jnp.zeros((1, 2, 2, 3))
+  predict = lambda z, t: (jnp.where(t > 300, z, jnp.inf), None)
+  run = functools.partial(
+    sampling.sample, predict, plan, z, lambda i: jnp.zeros_like(z), IF
+  )
+  assert jnp.isnan(run()).all()
+  assert run(finite=True).tolist() == [True, True, False, False]

@@ -228,3 +228,13 @@ def test_bfloat16_branches_are_guided_in_float32():
   cond, uncond = (y.astype(jnp.float32) for y in low(z, logsnr, 'both'))
   assert x.dtype == jnp.float32
   np.testing.assert_allclose(x, 5 * cond - 4 * uncond, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('threshold', guidance.THRESHOLDS)
+def test_no_threshold_turns_infinity_into_a_colour(threshold):
+  values = jnp.array([0.5, jnp.inf, -jnp.inf, jnp.nan]).reshape(4, 1, 1, 1)
+  denoise = guidance.guided(
+    lambda z, logsnr, branch: values, prediction='x', threshold=threshold
+  )
+  x = denoise(jnp.zeros_like(values), jnp.zeros(4))[:, 0, 0, 0]
+  np.testing.assert_array_equal(x, [0.5, np.nan, np.nan, np.nan])

@@ -440,3 +440,16 @@ def test_kept_pixels_enter_with_the_noise_that_the_step_expects():
     alpha, sigma = alpha_sigma(logsnr)
     assert np.mean(z) == pytest.approx(0.5 * float(alpha), abs=0.02)
     assert np.std(z) == pytest.approx(float(sigma), rel=0.02)
+
+
+@pytest.mark.parametrize('first', [1, 3, 4])
+def test_the_step_at_which_numbers_end_is_known(first):
+  spec = SamplerSpec(steps=4)
+  logsnr = reverse.logsnr_grid(cosine_logsnr, spec)
+
+  def denoise(z, at):
+    return jnp.where(over(z, at) < logsnr[first - 1], z, jnp.nan)
+
+  z = reverse.initial_noise(keys(2), SHAPE)
+  seen = reverse.finite(reverse.Reverse(keys(2), z, logsnr, denoise, spec))
+  assert seen.tolist() == [i < first for i in range(1, 5)]

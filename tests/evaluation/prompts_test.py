@@ -55,6 +55,7 @@ def test_prompt_files_of_all_formats_are_read(name, tmp_path):
     ('no_prompt.jsonl', '{"prompt": "a"}\n{"tag": "b"}\n'),
     ('no_object.jsonl', '[1]\n'),
     ('empty.txt', '\n'),
+    ('surrogate.jsonl', '{"prompt": "\\ud800"}'),
     ('huge_field.csv', 'Prompt\n' + 'x' * 200_000),
     ('other_format.pkl', 'x'),
     ('missing.txt', None),

@@ -1,0 +1,70 @@
+"""Paths as users give them: `~`, a folder to write to, the cache."""
+
+import os
+import pathlib
+
+from imagen_jax.errors import UsageError
+from imagen_jax.io.files import AnyPath
+
+
+def user_path(path: AnyPath) -> str:
+  """A path with the home directory in place of a leading `~` or `~name`.
+
+  A shell expands `--out ~/images`, but neither `--out=~/images` nor a config.
+
+  Raises:
+    UsageError: there is no such home directory.
+  """
+  try:
+    path = os.fspath(path)
+    return str(pathlib.Path(path).expanduser()) if path[:1] == '~' else path
+  except RuntimeError as error:
+    raise UsageError(
+      f'{path} names a home directory that does not exist; give the whole '
+      'path, or ./~… for a name that begins with ~.'
+    ) from error
+
+
+def cache_folder() -> pathlib.Path | None:
+  """Our part of the user's cache directory, created; None if there is none."""
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  folder = pathlib.Path(base) / 'imagen_jax'
+  if not folder.is_absolute():  # no HOME, and an unknown user
+    return None
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return None
+  return folder
+
+
+def check_folder(path: AnyPath, *, key: str | None = None) -> pathlib.Path:
+  """The folder at `path`, which exists or can be made; nothing is written.
+
+  A command calls it first, so that no work is lost at the end.
+
+  Args:
+    path: of a folder that will be written to.
+    key: of the argument, for the error.
+
+  Raises:
+    UsageError: there is something else, or files cannot be written there.
+  """
+  folder, problem = pathlib.Path(path), ''
+  try:
+    folder.stat()
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    problem = f'it cannot be a directory ({error.strerror})'
+  if not problem:
+    there = next(
+      p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)
+    )
+    if not there.is_dir():
+      problem = f'{there} is not a directory'
+    elif not os.access(there, os.W_OK | os.X_OK):
+      problem = f'permission is denied at {there}'
+  if problem:
+    raise UsageError(f'{path}: {problem}; give another directory.', key=key)
+  return folder
