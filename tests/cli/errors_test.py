@@ -1,5 +1,8 @@
 """How a command shows an error."""
 
+import subprocess
+import sys
+
 import pytest
 
 from imagen_jax.cli import errors
@@ -24,3 +27,30 @@ def test_the_flag_stands_for_the_key_of_a_usage_error(
 
   assert errors.run(main, [], {'config.data.kind': 'source'}) == 2
   assert capsys.readouterr().err == f'error: {shown}\n'
+
+
+@pytest.mark.parametrize(
+  ('outcome', 'code'),
+  [
+    ('raise UsageError("no.")', 2),
+    ('raise ModelError("no.")', 4),
+    ('raise KeyboardInterrupt', 130),
+    ('return 143', 143),
+    ('return 1 / 0', 1),
+  ],
+)
+def test_a_failed_process_ends_although_its_threads_wait_for_ever(
+  outcome, code
+):
+  text = (
+    'import sys, threading\n'
+    'from imagen_jax.cli import errors\n'
+    'from imagen_jax.errors import ModelError, UsageError\n'
+    'errors.GRACE = 0.1\n'
+    'def main(argv):\n'
+    '  threading.Thread(target=threading.Event().wait).start()\n'
+    f'  {outcome}\n'
+    'sys.exit(errors.run(main))'
+  )
+  out = subprocess.run([sys.executable, '-c', text], timeout=20)
+  assert out.returncode == code
