@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, model_folder
 from imagen_jax.training.experiment import Export
 
@@ -48,7 +48,8 @@ def export_stage(request: Export) -> str:
   text = out.parent / 'text'
   if not text.exists():
     source = model_folder.text_path(workdir.parent, record)
-    shutil.copytree(source, text, ignore=_not_the_model)
+    with files.replacing(text, error=ModelError) as temporary:
+      shutil.copytree(source, temporary, ignore=_not_the_model)
   size = (out / 'weights.safetensors').stat().st_size
   return (
     f'{out}: step {step}, {request.weights} weights, {size / 1e6:.2f} MB '
