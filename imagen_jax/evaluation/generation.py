@@ -118,7 +118,11 @@ def read_records(folder: pathlib.Path) -> dict[tuple[str, int], Record]:
   return {
     (record['category'], record['number']): record
     for path in sorted(folder.glob('records-*.jsonl'))
-    for record in files.read_lines(path, error=DataError)
+    for record in files.read_lines(
+      path,
+      fields={'category': str, 'number': int, 'file': str},
+      error=DataError,
+    )
   }
 
 

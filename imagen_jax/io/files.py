@@ -13,7 +13,8 @@ import pathlib
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
 from imagen_jax.errors import ImagenError, ModelError
@@ -163,9 +164,17 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
 
 
 def read_lines(
-  path: AnyPath, *, error: type[ImagenError] = ModelError
+  path: AnyPath,
+  *,
+  fields: Mapping[str, type | types.UnionType] | None = None,
+  error: type[ImagenError] = ModelError,
 ) -> Iterator[dict[str, Any]]:
   """The objects of a JSON Lines file, without lines that a kill cut short.
+
+  Args:
+    path: the file.
+    fields: {key: type} of what is read; a line without them does not count.
+    error: type of the exceptions.
 
   Raises:
     error: the file is missing or cannot be read.
@@ -177,8 +186,10 @@ def read_lines(
       f'{path} cannot be read ({problem}); {COPY_AGAIN}.'
     ) from problem
   for line in text.splitlines():
-    with contextlib.suppress(ValueError, TypeError):
-      yield dict(json.loads(line))
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+      row = dict(json.loads(line))
+      if all(isinstance(row.get(k), t) for k, t in (fields or {}).items()):
+        yield row
 
 
 def digest(path: Path) -> Digest:

@@ -40,7 +40,7 @@ def export_stage(request: Export) -> str:
     | {
       'steps': step,
       'images': step * batch_size,
-      'training_seconds': round(training_seconds(workdir, step, batch_size)),
+      'training_seconds': training_seconds(workdir, step, batch_size),
       'weights': request.weights,
     },
     dtype=request.dtype,
@@ -69,19 +69,19 @@ def provenance(command: str) -> dict:
 
 def training_seconds(
   workdir: pathlib.Path, step: int, batch_size: int
-) -> float:
-  """Seconds of training up to a step, from the run's metrics.
-
-  Raises:
-    ModelError: the metrics are missing.
-  """
+) -> int | None:
+  """Seconds of training up to a step; None without the run's metrics."""
+  file = workdir / 'metrics.jsonl'
+  if not file.exists():
+    return None
   last, seconds = 0, 0.0
-  for row in files.read_lines(workdir / 'metrics.jsonl'):
+  fields = {'step': int, 'images_per_sec': int | float}
+  for row in files.read_lines(file, fields=fields):
     if row['step'] <= step:
       images = batch_size * (row['step'] - last)
       seconds += images / max(row['images_per_sec'], 1e-9)
       last = row['step']
-  return seconds
+  return round(seconds)
 
 
 def _not_the_model(_: str, names: list[str]) -> list[str]:
