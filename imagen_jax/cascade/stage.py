@@ -256,26 +256,19 @@ def make_schedule(
 
 
 def init_params(stage: Stage, key: jax.Array) -> dict:
-  """Initialises the float32 parameters of a stage."""
+  """Initialises the float32 parameters of a stage.
+
+  Raises:
+    UsageError: the values of `stage.net` do not define a valid network.
+  """
   side = stage.crop or stage.resolution
   z = jnp.zeros((1, side, side, 3))
   level = jnp.zeros((1,))
   text = jnp.zeros((1, stage.text_len, stage.text_dim))
   mask = jnp.ones((1, stage.text_len), bool)
   extra = () if stage.low_resolution is None else (z, level)
-  return stage.net.init(key, z, level, text, mask, *extra)['params']
-
-
-def param_shapes(stage: Stage) -> dict:
-  """The shapes of `init_params`' result.
-
-  Raises:
-    UsageError: the values of `stage.net` do not define a valid network.
-  """
   try:
-    return jax.eval_shape(
-      functools.partial(init_params, stage), jax.random.key(0)
-    )
+    return stage.net.init(key, z, level, text, mask, *extra)['params']
   except (ArithmeticError, LookupError, TypeError, ValueError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
@@ -283,6 +276,13 @@ def param_shapes(stage: Stage) -> dict:
       'give one value per level where there are several, and widths that '
       'head_dim and norm_groups divide.'
     ) from error
+
+
+def param_shapes(stage: Stage) -> dict:
+  """The shapes of `init_params`' result; raises as it does."""
+  return jax.eval_shape(
+    functools.partial(init_params, stage), jax.random.key(0)
+  )
 
 
 def num_params(params: Any) -> int:
