@@ -207,6 +207,8 @@ def text() -> dict[str, Any]:
     # spiece.model); the paper's is google/t5-v1_1-xxl. 'demo' is the bundled
     # one, whose vocabulary is that of the demo's captions.
     'path': 'demo',
+    # Name of the config that pretrains it; None: it is downloaded.
+    'trained_by': placeholder(str),
     # Tokens of a caption; the rest is cut off.
     'max_len': 128,
     # Of its weights and activations: 'float32' or 'bfloat16'.

@@ -503,3 +503,10 @@ def test_parsing_a_command_line_imports_no_jax():
     [sys.executable, '-c', code], capture_output=True, check=True
   )
   assert out.stdout == b'False\n'
+
+
+def test_the_bundled_configs_name_a_config_that_exists():
+  for name in ('shapes_base', 'shapes_sr1', 'emoji_base', 'emoji_sr256'):
+    text = load_config(name).text
+    trained = load_config(text.trained_by)
+    assert trained.kind == 'text' and trained.train.num_steps > 0
