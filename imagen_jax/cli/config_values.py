@@ -208,7 +208,8 @@ def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
-    return text
+    numbers = 'nan', 'inf', 'infinity'
+    return float(text) if text.lower().lstrip('+-') in numbers else text
 
 
 def _is_section(value: Any) -> bool:
@@ -220,9 +221,12 @@ def _check_range(key: str, value: Any, keys: _Keys, file: str) -> None:
   if isinstance(value, (tuple, list)):
     for part in value:
       _check_range(key, part, keys, file)
-  if not isinstance(value, (int, float)):
-    return
   interval = common.RANGES.get(key, '(-inf, inf)')
+  if not isinstance(value, (int, float)):
+    free = value is None and key in common.NULLABLE
+    if key in common.RANGES and key not in keys.known and not free:
+      raise _error(key, f'is {value!r}; it must be in {interval}.', file)
+    return
   if type(value) is int and key in keys.known:
     interval = interval.replace('(-inf', f'[{-(2**31)}')
     interval = interval.replace('inf)', f'{2**31 - 1}]')

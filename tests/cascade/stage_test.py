@@ -45,11 +45,23 @@ def build(name='base', **changes):
     {'weighting': 'min_snr', 'sigmoid_bias': -1.0},
     {'max_level': 1.5},
     {'contrast_floor': 0.1},
+    {'schedule__logsnr_min': 5.0, 'schedule__logsnr_max': -5.0},
+    {'schedule__logsnr_min': 15.0},
+    {'low_resolution': 16},
+    {'low_resolution': 8},
+    {'low_resolution': 3},
+    {'crop': 9},
+    {'low_resolution': 2, 'crop': 6},
+    {'net': tiny_model.UNET | {'channels': -5}, 'init': True},
+    {'net': tiny_model.UNET | {'remat': 'maybe'}, 'init': True},
   ],
 )
 def test_what_cannot_work_or_has_no_effect_is_refused(changes):
+  init = changes.pop('init', False)
   with pytest.raises(UsageError):
-    build(**changes)
+    made = build(**changes)
+    if init:
+      stage.init_params(made, jax.random.key(0))
 
 
 def test_sizes_are_multiples_of_all_downsampling():
