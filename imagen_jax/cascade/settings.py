@@ -1,6 +1,7 @@
 """The sampling settings of a call: each stage's defaults and the choices."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,9 +46,15 @@ def check(stage: Stage, config: SamplingConfig) -> None:
   """Rejects settings that this stage was not trained for.
 
   Raises:
-    UsageError: guidance without caption dropout, or an augmentation level
-      outside [0, max_level].
+    UsageError: guidance without caption dropout or out of range, or an
+      augmentation level outside [0, max_level].
   """
+  if not 0 <= config.guidance < math.inf:
+    raise UsageError(
+      f'stage {stage.name}: guidance is {config.guidance}; it is at least 0, '
+      'and 1 is no guidance.',
+      key='guidance',
+    )
   if config.guidance != 1 and stage.cond_drop == 0:
     raise UsageError(
       f'stage {stage.name}: guidance {config.guidance:g} needs a model trained '

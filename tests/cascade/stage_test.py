@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.cascade import objective, sampling, stage
+from imagen_jax.cascade import objective, sampling, settings, stage
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
 from tests import tiny_model
@@ -34,6 +34,7 @@ def build(name='base', **changes):
     {'net__chanels': 8},
     {'sampling__step': 3},
     {'sampling__steps': 0},
+    {'sampling__steps': 10**20},
     {'sampling__guidance_interval': [3.0, -2.0]},
     {'schedule__kind': 'quadratic'},
     {'schedule__shift_from': 8},
@@ -62,6 +63,14 @@ def test_what_cannot_work_or_has_no_effect_is_refused(changes):
     made = build(**changes)
     if init:
       stage.init_params(made, jax.random.key(0))
+
+
+@pytest.mark.parametrize('guidance', [float('nan'), float('inf'), -3.0])
+def test_guidance_without_sense_is_refused(guidance):
+  made = build()
+  with pytest.raises(UsageError) as error:
+    settings.choose([made], {'guidance': guidance})
+  assert error.value.key == 'guidance'
 
 
 def test_sizes_are_multiples_of_all_downsampling():
