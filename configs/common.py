@@ -25,6 +25,83 @@ OPEN = (
 # Kinds with keys of their own, and the config that lists these.
 TEMPLATES = {'if_finetune': 'if_finetune', 'text': 'shapes_text'}
 
+# The intervals of numbers. Every number is finite, and a whole number without
+# an interval of its own fits in 32 bits.
+RANGES = {
+  'seed': '[0, 4294967295]',
+  'rank': '[1, inf)',
+  'scale': '(0, inf)',
+  'bound_weight': '[0, inf)',
+  'stage.resolution': '[1, 65536]',
+  'stage.low_resolution': '[1, 65536]',
+  'stage.crop': '[1, 65536]',
+  'stage.min_snr_gamma': '(0, inf)',
+  'stage.cond_drop': '[0, 1]',
+  'stage.max_level': '[0, 1]',
+  'stage.contrast_floor': '(0, inf)',
+  'stage.net.dropout': '[0, 1)',
+  'stage.schedule.logsnr_min': '(-inf, inf)',
+  'stage.schedule.logsnr_max': '(-inf, inf)',
+  'stage.schedule.beta_start': '(0, 1)',
+  'stage.schedule.beta_end': '(0, 1)',
+  'stage.schedule.num_steps': '[2, inf)',
+  'stage.schedule.shift_from': '[1, 65536]',
+  'stage.schedule.resolution': '[1, 65536]',
+  'stage.sampling.steps': '[1, 1000000]',
+  'stage.sampling.guidance': '[0, inf)',
+  'stage.sampling.percentile': '(0, 100]',
+  'stage.sampling.aug_level': '[0, 1]',
+  'stage.sampling.gamma': '[0, 1]',
+  'stage.sampling.eta': '[0, 1]',
+  'stage.sampling.strength': '(0, 1]',
+  'text.max_len': '[1, 65536]',
+  'data.seed': '[0, 4294967295]',
+  'data.max_bad': '[0, 1]',
+  'data.num_scenes': '[1, inf)',
+  'data.num_eval_scenes': '[1, inf)',
+  'train.num_steps': '[1, inf)',
+  'train.batch_size': '[1, inf)',
+  'train.accumulate': '[1, inf)',
+  'train.log_every': '[1, inf)',
+  'train.checkpoint_every': '[1, inf)',
+  'train.sample_every': '[1, inf)',
+  'train.eval_every': '[1, inf)',
+  'train.keep_last': '[1, inf)',
+  'train.keep_every': '[1, inf)',
+  'train.ema_decay': '[0, 1]',
+  'train.max_bad_steps': '[1, inf)',
+  'train.hang_seconds': '[0, inf)',
+  'train.profile_at': '[1, inf)',
+  'train.optimizer.learning_rate': '[0, inf)',
+  'train.optimizer.warmup': '[0, inf)',
+  'train.optimizer.clip': '(0, inf)',
+  'train.optimizer.options.b1': '[0, 1)',
+  'train.optimizer.options.b2': '[0, 1)',
+  'train.optimizer.options.eps': '[0, inf)',
+  'train.optimizer.options.weight_decay': '[0, inf)',
+  'encoder.width': '[1, inf)',
+  'encoder.num_layers': '[1, inf)',
+  'encoder.num_heads': '[1, inf)',
+  'encoder.head_dim': '[1, inf)',
+  'encoder.mlp_dim': '[1, inf)',
+  'decoder.num_layers': '[1, inf)',
+  'decoder.num_heads': '[1, inf)',
+  'tasks.max_len': '[1, 65536]',
+  'tasks.span_fraction': '[0, 1]',
+  'tasks.span_density': '(0, 1)',
+  'tasks.mean_span': '[1, inf)',
+  'tasks.oov_fraction': '[0, 1]',
+}
+# Keys that may be None besides those whose default is None.
+NULLABLE = (
+  'stage.schedule.shift_from',
+  'stage.schedule.resolution',
+  'stage.sampling.threshold',
+  'train.sample_every',
+  'train.eval_every',
+  'train.optimizer.clip',
+)
+
 
 def base() -> ConfigDict:
   """The keys of every kind of run."""
@@ -144,6 +221,8 @@ def text() -> dict[str, Any]:
     # spiece.model); the paper's is google/t5-v1_1-xxl. 'demo' is the bundled
     # one, whose vocabulary is that of the demo's captions.
     'path': 'demo',
+    # Name of the config that pretrains it; None: it is downloaded.
+    'trained_by': placeholder(str),
     # Tokens of a caption; the rest is cut off.
     'max_len': 128,
     # Of its weights and activations: 'float32' or 'bfloat16'.

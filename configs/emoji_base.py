@@ -34,6 +34,7 @@ def get_config():
   config.stage.stratified = True
   config.stage.sampling.update(steps=64, guidance=2.0)
   config.text.update(path='runs/emoji/text', max_len=64)
+  config.text.trained_by = 'emoji_text'
   config.data.kind = 'emoji'
   config.train.update(num_steps=50_000, batch_size=128)
   config.train.optimizer.update(learning_rate=3e-4, warmup=200, decay=False)

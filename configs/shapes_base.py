@@ -68,6 +68,7 @@ def get_config():
   config.stage.stratified = True
   config.stage.sampling.update(steps=64, guidance=2.0)
   config.text.update(path='runs/shapes/text', max_len=32)
+  config.text.trained_by = 'shapes_text'
   config.data.kind = 'shapes'
   config.data.mixture = {
     'single': 0.12,

@@ -47,19 +47,19 @@ def check(stage: Stage, config: SamplingConfig) -> None:
   """Rejects settings that this stage was not trained for.
 
   Raises:
-    UsageError: guidance without caption dropout or without bound, or an
+    UsageError: guidance out of range or without caption dropout, or an
       augmentation level outside [0, max_level].
   """
+  if not 0 <= config.guidance <= float(np.finfo(np.float32).max):
+    raise UsageError(
+      f'stage {stage.name}: guidance is {config.guidance}; it is a finite '
+      'number of at least 0, and 1 is no guidance.',
+      key='guidance',
+    )
   if config.guidance != 1 and stage.cond_drop == 0:
     raise UsageError(
       f'stage {stage.name}: guidance {config.guidance:g} needs a model trained '
       'with caption dropout, and this one had stage.cond_drop = 0; use 1.',
-      key='guidance',
-    )
-  if not abs(config.guidance) <= float(np.finfo(np.float32).max):
-    raise UsageError(
-      f'stage {stage.name}: guidance is {config.guidance:g}; it is a finite '
-      'number, and 1 to 10 is usual.',
       key='guidance',
     )
   if not 0 <= config.aug_level <= stage.max_level:

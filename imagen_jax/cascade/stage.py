@@ -193,7 +193,19 @@ def _check_values(config: Mapping[str, Any]) -> None:
   get = lambda key: config.get(key, getattr(Stage, key, None))
   weightings = None, *WEIGHTINGS
   floor, weighting = get('contrast_floor'), get('weighting')
+  side, low = get('resolution'), get('low_resolution')
+  unit = side // low if low else 1
   rules = [
+    (
+      'low_resolution',
+      low is None or (low < side and side % low == 0),
+      f'it is a divisor of stage.resolution, {side}, and less',
+    ),
+    (
+      'crop',
+      get('crop') is None or (get('crop') <= side and get('crop') % unit == 0),
+      f'it is at most stage.resolution, {side}, and a multiple of {unit}',
+    ),
     ('prediction', get('prediction') in PREDICTIONS, _one_of(PREDICTIONS)),
     ('weighting', weighting in weightings, _one_of(weightings)),
     ('min_snr_gamma', get('min_snr_gamma') > 0, 'it is positive'),
@@ -201,7 +213,7 @@ def _check_values(config: Mapping[str, Any]) -> None:
     ('contrast_floor', floor is None or floor > 0, 'it is positive'),
     (
       'contrast_floor',
-      floor is None or get('low_resolution') is not None,
+      floor is None or low is not None,
       'it has no effect without stage.low_resolution; set it to None',
     ),
   ]
@@ -242,6 +254,14 @@ def make_schedule(
   _, *known = inspect.signature(SCHEDULES[kind]).parameters
   _check_names('stage.schedule', options, known)
   plain = functools.partial(SCHEDULES[kind], **options)
+  defaults = inspect.signature(plain).parameters
+  low, high = (defaults.get(f'logsnr_{end}') for end in ('min', 'max'))
+  if low and high and low.default >= high.default:
+    raise UsageError(
+      f'stage.schedule.logsnr_min is {low.default}; it must be less than '
+      f'logsnr_max, {high.default}.',
+      key='config.stage.schedule.logsnr_min',
+    )
   if shift_from is None:
     return plain
   if resolution is None:
@@ -255,34 +275,43 @@ def make_schedule(
   )
 
 
+_NO_NETWORK = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+)
+
+
 def init_params(stage: Stage, key: jax.Array) -> dict:
-  """Initialises the float32 parameters of a stage."""
+  """Initialises the float32 parameters of a stage.
+
+  Raises:
+    UsageError: the values of `stage.net` do not define a valid network.
+  """
   side = stage.crop or stage.resolution
   z = jnp.zeros((1, side, side, 3))
   level = jnp.zeros((1,))
   text = jnp.zeros((1, stage.text_len, stage.text_dim))
   mask = jnp.ones((1, stage.text_len), bool)
   extra = () if stage.low_resolution is None else (z, level)
-  return stage.net.init(key, z, level, text, mask, *extra)['params']
-
-
-def param_shapes(stage: Stage) -> dict:
-  """The shapes of `init_params`' result.
-
-  Raises:
-    UsageError: the values of `stage.net` do not define a valid network.
-  """
   try:
-    return jax.eval_shape(
-      functools.partial(init_params, stage), jax.random.key(0)
-    )
-  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    return stage.net.init(key, z, level, text, mask, *extra)['params']
+  except _NO_NETWORK as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
       f'stage.net of {stage.name} does not define a network ({reason[:200]}); '
       'give one value per level where there are several, and widths that '
       'head_dim and norm_groups divide.'
     ) from error
+
+
+def param_shapes(stage: Stage) -> dict:
+  """The shapes of `init_params`' result; raises as it does."""
+  return jax.eval_shape(
+    functools.partial(init_params, stage), jax.random.key(0)
+  )
 
 
 def num_params(params: Any) -> int:

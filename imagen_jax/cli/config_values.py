@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ def complete(
 
   Raises:
     UsageError: a key is unknown (the message names the nearest), or a value
-      has the wrong type (the message names the expected one).
+      has the wrong type or is out of range (the message names what is right).
   """
   changes = [_split(override) for override in overrides]
   last = dict(changes)
@@ -48,6 +48,7 @@ def complete(
     config.stage = common.stage()
   keys = _Keys(
     _flat(config),
+    _flat(config, of=ConfigDict.get_type),
     own_kind=':' in kind,
     own_source=':' in str(last.get('data.kind', source)),
   )
@@ -55,6 +56,8 @@ def complete(
     _merge(config, given, '', keys, file)
     for key, text in changes:
       _override(config, key, text, keys)
+  for key, value in _flat(config).items():
+    _check_range(key, value, keys, '' if key in last else file)
   return config.lock()
 
 
@@ -71,11 +74,13 @@ class _Keys:
 
   Attributes:
     known: keys and defaults of `common`, {'train.num_steps': 100_000, …}.
+    types: of their values, of those that may be None too.
     own_kind: whether the experiment is a class of the user's.
     own_source: whether the data source is a class of the user's.
   """
 
   known: Mapping[str, Any]
+  types: Mapping[str, type]
   own_kind: bool
   own_source: bool
 
@@ -87,6 +92,38 @@ class _Keys:
       or (self.own_source and top == 'data')
       or (self.own_kind and top not in ('train', 'mesh'))
     )
+
+  def nullable(self, key: str) -> bool:
+    """Whether a key may be None."""
+    return self.known.get(key) is None or key in common.NULLABLE
+
+  def checked(self, key: str, value: Any, file: str = '') -> Any:
+    """A value as its key's type; int is accepted for float, list for tuple."""
+    kind = self.types[key]
+    if kind is float and type(value) is int:
+      return float(value)
+    if kind is tuple and isinstance(value, list):
+      return tuple(value)
+    if self.nullable(key) if value is None else type(value) is kind:
+      return value
+    wanted = TYPES.get(kind, 'None')
+    raise _error(key, f'is {value!r}; it must be {wanted}.', file)
+
+  def parse(self, key: str, text: str) -> Any:
+    """A string of the command line as its key's type."""
+    kind = self.types[key]
+    try:
+      if text in ('None', 'none') and self.nullable(key):
+        return None
+      if kind is bool:
+        return _BOOLS[text.lower()]
+      if kind is int:
+        return _integer(text)
+      if kind in (float, str):
+        return kind(text)
+    except (KeyError, ValueError, OverflowError) as error:
+      raise _error(key, f'is {text!r}; it must be {TYPES[kind]}.') from error
+    return self.checked(key, _literal(text))
 
   def unknown(self, key: str, file: str = '') -> UsageError:
     """The error for a key that is not listed."""
@@ -125,7 +162,7 @@ def _merge(
     elif _is_section(config[key]):
       raise _error(name, f'is a section, not {value!r}.', file)
     else:
-      config[key] = _checked(name, value, config.get_type(key), file)
+      config[key] = keys.checked(name, value, file)
 
 
 def _override(config: ConfigDict, key: str, text: str, keys: _Keys) -> None:
@@ -146,39 +183,11 @@ def _override(config: ConfigDict, key: str, text: str, keys: _Keys) -> None:
     inside = ', '.join(f'{key}.{k}' for k in old) or 'it has none yet'
     raise _error(key, f'is a section; set one of its keys: {inside}.')
   elif free and key not in keys.known:
-    value = _literal(text)
+    value = text if isinstance(old, str) else _literal(text)
     one = isinstance(old, tuple) and not isinstance(value, tuple)
     parent[last] = (value,) if one else value
   else:
-    parent[last] = _parse(key, text, parent.get_type(last))
-
-
-def _checked(key: str, value: Any, kind: type, file: str = '') -> Any:
-  """A value as `kind`; int is accepted for float, and list for tuple."""
-  if kind is float and type(value) is int:
-    return float(value)
-  if kind is tuple and isinstance(value, list):
-    return tuple(value)
-  if value is None or type(value) is kind:
-    return value
-  wanted = TYPES.get(kind, 'None')
-  raise _error(key, f'is {value!r}; it must be {wanted}.', file)
-
-
-def _parse(key: str, text: str, kind: type) -> Any:
-  """A string of the command line as `kind`."""
-  try:
-    if text in ('None', 'none'):
-      return None
-    if kind is bool:
-      return _BOOLS[text.lower()]
-    if kind is int:
-      return _integer(text)
-    if kind in (float, str):
-      return kind(text)
-  except (KeyError, ValueError, OverflowError) as error:
-    raise _error(key, f'is {text!r}; it must be {TYPES[kind]}.') from error
-  return _checked(key, _literal(text), kind)
+    parent[last] = keys.parse(key, text)
 
 
 def _integer(text: str) -> int:
@@ -199,19 +208,48 @@ def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
-    return text
+    numbers = 'nan', 'inf', 'infinity'
+    return float(text) if text.lower().lstrip('+-') in numbers else text
 
 
 def _is_section(value: Any) -> bool:
   return hasattr(value, 'items')
 
 
-def _flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def _check_range(key: str, value: Any, keys: _Keys, file: str) -> None:
+  """Refuses a number that is out of range, alone or in a tuple."""
+  if isinstance(value, (tuple, list)):
+    for part in value:
+      _check_range(key, part, keys, file)
+  interval = common.RANGES.get(key, '(-inf, inf)')
+  if not isinstance(value, (int, float)):
+    free = value is None and key in common.NULLABLE
+    if key in common.RANGES and key not in keys.known and not free:
+      raise _error(key, f'is {value!r}; it must be in {interval}.', file)
+    return
+  if type(value) is int and key in keys.known:
+    interval = interval.replace('(-inf', f'[{-(2**31)}')
+    interval = interval.replace('inf)', f'{2**31 - 1}]')
+  low, high = map(float, interval[1:-1].split(','))
+  if not (
+    low < value < high
+    or (value == low and interval.startswith('['))
+    or (value == high and interval.endswith(']'))
+  ):
+    raise _error(key, f'is {value!r}; it must be in {interval}.', file)
+
+
+def _flat(
+  config: ConfigDict,
+  prefix: str = '',
+  *,
+  of: Callable[[ConfigDict, str], Any] = ConfigDict.__getitem__,
+) -> dict[str, Any]:
   """{'train.num_steps': 2000, …}; an empty section is a leaf."""
   flat = {}
   for key, value in config.items():
     if _is_section(value) and len(value):
-      flat.update(_flat(value, f'{prefix}{key}.'))
+      flat.update(_flat(value, f'{prefix}{key}.', of=of))
     else:
-      flat[prefix + key] = value
+      flat[prefix + key] = of(config, key)
   return flat

@@ -4,12 +4,17 @@ import argparse
 import io
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import files
 from imagen_jax.kinds import did_you_mean
+
+# Seconds in which the other threads of a failed process may end.
+GRACE = 5.0
 
 
 def run(
@@ -21,11 +26,12 @@ def run(
 
   A user's mistake is printed to stderr as one line, `error: …`. Any other
   exception is a bug and keeps its traceback. With IMAGEN_DEBUG=1 in the
-  environment every exception does.
+  environment every exception does. After an error the process ends within
+  `GRACE` seconds, whatever its other threads wait for.
 
   Args:
     main: list of arguments -> exit code, or None for 0.
-    argv: the arguments, `sys.argv[1:]` by default.
+    argv: the arguments; None, of a process, are its own, `sys.argv[1:]`.
     flags: {key of a `UsageError`: the command's flag for it, if its name is
       another}, such as {'config.data.kind': 'source'}.
 
@@ -33,13 +39,28 @@ def run(
     0 ok, 2 usage, 3 data, 4 checkpoint or model, 5 numeric, 130 interrupted,
     or what `main` returned.
   """
+  code = 1  # Python's, after a traceback
+  try:
+    code = _run(main, sys.argv[1:] if argv is None else list(argv), flags or {})
+    return code
+  finally:
+    if argv is None and code:
+      threading.Thread(target=_end, args=(code,), daemon=True).start()
+
+
+def _run(
+  main: Callable[[list[str]], int | None],
+  argv: list[str],
+  flags: Mapping[str, str],
+) -> int:
+  """`run`, without the end of the process."""
   sys.unraisablehook = _unraisable
   for stream in sys.stdout, sys.stderr:
     # Not every terminal or pipe is UTF-8: '≤' is then printed as \u2264.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
   try:
-    code = main(sys.argv[1:] if argv is None else list(argv)) or 0
+    code = main(argv) or 0
     sys.stdout.flush()  # a closed pipe raises here, not at exit
     return code
   except SystemExit as stop:  # argparse after --help
@@ -51,11 +72,22 @@ def run(
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
-    sentence = _sentence(error, flags or {})
+    sentence = _sentence(error, flags)
     if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
       raise
     print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
     return getattr(error, 'exit_code', UsageError.exit_code)
+
+
+def _end(code: int) -> None:
+  """Ends the process if it hangs at its exit.
+
+  Python waits there for every thread, and Orbax's wait for ever for the rest of
+  a save that has failed.
+  """
+  threading.main_thread().join()
+  time.sleep(GRACE)
+  os._exit(code)
 
 
 def _unraisable(problem: Any) -> None:

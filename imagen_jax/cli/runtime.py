@@ -4,8 +4,20 @@ import argparse
 import logging
 import os
 
+from imagen_jax.cli import output
 from imagen_jax.errors import UsageError
 from imagen_jax.io import paths
+
+# Settings of jax that change results, at the values of every run. A user's
+# environment may have others, such as JAX_ENABLE_X64 for another project.
+NUMERICS = {
+  'jax_enable_x64': False,
+  'jax_default_prng_impl': 'threefry2x32',
+  'jax_threefry_partitionable': True,
+  'jax_random_seed_offset': 0,
+  'jax_numpy_dtype_promotion': 'standard',
+  'jax_numpy_rank_promotion': 'allow',
+}
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +41,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 def start(
   *, split_cpu: bool = False, processes: argparse.Namespace | None = None
 ) -> None:
-  """Sets up the compilation cache, logs, CPU devices and other processes.
+  """Sets up numerics, compilation cache, logs, CPU devices and processes.
 
   Args:
     split_cpu: one virtual device per CPU core, for training; sampling a few
@@ -37,13 +49,14 @@ def start(
     processes: parsed arguments with the flags of `add_process_flags`.
 
   Raises:
-    UsageError: the flags contradict each other, or the processes do not find
-      each other.
+    UsageError: the flags contradict each other, the processes do not find each
+      other, or the platform that the environment chooses is not there.
   """
   import jax
 
   from imagen_jax import sharding
 
+  _pin_numerics()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = paths.cache_folder()
     if cache is not None:
@@ -55,6 +68,25 @@ def start(
     sharding.set_cpu_devices()
   if processes is not None:
     _join(processes)
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UsageError(
+      f'jax finds no device ({reason[:200]}); check the environment: '
+      f'JAX_PLATFORMS is {os.environ.get("JAX_PLATFORMS", "unset")}.'
+    ) from error
+
+
+def _pin_numerics() -> None:
+  """Sets `NUMERICS`, with a note on each that the environment had changed."""
+  import jax
+
+  for name, value in NUMERICS.items():
+    found = getattr(jax.config, name)
+    if getattr(found, 'value', found) != value:
+      jax.config.update(name, value)
+      output.note(f'{name.upper()}={found} has no effect here; it is {value}.')
 
 
 def _join(args: argparse.Namespace) -> None:

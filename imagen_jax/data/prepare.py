@@ -24,7 +24,7 @@ from imagen_jax.data.checked import CLEANING, thread_pool, write_skipped
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
-from imagen_jax.io import files
+from imagen_jax.io import files, lock
 from imagen_jax.io.decode import BadSample
 from imagen_jax.io.files import AnyPath
 
@@ -85,10 +85,19 @@ def prepare(
     (the header, [(name, reason)] of the skipped samples).
 
   Raises:
-    UsageError: `out` holds something else.
+    UsageError: `out` holds something else, or another process writes there.
     DataError: a part could not be written, or too many samples are bad.
   """
-  out, size = pathlib.Path(out), recipe.part_size
+  out = pathlib.Path(out)
+  with lock.locked(out, key='out'):
+    return _prepare(source, out, recipe, embed)
+
+
+def _prepare(
+  source: Source, out: pathlib.Path, recipe: Recipe, embed: Embed | None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+  """`prepare`, in a folder that no other process writes to."""
+  size = recipe.part_size
   number = min(recipe.number or len(source), len(source))
   header = recipe.header(number)
   _claim(out, header)
@@ -130,9 +139,8 @@ def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
       for cut in out.glob('.part-*.tmp'):  # left by a killed process
         cut.unlink()
       return
-  if out.exists() and any(out.iterdir()):
+  if {path.name for path in out.iterdir()} - {lock.FILE}:
     raise UsageError(f'{out} is not empty; choose another folder.', key='out')
-  out.mkdir(parents=True, exist_ok=True)
   files.write_json(out / UNFINISHED, header)
 
 

@@ -73,6 +73,12 @@ class IFExperiment(Experiment):
     workdir: pathlib.Path | None = None,
   ):
     super().__init__(config, mesh, workdir)
+    if not config.model:
+      raise UsageError(
+        'model is not set; it is the folder of a stage, such as '
+        'IF/IF-I-XL-v1.0, downloaded from Hugging Face (DeepFloyd/…).',
+        key='config.model',
+      )
     self.stage = stages.read(config.model)
     self.name, self.resolution = self.stage.name, self.stage.resolution
     self.adapt = _choice(config, 'method', ('lora', 'full')) == 'lora'

@@ -158,7 +158,7 @@ class SamplerSpec:
       ('sampler', self.sampler in SAMPLERS, _one_of(SAMPLERS)),
       ('threshold', self.threshold in THRESHOLDS, _one_of(THRESHOLDS)),
       ('grid', self.grid in GRIDS, _one_of(GRIDS)),
-      ('steps', self.steps >= 1, 'it is at least 1.'),
+      ('steps', 1 <= self.steps <= 1_000_000, 'it lies in [1, 1000000].'),
       ('percentile', 1 < self.percentile <= 100, 'it lies in (1, 100].'),
       ('guidance_interval', ordered, 'it is (lowest, highest) log-SNR.'),
       ('strength', 0 < self.strength <= 1, 'it lies in (0, 1].'),

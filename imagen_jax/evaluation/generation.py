@@ -28,7 +28,7 @@ from jaxtyping import UInt8
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation.suite import Item, Record, Records, Suite
-from imagen_jax.io import decode, files, paths
+from imagen_jax.io import decode, files, lock, paths
 from imagen_jax.io import images as image_io
 
 FORMAT_VERSION = 1  # of run.json
@@ -113,7 +113,11 @@ def read_records(folder: pathlib.Path) -> dict[tuple[str, int], Record]:
   return {
     (record['category'], record['number']): record
     for path in sorted(folder.glob('records-*.jsonl'))
-    for record in files.read_lines(path, error=DataError)
+    for record in files.read_lines(
+      path,
+      fields={'category': str, 'number': int, 'file': str},
+      error=DataError,
+    )
   }
 
 
@@ -133,7 +137,18 @@ def generate(
     cascade: the model.
     run: the run, whose folder `open_run` has opened.
     progress: called as progress(done, total), first with done = 0.
+
+  Raises:
+    UsageError: another process generates the same fraction.
   """
+  i, n = run.fraction
+  with lock.locked(run.folder, name=f'.{i}-of-{n}.lock', key='out'):
+    _generate(cascade, run, progress)
+
+
+def _generate(
+  cascade: Cascade, run: Run, progress: Callable[[int, int], None]
+) -> None:
   i, n = run.fraction
   todo = unfinished(run.suite.items()[i::n], read_records(run.folder))
   # One call of `sample` takes one list of image indices for all prompts.

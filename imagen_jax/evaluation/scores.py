@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from imagen_jax.errors import DataError
-from imagen_jax.io import files
+from imagen_jax.io import files, lock
 
 FILE = 'scores.json'
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -97,8 +97,10 @@ def add_scores(
   provenance: dict[str, typing.Any],
 ) -> None:
   """Adds or replaces one suite's scores in `scores.json`."""
-  scores = read_scores(folder)
-  notes = scores.pop('provenance', {})
-  scores[suite] = categories
-  scores['provenance'] = notes | {suite: provenance}
-  files.write_json(pathlib.Path(folder) / FILE, scores)
+  # Another suite may be evaluated into the same folder.
+  with lock.locked(folder, name=f'.{FILE}.lock', wait=True):
+    scores = read_scores(folder)
+    notes = scores.pop('provenance', {})
+    scores[suite] = categories
+    scores['provenance'] = notes | {suite: provenance}
+    files.write_json(pathlib.Path(folder) / FILE, scores)

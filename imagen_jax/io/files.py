@@ -13,7 +13,8 @@ import pathlib
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
 from imagen_jax.errors import DataError, ImagenError, ModelError
@@ -213,9 +214,17 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
 
 
 def read_lines(
-  path: AnyPath, *, error: type[ImagenError] = ModelError
+  path: AnyPath,
+  *,
+  fields: Mapping[str, type | types.UnionType] | None = None,
+  error: type[ImagenError] = ModelError,
 ) -> Iterator[dict[str, Any]]:
   """The objects of a JSON Lines file, without lines that a kill cut short.
+
+  Args:
+    path: the file.
+    fields: {key: type} of what is read; a line without them does not count.
+    error: type of the exceptions.
 
   Raises:
     error: the file is missing or cannot be read.
@@ -228,7 +237,9 @@ def read_lines(
     ) from problem
   for line in text.split('\n'):
     with contextlib.suppress(ValueError, TypeError):
-      yield dict(parse_json(line))
+      row = dict(parse_json(line))
+      if all(isinstance(row.get(k), t) for k, t in (fields or {}).items()):
+        yield row
 
 
 def digest(path: Path) -> Digest:

@@ -317,6 +317,33 @@ def text_folder(configured: AnyPath) -> pathlib.Path:
   return exported if (exported / 'config.json').exists() else path
 
 
+def existing_text_folder(
+  configured: AnyPath, trained_by: str | None = None
+) -> pathlib.Path:
+  """`text_folder`, which holds the config of an encoder.
+
+  Args:
+    configured: see `text_folder`.
+    trained_by: the name of the config that pretrains it; None if none does.
+
+  Raises:
+    ModelError: there is no encoder; the message names how to get it.
+  """
+  folder = text_folder(configured)
+  # A pretraining has a config.json too, and an `export` when it has finished.
+  unfinished = (folder / 'checkpoints').exists()
+  if (folder / 'config.json').exists() and not unfinished:
+    return folder
+  get = f'download a T5 v1.1, such as google/t5-v1_1-large, to {folder}'
+  if trained_by is not None:
+    get = f'run `python train.py --config {trained_by} --workdir {folder}`'
+  raise ModelError(
+    f'there is no {"finished " * unfinished}text encoder at {str(configured)!r}'
+    f' (text.path): {get}, or set text.path=demo for the bundled one, whose '
+    "vocabulary is that of the demo's captions."
+  )
+
+
 def text_path(path: AnyPath, record: StageRecord) -> pathlib.Path:
   """The folder of a stage's text encoder.
 

@@ -205,7 +205,8 @@ def _encoder(config: ConfigDict, text: str) -> tuple[T5Encoder, str]:
     if match is None:
       raise UsageError(
         f'there is no text encoder at text.path, {str(path)!r}, whose name '
-        f'does not end in a size of T5 v1.1; choose one of {", ".join(SIZES)}.',
+        f'does not end in a size of T5 v1.1; choose one of {", ".join(SIZES)}, '
+        'or set text.path=demo for the bundled one.',
         key='text',
       )
     text = match[1]

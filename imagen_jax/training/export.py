@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, model_folder
 from imagen_jax.training.experiment import Export
 
@@ -40,7 +40,7 @@ def export_stage(request: Export) -> str:
     | {
       'steps': step,
       'images': step * batch_size,
-      'training_seconds': round(training_seconds(workdir, step, batch_size)),
+      'training_seconds': training_seconds(workdir, step, batch_size),
       'weights': request.weights,
     },
     dtype=request.dtype,
@@ -48,7 +48,8 @@ def export_stage(request: Export) -> str:
   text = out.parent / 'text'
   if not text.exists():
     source = model_folder.text_path(workdir.parent, record)
-    shutil.copytree(source, text, ignore=_not_the_model)
+    with files.replacing(text, error=ModelError) as temporary:
+      shutil.copytree(source, temporary, ignore=_not_the_model)
   size = (out / 'weights.safetensors').stat().st_size
   return (
     f'{out}: step {step}, {request.weights} weights, {size / 1e6:.2f} MB '
@@ -68,19 +69,19 @@ def provenance(command: str) -> dict:
 
 def training_seconds(
   workdir: pathlib.Path, step: int, batch_size: int
-) -> float:
-  """Seconds of training up to a step, from the run's metrics.
-
-  Raises:
-    ModelError: the metrics are missing.
-  """
+) -> int | None:
+  """Seconds of training up to a step; None without the run's metrics."""
+  file = workdir / 'metrics.jsonl'
+  if not file.exists():
+    return None
   last, seconds = 0, 0.0
-  for row in files.read_lines(workdir / 'metrics.jsonl'):
+  fields = {'step': int, 'images_per_sec': int | float}
+  for row in files.read_lines(file, fields=fields):
     if row['step'] <= step:
       images = batch_size * (row['step'] - last)
       seconds += images / max(row['images_per_sec'], 1e-9)
       last = row['step']
-  return seconds
+  return round(seconds)
 
 
 def _not_the_model(_: str, names: list[str]) -> list[str]:

@@ -1,14 +1,15 @@
 """The training loop, top to bottom: build, restore, step, save."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
-from imagen_jax.io import model_folder
+from imagen_jax.io import lock, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training import report
@@ -46,7 +47,8 @@ def train(
     the number of the last step.
 
   Raises:
-    UsageError: the config is invalid, or is not the workdir's.
+    UsageError: the config is invalid or not the workdir's, or another process
+      trains there.
     ModelError: the text encoder or every checkpoint is unusable.
     NumericError: too many steps in a row were NaN or Inf.
   """
@@ -59,21 +61,50 @@ def train(
   if dry_run:
     return 0
   warm = None if init_from is None else model_folder.load_stage(init_from)
-  _claim(experiment, workdir, warm, force)
+  checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
+  with _locked(workdir, checkpoint_dir):
+    _claim(experiment, workdir, warm, force)
+    with Checkpoints(
+      checkpoint_dir,
+      keep_last=config.train.keep_last,
+      keep_every=config.train.keep_every,
+    ) as checkpoints:
+      return _run(program, checkpoints, workdir, warm, should_stop)
+
+
+@contextlib.contextmanager
+def _locked(
+  workdir: pathlib.Path, checkpoint_dir: str | pathlib.Path
+) -> Iterator[None]:
+  """Keeps other trainings out of the folders that this one writes to."""
+  folders = {workdir.resolve(): 'workdir'}
+  if '://' not in str(checkpoint_dir):  # a bucket has no locks
+    path = pathlib.Path(checkpoint_dir).resolve()
+    folders.setdefault(path, 'config.train.checkpoint_dir')
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      for folder, key in folders.items():
+        stack.enter_context(lock.locked(folder, key=key))
+    yield
+
+
+def _run(
+  program: Program,
+  checkpoints: Checkpoints,
+  workdir: pathlib.Path,
+  warm: StageRecord | None,
+  should_stop: Callable[[int], bool],
+) -> int:
+  """Restores, trains and finishes; returns the number of the last step."""
+  experiment = program.experiment
   frozen = experiment.load_frozen()
-  train_cfg = config.train
-  with Checkpoints(
-    train_cfg.checkpoint_dir or workdir / 'checkpoints',
-    keep_last=train_cfg.keep_last,
-    keep_every=train_cfg.keep_every,
-  ) as checkpoints:
-    state, start = _first_state(program, checkpoints, warm)
-    run = Run(program, frozen, checkpoints, workdir, start)
-    monitor = Monitor(run)
-    with jax.set_mesh(experiment.mesh), monitor:
-      step, state = _steps(run, state, monitor, should_stop)
-      if step >= train_cfg.num_steps:
-        experiment.finish(state, frozen)
+  state, start = _first_state(program, checkpoints, warm)
+  run = Run(program, frozen, checkpoints, workdir, start)
+  monitor = Monitor(run)
+  with jax.set_mesh(experiment.mesh), monitor:
+    step, state = _steps(run, state, monitor, should_stop)
+    if step >= experiment.config.train.num_steps:
+      experiment.finish(state, frozen)
   return step
 
 

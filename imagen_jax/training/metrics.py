@@ -49,7 +49,7 @@ class Metrics:
   def __post_init__(self) -> None:
     self.start(self.start_step)
     if self.write and self.path.exists():
-      rows = files.read_lines(self.path)
+      rows = files.read_lines(self.path, fields={'step': int})
       kept = (json.dumps(row) for row in rows if row['step'] <= self.start_step)
       files.write_text(self.path, ''.join(f'{line}\n' for line in kept))
 

@@ -192,9 +192,10 @@ def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
   place = None
   if mesh is not None and mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
-  return load_text_encoder(
-    model_folder.text_folder(config.text.path), config.text.dtype, place=place
+  folder = model_folder.existing_text_folder(
+    config.text.path, config.text.get('trained_by')
   )
+  return load_text_encoder(folder, config.text.dtype, place=place)
 
 
 def matching_params(record: StageRecord, spec: Tree) -> Tree:

@@ -18,6 +18,7 @@ from imagen_jax.io.model_folder import FORMAT_VERSION
 FREE = (
   'mesh',
   'text.path',
+  'text.trained_by',
   'data.path',
   'data.max_bad',
   'data.eval_path',

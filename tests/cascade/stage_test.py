@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.cascade import objective, sampling, stage
+from imagen_jax.cascade import objective, sampling, settings, stage
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
 from tests import tiny_model
@@ -34,6 +34,7 @@ def build(name='base', **changes):
     {'net__chanels': 8},
     {'sampling__step': 3},
     {'sampling__steps': 0},
+    {'sampling__steps': 10**20},
     {'sampling__guidance_interval': [3.0, -2.0]},
     {'schedule__kind': 'quadratic'},
     {'schedule__shift_from': 8},
@@ -45,11 +46,31 @@ def build(name='base', **changes):
     {'weighting': 'min_snr', 'sigmoid_bias': -1.0},
     {'max_level': 1.5},
     {'contrast_floor': 0.1},
+    {'schedule__logsnr_min': 5.0, 'schedule__logsnr_max': -5.0},
+    {'schedule__logsnr_min': 15.0},
+    {'low_resolution': 16},
+    {'low_resolution': 8},
+    {'low_resolution': 3},
+    {'crop': 9},
+    {'low_resolution': 2, 'crop': 6},
+    {'net': tiny_model.UNET | {'channels': -5}, 'init': True},
+    {'net': tiny_model.UNET | {'remat': 'maybe'}, 'init': True},
   ],
 )
 def test_what_cannot_work_or_has_no_effect_is_refused(changes):
+  init = changes.pop('init', False)
   with pytest.raises(UsageError):
-    build(**changes)
+    made = build(**changes)
+    if init:
+      stage.init_params(made, jax.random.key(0))
+
+
+@pytest.mark.parametrize('guidance', [float('nan'), float('inf'), -3.0])
+def test_guidance_without_sense_is_refused(guidance):
+  made = build()
+  with pytest.raises(UsageError) as error:
+    settings.choose([made], {'guidance': guidance})
+  assert error.value.key == 'guidance'
 
 
 def test_sizes_are_multiples_of_all_downsampling():

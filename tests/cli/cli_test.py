@@ -474,9 +474,31 @@ def test_export_makes_a_model_folder_that_generates(workdir, model, tmp_path):
   record = json.loads((out / 'stage.json').read_text())
   assert record['provenance']['steps'] == 2
   assert record['weights']['dtype'] == 'bfloat16'
+  assert record['provenance']['training_seconds'] >= 0
   args = ['--model', tmp_path / 'mine', '--out', tmp_path / 'out']
   assert run(sample.main, '--prompt', PROMPT, *args) == 0
   assert run(export.main, '--workdir', workdir / 'base', '--out', out) == 2
+
+
+@pytest.mark.parametrize(
+  ('metrics', 'seconds'),
+  [
+    (None, None),
+    ('', 0),
+    ('{"step": 1, "images_per_sec": 4.0}\n{"step": 2, "im', 2),
+    ('{"step": 1, "images_per_sec": 4}\n{"step": 2}\n{"step": "2"}\n', 2),
+    ('[]\n3\n"step"\n{"step": null, "images_per_sec": 1}\n', 0),
+  ],
+)
+def test_an_export_does_without_metrics(workdir, tmp_path, metrics, seconds):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  (tmp_path / 'w' / 'metrics.jsonl').unlink()
+  if metrics is not None:
+    (tmp_path / 'w' / 'metrics.jsonl').write_text(metrics)
+  out = tmp_path / 'mine' / 'base'
+  assert run(export.main, '--workdir', tmp_path / 'w', '--out', out) == 0
+  record = json.loads((out / 'stage.json').read_text())
+  assert record['provenance']['training_seconds'] == seconds
 
 
 def test_help_and_import_do_not_start_jax():

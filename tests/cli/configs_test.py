@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from imagen_jax.configs import common
 
 from imagen_jax import errors
 from imagen_jax.cli import configs
-from imagen_jax.cli.config_values import TYPES, complete
+from imagen_jax.cli.config_values import TYPES, _flat, complete
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.cli.errors import Parser, positive, run
 from imagen_jax.data.sources import make_source
@@ -389,6 +390,109 @@ def test_a_change_that_cannot_be_made_names_the_key_or_type(
   assert near in str(error.value)
 
 
+@pytest.mark.parametrize(
+  'override',
+  [
+    'train.num_steps=-5',
+    'train.num_steps=0',
+    'train.num_steps=2147483648',
+    'train.log_every=0',
+    'train.keep_last=0',
+    'train.ema_decay=1.001',
+    'train.ema_decay=-0.1',
+    'train.hang_seconds=inf',
+    'train.optimizer.learning_rate=nan',
+    'train.optimizer.clip=0',
+    'train.optimizer.warmup=-1',
+    'train.optimizer.options.b2=1e999',
+    'stage.resolution=0',
+    'stage.low_resolution=-8',
+    'stage.crop=0',
+    'stage.cond_drop=2',
+    'stage.sampling.guidance=nan',
+    'stage.sampling.steps=0',
+    'stage.sampling.guidance_interval=(-3,1e999)',
+    'stage.sigmoid_bias=-inf',
+    'stage.net.channel_mults=(1,1e999)',
+    'stage.net.dropout=nan',
+    'stage.net.dropout=-0.5',
+    'stage.net.dropout=high',
+    'stage.net.channels=inf',
+    'stage.schedule.logsnr_min=x',
+    'stage.schedule.logsnr_max=None',
+    'stage.schedule.beta_start=-1',
+    'stage.schedule.shift_from=0',
+    'train.optimizer.options.b1=2',
+    'train.optimizer.options.b2=abc',
+    'text.max_len=0',
+    'data.max_bad=1.5',
+    'mesh.data=99999999999999999999',
+    'seed=-1',
+    'seed=4294967296',
+    'data.seed=99999999999999999999',
+    # Without a meaning for None:
+    'seed=None',
+    'train.num_steps=None',
+    'train.ema_decay=none',
+    'train.optimizer.learning_rate=None',
+    'data.flip=None',
+    'stage.resolution=None',
+  ],
+)
+def test_a_value_without_sense_is_refused_by_its_key(here, override):
+  with pytest.raises(UsageError) as error:
+    load_config('tiny', [override])
+  assert error.value.key == f'config.{override.partition("=")[0]}'
+
+
+def test_the_ends_of_a_range_belong_to_it_where_they_make_sense(here):
+  changes = ['seed=4294967295', 'stage.cond_drop=0', 'train.ema_decay=1']
+  changes += ['stage.sampling.percentile=100', 'train.num_steps=2147483647']
+  config = load_config('tiny', changes)
+  assert config.seed == 2**32 - 1 and config.stage.cond_drop == 0.0
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    {'train': {'num_steps': -5}},
+    {'train': {'ema_decay': 2}},
+    {'train': {'batch_size': None}},
+    {'train': {'optimizer': {'learning_rate': float('nan')}}},
+    {'stage': {'net': {'kind': 'unet', 'dropout': float('nan')}}},
+    {'kind': 'if_finetune', 'rank': 0},
+    {'kind': 'text', 'tasks': {'span_density': 1.0}},
+  ],
+)
+def test_a_value_without_sense_is_refused_by_its_file(given):
+  with pytest.raises(UsageError, match='mine.py') as error:
+    complete(given, file='mine.py')
+  assert error.value.key is None
+
+
+def test_each_range_is_of_a_key_and_holds_its_default():
+  kinds = 'stage', *common.TEMPLATES
+  defaults = {k: v for n in kinds for k, v in _flat(common.template(n)).items()}
+  listed = {*common.RANGES, *common.NULLABLE}
+  listed = {key for key in listed if not key.startswith(common.OPEN)}
+  assert defaults.keys() >= listed
+  for kind in kinds:
+    complete({'kind': kind}, file='mine.py')
+
+
+def test_a_string_stays_one_whatever_the_file_had():
+  given = {'data': {'eval_path': None, 'path': None, 'kind': 'mine:Source'}}
+  given['data']['tag'] = 'a'
+  for key in ('eval_path', 'path', 'tag'):
+    for text in ('2024_01', '007', '1e3', 'true', '(1,2)'):
+      config = complete(given, [f'data.{key}={text}'], file='mine.py')
+      assert config.data[key] == text
+  assert complete(given, ['data.path=None'], file='mine.py').data.path is None
+  given = {'stage': {'crop': None}}
+  with pytest.raises(UsageError):
+    complete(given, ['stage.crop=wide'], file='mine.py')
+
+
 def test_an_override_needs_a_value(here):
   with pytest.raises(UsageError):
     load_config('tiny', ['seed'])
@@ -411,3 +515,10 @@ def test_parsing_a_command_line_imports_no_jax():
     [sys.executable, '-c', code], capture_output=True, check=True
   )
   assert out.stdout == b'False\n'
+
+
+def test_the_bundled_configs_name_a_config_that_exists():
+  for name in ('shapes_base', 'shapes_sr1', 'emoji_base', 'emoji_sr256'):
+    text = load_config(name).text
+    trained = load_config(text.trained_by)
+    assert trained.kind == 'text' and trained.train.num_steps > 0

@@ -44,3 +44,30 @@ def test_what_a_terminal_cannot_show_is_printed_in_escapes(encoding):
   )
   assert (done.returncode, done.stdout) == (0, rb'\u2264' + b'\n')
   assert done.stderr == done.stdout
+
+
+@pytest.mark.parametrize(
+  ('outcome', 'code'),
+  [
+    ('raise UsageError("no.")', 2),
+    ('raise ModelError("no.")', 4),
+    ('raise KeyboardInterrupt', 130),
+    ('return 143', 143),
+    ('return 1 / 0', 1),
+  ],
+)
+def test_a_failed_process_ends_although_its_threads_wait_for_ever(
+  outcome, code
+):
+  text = (
+    'import sys, threading\n'
+    'from imagen_jax.cli import errors\n'
+    'from imagen_jax.errors import ModelError, UsageError\n'
+    'errors.GRACE = 0.1\n'
+    'def main(argv):\n'
+    '  threading.Thread(target=threading.Event().wait).start()\n'
+    f'  {outcome}\n'
+    'sys.exit(errors.run(main))'
+  )
+  out = subprocess.run([sys.executable, '-c', text], timeout=20)
+  assert out.returncode == code

@@ -16,6 +16,7 @@ from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.prepare import Recipe, prepare
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import lock
 
 TEXT = {'dim': 3, 'max_len': 5, 'dtype': 'bfloat16', 'cleaning': 'whitespace-1'}
 TEXT |= {'encoder': 'e' * 64, 'tokenizer': 't' * 64}
@@ -70,6 +71,13 @@ def test_what_was_prepared_is_what_the_source_gave(images, tmp_path):
     assert mine.keys() == {'image', 'caption'}
     assert mine['caption'] == theirs['caption']
     np.testing.assert_array_equal(mine['image'], theirs['image'])
+
+
+def test_two_processes_do_not_prepare_one_folder(images, tmp_path):
+  with lock.locked(tmp_path / 'out'), pytest.raises(UsageError) as error:
+    write(images, tmp_path / 'out')
+  assert error.value.key == 'out' and not list((tmp_path / 'out').iterdir())
+  assert write(images, tmp_path / 'out')[0]['count'] == 10
 
 
 def test_sets_prepared_side_by_side_are_one(images, tmp_path):

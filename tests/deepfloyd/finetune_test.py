@@ -222,6 +222,14 @@ def test_a_choice_that_is_unknown_is_refused(folder, data, tmp_path, key):
   assert caught.value.key == f'config.{key}'
 
 
+def test_the_model_must_be_given(folder, data, tmp_path):
+  config = settings(folder, 'IF-I-S-v1.0', data)
+  config.model = ''
+  with pytest.raises(UsageError) as caught:
+    loop.train(config, tmp_path)
+  assert caught.value.key == 'config.model'
+
+
 def test_a_run_of_our_own_is_no_start(folder, data, model, tmp_path):
   config = settings(folder, 'IF-I-S-v1.0', data)
   with pytest.raises(UsageError) as caught:

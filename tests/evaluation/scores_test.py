@@ -1,5 +1,7 @@
 """Accuracies and their confidence intervals."""
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 
@@ -33,3 +35,14 @@ def test_the_mean_has_a_normal_interval():
     'ci95': pytest.approx([1 - scores.Z95, 1 + scores.Z95]),
   }
   assert scores.mean([3.0])['ci95'] == [3, 3]
+
+
+def test_suites_that_end_at_once_lose_no_scores(tmp_path):
+  def add(i):
+    scores.add_scores(tmp_path, f's{i}', {'all': {'n': i}}, {'num': i})
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(add, range(40)))
+  found = scores.read_scores(tmp_path)
+  assert found['provenance'] == {f's{i}': {'num': i} for i in range(40)}
+  assert [path.name for path in tmp_path.iterdir()] == [scores.FILE]

@@ -271,3 +271,21 @@ def test_a_text_encoder_beside_the_stages_takes_precedence(model, tmp_path):
     model_folder.text_path(model, record)
   record.config['text']['path'] = str(model / 't5')
   assert model_folder.text_path(model, record) == model / 't5'
+
+
+def test_a_missing_text_encoder_names_what_makes_it(tmp_path):
+  needed = model_folder.existing_text_folder
+  assert needed('demo') == model_folder.demo_path() / 'text'
+  path = tmp_path / 'runs' / 'text'
+  with pytest.raises(ModelError, match=f'--config mine --workdir {path}.*demo'):
+    needed(path, 'mine')
+  with pytest.raises(ModelError, match='google/t5.*demo'):
+    needed(path)
+  # A pretraining that has not finished is no encoder yet.
+  (path / 'checkpoints').mkdir(parents=True)
+  (path / 'config.json').write_text('{}')
+  with pytest.raises(ModelError, match='--config mine'):
+    needed(path, 'mine')
+  (path / 'export').mkdir()
+  (path / 'export' / 'config.json').write_text('{}')
+  assert needed(path, 'mine') == path / 'export'

@@ -13,6 +13,7 @@ import pytest
 from imagen_jax.cascade import conditioning, objective, settings
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import NumericError, UsageError
+from imagen_jax.io import lock
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
@@ -74,6 +75,20 @@ def test_a_finished_run_stays_as_it_is(run):
   before = rows(workdir)
   assert loop.train(config, workdir) == 6
   assert rows(workdir) == before
+
+
+def test_a_second_training_is_refused_where_one_is_running(run, tmp_path):
+  config, workdir = run
+  before = rows(workdir)
+  with lock.locked(workdir), pytest.raises(UsageError) as error:
+    loop.train(config, workdir)
+  assert error.value.key == 'workdir' and rows(workdir) == before
+  config = config.copy_and_resolve_references()
+  config.train.checkpoint_dir = str(workdir / 'checkpoints')
+  with lock.locked(workdir / 'checkpoints'), pytest.raises(UsageError) as error:
+    loop.train(config, tmp_path / 'w')
+  assert error.value.key == 'config.train.checkpoint_dir'
+  assert loop.train(run[0], workdir) == 6
 
 
 def test_another_config_is_refused_by_key(run):
