@@ -59,7 +59,7 @@ RANGES = {
   'data.max_bad': '[0, 1]',
   'data.num_scenes': '[1, inf)',
   'data.num_eval_scenes': '[1, inf)',
-  'train.num_steps': '[1, inf)',
+  'train.num_steps': '[0, inf)',
   'train.batch_size': '[1, inf)',
   'train.accumulate': '[1, inf)',
   'train.log_every': '[1, inf)',

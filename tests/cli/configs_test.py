@@ -394,7 +394,6 @@ def test_a_change_that_cannot_be_made_names_the_key_or_type(
   'override',
   [
     'train.num_steps=-5',
-    'train.num_steps=0',
     'train.num_steps=2147483648',
     'train.log_every=0',
     'train.keep_last=0',
