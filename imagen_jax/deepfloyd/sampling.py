@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool
 
 from imagen_jax.deepfloyd.schedule import Plan, Schedule
-from imagen_jax.diffusion.guidance import magnitude_percentile
+from imagen_jax.diffusion.threshold import magnitude_percentile
 from imagen_jax.typing import Array, Image, PixelMask, Scalars, TextEmb
 
 Predictor = Callable[[Image, Array], tuple[Image, Image | None]]
