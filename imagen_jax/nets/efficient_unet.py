@@ -24,6 +24,7 @@ from imagen_jax.nets.layers import (
   Conditioning,
   ResBlock,
   conv,
+  conv_in,
   remat,
   upsample,
 )
@@ -197,7 +198,7 @@ class EfficientUNet(Network):
       )(h, text, mask)
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
-    h = conv(self.channels[0], dtype=self.dtype, name='conv_in')(h)
+    h = conv_in(h, self.channels[0], self.dtype)
     skips: list[Any] = []
     for b, width in enumerate(self.channels):
       if self.strides[b] > 1 or h.shape[-1] != width:
