@@ -1,6 +1,7 @@
 """The dtype of activations."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ def matmul_precision(
   TensorFloat-32. To choose that, set JAX_DEFAULT_MATMUL_PRECISION, which takes
   precedence. For other dtypes nothing changes.
   """
-  chosen = jax.config.jax_default_matmul_precision
+  config: Any = jax.config  # its options have no types
+  chosen = config.jax_default_matmul_precision
   if jnp.dtype(dtype) != jnp.float32 or chosen is not None:
     return contextlib.nullcontext()
   return jax.default_matmul_precision('highest')

@@ -377,7 +377,7 @@ def _stage_inputs(
   empty = np.array([not prompt.strip() for prompt in embedding.prompts])
   text = np.where(empty[:, None, None], 0, embedding.text)
   mask = embedding.mask & ~empty[:, None]
-  shared = dict(start)
+  shared: dict[str, Any] = dict(start)
   if embedding.negative is not None:
     shared['negative'], shared['negative_mask'] = embedding.negative
 

@@ -91,7 +91,8 @@ def network(
   """
   net = functools.partial(stages.apply, stage.net, params)
   weak, batch = inputs.weak, len(inputs.text)
-  text, mask = (jnp.concatenate([a, a]) for a in (inputs.text, inputs.mask))
+  text: Array = jnp.concatenate([inputs.text, inputs.text])
+  mask: Array = jnp.concatenate([inputs.mask, inputs.mask])
   if inputs.negative is not None and inputs.negative_mask is not None:
     text = jnp.concatenate([inputs.text, inputs.negative])
     mask = jnp.concatenate([inputs.mask, inputs.negative_mask])

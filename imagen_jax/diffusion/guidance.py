@@ -252,7 +252,7 @@ def _projected(
 ) -> tuple[Array, Memory]:
   """The guided x from (x, *x_others), with `apg` and `rescale`."""
   x, *others = outputs
-  total, kept = x, []
+  total, kept = x, list[Array]()
   for i, (other, w) in enumerate(zip(others, weights)):
     delta, last = apg(x - other, x, spec, memory[i : i + 1])
     total = total + over(x, w - 1) * delta

@@ -66,7 +66,7 @@ def ddim_step(
 
 
 def dpmpp_step(
-  z: Values, x: Values, noise: Scalars | None, at: Step, *, eta: float = 0.0
+  z: Values, x: Values, noise: Scalars, at: Step, *, eta: float = 0.0
 ) -> Values:
   """DPM-Solver++(2M) and its SDE: extrapolate x over the step (Lu et al. 2022).
 
@@ -97,7 +97,7 @@ def dpmpp_step(
   return mean + sigma_s * jnp.sqrt(fresh) * noise
 
 
-def unipc_step(z: Values, x: Values, noise: Values | None, at: Step) -> Values:
+def unipc_step(z: Values, x: Values, noise: Scalars, at: Step) -> Values:
   """UniPC of order 2: correct z_t, then step on (Zhao et al. 2023, B₂).
 
   Its predictor is DPM-Solver++(2M). x, predicted at t, also improves the step

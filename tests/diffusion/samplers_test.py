@@ -261,7 +261,7 @@ def test_multistep_solver_is_exact_to_second_order_in_the_prediction():
       now = jnp.float64(0.5)
       z, x = jnp.float64(0.7), lambda lam: 0.2 + 0.3 * (lam - now)
       at = Step(2 * now, 2 * (now + h), (x(now - h), 2 * (now - h)))
-      step = samplers.dpmpp_step(z, x(now), None, at)
+      step = samplers.dpmpp_step(z, x(now), 0.0, at)
       # d(z / sigma) = e^λ x(λ) dλ, in closed form.
       _, sigma_t = alpha_sigma(2 * now)
       _, sigma_s = alpha_sigma(2 * (now + h))
