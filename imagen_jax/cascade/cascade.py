@@ -377,18 +377,19 @@ def _stage_inputs(
   empty = np.array([not prompt.strip() for prompt in embedding.prompts])
   text = np.where(empty[:, None, None], 0, embedding.text)
   mask = embedding.mask & ~empty[:, None]
-  shared: dict[str, Any] = dict(start)
+  shared = dict(start)
   if embedding.negative is not None:
     shared['negative'], shared['negative_mask'] = embedding.negative
 
   def inputs(rows: np.ndarray) -> SampleInputs:
     prompts = np.array([request.rows[row][0] for row in rows])
+    rest: dict[str, Any] = batching.repeated(shared, len(rows))
     return SampleInputs(
       keys=request.key_data(rows, stage.resolution),
       text=text[prompts],
       mask=mask[prompts],
       low_res=None if low is None else low[rows],
-      **batching.repeated(shared, len(rows)),
+      **rest,
     )
 
   return inputs
