@@ -68,6 +68,7 @@ def test_from_image_repeats_every_option_of_guidance(model, tmp_path):
   assert run(sample.main, *args) == 0
   args += ['--guidance_schedule', '0:1:2', '--guidance_interval=-9:9']
   args += ['--guidance_rescale', 0.5, '--apg_eta', 0.5, '--apg_momentum', -0.5]
+  args += ['--apg_norm', 'none']
   args += ['--weak_model', weak, '--autoguidance', 2, '--sampler', 'dpmpp_sde']
   assert run(sample.main, *args, '--negative_prompt', 'a star') == 0
   plain, first = sorted((tmp_path / 'out').glob('00*'))

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import EvalConfig
@@ -161,9 +162,16 @@ def test_a_sweep_makes_all_combinations(model, tmp_path):
   assert last['sr1']['aug_level'] == 0.1
 
 
-def test_guidance_of_any_kind_can_be_evaluated(model, tmp_path):
+def test_guidance_of_any_kind_can_be_evaluated(model, tmp_path, monkeypatch):
   from tests import tiny_model
 
+  sample, given = Cascade.sample, []
+
+  def spy(self, *args, **options):
+    given.append(options['negative_prompt'])
+    return sample(self, *args, **options)
+
+  monkeypatch.setattr(Cascade, 'sample', spy)
   weak = tiny_model.write_weak(tmp_path / 'weak', model)
   config = EvalConfig(
     suite=DARK,
@@ -177,6 +185,7 @@ def test_guidance_of_any_kind_can_be_evaluated(model, tmp_path):
     sweep={'guidance_interval': ('none', (-99.0, 99.0))},
   )
   points = list(evaluate(config).scores)
+  assert given == ['a star'] * 2
   assert points == [f'dark@guidance_interval={v}' for v in ('none', '-99:99')]
   notes = json.loads((tmp_path / 'out' / 'scores.json').read_text())
   notes = notes['provenance'][points[1]]
