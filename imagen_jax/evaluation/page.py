@@ -18,6 +18,7 @@ from PIL import Image
 from imagen_jax.evaluation.generation import read_image
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Record
+from imagen_jax.io.decode import resize_square
 
 THUMB = 144  # largest side of an image, in pixels
 
@@ -134,7 +135,7 @@ def _image(image: UInt8[np.ndarray, 'h w 3'], alt: str) -> str:
   thumb, file = Image.fromarray(image), io.BytesIO()
   kind, style = 'png', 'class="pixels"'
   if image.shape[0] >= THUMB:
-    thumb = thumb.resize((THUMB, THUMB), Image.Resampling.BOX)
+    thumb = Image.fromarray(resize_square(thumb, THUMB))
     kind, style = 'jpeg', ''
   thumb.save(file, kind, quality=85)
   data = base64.b64encode(file.getvalue()).decode()
