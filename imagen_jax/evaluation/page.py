@@ -108,10 +108,14 @@ def numbers(categories: Categories) -> str:
 
 def provenance(note: Mapping[str, typing.Any]) -> str:
   """What a suite was measured on, as a collapsed table."""
+  entries = {**note['stages'], **note}
+  del entries['stages']
   rows = {
-    name: ', '.join(f'{k} {v}' for k, v in values.items())
-    for name, values in note['stages'].items()
-  } | {k: v for k, v in note.items() if k != 'stages'}
+    name: ', '.join(f'{k} {v}' for k, v in value.items())
+    if isinstance(value, Mapping)
+    else value
+    for name, value in entries.items()
+  }
   return (
     '<details><summary>What this was measured on</summary>'
     f'{table(rows.items())}</details>'
