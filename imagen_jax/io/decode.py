@@ -126,11 +126,14 @@ def area(
   """
   left, top, right, bottom = box
   inner_width, inner_height = right - left, bottom - top
-  if not (inner_width % width or inner_height % height):
-    factors = inner_width // width, inner_height // height
+  whole = not (inner_width % width or inner_height % height)
+  factors = inner_width // width, inner_height // height
+  if whole and (factors[0] * factors[1]).bit_count() == 1:
+    # Pillow's means of blocks are exact, and faster, for powers of two.
     return np.asarray(image.reduce(factors, box))
-  _, _, across = _overlaps(inner_width, width, 0, width)
+  # Band by band, because floats take four times the memory of an image.
   rows = max(1, BAND // inner_width * height // inner_height)
+  _, _, across = _overlaps(inner_width, width, 0, width)
   bands = []
   for start in range(0, height, rows):
     stop = min(start + rows, height)
