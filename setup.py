@@ -21,7 +21,7 @@ TEST = [
   'pytest-xdist>=3.2',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
-PARITY = ['torch', 'diffusers', *DEEPFLOYD]
+PARITY = ['torch', 'clean-fid', 'diffusers', 'pytorch-fid', *DEEPFLOYD]
 
 setuptools.setup(
   name='imagen_jax',

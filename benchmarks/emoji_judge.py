@@ -23,6 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 from imagen_jax.evaluation import scores
+from imagen_jax.io.decode import resize_square
 from imagen_jax.io.images import read_metadata
 from imagen_jax.worlds import emoji
 from imagen_jax.worlds.judge import compare
@@ -63,7 +64,7 @@ def square(image, ground):
   side = max(image.size)
   full = Image.new('RGB', (side, side), ground)
   full.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-  return np.asarray(full.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+  return resize_square(full, SIDE).astype(np.float32)
 
 
 class Reader:

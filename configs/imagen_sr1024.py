@@ -10,7 +10,7 @@ Given in F.3: F.2's blocks without self-attention, the attention to the text
 kept ("critical"); the linear schedule of 1,000 steps from 1e-4 to 0.02; trained
 on 64→256 crops of 256→1024 images (2.5). All else as `imagen_sr256`.
 
-The paper gives this model 400 M parameters, but the listing gives 583,555,971.
+The paper gives this model 400 M parameters, but the listing gives 583,588,867.
 Its blocks are those of 64→256, whose residual blocks alone hold 545.5 M, and
 leaving out the self-attention removes 8.4 M. With 4 instead of 8 blocks of
 1,024 channels it would be 373.8 M.

@@ -16,8 +16,10 @@ F.1 the listing's `end_value=2500000` must be 0.
 The paper's "600 M" leaves details open. Chosen: each residual block of the
 decoder is concatenated with one skip; a conditioning vector of 512; text
 projected to 1,024 before K, V and the pooler, whose heads are as wide; the 1×1
-shortcut of Figure A.27 on every block, also where the width does not change.
-This gives 591,952,771 parameters:
+shortcut of Figure A.27 on every block, also where the width does not change; of
+the block that Figure A.30 has at 256×256 and the listing has not, the first
+convolution's features and a 1×1 convolution that joins them to the last block's
+(docs/results.md, section 5). This gives 591,985,667 parameters:
 
   encoder 237.8 M  (1024-channel blocks 167.9 M, their attention 12.6 M)
   decoder 345.6 M  (1024-channel blocks 251.8 M, their attention 12.6 M)

@@ -44,6 +44,28 @@ if os.environ.get('IMAGEN_CHECK_TYPES', '1') == '1':
   install_import_hook(TYPED, f'{typecheck.__name__}.check')
 
 
+def pytest_configure(config):
+  """Makes PyPI's torchvision importable beside a torch for the CPU.
+
+  It is built for CUDA. Its operators then do not load, and its import lacks two
+  declarations. transformers and diffusers import it where it is installed.
+  """
+  if config.getoption('markexpr') != 'parity':
+    return
+  try:
+    import torchvision  # noqa: F401
+  except ImportError:
+    return
+  except RuntimeError:
+    import torch
+
+    config.torchvision = torch.library.Library('torchvision', 'FRAGMENT')
+    for name in ('nms', 'qnms'):
+      config.torchvision.define(
+        f'{name}(Tensor a, Tensor b, float c) -> Tensor'
+      )
+
+
 @pytest.fixture(scope='session')
 def model(tmp_path_factory):
   """A tiny model folder; tests that change it copy it first."""

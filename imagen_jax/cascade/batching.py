@@ -282,8 +282,15 @@ def start_from(
   mask: PIL.Image.Image | None,
   width: int,
   height: int,
+  *,
+  resize: str = 'area',
 ) -> dict[str, np.ndarray]:
   """The image to start from and its mask, `upright`, at a stage's size.
+
+  Args:
+    image, mask: None without.
+    width, height: the stage's size.
+    resize: as in training; a mask is always averaged.
 
   Returns:
     {'image': [H, W, 3] in [−1, 1], 'inpaint_mask': [H, W, 1] of 0 and 1},
@@ -291,7 +298,7 @@ def start_from(
   """
   start = {}
   if image is not None:
-    start['image'] = image_io.to_float(image, width, height)
+    start['image'] = image_io.to_float(image, width, height, resize)
   if mask is not None:
     start['inpaint_mask'] = image_io.to_mask(mask, width, height)
   return start

@@ -315,7 +315,8 @@ class Cascade:
       elif image is not None:
         width, height = self.shape_for(image)
       batching.check_size(stage.name, width, height, stage.net.multiple)
-      start = batching.start_from(image, mask, width, height)
+      rule = self._records[i].config['data']['resize']
+      start = batching.start_from(image, mask, width, height, resize=rule)
       inputs = _stage_inputs(stage, request, embedding, low, start)
       low = self._run_stage(i, config, request, inputs)
       results[stage.name] = conditioning.to_uint8(low)

@@ -122,6 +122,12 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
     help='fid: InceptionV3 weights, .safetensors or .npz',
   )
   add(
+    '--fid_mode',
+    default=EvalConfig.fid_mode,
+    help='fid: resize images for Inception as the package clean-fid (clean) or '
+    'pytorch-fid does',
+  )
+  add(
     '--clip',
     type=user_path,
     help='clip, fid: a CLIP folder in Hugging Face layout',

@@ -25,7 +25,7 @@ from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files, lock
-from imagen_jax.io.decode import BadSample
+from imagen_jax.io.decode import RESIZING, BadSample
 from imagen_jax.io.files import AnyPath
 
 DROPPED = 'dropped.jsonl'
@@ -58,6 +58,7 @@ class Recipe:
       'format_version': FORMAT_VERSION,
       'size': self.size,
       'cleaning': CLEANING,
+      'resizing': RESIZING,
       'text': self.text,
       'of': number,
       'part_size': self.part_size,

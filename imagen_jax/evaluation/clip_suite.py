@@ -59,5 +59,5 @@ class ClipScore(Prompts):
   def provenance(self) -> dict[str, typing.Any]:
     return super().provenance() | {
       'clip_sha256': self.extractor.digest,
-      'resize': self.extractor.resize,
+      'clip_preprocessing': self.extractor.preprocessing,
     }

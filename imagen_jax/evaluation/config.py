@@ -42,6 +42,7 @@ class EvalConfig:
     data: real images with captions (fid).
     source: the data kind of `data` (fid).
     inception: file of InceptionV3 weights (fid).
+    fid_mode: how images enter Inception, 'clean' or 'pytorch-fid' (fid).
     clip: folder of a CLIP model in Hugging Face layout (clip, fid).
     sampling: {one of `SAMPLING`: a value, or a list of one per stage};
       settings left out keep each stage's default.
@@ -71,6 +72,7 @@ class EvalConfig:
   data: str | os.PathLike | None = None
   source: str = 'folder'
   inception: str | os.PathLike | None = None
+  fid_mode: str = 'clean'
   clip: str | os.PathLike | None = None
   sampling: Mapping[str, Value | Sequence[Value]] = dataclasses.field(
     default_factory=dict

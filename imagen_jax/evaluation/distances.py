@@ -139,25 +139,40 @@ def _unit(features: FeaturesA) -> FeaturesA:
 
 
 def precision_recall(
-  real: FeaturesA, generated: FeaturesB, *, k: int = 3, block: int = 1024
+  real: FeaturesA,
+  generated: FeaturesB,
+  *,
+  k: int = 3,
+  size: int = 10_000,
+  seed: int = 0,
+  block: int = 1024,
 ) -> tuple[float, float]:
   """(precision, recall) of generated images (Kynkäänniemi et al. 2019).
 
   A set's manifold is the union of balls around its members, each with the
   distance to the member's k-th neighbour as radius. Precision is the fraction
-  of generated images on the manifold of the real ones, recall the reverse.
+  of generated images on the manifold of the real ones, recall the reverse. Both
+  depend on the number of images, so the same number of random ones is taken of
+  either set.
 
   Args:
     real, generated: features of more than k images each.
     k: the neighbour whose distance is the radius.
+    size: images of each set; at most those of the smaller set.
+    seed: of the choice.
     block: rows at a time.
 
   Raises:
     ValueError: there are too few images.
   """
-  real, generated = (np.asarray(x, np.float64) for x in (real, generated))
-  if min(len(real), len(generated)) <= k:
+  size = min(size, len(real), len(generated))
+  if size <= k:
     raise ValueError(f'precision and recall need more than {k} images')
+  rng = np.random.default_rng(seed)
+  real, generated = (
+    np.asarray(x[rng.choice(len(x), size, replace=False)], np.float64)
+    for x in (real, generated)
+  )
   precision = _on_manifold(generated, real, k, block)
   return precision, _on_manifold(real, generated, k, block)
 

@@ -17,7 +17,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from imagen_jax.errors import UsageError
 from imagen_jax.evaluation import clip, inception
+from imagen_jax.evaluation.preprocessing import MODES
 from imagen_jax.evaluation.weights import read_tensors, with_weights
 from imagen_jax.text import clip_tokenizer
 
@@ -34,12 +36,12 @@ class Extractor:
   Attributes:
     image: N images, read a batch at a time -> float32 [N, D].
     digest: sha256 of the weights' file, 64 hex digits.
-    resize: how images are resized to the network's input.
+    preprocessing: how images become the network's input.
   """
 
   image: Callable[[Images], Features]
   digest: str
-  resize: str
+  preprocessing: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +55,28 @@ class TextExtractor(Extractor):
   text: Callable[[list[str]], Features]
 
 
-def load_inception(path: str | os.PathLike) -> Extractor:
+def load_inception(path: str | os.PathLike, mode: str = 'clean') -> Extractor:
   """The FID's InceptionV3, from a file of the usual converted weights.
 
+  Args:
+    path: of the file.
+    mode: one of `preprocessing.MODES`.
+
   Raises:
+    UsageError: there is no such mode.
     ModelError: the file cannot be read or is of another network.
   """
+  if mode not in MODES:
+    raise UsageError(
+      f'fid_mode is {mode!r}; it can be {" or ".join(MODES)}.', key='fid_mode'
+    )
   tensors, digest = read_tensors(path)
   module, size = inception.InceptionV3(), inception.SIZE
   # fc belongs to the classifier; num_batches_tracked counts training steps.
   ignored = ('fc.', 'AuxLogits.', '.num_batches_tracked')
   apply = with_weights(module, _image(size), tensors, path, ignored=ignored)
-
-  def image(batch: np.ndarray) -> jax.Array:
-    x = _resized(batch, size).astype(np.float32) / 127.5 - 1
-    return apply(x)
-
-  return Extractor(_batched(image), digest, _rule(size))
+  image = lambda batch: apply(MODES[mode](batch))
+  return Extractor(_batched(image), digest, mode)
 
 
 def load_clip(folder: str | os.PathLike) -> TextExtractor:
@@ -103,17 +110,13 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
   return TextExtractor(
     image=_batched(image),
     digest=digest,
-    resize=_rule(vision.image_size),
+    preprocessing=f'Pillow bicubic to {vision.image_size}, rounded',
     text=lambda prompts: encode(tokenize(prompts)),
   )
 
 
 def _image(size: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-
-
-def _rule(size: int) -> str:
-  return f'Pillow bicubic, antialiased, to {size}'
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import random
 import typing
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -25,8 +27,9 @@ from imagen_jax.evaluation.generation import read_images
 from imagen_jax.evaluation.scores import Categories, Score
 from imagen_jax.evaluation.suite import Item, Records, Suite, digest, number
 from imagen_jax.io import files
+from imagen_jax.io.decode import RESIZING
 
-NEIGHBOURS = 10_000  # images of each set for precision and recall
+SAMPLE = 16  # real images, at least, whose pixels identify the set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Fid(Suite):
 
   `num` captions are chosen at random. The images generated from them are
   compared with all real images, cropped square and downsampled to the model's
-  resolution by area averaging.
+  resolution.
 
   Attributes:
     source: of the real images, see `data.sources`.
@@ -43,6 +46,7 @@ class Fid(Suite):
     seed: of the choice of captions.
     inception: `Extractor` for the Fréchet distance, KID, precision, recall.
     clip: `TextExtractor` for CMMD and the CLIP score.
+    settings: JSON-ready, what `source` was made from.
   """
 
   source: Source
@@ -50,8 +54,9 @@ class Fid(Suite):
   seed: int
   inception: Extractor | None = None
   clip: TextExtractor | None = None
+  settings: Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
   label = 'fid'
-  uses = ('num', 'data', 'source', 'inception', 'clip')
+  uses = ('num', 'data', 'source', 'inception', 'fid_mode', 'clip')
 
   @classmethod
   def from_config(cls, config: EvalConfig, resolution: int) -> 'Fid':
@@ -67,15 +72,26 @@ class Fid(Suite):
         'network to compare images with.',
         key='inception',
       )
-    return cls(
-      source=make_source(
-        kind=config.source, size=resolution, path=os.fspath(config.data)
-      ),
-      num=config.num or 30_000,
-      seed=config.seed,
-      inception=load_inception(config.inception) if config.inception else None,
-      clip=load_clip(config.clip) if config.clip else None,
-    )
+    if not config.inception and config.fid_mode != EvalConfig.fid_mode:
+      raise UsageError(
+        'fid_mode has no effect without inception; leave it out.',
+        key='fid_mode',
+      )
+    inception = clip = None
+    if config.inception:
+      inception = load_inception(config.inception, config.fid_mode)
+    if config.clip:
+      clip = load_clip(config.clip)
+    settings: dict[str, typing.Any] = {
+      'kind': config.source,
+      'path': os.fspath(config.data),
+      'size': resolution,
+      'split': 'train',
+      'resize': 'area',
+    }
+    source = make_source(**settings)
+    num = config.num or 30_000
+    return cls(source, num, config.seed, inception, clip, settings)
 
   def heading(self) -> tuple[str, str]:
     return 'Distance from real images', (
@@ -124,10 +140,25 @@ class Fid(Suite):
     result |= {'n': len(items), 'n_real': len(self.source)}
     return {'fid': {'all': result}}
 
+  @functools.cached_property
+  def real(self) -> dict[str, typing.Any]:
+    """All that the real images depend on."""
+    count, pixels = len(self.source), hashlib.sha256()
+    for i in range(0, count, max(1, count // SAMPLE)):
+      pixels.update(self.source[i]['image'].tobytes())
+    return {
+      **self.settings,
+      'resizing': RESIZING,
+      'count': count,
+      'fingerprint': self.source.fingerprint,
+      # Not every source's fingerprint covers the pixels.
+      'sample_sha256': pixels.hexdigest(),
+    }
+
   def _real(self, folder: pathlib.Path, extractor: Extractor) -> FeaturesB:
     """Features of all real images, cached for the next run of a sweep."""
-    captions = digest([self.captions, len(self.source)])
-    path = folder.parent / f'real-{extractor.digest[:16]}-{captions}.npy'
+    key = digest([self.real, extractor.digest, extractor.preprocessing])
+    path = folder.parent / f'real-{key}.npy'
     if path.exists():
       return np.load(path, allow_pickle=False)
     features = extractor.image(
@@ -138,11 +169,11 @@ class Fid(Suite):
     return features
 
   def provenance(self) -> dict[str, typing.Any]:
-    found = {'num': self.num, 'real_resize': 'area'}
+    found = {'num': self.num, 'real': self.real}
     for name in ('inception', 'clip'):
       if extractor := getattr(self, name):
         found[f'{name}_sha256'] = extractor.digest
-        found[f'{name}_resize'] = extractor.resize
+        found[f'{name}_preprocessing'] = extractor.preprocessing
     return found
 
   def notes(self, resolution: int) -> list[str]:
@@ -157,9 +188,7 @@ class Fid(Suite):
 
 def _inception_scores(generated: FeaturesA, real: FeaturesB) -> Score:
   kid, kid_sd = distances.kid(generated, real)
-  precision, recall = distances.precision_recall(
-    real[:NEIGHBOURS], generated[:NEIGHBOURS]
-  )
+  precision, recall = distances.precision_recall(real, generated)
   moments = *distances.moments(generated), *distances.moments(real)
   return {
     'frechet': distances.frechet(*moments),

@@ -18,6 +18,7 @@ from PIL import Image
 from imagen_jax.evaluation.generation import read_image
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Record
+from imagen_jax.io.decode import resize_square
 
 THUMB = 144  # largest side of an image, in pixels
 
@@ -107,10 +108,14 @@ def numbers(categories: Categories) -> str:
 
 def provenance(note: Mapping[str, typing.Any]) -> str:
   """What a suite was measured on, as a collapsed table."""
+  entries = {**note['stages'], **note}
+  del entries['stages']
   rows = {
-    name: ', '.join(f'{k} {v}' for k, v in values.items())
-    for name, values in note['stages'].items()
-  } | {k: v for k, v in note.items() if k != 'stages'}
+    name: ', '.join(f'{k} {v}' for k, v in value.items())
+    if isinstance(value, Mapping)
+    else value
+    for name, value in entries.items()
+  }
   return (
     '<details><summary>What this was measured on</summary>'
     f'{table(rows.items())}</details>'
@@ -134,7 +139,7 @@ def _image(image: UInt8[np.ndarray, 'h w 3'], alt: str) -> str:
   thumb, file = Image.fromarray(image), io.BytesIO()
   kind, style = 'png', 'class="pixels"'
   if image.shape[0] >= THUMB:
-    thumb = thumb.resize((THUMB, THUMB), Image.Resampling.BOX)
+    thumb = Image.fromarray(resize_square(thumb, THUMB))
     kind, style = 'jpeg', ''
   thumb.save(file, kind, quality=85)
   data = base64.b64encode(file.getvalue()).decode()

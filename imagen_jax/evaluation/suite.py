@@ -121,7 +121,7 @@ def check_uses(suite: Suite, config: EvalConfig) -> None:
     UsageError: an option would have no effect.
   """
   ours = ('num', 'categories', 'from_truth', 'prompts', 'num_images', 'data')
-  for key in (*ours, 'source', 'inception', 'clip'):
+  for key in (*ours, 'source', 'inception', 'fid_mode', 'clip'):
     given = getattr(config, key) != getattr(EvalConfig, key)
     if given and key not in suite.uses:
       raise UsageError(

@@ -6,6 +6,7 @@ square is downsampled with antialiasing. Size and format are read from the
 header first, so that a file that would unpack to gigabytes is rejected.
 """
 
+import functools
 import io
 import warnings
 from typing import IO, TypeAlias
@@ -13,6 +14,7 @@ from typing import IO, TypeAlias
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
+from scipy import sparse
 
 from imagen_jax.io.files import AnyPath
 
@@ -26,11 +28,10 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 MAX_PIXELS = 2**26  # 67 million: 201 MB as RGB
 _HUGE = f'it has more than {MAX_PIXELS / 1e6:.0f} million pixels'
 MIN_SIDE = 8  # below this, an image is a line or a tracking pixel
-RESIZE = {
-  'area': Image.Resampling.BOX,
-  'bicubic': Image.Resampling.BICUBIC,
-  'lanczos': Image.Resampling.LANCZOS,
-}
+RESIZE = ('area', 'bicubic', 'lanczos')
+# Version of `RESIZE`, recorded with prepared images.
+RESIZING = 'exact-area-1'
+BAND = 2**18  # pixels that `area` holds as floats at a time
 # Pillow only warns about sizes that are rejected here.
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
@@ -75,7 +76,7 @@ def resize_square(
   image: Image.Image, size: int, resize: str = 'area'
 ) -> UInt8[np.ndarray, '{size} {size} 3']:
   """The central square of an RGB Pillow image, as pixels."""
-  return np.asarray(fit(image, size, size, resize))
+  return fit(image, size, size, resize)
 
 
 def central(size: tuple[int, int], width: int, height: int) -> Box:
@@ -98,12 +99,73 @@ def central(size: tuple[int, int], width: int, height: int) -> Box:
 
 def fit(
   image: Image.Image, width: int, height: int, resize: str = 'area'
-) -> Image.Image:
-  """An image's central part of the target's aspect ratio, resized to it."""
-  # Pillow scales each kernel with the ratio, so all three antialias; BOX is
-  # the mean over the target pixel's area, including fractions of pixels.
+) -> UInt8[np.ndarray, '{height} {width} ...']:
+  """An image's central part of the target's aspect ratio, resized to it.
+
+  Args:
+    image: RGB or grey.
+    width, height: of the result.
+    resize: as in `decode`; an image that is too small is upsampled by bicubic.
+  """
   box = central(image.size, width, height)
-  return image.resize((width, height), RESIZE[resize], box=box)
+  if width > box[2] - box[0]:
+    resize = 'bicubic'
+  if resize == 'area':
+    return area(image, width, height, box)
+  # Pillow scales the kernels with the ratio: they antialias.
+  kernel = Image.Resampling[resize.upper()]
+  return np.asarray(image.resize((width, height), kernel, box))
+
+
+def area(
+  image: Image.Image, width: int, height: int, box: Box
+) -> UInt8[np.ndarray, '{height} {width} ...']:
+  """The mean over each target pixel's area, fractions of pixels included.
+
+  Pillow's BOX is not that mean: it counts a pixel whole or not at all.
+  """
+  left, top, right, bottom = box
+  inner_width, inner_height = right - left, bottom - top
+  whole = not (inner_width % width or inner_height % height)
+  factors = inner_width // width, inner_height // height
+  if whole and (factors[0] * factors[1]).bit_count() == 1:
+    # Pillow's means of blocks are exact, and faster, for powers of two.
+    return np.asarray(image.reduce(factors, box))
+  # Band by band, because floats take four times the memory of an image.
+  rows = max(1, BAND // inner_width * height // inner_height)
+  _, _, across = _overlaps(inner_width, width, 0, width)
+  bands = []
+  for start in range(0, height, rows):
+    stop = min(start + rows, height)
+    first, last, down = _overlaps(inner_height, height, start, stop)
+    x = np.asarray(image.crop((left, top + first, right, top + last)))
+    x = _means(across, _means(down, x).swapaxes(0, 1)).swapaxes(0, 1)
+    bands.append((x + np.float32(0.5)).astype(np.uint8))
+  return np.concatenate(bands)
+
+
+def _means(weights: sparse.csr_array, x: np.ndarray) -> np.ndarray:
+  """Weighted means of the rows of x: [p, q, ...] -> [n, q, ...]."""
+  return (weights @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
+
+
+@functools.lru_cache(maxsize=256)
+def _overlaps(
+  size: int, target: int, start: int, stop: int
+) -> tuple[int, int, sparse.csr_array]:
+  """Weights of `size` pixels in the means of target pixels start … stop − 1.
+
+  Returns:
+    (first, last, the weights of pixels first … last − 1, float32).
+  """
+  # In units in which a pixel is `target` long and a target pixel `size`.
+  first, last = start * size // target, -(-stop * size // target)
+  edges = np.arange(start, stop + 1) * size
+  cuts = np.union1d(edges, np.arange(first + 1, last) * target)
+  weights = (np.diff(cuts) / size).astype(np.float32)
+  columns = cuts[:-1] // target - first
+  entries = weights, columns, np.searchsorted(cuts, edges)
+  return first, last, sparse.csr_array(entries, (stop - start, last - first))
 
 
 def opened(data: Encoded, min_side: int = MIN_SIDE) -> Image.Image:

@@ -107,7 +107,7 @@ def read_low_res(
       f'{path} cannot be used as an image of {side} pixels: it is '
       f'{image.width}×{image.height} pixels, smaller than that.'
     )
-  return np.asarray(decode.fit(image, *shaped(*image.size, side, multiple)))
+  return decode.fit(image, *shaped(*image.size, side, multiple))
 
 
 def open_image(path: AnyPath, mode: str = 'RGB') -> Image.Image:
@@ -144,22 +144,16 @@ def shaped(
 
 
 def to_float(
-  image: Image.Image, width: int, height: int
+  image: Image.Image, width: int, height: int, resize: str = 'area'
 ) -> Float32[np.ndarray, '{height} {width} 3']:
   """The central part of that aspect ratio of an RGB image, in [−1, 1]."""
-  return np.asarray(_resized(image, width, height), np.float32) / 127.5 - 1
+  pixels = decode.fit(image, width, height, resize)
+  return pixels.astype(np.float32) / 127.5 - 1
 
 
 def to_mask(
   image: Image.Image, width: int, height: int
 ) -> Float32[np.ndarray, '{height} {width} 1']:
   """That part of a grey inpaint mask: 1 where it is bright, 0 elsewhere."""
-  pixels = np.asarray(_resized(image, width, height))
+  pixels = decode.fit(image, width, height)
   return (pixels[..., None] >= 127.5).astype(np.float32)
-
-
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-  """Box-downsampled as in training, or upsampled with bicubic."""
-  left, _, right, _ = decode.central(image.size, width, height)
-  resize = 'bicubic' if width > right - left else 'area'
-  return decode.fit(image, width, height, resize)

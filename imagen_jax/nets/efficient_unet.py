@@ -2,7 +2,10 @@
 
 It differs from the base U-Net in three ways: most residual blocks are at the
 low resolutions, where they are cheap; residual sums are divided by √2; a block
-downsamples before its convolutions and upsamples after them. The residual
+downsamples before its convolutions and upsamples after them. What happens at
+the full resolution is reduced to the first convolution, whose features join the
+last block's (Figure A.30 has a block there): without them the network cannot
+tell the pixels of a 2×2 block apart, and eps at high noise is z. The residual
 blocks of a level have equal shapes and are one `nn.scan` over stacked
 parameters, which keeps compilation short.
 """
@@ -199,6 +202,7 @@ class EfficientUNet(Network):
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
     h = conv_in(h, self.channels[0], self.dtype)
+    full = h
     skips: list[Any] = []
     for b, width in enumerate(self.channels):
       if self.strides[b] > 1 or h.shape[-1] != width:
@@ -222,6 +226,9 @@ class EfficientUNet(Network):
       if self.strides[b] > 1 or above != self.channels[b]:
         h = conv(above, dtype=self.dtype, name=f'up_{b}_conv')(h)
 
+    h = conv(self.channels[0], kernel=1, dtype=self.dtype, name='join')(
+      jnp.concatenate([h, full], axis=-1)
+    )
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
     return conv(
       self.out_channels, zero=True, dtype=jnp.float32, name='conv_out'

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from imagen_jax.io.decode import resize_square
 from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Group, Meaning, pick
@@ -215,7 +216,7 @@ class EmojiSource(World):
     return scene(self.seed, self.split, i, self.names)
 
   def render(self, scene: Scene) -> UInt8[np.ndarray, 'size size 3']:
-    # Supersampled, then box-averaged: edges and positions are subpixel-exact.
+    # Supersampled, then averaged: edges and positions are subpixel-exact.
     side = max(1, 256 // self.size) * self.size
     image = Image.new('RGB', (side, side), BACKGROUND[scene.background])
     for name, x, y, diameter in scene.things:
@@ -225,8 +226,7 @@ class EmojiSource(World):
       thing = thing.resize((width, height), Image.Resampling.LANCZOS)
       corner = round(x * side - width / 2), round(y * side - height / 2)
       image.paste(thing, corner, thing)
-    shape = self.size, self.size
-    return np.asarray(image.resize(shape, Image.Resampling.BOX))
+    return resize_square(image, self.size)
 
   @staticmethod
   def scenes(

@@ -9,6 +9,7 @@ itself errs.
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -37,16 +38,15 @@ class Verdict:
 def related(a: Found, word: str, b: Found) -> bool:
   """Whether found thing a is `word` thing b.
 
-  As in GenEval (Ghosh et al. 2023), the offset of the centres is first reduced
-  by a tenth of the two extents, and must then point within 60° of the word's
-  direction.
+  As in GenEval (Ghosh et al. 2023): the offset of the centres along the word's
+  direction, reduced by a tenth of the two extents, must exceed half of the
+  whole offset.
   """
   dx, dy = a.x - b.x, a.y - b.y
-  slack_x, slack_y = 0.1 * (a.width + b.width), 0.1 * (a.height + b.height)
-  dx = max(abs(dx) - slack_x, 0) * (1 if dx > 0 else -1)
-  dy = max(abs(dy) - slack_y, 0) * (1 if dy > 0 else -1)
   along = {'left of': -dx, 'right of': dx, 'above': -dy, 'below': dy}[word]
-  return bool(along > 0.5 * (dx * dx + dy * dy) ** 0.5)
+  across = word in ('left of', 'right of')
+  extents = a.width + b.width if across else a.height + b.height
+  return bool(along - 0.1 * extents > 0.5 * math.hypot(dx, dy))
 
 
 def _aspects(

@@ -308,6 +308,25 @@ def test_inpainting_keeps_the_rest_to_the_bit_in_any_shape(cascade):
   np.testing.assert_array_equal(out['sr1'][0][large], resized[large])
 
 
+def test_a_given_image_is_resized_as_the_stages_training_images(
+  model, tmp_path
+):
+  copy = shutil.copytree(model, tmp_path / 'm')
+  path = copy / 'base' / 'stage.json'
+  record = json.loads(path.read_text())
+  record['config']['data']['resize'] = 'lanczos'
+  path.write_text(json.dumps(record))
+  pixels = np.random.default_rng(0).integers(0, 256, (24, 48, 3), np.uint8)
+  image, mask = Image.fromarray(pixels), Image.new('L', (48, 24))
+  mask.paste(255, (0, 0, 24, 24))  # the left half
+  out = generate(imagen_jax.load(copy), [RED], image=image, mask=mask)
+  for name, width, rule in ('base', 16, 'lanczos'), ('sr1', 32, 'area'):
+    expected = image_io.to_float(image, width, width // 2, rule)
+    kept = out[name][0][:, width // 2 :]
+    expected = conditioning.to_uint8(expected)[:, width // 2 :]
+    np.testing.assert_array_equal(kept, expected)
+
+
 def test_the_shape_of_a_given_image_is_kept_as_far_as_the_networks_allow(
   cascade,
 ):

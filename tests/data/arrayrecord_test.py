@@ -11,6 +11,7 @@ from PIL import Image
 
 from imagen_jax.cli import prepare as command_line
 from imagen_jax.data import arrayrecord
+from imagen_jax.data import prepare as preparation
 from imagen_jax.data.arrayrecord import ArrayRecordSource
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.prepare import Recipe, prepare
@@ -193,6 +194,17 @@ def test_other_settings_or_other_files_are_not_overwritten(images, tmp_path):
   (images / '0.txt').write_text('another caption')
   with pytest.raises(UsageError, match='fingerprint'):
     write(images, out)
+
+
+def test_images_of_an_older_resize_are_not_mixed_with_new_ones(
+  images, tmp_path, monkeypatch
+):
+  out = tmp_path / 'out'
+  write(images, out)
+  monkeypatch.setattr(preparation, 'RESIZING', 'exact-area-2')
+  with pytest.raises(UsageError) as error:
+    write(images, out)
+  assert error.value.key == 'out'
 
 
 def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):

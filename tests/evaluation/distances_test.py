@@ -103,7 +103,7 @@ def test_cmmd_is_that_of_naive_loops_over_unit_vectors(rng):
 
 def test_precision_and_recall_are_those_of_naive_loops(rng):
   real = rng.normal(size=(30, 3))
-  generated = 0.3 * rng.normal(size=(20, 3))
+  generated = 0.3 * rng.normal(size=(30, 3))
 
   def naive(points, centres, k):
     inside = 0
@@ -119,6 +119,24 @@ def test_precision_and_recall_are_those_of_naive_loops(rng):
   assert found == (naive(generated, real, 2), naive(real, generated, 2))
   # Generated features near the mean have high precision and low recall.
   assert found[0] > 0.9 > 0.6 > found[1]
+
+
+def test_precision_and_recall_do_not_depend_on_the_order_of_the_images(rng):
+  # Ten classes, far from each other; the real images are sorted by class.
+  classes = rng.normal(size=(10, 4)) * 100
+  real = classes.repeat(120, 0) + rng.normal(size=(1200, 4))
+  generated = np.tile(classes, (30, 1)) + rng.normal(size=(300, 4))
+  found = distances.precision_recall(real, generated, size=600)
+  assert min(found) > 0.75
+  shuffled = rng.permutation(real)
+  again = distances.precision_recall(shuffled, generated, size=600)
+  np.testing.assert_allclose(found, again, atol=0.1)
+
+
+def test_precision_and_recall_compare_sets_of_equal_size(rng):
+  real, generated = rng.normal(size=(1000, 6)), rng.normal(size=(29, 6))
+  for value in distances.precision_recall(real, generated):
+    assert value * 29 == pytest.approx(round(value * 29), abs=1e-9)
 
 
 def test_the_clip_score_is_100_times_the_cosine():

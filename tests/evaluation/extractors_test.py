@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from imagen_jax.errors import ModelError
-from imagen_jax.evaluation import clip, extractors, inception, weights
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.evaluation import (
+  clip,
+  extractors,
+  inception,
+  preprocessing,
+  weights,
+)
 from tests import tiny_clip
 
 PROMPTS = ['a red star', 'two blue moons, a cat', 'zebra']
@@ -57,7 +63,40 @@ def test_inception_is_read_from_an_npz_file(tmp_path):
   found = extractors.load_inception(path)
   features = found.image(IMAGES[:2])
   assert features.shape == (2, 2048) and np.isfinite(features).all()
-  assert len(found.digest) == 64 and '299' in found.resize
+  assert len(found.digest) == 64 and found.preprocessing == 'clean'
+
+
+def test_an_unknown_mode_of_the_fid_is_refused(tmp_path):
+  with pytest.raises(UsageError) as error:
+    extractors.load_inception(tmp_path / 'w.npz', 'legacy')
+  assert error.value.key == 'fid_mode'
+
+
+def stripes(side, period):
+  """Black, with every `period`-th column white, the middle one of each."""
+  image = np.zeros((1, side, side, 3), np.uint8)
+  image[:, :, period // 2 :: period] = 255
+  return image
+
+
+def test_only_the_mode_clean_antialiases():
+  # Bilinear samples the middle of every three columns, which are all white.
+  image = stripes(3 * 299, 3)
+  np.testing.assert_allclose(preprocessing.pytorch_fid(image), 1, atol=1e-6)
+  mean = preprocessing.clean(image)[:, :, 3:-3].mean()
+  assert mean == pytest.approx((255 / 3 - 128) / 128, abs=1e-3)
+
+
+def test_images_are_neither_rounded_nor_resized_without_need():
+  grey = np.arange(256, dtype=np.uint8)[None, :, None, None]
+  grey = np.broadcast_to(grey, (1, 256, 256, 3))
+  levels = preprocessing.clean(grey) * 128 + 128
+  assert np.abs(levels - levels.round()).max() > 0.4
+  same = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3), np.uint8)
+  found = preprocessing.clean(same)
+  np.testing.assert_array_equal(found, (same - np.float32(128)) / 128)
+  found = preprocessing.pytorch_fid(same)
+  np.testing.assert_allclose(found, same / np.float32(127.5) - 1, atol=1e-6)
 
 
 def test_clips_features_do_not_depend_on_the_batch(tmp_path):
@@ -166,29 +205,86 @@ def test_clip_equals_transformers(tmp_path, act, eos):
     assert difference < 2e-6
 
 
-@pytest.mark.parity
-def test_inception_equals_pytorch_fid(tmp_path, monkeypatch):
+def pytorch_fid(tensors, monkeypatch):
+  """The package's Inception, with these weights."""
   torch = pytest.importorskip('torch')
-  try:
-    from pytorch_fid import inception as reference
-  except (ImportError, RuntimeError) as error:  # a torchvision that fits not
-    pytest.skip(f'not run, no reference: {error}')
-  tensors = random_inception()
+  package = pytest.importorskip('pytorch_fid.inception')
   state = {k: torch.from_numpy(v) for k, v in tensors.items()}
   state['fc.weight'] = torch.zeros(1008, 2048)
   state['fc.bias'] = torch.zeros(1008)
   monkeypatch.setattr(
-    reference, 'load_state_dict_from_url', lambda *_, **__: state
+    package, 'load_state_dict_from_url', lambda *_, **__: state
   )
-  theirs = reference.InceptionV3(resize_input=False).eval()
-  save_file(tensors, tmp_path / 'w.safetensors')
-  ours = extractors.load_inception(tmp_path / 'w.safetensors')
-  rng = np.random.default_rng(1)
-  images = rng.integers(0, 256, (2, 299, 299, 3), np.uint8)
-  pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
+  return package.InceptionV3().eval()
+
+
+def features_of_clean_fid(images, network, folder):
+  torch = pytest.importorskip('torch')
+  resize = pytest.importorskip('cleanfid.resize').build_resizer('clean')
+  package = pytest.importorskip('cleanfid.inception_torchscript')
+
+  class Published(torch.nn.Module):
+    """The interface of the file that clean-fid downloads."""
+
+    def __init__(self):
+      super().__init__()
+      self.layers = torch.nn.Sequential(*network.blocks)
+
+    def forward(self, x):
+      return self.layers(x)
+
+  module = torch.jit.trace(Published().eval(), torch.zeros(1, 3, 299, 299))
+  module.save(folder / 'inception-2015-12-05.pt')
+  x = np.stack([resize(image) for image in images]).transpose(0, 3, 1, 2)
   with torch.no_grad():
-    expected = theirs(pixels)[0][:, :, 0, 0].numpy()
+    loaded = package.InceptionV3W(str(folder), download=False)
+    return loaded(torch.from_numpy(x)).numpy()
+
+
+def features_of_pytorch_fid(images, network, folder):
+  torch = pytest.importorskip('torch')
+  x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0  # as ToTensor
+  with torch.no_grad():
+    return network(x)[0][:, :, 0, 0].numpy()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  'mode, reference',
+  [
+    ('clean', features_of_clean_fid),
+    ('pytorch-fid', features_of_pytorch_fid),
+  ],
+)
+def test_features_equal_those_of_the_package(
+  tmp_path, monkeypatch, mode, reference
+):
+  tensors = random_inception()
+  save_file(tensors, tmp_path / 'w.safetensors')
+  rng = np.random.default_rng(1)
+  images = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
+  network = pytorch_fid(tensors, monkeypatch)
+  expected = reference(images, network, tmp_path)
+  ours = extractors.load_inception(tmp_path / 'w.safetensors', mode)
   found = ours.image(images)
   difference = np.abs(found - expected).max() / np.abs(expected).max()
   print(f'largest difference {difference:.1e} of the largest feature')
   assert difference < 1e-4
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('side', [64, 256, 299, 1024])
+def test_inputs_of_inception_equal_those_of_the_packages(side):
+  torch = pytest.importorskip('torch')
+  resize = pytest.importorskip('cleanfid.resize').build_resizer('clean')
+  rng = np.random.default_rng(2)
+  images = rng.integers(0, 256, (2, side, side, 3), np.uint8)
+  expected = (np.stack([resize(image) for image in images]) - 128) / 128
+  np.testing.assert_array_equal(preprocessing.clean(images), expected)
+  x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
+  resized = torch.nn.functional.interpolate(
+    x, size=(299, 299), mode='bilinear', align_corners=False
+  )
+  expected = (2 * resized - 1).permute(0, 2, 3, 1).numpy()
+  found = preprocessing.pytorch_fid(images)
+  np.testing.assert_allclose(found, expected, atol=1e-6)

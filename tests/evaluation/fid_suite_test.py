@@ -1,9 +1,13 @@
 """The FID protocol, with an image's mean colour as its features."""
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from imagen_jax.data.source import Source
-from imagen_jax.evaluation import report
+from imagen_jax.errors import UsageError
+from imagen_jax.evaluation import fid_suite, report
+from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.extractors import Extractor, TextExtractor
 from imagen_jax.evaluation.fid_suite import Fid
 from tests.evaluation.runs import finish
@@ -59,3 +63,82 @@ def test_images_near_the_real_ones_score_better_than_others(tmp_path):
   assert len(list(tmp_path.glob('fid/real-*.npy'))) == 2
   page = report.write(tmp_path).read_text()
   assert 'Fréchet distance against CLIP score' in page
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+  """Evaluates into one folder: settings -> (computations, provenance).
+
+  Computations are those of the real images' features.
+  """
+  data = tmp_path / 'real'
+  computed: list[str] = []
+  data.mkdir()
+  for i in range(6):
+    rng = np.random.default_rng(i)
+    pixels = rng.integers(0, 256, (20, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(data / f'{i}.png')
+    (data / f'{i}.txt').write_text('grey 3')
+
+  def load(path, mode):
+    def image(images):
+      computed.append(mode)
+      return mean_colour(images)
+
+    return Extractor(image, path * 64, mode)
+
+  monkeypatch.setattr(fid_suite, 'load_inception', load)
+
+  def evaluate(resolution=8, weights='a', mode='clean'):
+    config = EvalConfig(data=data, inception=weights, fid_mode=mode)
+    suite = Fid.from_config(config, resolution)
+    finish(tmp_path, suite, grey)
+    real = len(computed) - 1  # one call is for the generated images
+    computed.clear()
+    return real, suite.provenance()
+
+  evaluate.data = data
+  return evaluate
+
+
+def repaint(data):
+  """Other pixels under the same names and captions."""
+  for path in data.glob('*.png'):
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'resolution': 16},
+    {'weights': 'b'},
+    {'mode': 'pytorch-fid'},
+    'other pixels',
+    'other resize',
+  ],
+  ids=str,
+)
+def test_features_of_real_images_are_reused_for_the_same_images_only(
+  evaluated, change, monkeypatch
+):
+  assert [evaluated()[0] for _ in range(2)] == [1, 0]
+  if change == 'other pixels':
+    repaint(evaluated.data)
+  elif change == 'other resize':
+    monkeypatch.setattr(fid_suite, 'RESIZING', 'another')
+  settings = change if isinstance(change, dict) else {}
+  assert [evaluated(**settings)[0] for _ in range(2)] == [1, 0]
+
+
+def test_the_scores_say_how_images_were_prepared(evaluated):
+  _, note = evaluated(mode='pytorch-fid')
+  assert note['inception_preprocessing'] == 'pytorch-fid'
+  assert note['real']['size'] == 8 and note['real']['resize'] == 'area'
+  assert note['real']['count'] == 6 and note['real']['fingerprint']
+
+
+def test_a_mode_without_inception_is_refused():
+  config = EvalConfig(data='a', clip='b', fid_mode='pytorch-fid')
+  with pytest.raises(UsageError) as error:
+    Fid.from_config(config, 8)
+  assert error.value.key == 'fid_mode'

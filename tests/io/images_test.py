@@ -111,6 +111,68 @@ def test_huge_tiny_cut_and_missing_images_are_refused(tmp_path, monkeypatch):
       images.open_image(tmp_path / name)
 
 
+def area_of(image, width, height):
+  """Means over target pixels, by the overlap of every two intervals."""
+
+  def weights(size, target):
+    edges = np.arange(target + 1)[:, None] * size / target
+    low, high = np.arange(size), np.arange(1, size + 1)
+    return np.clip(
+      np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None
+    ) / (size / target)
+
+  down, across = weights(image.height, height), weights(image.width, width)
+  return np.einsum(
+    'ip,pq...,jq->ij...', down, np.asarray(image), across, optimize=True
+  )
+
+
+def test_area_counts_fractions_of_pixels():
+  row = np.array([[0, 0, 255]], np.uint8).repeat(3, 0)
+  found = decode.resize_square(Image.fromarray(row), 2)
+  np.testing.assert_array_equal(found, [[0, 170]] * 2)
+
+
+@pytest.mark.parametrize(
+  'size, target',
+  [
+    ((60, 60), (50, 50)),
+    ((77, 61), (48, 40)),
+    ((64, 64), (8, 8)),
+    ((45, 50), (9, 40)),
+    ((51, 60), (17, 17)),
+    ((1030, 517), (24, 24)),
+  ],
+)
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_area_is_the_mean_over_each_target_pixel(
+  size, target, mode, monkeypatch
+):
+  monkeypatch.setattr(decode, 'BAND', 2**12)  # in several bands
+  image = Image.fromarray(photo(*size[::-1])).convert(mode)
+  box = decode.central(size, *target)
+  found = decode.fit(image, *target)
+  assert np.abs(found - area_of(image.crop(box), *target)).max() < 0.501
+
+
+@pytest.mark.parametrize('side', [256, 300, 410, 512])
+def test_the_mean_of_blocks_of_an_areas_mean_is_that_of_larger_areas(side):
+  image = Image.fromarray(photo(side, side))
+  large = decode.resize_square(image, 256).astype(float)
+  blocks = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
+  small = decode.resize_square(image, 64)
+  assert np.abs(blocks - small).max() <= 1  # each is rounded
+
+
+def test_a_low_resolution_image_is_upsampled_by_bicubic(tmp_path):
+  image = Image.fromarray(photo(8, 13))
+  image.save(tmp_path / 'a.png')
+  found = images.read_low_res(tmp_path / 'a.png', 8, 8)
+  box = decode.central(image.size, 16, 8)
+  expected = image.resize((16, 8), Image.Resampling.BICUBIC, box)
+  np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize('size', [(40, 30), (30, 40), (33, 8), (8, 33)])
 @pytest.mark.parametrize('shape', [(16, 16), (24, 16), (16, 24), (40, 30)])
 def test_a_given_image_is_cropped_to_its_centre_and_not_stretched(size, shape):
@@ -122,16 +184,19 @@ def test_a_given_image_is_cropped_to_its_centre_and_not_stretched(size, shape):
   assert abs(width * shape[1] - height * shape[0]) <= max(shape) / 2
   # The pixels are those of that part, for the image and for its mask.
   image = Image.fromarray(photo(size[1], size[0]))
-  kind = Image.Resampling.BOX
-  if width < shape[0]:
-    kind = Image.Resampling.BICUBIC
-  part = image.resize(shape, kind, (left, top, right, bottom))
-  expected = np.asarray(part, np.float32) / 127.5 - 1
-  np.testing.assert_array_equal(images.to_float(image, *shape), expected)
+
+  def resized(image):
+    box = left, top, right, bottom
+    if width < shape[0]:
+      return np.asarray(image.resize(shape, Image.Resampling.BICUBIC, box))
+    return area_of(image.crop(box), *shape)
+
+  found = (images.to_float(image, *shape) + 1) * 127.5
+  assert np.abs(found - resized(image)).max() <= 1
   grey = image.convert('L')
-  part = grey.resize(shape, kind, (left, top, right, bottom))
-  expected = np.asarray(part)[..., None] >= 128
-  np.testing.assert_array_equal(images.to_mask(grey, *shape), expected)
+  expected, found = resized(grey), images.to_mask(grey, *shape)
+  clear = np.abs(expected - 127.5) > 1
+  np.testing.assert_array_equal(found[clear, 0], expected[clear] >= 128)
 
 
 def test_a_given_image_is_downsampled_by_its_mean_as_in_training():

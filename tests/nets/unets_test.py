@@ -147,6 +147,25 @@ def test_scan_and_remat_change_no_gradient(change):
   )
 
 
+def test_the_pixels_of_a_block_are_told_apart():
+  """An input that repeats a 2×2 tile gives more than its mean, inside."""
+  net = EfficientUNet(
+    channels=(8,),
+    num_res_blocks=(1,),
+    strides=(2,),
+    self_attention=(False,),
+    text_attention=(False,),
+    emb_channels=8,
+    norm_groups=2,
+  )
+  z, logsnr, text, mask, low_res, level = inputs(net, 2)
+  tiled = lambda x: jnp.tile(x, (1, 20, 20, 1))
+  args = tiled(z), logsnr, text, mask, tiled(low_res), level
+  shapes = jax.eval_shape(net.init, jax.random.key(0), *args)
+  middle = jax.jit(net.apply)(random_like(shapes), *args)[:, 18:20, 18:20]
+  assert np.ptp(middle, axis=(1, 2)).min() > 0.1
+
+
 def test_blocks_of_a_run_are_stacked():
   kernel = params('fused')['down_1']['res']['conv1']['kernel']
   assert kernel.shape == (2, 3, 3, 16, 16)
@@ -176,6 +195,7 @@ def test_residual_sums_are_divided_by_sqrt_2():
     p['conv_in']['kernel'][1, 1, :3, :3] = np.eye(3)
     # In the decoder the shortcut passes the block's input, not the skip.
     p['up_0']['res']['shortcut']['kernel'][:, 0, 0, :4, :] = np.eye(4)
+    p['join']['kernel'][0, 0, :4] = np.eye(4)
     p['norm_out']['scale'][:] = 1
     last = lambda module, _: module.name == 'norm_out'
     apply = functools.partial(net.apply, capture_intermediates=last)

@@ -148,10 +148,18 @@ def test_relations_follow_the_offset_less_a_tenth_of_the_extents():
   assert related(at(0.5, 0.2), 'above', thing)
   assert related(at(0.5, 0.8), 'below', thing)
   assert not related(at(0.2, 0.5), 'right of', thing)
-  # The limit is 60 degrees, after 0.04 is subtracted from each offset.
-  assert related(at(0.5 - 0.14, 0.5 - 0.04 - 0.17), 'left of', thing)
-  assert not related(at(0.5 - 0.14, 0.5 - 0.04 - 0.18), 'left of', thing)
-  assert not related(at(0.47, 0.5), 'left of', thing)
+  # 0.04 is a tenth of the extents: 0.14 − 0.04 is half of an offset of 0.2,
+  # which is (0.14, 0.1428), and 0.08 − 0.04 is half of 0.08.
+  for y in (0.5 - 0.142, 0.5 + 0.142):
+    assert related(at(0.5 - 0.14, y), 'left of', thing)
+  for y in (0.5 - 0.144, 0.5 + 0.144):
+    assert not related(at(0.5 - 0.14, y), 'left of', thing)
+  assert related(at(0.5, 0.5 - 0.081), 'above', thing)
+  assert not related(at(0.5, 0.5 - 0.079), 'above', thing)
+  # Of two directions, both may hold or none.
+  assert related(at(0.8, 0.8), 'right of', thing)
+  assert related(at(0.8, 0.8), 'below', thing)
+  assert not related(thing, 'left of', thing)
 
 
 def test_specks_are_ignored_and_blobs_are_not():
