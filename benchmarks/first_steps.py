@@ -42,7 +42,7 @@ def make_errors(run):
   @jax.jit
   def errors(params, frozen):
     x = batch['image'].astype(np.float32) / 127.5 - 1
-    text = run.condition(batch, frozen)['text']
+    text = run.condition(jax.random.key(0), batch, frozen)['text']
     extra = ()
     if stage.low_resolution is not None:
       low = conditioning.box_downsample(x, stage.low_resolution)

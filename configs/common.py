@@ -46,9 +46,16 @@ RANGES = {
   'stage.schedule.beta_end': '(0, 1)',
   'stage.schedule.num_steps': '[2, inf)',
   'stage.schedule.shift_from': '[1, 65536]',
+  'stage.schedule.shift_to': '[1, 65536]',
   'stage.schedule.resolution': '[1, 65536]',
   'stage.sampling.steps': '[1, 1000000]',
   'stage.sampling.guidance': '[0, inf)',
+  'stage.sampling.guidance_schedule': '[0, inf)',
+  'stage.sampling.guidance_rescale': '[0, 1]',
+  'stage.sampling.apg_eta': '[0, 1]',
+  'stage.sampling.apg_norm': '(0, inf)',
+  'stage.sampling.apg_momentum': '(-1, 1)',
+  'stage.sampling.autoguidance': '[0, inf)',
   'stage.sampling.percentile': '(0, 100]',
   'stage.sampling.aug_level': '[0, 1]',
   'stage.sampling.gamma': '[0, 1]',
@@ -95,6 +102,7 @@ RANGES = {
 # Keys that may be None besides those whose default is None.
 NULLABLE = (
   'stage.schedule.shift_from',
+  'stage.schedule.shift_to',
   'stage.schedule.resolution',
   'stage.sampling.threshold',
   'train.sample_every',
@@ -154,7 +162,9 @@ def stage() -> dict[str, Any]:
     'net': {'kind': 'unet'},
     # log-SNR over time: 'cosine' (F.1, F.2; logsnr_min, logsnr_max) or
     # 'linear' (F.3; beta_start, beta_end, num_steps, logsnr_max). With
-    # shift_from and resolution it is shifted (simple diffusion).
+    # shift_from and resolution it is shifted (simple diffusion), with shift_to
+    # too interpolated: shifted from shift_from pixels at t = 1 and from
+    # shift_to at t = 0.
     'schedule': {'kind': 'cosine'},
     # What the network predicts: 'eps' (the paper's), 'v' or 'x'.
     'prediction': 'eps',
@@ -186,7 +196,8 @@ def stage() -> dict[str, Any]:
 def sampling() -> dict[str, Any]:
   """The default sampling settings of a stage."""
   return {
-    # 'ddpm' (ancestral, the paper's), 'ddim' or 'dpmpp'.
+    # 'ddpm' (ancestral, the paper's), 'ddim', 'dpmpp' (DPM-Solver++ 2M),
+    # 'dpmpp_sde' (its stochastic form) or 'unipc'.
     'sampler': 'ddpm',
     # Evaluations of the network, of both branches with guidance.
     'steps': 256,
@@ -195,6 +206,22 @@ def sampling() -> dict[str, Any]:
     'guidance': 1.0,
     # (lowest, highest) log-SNR at which to guide; None: always.
     'guidance_interval': placeholder(tuple),
+    # Factors of w − 1, evenly spaced from noise to image and interpolated, such
+    # as (0, 1) for a linear ramp; None: 1 everywhere. See `guidance.ramp`.
+    'guidance_schedule': placeholder(tuple),
+    # φ of guidance rescale, in [0, 1]: how much of the conditional prediction's
+    # contrast is restored (Lin et al. 2024); 0 is none.
+    'guidance_rescale': 0.0,
+    # Adaptive projected guidance (Sadat et al. 2024): the fraction of guidance
+    # along the image, in [0, 1]; 1 keeps all of it,
+    'apg_eta': 1.0,
+    # the largest norm of the guidance of an image; None: any,
+    'apg_norm': placeholder(float),
+    # and the momentum from step to step, in (−1, 1); theirs is negative.
+    'apg_momentum': 0.0,
+    # Weight of autoguidance (Karras et al. 2024), for which a weaker model is
+    # given when sampling; 1 is none. Sample grids of training do without.
+    'autoguidance': 1.0,
     # 'dynamic' (2.3), 'static' or None.
     'threshold': 'dynamic',
     # Of dynamic thresholding, on a scale of 0 to 100; 99.5 in the paper.
@@ -209,7 +236,7 @@ def sampling() -> dict[str, Any]:
     'eta': 0.0,
     # Time to which a starting image is noised, in (0, 1].
     'strength': 1.0,
-    # Steps are evenly spaced in 'time' or in 'logsnr'.
+    # Steps are evenly spaced in 'time' or in 'logsnr', both from t = 1.
     'grid': 'time',
   }
 

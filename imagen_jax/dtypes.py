@@ -1,5 +1,8 @@
 """The dtype of activations."""
 
+import contextlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -32,3 +35,19 @@ def resolve_dtype(name: str) -> DTypeLike:
   if device.platform == 'gpu' and capability and float(capability) >= 8:
     return jnp.bfloat16
   return jnp.float32
+
+
+def matmul_precision(
+  dtype: DTypeLike,
+) -> contextlib.AbstractContextManager[object]:
+  """Where float32 activations are multiplied in float32, in jax's 'highest'.
+
+  By default a TPU multiplies float32 in bfloat16, and an NVIDIA GPU in
+  TensorFloat-32. To choose that, set JAX_DEFAULT_MATMUL_PRECISION, which takes
+  precedence. For other dtypes nothing changes.
+  """
+  config: Any = jax.config  # its options have no types
+  chosen = config.jax_default_matmul_precision
+  if jnp.dtype(dtype) != jnp.float32 or chosen is not None:
+    return contextlib.nullcontext()
+  return jax.default_matmul_precision('highest')

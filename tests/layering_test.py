@@ -26,8 +26,8 @@ BELOW = {
     'typing',
   },
   'training': {
-    'errors', 'cascade', 'data', 'dtypes', 'io', 'kinds', 'sharding', 'text',
-    'typing',
+    'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io', 'kinds',
+    'sharding', 'text', 'typing',
   },
   'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'text'},
   'worlds': {

@@ -85,20 +85,27 @@ def build(made_config, encoder):
 def write(folder):
   """Writes a model folder with stages base and sr1."""
   tiny_text.random_folder(folder / 'text')
-  encoder = load_text_encoder(folder / 'text')
   for i, name in enumerate(['base', 'sr1']):
-    made = config(name)
-    made.text.path = str(folder / 'text')
-    model_folder.save_stage(
-      folder / name,
-      random_params(build(made, encoder), i),
-      config=made.to_dict(),
-      text={
-        'dim': encoder.dim,
-        'max_len': MAX_LEN,
-        'digest': encoder.digest,
-      },
-      provenance={},
-      dtype='float32',
-    )
+    _write_stage(folder, config(name), folder / 'text', i)
   return folder
+
+
+def write_weak(folder, model):
+  """Writes a folder with a smaller network of `model`'s stage base."""
+  made = config()
+  made.stage.net.channels = 4
+  _write_stage(folder, made, model / 'text', 2)
+  return folder
+
+
+def _write_stage(folder, made, text, seed):
+  encoder = load_text_encoder(text)
+  made.text.path = str(text)
+  model_folder.save_stage(
+    folder / made.stage.name,
+    random_params(build(made, encoder), seed),
+    config=made.to_dict(),
+    text={'dim': encoder.dim, 'max_len': MAX_LEN, 'digest': encoder.digest},
+    provenance={},
+    dtype='float32',
+  )

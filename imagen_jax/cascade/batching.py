@@ -21,6 +21,8 @@ from imagen_jax.io import images as image_io
 from imagen_jax.typing import KeyData
 
 SEEDS = 2**32  # jax silently drops higher bits
+# Fields of `SamplingConfig` whose values are tuples.
+TUPLES = ('guidance_interval', 'guidance_schedule')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +178,8 @@ def per_stage(
 ) -> list[dict[str, Any]]:
   """The choices of each stage, from one value for all or a list of one each.
 
-  None keeps the stage's default. A tuple counts as a list, except for
-  `guidance_interval`.
+  None keeps the stage's default. A tuple counts as a list, except for the
+  fields in `TUPLES`; a list of these holds lists or tuples.
 
   Raises:
     UsageError: a list of another length.
@@ -185,7 +187,7 @@ def per_stage(
   result: list[dict[str, Any]] = [{} for _ in names]
   for key, value in choices.items():
     listed = isinstance(value, list)
-    listed |= isinstance(value, tuple) and key != 'guidance_interval'
+    listed |= isinstance(value, tuple) and key not in TUPLES
     if listed and len(value) != len(names):
       raise UsageError(
         f'{key} has {len(value)} values for {len(names)} stages '
@@ -194,7 +196,7 @@ def per_stage(
       )
     for chosen, own in zip(result, value if listed else [value] * len(names)):
       if own is not None:
-        chosen[key] = own
+        chosen[key] = tuple(own) if isinstance(own, list) else own
   return result
 
 

@@ -18,7 +18,13 @@ import numpy as np
 import PIL.Image
 
 from imagen_jax import sharding
-from imagen_jax.cascade import batching, conditioning, sampling, settings
+from imagen_jax.cascade import (
+  autoguidance,
+  batching,
+  conditioning,
+  sampling,
+  settings,
+)
 from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.sampling import SampleInputs
@@ -28,6 +34,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
 from imagen_jax.io.paths import user_path
+from imagen_jax.nets.network import Network
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import Image, TextEmb, TextMask
 
@@ -39,6 +46,7 @@ def load(
   stages: Sequence[str] | None = None,
   fsdp: int | None = None,
   devices: Sequence[jax.Device] | None = None,
+  weak_model: str | pathlib.Path | None = None,
 ) -> 'Cascade':
   """Opens a model folder; weights are loaded when sampling.
 
@@ -51,17 +59,24 @@ def load(
       that hold it.
     devices: those to generate on. By default all of them, and every process
       then generates the same images.
+    weak_model: a folder with weaker models of some of the stages, or of one,
+      for `autoguidance`, such as an earlier checkpoint or a smaller network.
 
   Raises:
-    ModelError: the folder is missing, incomplete or corrupted, or a stage
-      does not upsample the images of the one before it.
-    UsageError: a name in `stages` is unknown.
+    ModelError: a folder is missing, incomplete or corrupted, or a stage does
+      not upsample the images of the one before it or is not that of
+      `weak_model`.
+    UsageError: a name in `stages` is unknown, or none is in `weak_model`.
   """
   path = model_folder.demo_path() if path is None else user_path(path)
   records = model_folder.find_stages(path, stages)
-  return Cascade(
+  made = Cascade(
     pathlib.Path(path), records, resolve_dtype(dtype), fsdp, devices
   )
+  if weak_model is not None:
+    weak_model = user_path(weak_model)
+    made.weak = autoguidance.find(weak_model, records, made.stages)
+  return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +88,16 @@ class Embedding:
     text: float32 [N, L, D], zeros at padding.
     mask: bool [N, L], True at tokens.
     cut: how many tokens of each prompt were cut off.
+    negative_prompt: what guidance steers away from; '' is the null condition.
+    negative: its text [L, D] and mask [L]; None for ''.
   """
 
   prompts: tuple[str, ...]
   text: TextEmb
   mask: TextMask
   cut: tuple[int, ...]
+  negative_prompt: str = ''
+  negative: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Cascade:
@@ -88,6 +107,7 @@ class Cascade:
     path: the folder.
     stages: `Stage`s, in order.
     dtype: of the activations.
+    weak: {stage name: (record, network)} of the weaker models.
   """
 
   def __init__(
@@ -104,6 +124,7 @@ class Cascade:
     )
     self.dtype = jnp.dtype(dtype)
     self._records = records
+    self.weak: dict[str, tuple[model_folder.StageRecord, Network]] = {}
     self.stages: list[Stage] = [
       stages.from_config(
         record.config['stage'],
@@ -124,6 +145,12 @@ class Cascade:
   def digest(self) -> str:
     """sha256 over the stages' digests, 16 hex digits."""
     return model_folder.model_digest(self._records)
+
+  @functools.cached_property
+  def weak_digest(self) -> str | None:
+    """The same of the weaker models; None without any."""
+    weak = [record for record, _ in self.weak.values()]
+    return model_folder.model_digest(weak) if weak else None
 
   @property
   def data_kinds(self) -> set[str]:
@@ -149,7 +176,9 @@ class Cascade:
     side = self.stages[0].resolution
     return image_io.shaped(*image.size, side, self.multiple)
 
-  def embed(self, prompts: Sequence[str]) -> Embedding:
+  def embed(
+    self, prompts: Sequence[str], negative_prompt: str = ''
+  ) -> Embedding:
     """Encodes prompts; the text encoder is loaded for this call only.
 
     Raises:
@@ -170,13 +199,30 @@ class Cascade:
         f'{record.name} was trained with; copy that one there.'
       )
     length = record.text['max_len']
-    _, _, cut = encoder.tokenize(prompts, max_len=length)
-    text, mask = encoder.encode(prompts, max_len=length)
-    return Embedding(tuple(prompts), text, mask, tuple(cut.tolist()))
+    count = len(prompts)
+    every = [*prompts, negative_prompt] if negative_prompt else prompts
+    _, _, cut = encoder.tokenize(every, max_len=length)
+    text, mask = encoder.encode(every, max_len=length)
+    return Embedding(
+      tuple(prompts),
+      text[:count],
+      mask[:count],
+      tuple(cut.tolist()),
+      negative_prompt,
+      (text[-1], mask[-1]) if negative_prompt else None,
+    )
 
   def settings(self, **choices: Any) -> list[SamplingConfig]:
     """The sampling settings of every stage, see `settings.choose`."""
-    return settings.choose(self.stages, choices)
+    configs = settings.choose(self.stages, choices)
+    for stage, config in zip(self.stages, configs):
+      if config.autoguidance != 1 and stage.name not in self.weak:
+        raise UsageError(
+          f'stage {stage.name}: autoguidance {config.autoguidance:g} needs a '
+          'weaker model of this stage; give one as weak_model, or use 1.',
+          key='autoguidance',
+        )
+    return configs
 
   def sample(
     self,
@@ -185,6 +231,7 @@ class Cascade:
     seed: int = 0,
     num_images: int = 1,
     indices: Sequence[int] | None = None,
+    negative_prompt: str = '',
     low_res: np.ndarray | None = None,
     image: PIL.Image.Image | None = None,
     mask: PIL.Image.Image | None = None,
@@ -200,10 +247,12 @@ class Cascade:
 
     Args:
       prompts: strings, or their `Embedding`. An empty string is unconditional:
-        guidance has no effect on it.
+        without a negative prompt, guidance has no effect on it.
       seed: in [0, 2³²).
       num_images: images of each prompt.
       indices: which of them, instead of 0 … num_images − 1.
+      negative_prompt: what guidance steers away from, in place of the null
+        condition; an `Embedding` has its own.
       low_res: uint8 [N, h, w, 3], the images to upsample if the first stage is
         not a base model; one per image, or one for all.
       image: an image of any shape to start from, see `SamplerSpec.strength`,
@@ -229,6 +278,13 @@ class Cascade:
     embedding = None
     if isinstance(prompts, Embedding):
       embedding, prompts = prompts, prompts.prompts
+      negative_prompt = negative_prompt or embedding.negative_prompt
+      if negative_prompt != embedding.negative_prompt:
+        raise UsageError(
+          'negative_prompt is not that of the embedding; give it to `embed`.',
+          key='negative_prompt',
+        )
+    settings.check_negative(configs, negative_prompt)
     request = Request(
       prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
       seed=seed,
@@ -248,7 +304,7 @@ class Cascade:
     )
     low = None if low_res is None else _from_uint8(low_res, len(request.rows))
     if embedding is None:
-      embedding = self.embed(request.prompts)
+      embedding = self.embed(request.prompts, negative_prompt)
     results = {}
     for i, (stage, config) in enumerate(zip(self.stages, configs)):
       if stage is self.stages[-1]:
@@ -275,19 +331,27 @@ class Cascade:
   ) -> np.ndarray:
     """Stage i's images of all rows: float32 [N, H, W, 3] in [−1, 1]."""
     stage, record = self.stages[i], self._records[i]
-    mesh = self._mesh(model_folder.float32_bytes(record))
+    weaker = self.weak[stage.name] if config.autoguidance != 1 else None
+    size = model_folder.float32_bytes(record)
+    if weaker is not None:
+      size += model_folder.float32_bytes(weaker[0])
+    mesh = self._mesh(size)
     put = lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh))
     params = model_folder.load_params(record, put=put)
+    given: dict[str, Any] = dict(config.scalars)
+    if weaker is not None:
+      weak = model_folder.load_params(weaker[0], put=put)
+      given['weak'] = autoguidance.Weak(weaker[1], weak)
     shardings = sharding.batch_sharding(mesh)
     compiled = sampling.compiled(stage, config.spec, shardings)
-    sample = lambda arrays: compiled(params, arrays._replace(**config.scalars))
+    sample = lambda arrays: compiled(params, arrays._replace(**given))
     finite = lambda arrays: sampling.finite(
-      stage, params, config.spec, arrays._replace(**config.scalars)
+      stage, params, config.spec, arrays._replace(**given)
     )
     images = batching.generate(
       request, stage.name, mesh, inputs, sample, finite
     )
-    batching.free(params)
+    batching.free((params, given.get('weak')))
     return images
 
 
@@ -314,15 +378,19 @@ def _stage_inputs(
   empty = np.array([not prompt.strip() for prompt in embedding.prompts])
   text = np.where(empty[:, None, None], 0, embedding.text)
   mask = embedding.mask & ~empty[:, None]
+  shared = dict(start)
+  if embedding.negative is not None:
+    shared['negative'], shared['negative_mask'] = embedding.negative
 
   def inputs(rows: np.ndarray) -> SampleInputs:
     prompts = np.array([request.rows[row][0] for row in rows])
+    rest: dict[str, Any] = batching.repeated(shared, len(rows))
     return SampleInputs(
       keys=request.key_data(rows, stage.resolution),
       text=text[prompts],
       mask=mask[prompts],
       low_res=None if low is None else low[rows],
-      **batching.repeated(start, len(rows)),
+      **rest,
     )
 
   return inputs

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.conditioning import (
   box_downsample,
   low_res_input,
@@ -35,6 +36,7 @@ def loss(
   image: Uint8Image,
   text: TextEmb,
   mask: TextMask,
+  t: LogSNR | None = None,
 ) -> tuple[LogSNR, dict[str, LogSNR]]:
   """The loss of each image of a batch (Appendix A; Sections 2.2 to 2.4).
 
@@ -45,6 +47,7 @@ def loss(
     image: uint8 [B, R, R, 3] at the stage's resolution.
     text: [B, L, D] embeddings of the captions.
     mask: [B, L] bool.
+    t: [B] times; None samples them.
 
   Returns:
     [B] float32, and a dict of [B]: t, logsnr, mse, weight.
@@ -72,7 +75,7 @@ def loss(
   def predict(z: Array, logsnr: Array) -> Any:
     arrays = z, logsnr, text, mask, *extra
     rngs = {'dropout': keys['net']}
-    return stage.net.apply({'params': params}, *arrays, train=True, rngs=rngs)
+    return stages.apply(stage.net, params, *arrays, train=True, rngs=rngs)
 
   return diffusion_loss(
     keys['loss'],
@@ -81,6 +84,7 @@ def loss(
     logsnr_fn=stage.logsnr_fn,
     spec=stage.loss_spec,
     pixel_weight=weight,
+    t=t,
   )
 
 

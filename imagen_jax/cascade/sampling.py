@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
+from imagen_jax.cascade import stage as stages
+from imagen_jax.cascade.autoguidance import Weak
 from imagen_jax.cascade.conditioning import low_res_input, null_where
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion import guidance, process, reverse
@@ -35,12 +37,17 @@ class SampleInputs(NamedTuple):
     text: [B, L, D] embeddings.
     mask: [B, L] bool, True at real tokens.
     low_res: [B, h, w, 3] in [−1, 1], for a super-resolution stage.
-    guidance: w, a scalar; None evaluates the conditional branch only.
+    guidance: w, a scalar; None does not evaluate the unconditional branch.
     aug_level: noise on `low_res`, a scalar in [0, 1].
     image: [B, H, W, 3] in [−1, 1], an image to start from, see
       `SamplerSpec.strength`, or to inpaint; the result has its shape.
     inpaint_mask: [B, H, W, 1], with `image`: 1 where to inpaint, 0 where to
       keep it.
+    negative: [B, L, D] embeddings that replace the null condition of the
+      unconditional branch.
+    negative_mask: [B, L] bool, with `negative`.
+    autoguidance: w of the weaker model, a scalar; None does not evaluate it.
+    weak: the weaker model, with `autoguidance`.
   """
 
   keys: Keys | KeyData
@@ -51,6 +58,16 @@ class SampleInputs(NamedTuple):
   aug_level: Scalars | None = None
   image: Image | None = None
   inpaint_mask: PixelMask | None = None
+  negative: TextEmb | None = None
+  negative_mask: TextMask | None = None
+  autoguidance: Scalars | None = None
+  weak: Weak | None = None
+
+  @property
+  def weights(self) -> tuple[Scalars, ...]:
+    """The weights of the branches besides the conditional one."""
+    given = self.guidance, self.autoguidance
+    return tuple(w for w in given if w is not None)
 
 
 def network(
@@ -61,27 +78,39 @@ def network(
 ) -> Callable:
   """The network as f(z, logsnr, branch), for `diffusion.guidance.guided`.
 
-  `branch` is 'cond', or 'both', which evaluates the text and the null
-  condition as one batch of 2B rows and returns the pair.
+  `branch` is 'cond', or 'all' for a tuple: the conditional output, with
+  `inputs.guidance` the unconditional one, both evaluated as one batch of 2B
+  rows, and with `inputs.autoguidance` that of the weaker model.
 
   Args:
     stage: the stage.
     params: its parameters.
-    inputs: with the text and its mask.
+    inputs: with the texts, their masks and the weaker model.
     low_res: for a super-resolution stage, the upsampled low-resolution images
       [B, H, W, 3] and their augmentation levels [B].
   """
-  net = functools.partial(stage.net.apply, {'params': params})
+  net = functools.partial(stages.apply, stage.net, params)
+  weak, batch = inputs.weak, len(inputs.text)
+  text: Array = jnp.concatenate([inputs.text, inputs.text])
+  mask: Array = jnp.concatenate([inputs.mask, inputs.mask])
+  if inputs.negative is not None and inputs.negative_mask is not None:
+    text = jnp.concatenate([inputs.text, inputs.negative])
+    mask = jnp.concatenate([inputs.mask, inputs.negative_mask])
+  else:
+    text, mask = null_where(jnp.arange(2 * batch) >= batch, text, mask)
 
   def apply(z: Array, logsnr: Array, branch: str) -> Any:
     arrays = z, logsnr, inputs.text, inputs.mask, *low_res
     if branch == 'cond':
       return net(*arrays)
-    batch = z.shape[0]
-    twice = [jnp.concatenate([array, array]) for array in arrays]
-    text, mask = null_where(jnp.arange(2 * batch) >= batch, *twice[2:4])
-    out: Any = net(*twice[:2], text, mask, *twice[4:])
-    return out[:batch], out[batch:]
+    if inputs.guidance is None:
+      outputs: list[Any] = [net(*arrays)]
+    else:
+      z, logsnr, *low = (jnp.concatenate([a, a]) for a in (z, logsnr, *low_res))
+      outputs = jnp.split(net(z, logsnr, text, mask, *low), 2)
+    if weak is not None and inputs.autoguidance is not None:
+      outputs.append(stages.apply(weak.net, weak.params, *arrays))
+    return outputs
 
   return apply
 
@@ -134,13 +163,13 @@ def _reverse(
     if image is None:
       raise ValueError('inpaint_mask needs its image')
     inpaint = Inpaint(image, inputs.inpaint_mask)
+  if (inputs.autoguidance is None) != (inputs.weak is None):
+    raise ValueError('autoguidance needs a weaker model, and that its weight')
   denoise = guidance.guided(
     network(stage, params, inputs, _low_res(stage, inputs)),
-    weight=inputs.guidance,
+    weights=inputs.weights,
     prediction=stage.prediction,
-    threshold=spec.threshold,
-    percentile=spec.percentile,
-    interval=spec.guidance_interval,
+    spec=spec,
   )
   keys, start = _fold(inputs.keys, 0), 1.0
   if image is not None and spec.strength < 1:
@@ -155,7 +184,8 @@ def _reverse(
       height, width = image.shape[1:3]
     z = reverse.initial_noise(keys, (height, width, 3))
   logsnr = reverse.logsnr_grid(stage.logsnr_fn, spec, start=start)
-  return Reverse(keys, z, logsnr, denoise, spec, inpaint)
+  memory = spec.memory(z, len(inputs.weights))
+  return Reverse(keys, z, logsnr, denoise, spec, inpaint, memory)
 
 
 def _low_res(

@@ -8,8 +8,21 @@ import numpy as np
 
 from imagen_jax.cascade import batching
 from imagen_jax.cascade.stage import SamplingConfig, Stage
-from imagen_jax.diffusion.samplers import SAMPLERS, SettingError
+from imagen_jax.diffusion.samplers import SAMPLERS
+from imagen_jax.diffusion.settings import SettingError
 from imagen_jax.errors import UsageError
+
+# Fields that act on the guidance; without any they have no effect.
+OF_GUIDANCE = (
+  'guidance_interval',
+  'guidance_schedule',
+  'guidance_rescale',
+  'apg_eta',
+  'apg_norm',
+  'apg_momentum',
+)
+# Fields that can be None, or 'none' in a choice.
+NULLABLE = ('threshold', *batching.TUPLES, 'apg_norm')
 
 
 def choose(
@@ -20,7 +33,7 @@ def choose(
   Args:
     stages: the stages.
     choices: {field: one value, or a list with one per stage}; None keeps the
-      default. `threshold='none'` is no thresholding.
+      default, and 'none' is None, such as no thresholding.
 
   Raises:
     UsageError: a list's length is not the number of stages, or a value is
@@ -29,8 +42,9 @@ def choose(
   names = [stage.name for stage in stages]
   result = []
   for stage, chosen in zip(stages, batching.per_stage(choices, names)):
-    if chosen.get('threshold') == 'none':
-      chosen['threshold'] = None
+    for name in NULLABLE:
+      if chosen.get(name) == 'none':
+        chosen[name] = None
     try:
       config = dataclasses.replace(stage.sampling, **chosen)
     except SettingError as error:
@@ -50,12 +64,13 @@ def check(stage: Stage, config: SamplingConfig) -> None:
     UsageError: guidance out of range or without caption dropout, or an
       augmentation level outside [0, max_level].
   """
-  if not 0 <= config.guidance <= float(np.finfo(np.float32).max):
-    raise UsageError(
-      f'stage {stage.name}: guidance is {config.guidance}; it is a finite '
-      'number of at least 0, and 1 is no guidance.',
-      key='guidance',
-    )
+  for key in 'guidance', 'autoguidance':
+    if not 0 <= getattr(config, key) <= float(np.finfo(np.float32).max):
+      raise UsageError(
+        f'stage {stage.name}: {key} is {getattr(config, key)}; it is a finite '
+        f'number of at least 0, and 1 is no {key}.',
+        key=key,
+      )
   if config.guidance != 1 and stage.cond_drop == 0:
     raise UsageError(
       f'stage {stage.name}: guidance {config.guidance:g} needs a model trained '
@@ -84,6 +99,17 @@ def _check_effects(
       raise UsageError(
         f'{name} has no effect with sampler {configs[0].sampler}.', key=name
       )
+  guided = any(c.guidance != 1 or c.autoguidance != 1 for c in configs)
+  for name in () if guided else OF_GUIDANCE:
+    if any(
+      getattr(c, name) != getattr(s.sampling, name)
+      for s, c in zip(stages, configs)
+    ):
+      raise UsageError(
+        f'{name} has no effect without guidance; choose a guidance other than '
+        '1, or leave it out.',
+        key=name,
+      )
   if choices.get('aug_level') is not None:
     upsample = any(stage.low_resolution is not None for stage in stages)
     if not upsample and any(config.aug_level for config in configs):
@@ -91,3 +117,17 @@ def _check_effects(
         'aug_level has no effect without a super-resolution stage.',
         key='aug_level',
       )
+
+
+def check_negative(configs: Sequence[SamplingConfig], prompt: str) -> None:
+  """Rejects a negative prompt that has no effect on any stage.
+
+  Raises:
+    UsageError: no stage is guided by its unconditional branch.
+  """
+  if prompt and all(config.guidance == 1 for config in configs):
+    raise UsageError(
+      'the negative prompt has no effect without guidance; choose a guidance '
+      'other than 1, or leave it out.',
+      key='negative_prompt',
+    )

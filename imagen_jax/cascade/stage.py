@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import kinds
+from imagen_jax import dtypes, kinds
 from imagen_jax.diffusion import schedule
 from imagen_jax.diffusion.loss import WEIGHTINGS, LossSpec
 from imagen_jax.diffusion.process import PREDICTIONS
-from imagen_jax.diffusion.samplers import SamplerSpec, SettingError
+from imagen_jax.diffusion.samplers import SamplerSpec
+from imagen_jax.diffusion.settings import SettingError
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
 from imagen_jax.typing import Array
@@ -41,10 +42,13 @@ class SamplingConfig(SamplerSpec):
 
   Attributes:
     guidance: w in w·cond + (1 − w)·uncond; 1 is no guidance.
+    autoguidance: w in w·x + (1 − w)·x_weak, where x_weak is a weaker model's
+      prediction; 1 is none.
     aug_level: noise added to the low-resolution image, in [0, 1] (2.4).
   """
 
   guidance: float = 1.0
+  autoguidance: float = 1.0
   aug_level: float = 0.0
 
   @property
@@ -55,8 +59,10 @@ class SamplingConfig(SamplerSpec):
   @property
   def scalars(self) -> dict[str, np.float32 | None]:
     """The other settings, as fields of `sampling.SampleInputs`."""
+    weight = lambda w: None if w == 1 else np.float32(w)
     return {
-      'guidance': None if self.guidance == 1 else np.float32(self.guidance),
+      'guidance': weight(self.guidance),
+      'autoguidance': weight(self.autoguidance),
       'aug_level': np.float32(self.aug_level),
     }
 
@@ -154,7 +160,9 @@ def from_config(
   try:
     sampling = SamplingConfig(**chosen)
   except SettingError as error:
-    raise UsageError(f'stage.sampling.{error}') from error
+    raise UsageError(
+      f'stage.sampling.{error}', key=f'config.stage.sampling.{error.field}'
+    ) from error
   return Stage(
     net=cls(**net),
     logsnr_fn=logsnr_fn,
@@ -233,6 +241,7 @@ def make_schedule(
   kind: str,
   shift_from: int | None = None,
   resolution: int | None = None,
+  shift_to: int | None = None,
   **options: Any,
 ) -> Callable[[Array], Array]:
   """A log-SNR function of t, optionally shifted.
@@ -242,6 +251,8 @@ def make_schedule(
     shift_from: resolution for which the schedule is meant; None: no shift.
       The log-SNR is shifted by 2·log(shift_from/resolution).
     resolution: the stage's, with `shift_from`.
+    shift_to: resolution from which the shift is at t = 0; it falls linearly to
+      that from `shift_from` at t = 1. None: `shift_from` at every t.
     **options: of the schedule's function.
 
   Raises:
@@ -262,6 +273,12 @@ def make_schedule(
       f'logsnr_max, {high.default}.',
       key='config.stage.schedule.logsnr_min',
     )
+  if shift_to is not None and (shift_from is None or shift_to < shift_from):
+    raise UsageError(
+      f'stage.schedule.shift_to is {shift_to}; it needs a '
+      f'stage.schedule.shift_from of at most that, not {shift_from}.',
+      key='config.stage.schedule.shift_to',
+    )
   if shift_from is None:
     return plain
   if resolution is None:
@@ -270,8 +287,12 @@ def make_schedule(
       "the side of the stage's images.",
       key='config.stage.schedule.resolution',
     )
-  return lambda t: schedule.shifted_logsnr(
-    plain(t), resolution=resolution, base_resolution=shift_from
+  if shift_to is None:
+    return lambda t: schedule.shifted_logsnr(
+      plain(t), resolution=resolution, base_resolution=shift_from
+    )
+  return lambda t: schedule.interpolated_logsnr(
+    t, plain(t), resolution=resolution, noise=shift_from, image=shift_to
   )
 
 
@@ -305,6 +326,16 @@ def init_params(stage: Stage, key: jax.Array) -> dict:
       'give one value per level where there are several, and widths that '
       'head_dim and norm_groups divide.'
     ) from error
+
+
+def apply(net: Any, params: dict, *arrays: Any, **options: Any) -> Any:
+  """A `Network`'s output; float32 activations are multiplied in float32.
+
+  A network without a `dtype` is taken to compute in float32.
+  """
+  dtype = getattr(net, 'dtype', jnp.float32)
+  with dtypes.matmul_precision(dtype):
+    return net.apply({'params': params}, *arrays, **options)
 
 
 def param_shapes(stage: Stage) -> dict:

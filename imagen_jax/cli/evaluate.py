@@ -52,6 +52,16 @@ def _parser() -> errors.Parser:
     help='prompts; if left out, 300 of each category in shapes, all of each '
     'category of a file, 30000 captions in fid',
   )
+  add(
+    '--weak_model',
+    type=user_path,
+    help='folder of weaker models of the stages, for --autoguidance',
+  )
+  add(
+    '--negative_prompt',
+    default=EvalConfig.negative_prompt,
+    help='what guidance steers away from, for every prompt',
+  )
   add('--categories', help='score these only, such as pair,count')
   add('--seed', type=int, default=EvalConfig.seed, help='of the images')
   add('--stages', help='names of stages, such as base,sr1; all if left out')

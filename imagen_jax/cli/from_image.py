@@ -46,6 +46,7 @@ def _generate(
     dtype=record['dtype'],
     stages=list(stages),
     fsdp=args.fsdp,
+    weak_model=args.weak_model or record.get('weak_model'),
   )
   # Images older than a flag have no value for it.
   call: dict[str, Any] = {
@@ -54,16 +55,21 @@ def _generate(
   }
   call |= {key: record[key] for key in ('seed', 'batch_size')}
   call['indices'] = [record['index']]
-  digest, low_path = record['model_digest'], record.get('low_res')
-  if cascade.digest != digest:
-    output.note(
-      f'{args.from_image} was generated with other weights ({digest}, here '
-      f'{cascade.digest}); the image will differ.'
-    )
+  low_path = record.get('low_res')
+  for key, here in (
+    ('model_digest', cascade.digest),
+    ('weak_digest', cascade.weak_digest),
+  ):
+    if record.get(key) != here:
+      output.note(
+        f'{args.from_image} was generated with other weights '
+        f'({record.get(key)}, here {here}); the image will differ.'
+      )
   if not record.get('init_image'):
     del call['strength']  # without effect
   cascade.sample(
     [record['prompt']],
+    negative_prompt=record.get('negative_prompt') or '',
     low_res=input_images.read_low_res(cascade, low_path),
     **input_images.open_images(
       image=record.get('init_image'), mask=record.get('mask')
@@ -84,7 +90,8 @@ def _check(record: Mapping[str, Any], file: str) -> None:
   path = lambda value: value is None or word(value)
   rules: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(('prompt', 'model', 'model_digest', 'dtype'), word),
-    **dict.fromkeys(('low_res', 'init_image', 'mask'), path),
+    **dict.fromkeys(('low_res', 'init_image', 'mask', 'weak_model'), path),
+    'negative_prompt': lambda value: value is None or isinstance(value, str),
     'seed': lambda value: _whole(value, 0, 2**32 - 1),
     'index': lambda value: _whole(value, 0, 2**32 - 1),
     'batch_size': lambda value: _whole(value, 1, MAX_BATCH),
@@ -112,7 +119,14 @@ def _are_stages(stages: Any) -> bool:
       return False
     for key, (kind, _) in sampling_flags.PER_STAGE.items():
       value = settings.get(key)
-      number = kind is float and type(value) is int
-      if value is not None and type(value) is not kind and not number:
+      absent = value == 'none' and key in sampling_flags.NULLABLE
+      if not (value is None or absent or _is_setting(value, kind)):
         return False
   return True
+
+
+def _is_setting(value: Any, kind: type) -> bool:
+  """Whether a record's value is of a flag's type."""
+  if kind is tuple:
+    return isinstance(value, list) and all(_is_setting(v, float) for v in value)
+  return type(value) is kind or (kind is float and type(value) is int)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 FORMATS = ('imagen_jax.deepfloyd.command_line',)
 # Flags that are allowed with --from_image.
 WITH_FROM_IMAGE = (
-  'from_image', 'model', 'out', 'fsdp', 'distributed', 'coordinator',
-  'num_processes', 'process_id',
+  'from_image', 'model', 'weak_model', 'out', 'fsdp', 'distributed',
+  'coordinator', 'num_processes', 'process_id',
 )  # fmt: skip
 
 
@@ -95,7 +95,13 @@ def _parser(
   add(
     '--mask', type=user_path, help='with --init_image: white where to inpaint'
   )
+  add('--negative_prompt', help='what guidance steers away from')
   sampling_flags.add_flags(parser)
+  add(
+    '--weak_model',
+    type=user_path,
+    help='folder of weaker models of the stages, for --autoguidance',
+  )
   add('--dtype', default='auto', help='auto, float32 or bfloat16')
   add('--batch_size', type=int, help='images at a time; at most 4 if left out')
   add(
@@ -161,7 +167,7 @@ def _generate(
   args: argparse.Namespace, prompts: Sequence[str], out: output.Output
 ) -> None:
   """Generates with a model folder in the package's own layout."""
-  from imagen_jax.cascade import batching
+  from imagen_jax.cascade import batching, settings
 
   # Check everything before any work.
   request = batching.Request(
@@ -172,9 +178,16 @@ def _generate(
     dtype=args.dtype,
     stages=sampling_flags.stage_names(args),
     fsdp=args.fsdp,
+    weak_model=args.weak_model,
   )
   choices = sampling_flags.choices(args)
   configs = cascade.settings(**choices)
+  negative = args.negative_prompt or ''
+  settings.check_negative(configs, negative)
+  if cascade.weak and all(config.autoguidance == 1 for config in configs):
+    raise UsageError(
+      'has no effect without --autoguidance other than 1.', key='weak_model'
+    )
   images = input_images.open_images(image=args.init_image, mask=args.mask)
   first = cascade.stages[0]
   batching.check_images(
@@ -188,7 +201,7 @@ def _generate(
   if 'image' in images and low_res is None:
     shape = cascade.shape_for(images['image'])
     input_images.note_crop(args.init_image, images['image'].size, *shape)
-  embedding = cascade.embed(prompts)
+  embedding = cascade.embed(prompts, negative)
   _notes(cascade, embedding)
   record = _record(cascade, configs, args) | {'batch_size': request.batch}
   cascade.sample(
@@ -206,14 +219,16 @@ def _generate(
 
 def _notes(cascade: 'Cascade', embedding: Any) -> None:
   """Prints notes on the prompts to stderr, one per line."""
-  for prompt, cut in zip(embedding.prompts, embedding.cut):
+  every = *embedding.prompts, embedding.negative_prompt
+  for prompt, cut in zip(every, embedding.cut):
     if cut:
       short = prompt if len(prompt) <= 40 else prompt[:39] + '…'
       output.note(
         f'{short!r} is too long: its last {cut} tokens were cut, '
         f'{embedding.mask.shape[1]} remain.'
       )
-  if any(not prompt.strip() for prompt in embedding.prompts):
+  empty = any(not prompt.strip() for prompt in embedding.prompts)
+  if empty and embedding.negative is None:
     output.note('an empty prompt is unconditional: guidance has no effect.')
   if len(cascade.data_kinds) == 1:
     from imagen_jax.data.sources import find_source
@@ -236,8 +251,10 @@ def _record(
 
   settings = {}
   for stage, config in zip(cascade.stages, configs):
-    values = {key: getattr(config, key) for key in sampling_flags.PER_STAGE}
-    settings[stage.name] = values | {'threshold': config.threshold or 'none'}
+    settings[stage.name] = {
+      key: 'none' if (value := getattr(config, key)) is None else value
+      for key in sampling_flags.PER_STAGE
+    }
   return {
     'seed': args.seed,
     'devices': output.devices(),
@@ -245,6 +262,9 @@ def _record(
     'jax': jax.__version__,
     'model': str(args.model) if args.model else 'demo',
     'model_digest': cascade.digest,
+    'weak_model': args.weak_model and str(args.weak_model),
+    'weak_digest': cascade.weak_digest,
+    'negative_prompt': args.negative_prompt,
     'low_res': args.low_res,
     'init_image': args.init_image,
     'mask': args.mask,

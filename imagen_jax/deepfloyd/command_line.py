@@ -14,7 +14,9 @@ if TYPE_CHECKING:
   from imagen_jax.deepfloyd.pipeline import IF
 
 # Settings with one value per stage; `steps` are parsed separately.
-SAMPLING = ('sampler', 'guidance', 'aug_level', 'strength', 'style_fraction')
+SAMPLING = (
+  'sampler', 'guidance', 'aug_level', 'strength', 'style_fraction', 'grid',
+)  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     'DeepFloyd IF', 'With an IF folder as --model; see the README.'
   )
   add = group.add_argument
-  add('--negative_prompt', help='what guidance steers away from')
   add('--style_prompt', help='a second prompt, for the style')
   add('--style_fraction', help='its fraction of the prediction, 0 to 1')
   add('--aspect_ratio', help='such as 3:2; without --init_image')
@@ -126,10 +127,12 @@ def generate(
 
 def _check_flags(args: argparse.Namespace) -> None:
   """Refuses flags that IF does not support or that have no effect here."""
-  for name in ('threshold', 'grid'):
+  ours = {*sampling_flags.PER_STAGE, 'weak_model'}
+  for name in sorted(ours.difference(SAMPLING, ('steps',))):
     if getattr(args, name) is not None:
       raise UsageError(
-        "is fixed by an IF stage's scheduler_config.json; leave it out.",
+        'has no effect with IF, whose scheduler_config.json fixes the '
+        'thresholding and whose guidance has a weight only; leave it out.',
         key=name,
       )
   if args.aspect_ratio and (args.init_image or args.low_res):
@@ -156,6 +159,8 @@ def _record(
     'jax': jax.__version__,
     'model': str(args.model),
     'stages': {part.name: settings for part in model.stages},
+    'negative_prompt': args.negative_prompt,
+    'style_prompt': args.style_prompt,
     'upsample_with': args.upsample_with,
     'version': imagen_jax.__version__,
   }

@@ -1,15 +1,16 @@
 """Sampling with an IF network: guidance, thresholding and the sampler loop."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
+from imagen_jax.cascade.stage import apply
 from imagen_jax.deepfloyd.schedule import Plan, Schedule
-from imagen_jax.diffusion.guidance import magnitude_percentile
+from imagen_jax.diffusion.threshold import magnitude_percentile
 from imagen_jax.typing import Array, Image, PixelMask, Scalars, TextEmb
 
 Predictor = Callable[[Image, Array], tuple[Image, Image | None]]
@@ -91,8 +92,9 @@ def predictor(
     levels = None
     if noise_level is not None:
       levels = jnp.full((count * batch,), noise_level)
-    out: Any = module.apply(
-      {'params': params},
+    out = apply(
+      module,
+      params,
       jnp.concatenate([seen] * count),
       jnp.full((count * batch,), t),
       texts,

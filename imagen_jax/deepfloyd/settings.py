@@ -23,6 +23,8 @@ class Settings:
     aug_level: noise on the upsampled image, in [0, 1).
     strength: fraction of the steps taken when starting from an image.
     style_fraction: weight of the style prompt's prediction, in [0, 1].
+    grid: how a number of steps is spaced, a `Schedule.timestep_spacing`; None
+      is the stage's. 'trailing' begins with the noisiest step.
   """
 
   sampler: str = 'ddpm'
@@ -31,6 +33,7 @@ class Settings:
   aug_level: float = 0.0
   strength: float = 1.0
   style_fraction: float = 0.0
+  grid: str | None = None
 
 
 # Defaults of diffusers' pipelines for stages I and II; the style fractions are
@@ -91,7 +94,25 @@ def check(part: Stage, setting: Settings) -> None:
       f'stage {part.name}: style_fraction is {fraction:g}; it lies in [0, 1].',
       key='style_fraction',
     )
+  if setting.grid is not None:
+    _check_grid(setting)
   plan(part, setting, from_image=True)
+
+
+def _check_grid(setting: Settings) -> None:
+  """Rejects a grid that does not exist or has no effect."""
+  known = schedule.CHOICES['timestep_spacing']
+  if setting.grid not in known:
+    raise UsageError(
+      f'grid is {setting.grid!r}; choose one of {", ".join(known)}.', key='grid'
+    )
+  own = isinstance(setting.steps, str) and not setting.steps.isdigit()
+  if own or setting.sampler == 'dpmpp':
+    raise UsageError(
+      'grid has no effect with sampler dpmpp or named steps, which have a '
+      'spacing of their own.',
+      key='grid',
+    )
 
 
 def plan(part: Stage, setting: Settings, from_image: bool) -> schedule.Plan:
@@ -100,7 +121,10 @@ def plan(part: Stage, setting: Settings, from_image: bool) -> schedule.Plan:
   Raises:
     UsageError: the steps or the sampler do not exist.
   """
-  steps = schedule.timesteps(part.schedule, setting.steps, setting.sampler)
+  made = part.schedule
+  if setting.grid is not None:
+    made = dataclasses.replace(made, timestep_spacing=setting.grid)
+  steps = schedule.timesteps(made, setting.steps, setting.sampler)
   if from_image:
     steps = schedule.later(steps, setting.strength)
   return schedule.plan(part.schedule, steps, setting.sampler)

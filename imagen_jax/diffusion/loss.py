@@ -38,9 +38,7 @@ class LossSpec:
     prediction: what the network returns, 'eps' (the paper), 'v' or 'x'.
     weighting: one of `WEIGHTINGS`, see the top of this file; None is the
       unweighted mean squared error of the prediction.
-    stratified: times evenly spaced over the batch with one random offset. Each
-      is still U(0, 1), and the batch's loss has less variance. The paper
-      samples them independently.
+    stratified: see `times`.
     min_snr_gamma: γ of 'min_snr'.
     sigmoid_bias: b of 'sigmoid'.
   """
@@ -80,6 +78,25 @@ def log_weight(
   raise ValueError(f'weighting is one of {WEIGHTINGS}, not {weighting!r}')
 
 
+def times(
+  key: jax.Array,
+  batch: int,
+  *,
+  stratified: bool,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> LogSNR:
+  """t ~ U(0, 1), [batch] (App. A).
+
+  Stratified times are evenly spaced over the batch with one random offset. Each
+  is still U(0, 1), and the batch's loss has less variance. The paper samples
+  them independently.
+  """
+  if not stratified:
+    return jax.random.uniform(key, (batch,), dtype)
+  offset = jax.random.uniform(key, (), dtype)
+  return (offset + jnp.arange(batch, dtype=dtype) / batch) % 1
+
+
 def diffusion_loss(
   key: jax.Array,
   x: Image,
@@ -88,6 +105,7 @@ def diffusion_loss(
   logsnr_fn: Callable[[Array], Array],
   spec: LossSpec = LossSpec(),
   pixel_weight: PixelMask | None = None,
+  t: LogSNR | None = None,
 ) -> tuple[LogSNR, dict[str, LogSNR]]:
   """The weighted squared error of a denoiser at a random time (eq. 1).
 
@@ -104,19 +122,17 @@ def diffusion_loss(
     pixel_weight: [B, H, W, 1], weights of the pixels' squared errors. They may
       depend on the inputs of `predict` but not on x, which would change the
       optimal prediction. None is 1 everywhere.
+    t: [B] times in [0, 1); None samples them as `spec` says. If x is a part of
+      a batch, only the caller can stratify them over all of it.
 
   Returns:
     loss [B], and a dict of [B]: t, logsnr, mse (of the prediction, with
     `pixel_weight` only), weight (loss = weight · mse). All float32 or wider.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  batch = x.shape[0]
   key_t, key_eps = jax.random.split(key)
-  if spec.stratified:
-    offset = jax.random.uniform(key_t, (), x.dtype)
-    t = (offset + jnp.arange(batch, dtype=x.dtype) / batch) % 1
-  else:
-    t = jax.random.uniform(key_t, (batch,), x.dtype)
+  if t is None:
+    t = times(key_t, len(x), stratified=spec.stratified, dtype=x.dtype)
   eps = jax.random.normal(key_eps, x.shape, x.dtype)
 
   logsnr, slope = jax.jvp(logsnr_fn, (t,), (jnp.ones_like(t),))

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from imagen_jax.diffusion.guidance import Denoise, Memory
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.diffusion.samplers import SAMPLERS, Past, SamplerSpec, Step
 from imagen_jax.typing import Array, Image, Keys, PixelMask
+
+Carry = tuple[Array, Past, Past, Memory]
 
 
 class Inpaint(NamedTuple):
@@ -55,17 +58,20 @@ class Reverse(NamedTuple):
     z: [B, H, W, C], the noisy images at logsnr[0]; arithmetic is in their
       dtype, float32 or wider.
     logsnr: see `logsnr_grid`.
-    denoise: (z [B, H, W, C], logsnr [B]) -> x [B, H, W, C].
+    denoise: (z [B, H, W, C], logsnr [B], memory) -> (x [B, H, W, C], memory).
     spec: the sampler and its options.
     inpaint: what to keep; None generates the whole image.
+    memory: what the first call of `denoise` is given, a tree of arrays; every
+      other call, what the one before it returned.
   """
 
   keys: Keys
   z: Image
   logsnr: Float[Array, ' n']
-  denoise: Callable[[Array, Array], Array]
+  denoise: Denoise
   spec: SamplerSpec
   inpaint: Inpaint | None = None
+  memory: Memory = ()
 
 
 def initial_noise(
@@ -131,7 +137,7 @@ def _run(
   reverse: Reverse, record: Callable[[Array, Array], Any]
 ) -> tuple[Image, Any]:
   """(images, `record(z, x)` of all steps)."""
-  keys, z, logsnr, denoise, spec, inpaint = reverse
+  keys, z, logsnr, denoise, spec, inpaint, memory = reverse
   sampler, steps, dtype = SAMPLERS[spec.sampler], len(logsnr) - 1, z.dtype
   options = {name: getattr(spec, name) for name in sampler.options}
   step = functools.partial(sampler.step, **options)
@@ -139,23 +145,24 @@ def _run(
   normal = lambda index: _noise(keys, index, z.shape[1:], dtype)
 
   def body(
-    carry: tuple[Array, Past], step_input: tuple[Array, Array, Array]
-  ) -> tuple[tuple[Array, Past], Any]:
-    z, last = carry
+    carry: Carry, step_input: tuple[Array, Array, Array]
+  ) -> tuple[Carry, Any]:
+    z, last, before, memory = carry
     i, logsnr_t, logsnr_s = step_input
-    x = denoise(z, jnp.full(z.shape[:1], logsnr_t)).astype(dtype)
+    x, memory = denoise(z, jnp.full(z.shape[:1], logsnr_t), memory)
+    x = x.astype(dtype)
     noise = normal(i + 1) if fresh else jnp.zeros_like(z)
-    z_next = step(z, x, noise, Step(logsnr_t, logsnr_s, last))
+    z_next = step(z, x, noise, Step(logsnr_t, logsnr_s, last, before))
     if inpaint is not None:
       # A separate noise index: the sampler's noise is the same without a mask.
       kept = diffuse(inpaint.known, normal(steps + 1 + i), logsnr_s)
       z_next = jnp.where(inpaint.mask > 0, z_next, kept)
       x = jnp.where((inpaint.mask > 0) | (i < steps - 1), x, inpaint.known)
-    return (z_next, (x, logsnr_t)), record(z, x)
+    return (z_next, (x, logsnr_t), last, memory), record(z, x)
 
   past: Past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
   # The result is the last prediction; the z after it is not used.
-  (_, (x, _)), seen = jax.lax.scan(
-    body, (z, past), (jnp.arange(steps), logsnr[:-1], logsnr[1:])
+  (_, (x, _), _, _), seen = jax.lax.scan(
+    body, (z, past, past, memory), (jnp.arange(steps), logsnr[:-1], logsnr[1:])
   )
   return x, seen

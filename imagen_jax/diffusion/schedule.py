@@ -93,3 +93,28 @@ def shifted_logsnr(
   Both limits are shifted too.
   """
   return jnp.asarray(logsnr) + 2 * math.log(base_resolution / resolution)
+
+
+def interpolated_logsnr(
+  t: Scalars, logsnr: Scalars, *, resolution: int, noise: int, image: int
+) -> Values:
+  """A shift that changes with the time (Hoogeboom et al. 2023, Section 3.1).
+
+    t shift_noise(logsnr) + (1 − t) shift_image(logsnr)
+
+  where shift_d is `shifted_logsnr` with base_resolution d: at t = 1 the
+  schedule is that of images of `noise` pixels a side, which fixes the layout,
+  and at t = 0 that of `image` pixels, so that details keep their share of the
+  steps.
+
+  Args:
+    t: in [0, 1], any shape.
+    logsnr: the schedule at t.
+    resolution: side of the stage's images.
+    noise, image: resolutions, noise ≤ image.
+  """
+  at_noise, at_image = (
+    shifted_logsnr(logsnr, resolution=resolution, base_resolution=d)
+    for d in (noise, image)
+  )
+  return t * at_noise + (1 - t) * at_image

@@ -9,9 +9,13 @@ from imagen_jax.errors import UsageError
 
 # Settings of a stage's sampling. Evaluation never starts from an image, so
 # `strength` is not one of them.
-SAMPLING = ('sampler', 'steps', 'guidance', 'aug_level', 'threshold', 'grid')
+SAMPLING = (
+  'sampler', 'steps', 'guidance', 'aug_level', 'threshold', 'grid',
+  'guidance_interval', 'guidance_schedule', 'guidance_rescale', 'apg_eta',
+  'apg_norm', 'apg_momentum', 'autoguidance',
+)  # fmt: skip
 
-Value = str | int | float
+Value = str | int | float | tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,8 @@ class EvalConfig:
     suite: 'prompts', 'clip', 'fid', a data kind whose source has a suite, or
       'my_module:MySource'; None is the suite of the model's own data kind.
     model: model folder; None is the bundled demo model.
+    weak_model: folder of weaker models, for `autoguidance`.
+    negative_prompt: what guidance steers away from, for every prompt.
     out: folder of the images, `scores.json` and `index.html`.
     num: prompts per category, or in all for fid; None is the suite's default.
     categories: score these only; None is all of them.
@@ -52,6 +58,8 @@ class EvalConfig:
 
   suite: str | None = None
   model: str | pathlib.Path | None = None
+  weak_model: str | pathlib.Path | None = None
+  negative_prompt: str = ''
   out: str | os.PathLike = 'report'
   num: int | None = None
   categories: tuple[str, ...] | None = None

@@ -45,6 +45,7 @@ class Run:
     folder: of the run.
     name: of the sweep's point, 'guidance=1,sr1.steps=4'; '' without a sweep.
     sampling: settings of `Cascade.sample`, each a list with one per stage.
+    negative_prompt: of every image; '' is the null condition.
     seed: of the images.
     batch_size: images at a time.
     fraction: (i, n): this is process i of n.
@@ -56,6 +57,7 @@ class Run:
   folder: pathlib.Path
   name: str = ''
   sampling: Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
+  negative_prompt: str = ''
   seed: int = 0
   batch_size: int = 4
   fraction: tuple[int, int] = (0, 1)
@@ -165,6 +167,7 @@ def _generate(
 
       cascade.sample(
         [item.prompt for item in chunk],
+        negative_prompt=run.negative_prompt,
         seed=run.seed,
         indices=[chunk[0].index],
         low_res=low_res,

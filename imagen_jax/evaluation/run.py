@@ -66,6 +66,7 @@ def evaluate(
     dtype=config.dtype,
     stages=[record.name for record in records],
     devices=jax.local_devices(),  # each process generates its own images
+    weak_model=config.weak_model,
   )
   points = sweep.points(cascade, config)
   for note in suite.notes(cascade.stages[-1].resolution):
@@ -106,6 +107,7 @@ def _run(
     folder=pathlib.Path(config.out) / suite.label / (name or 'run'),
     name=name,
     sampling=sampling,
+    negative_prompt=config.negative_prompt,
     seed=config.seed,
     batch_size=config.batch_size or default_batch,
     fraction=config.shard or (jax.process_index(), jax.process_count()),
@@ -135,6 +137,8 @@ def _identity(cascade: Cascade, run: generation.Run) -> dict[str, typing.Any]:
   return {
     'suite': run.suite.label,
     'model_digest': cascade.digest,
+    'weak_digest': cascade.weak_digest,
+    'negative_prompt': run.negative_prompt,
     'stages': {
       stage.name: {key: values[i] for key, values in run.sampling.items()}
       for i, stage in enumerate(cascade.stages)

@@ -2,6 +2,7 @@
 
 import itertools
 
+from imagen_jax.cascade import settings as settings_lib
 from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig, Value
@@ -17,7 +18,8 @@ def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
   point, named ''.
 
   Raises:
-    UsageError: there is no such stage, or a value is invalid.
+    UsageError: there is no such stage, or a value is invalid, or the negative
+      prompt or the weaker model has no effect on a point.
   """
   names = [stage.name for stage in cascade.stages]
   for target in config.sweep:
@@ -32,7 +34,7 @@ def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
     key: [_or_none(getattr(setting, key)) for setting in settings]
     for key in SAMPLING
   }
-  result = []
+  result, guided = [], False
   for values in itertools.product(*config.sweep.values()):
     point, sampling = dict(zip(config.sweep, values)), dict(base)
     for target, value in point.items():
@@ -41,11 +43,25 @@ def points(cascade: Cascade, config: EvalConfig) -> list[tuple[str, Sampling]]:
         value if stage in ('', name) else old
         for name, old in zip(names, sampling[key])
       ]
-    cascade.settings(**sampling)
-    # 1.0 is named 1, so runs of a notebook and of a command share a name.
-    parts = (f'{k}={str(v).removesuffix(".0")}' for k, v in point.items())
+    chosen = cascade.settings(**sampling)
+    settings_lib.check_negative(chosen, config.negative_prompt)
+    guided |= any(setting.autoguidance != 1 for setting in chosen)
+    parts = (f'{target}={_name(value)}' for target, value in point.items())
     result.append((','.join(parts), sampling))
+  if cascade.weak and not guided:
+    raise UsageError(
+      'weak_model has no effect without autoguidance other than 1.',
+      key='weak_model',
+    )
   return result
+
+
+def _name(value: Value) -> str:
+  """A value in a point's name: of a tuple, numbers separated by colons."""
+  if isinstance(value, tuple):
+    return ':'.join(map(_name, value))
+  # 1.0 is named 1, so runs of a notebook and of a command share a name.
+  return str(value).removesuffix('.0')
 
 
 def _or_none(value: Value | None) -> Value:

@@ -27,6 +27,7 @@ from imagen_jax.nets.layers import (
   Conditioning,
   ResBlock,
   conv,
+  conv_in,
   remat,
   upsample,
 )
@@ -200,7 +201,7 @@ class EfficientUNet(Network):
       )(h, text, mask)
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
-    h = conv(self.channels[0], dtype=self.dtype, name='conv_in')(h)
+    h = conv_in(h, self.channels[0], self.dtype)
     full = h
     skips: list[Any] = []
     for b, width in enumerate(self.channels):

@@ -14,7 +14,13 @@ from jaxtyping import Float
 
 from imagen_jax.nets.attention import TextAttention
 from imagen_jax.nets.dense import Dense
-from imagen_jax.nets.layers import Conditioning, ResBlock, conv, remat
+from imagen_jax.nets.layers import (
+  Conditioning,
+  ResBlock,
+  conv,
+  conv_in,
+  remat,
+)
 from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
 from imagen_jax.typing import (
@@ -141,7 +147,7 @@ class UNet(Network):
       )(h, text, mask)
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
-    h = conv(self.channels, dtype=self.dtype, name='conv_in')(h)
+    h = conv_in(h, self.channels, self.dtype)
     skips = [h]
     for level, width in enumerate(widths):
       for i in range(blocks[level]):

@@ -244,7 +244,8 @@ def sample_arguments(
   """
   stage, config = job.stage, job.stage.sampling
   shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  scalars: dict[str, Any] = config.scalars
+  # A weaker model is named when sampling, and unknown here.
+  scalars: dict[str, Any] = config.scalars | {'autoguidance': None}
   low = None
   if stage.low_resolution is not None:
     side = stage.low_resolution

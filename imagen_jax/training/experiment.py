@@ -134,9 +134,13 @@ class Experiment(abc.ABC):
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global batch, whose rows are `example`'s."""
 
-  def condition(self, batch: Tree, frozen: Tree) -> Tree:
-    """The batch as `loss` takes it; computed once a step, no gradient."""
-    del frozen
+  def condition(self, key: jax.Array, batch: Tree, frozen: Tree) -> Tree:
+    """The batch as `loss` takes it; computed once a step, no gradient.
+
+    `loss` may be given a part of it at a time, with a key for each: what
+    depends on the whole batch is made here.
+    """
+    del key, frozen
     return batch
 
   def frozen_spec(self) -> Tree:

@@ -11,6 +11,7 @@ import numpy as np
 from imagen_jax import sharding
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.input import eval_batches, split_index
+from imagen_jax.training.step import condition_key
 
 NUM_BATCHES = 4
 
@@ -39,7 +40,7 @@ def make_heldout_loss(
       jax.random.key(experiment.config.seed), np.uint32(2**32 - 1)
     )
     key = jax.random.fold_in(key, number)
-    batch = experiment.condition(batch, frozen)
+    batch = experiment.condition(condition_key(key), batch, frozen)
     return jnp.mean(experiment.loss(params, key, batch, frozen)[0])
 
   def heldout(params: Any) -> float:

@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
-from imagen_jax.cascade import objective, sampling
+from imagen_jax.cascade import objective, sampling, settings
 from imagen_jax.cascade import stage as stages
+from imagen_jax.diffusion.loss import times
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import ModelError
+from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import model_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
@@ -76,6 +77,7 @@ class StageExperiment(Experiment):
       text_len=config.text.max_len,
       dtype=resolve_dtype(config.dtype),
     )
+    _check_sampling(self.stage)
     if cached_text is None:
       source = self.source('train')
       cached_text = source.text_header is not None
@@ -90,21 +92,23 @@ class StageExperiment(Experiment):
   def init(self, key: jax.Array) -> Tree:
     return stages.init_params(self.stage, key)
 
-  def condition(self, batch: Tree, frozen: Tree) -> Tree:
+  def condition(self, key: jax.Array, batch: Tree, frozen: Tree) -> Tree:
     text = batch.get('text')
     if text is None:
       text = encode_tokens(
         self.text.module, frozen, batch['ids'], batch['mask']
       )
     text = jax.lax.stop_gradient(text.astype(jnp.float32))
-    return {'image': batch['image'], 'text': text, 'mask': batch['mask']}
+    made = {'image': batch['image'], 'text': text, 'mask': batch['mask']}
+    if self.stage.stratified:
+      made['t'] = times(key, len(text), stratified=True)
+    return made
 
   def loss(
     self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
   ) -> tuple[Array, dict]:
-    return objective.loss(
-      self.stage, params, key, batch['image'], batch['text'], batch['mask']
-    )
+    arrays = batch['image'], batch['text'], batch['mask'], batch.get('t')
+    return objective.loss(self.stage, params, key, *arrays)
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shape, length = jax.ShapeDtypeStruct, self.config.text.max_len
@@ -185,6 +189,20 @@ class StageExperiment(Experiment):
   @classmethod
   def export(cls, request: Export) -> str:
     return export_stage(request)
+
+
+def _check_sampling(stage: stages.Stage) -> None:
+  """Rejects defaults with which neither previews nor the model could sample.
+
+  Raises:
+    UsageError: naming the config's key.
+  """
+  try:
+    settings.check(stage, stage.sampling)
+  except UsageError as error:
+    raise UsageError(
+      str(error), key=f'config.stage.sampling.{error.key}'
+    ) from error
 
 
 def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:

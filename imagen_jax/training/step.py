@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Float
 
@@ -27,7 +28,7 @@ def make_train_step(
   *,
   seed: int,
   ema_limit: float,
-  condition: Callable[[Tree, Tree], Tree] = lambda batch, frozen: batch,
+  condition: Callable[..., Tree] = lambda key, batch, frozen: batch,
   accumulate: int = 1,
   unroll: bool | None = None,
 ) -> StepFn:
@@ -43,7 +44,7 @@ def make_train_step(
     seed: gives, with the step's number, the step's key, so that a resumed run
       uses the same noise as an uninterrupted one.
     ema_limit: the EMA's decay after its warm-up.
-    condition: (batch, frozen) -> batch, computed once a step without a
+    condition: (key, batch, frozen) -> batch, computed once a step without a
       gradient, such as embedding the captions.
     accumulate: number of parts of the batch, whose gradients are computed in
       turn and averaged, to save memory; a divisor of B / number of devices.
@@ -64,7 +65,7 @@ def make_train_step(
     state: TrainState, batch: Tree, frozen: Tree
   ) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    batch = condition(batch, frozen)
+    batch = condition(condition_key(key), batch, frozen)
     if accumulate == 1:
       (loss, bands), grads = gradient(state.params, key, batch, frozen)
     else:
@@ -75,6 +76,11 @@ def make_train_step(
     return _update(state, tx, loss, grads, bands, ema_limit)
 
   return train_step
+
+
+def condition_key(key: jax.Array) -> jax.Array:
+  """The key of a step's conditioning; no loss folds this number into its."""
+  return jax.random.fold_in(key, np.uint32(2**32 - 1))
 
 
 def _gradient(loss_fn: LossFn) -> Callable:

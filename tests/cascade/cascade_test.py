@@ -15,6 +15,7 @@ from imagen_jax.cascade import batching, conditioning, sampling
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
+from tests import tiny_model
 
 RED, BLUE = 'a red circle', 'a blue square above a star'
 
@@ -94,6 +95,64 @@ def test_an_empty_prompt_is_unconditional(cascade):
   assert (generate(cascade, ['red'])['base'] != a).any()
 
 
+def test_a_negative_prompt_replaces_the_null_condition(model):
+  """The same prompt on both branches leaves nothing to guide."""
+  cascade = imagen_jax.load(model, dtype='float32', stages=['base'])
+  alone = generate(cascade, [RED], guidance=1.0)['base'].astype(int)
+  away = generate(cascade, [RED, BLUE], guidance=3.0, negative_prompt=RED)
+  assert np.abs(away['base'][0] - alone[0]).max() <= 1
+  plain = generate(cascade, [RED, BLUE], guidance=3.0)['base'].astype(int)
+  assert (np.abs(away['base'] - plain).max(axis=(1, 2, 3)) > 8).all()
+  embedding = cascade.embed([RED, BLUE], RED)
+  again = generate(cascade, embedding, guidance=3.0)['base']
+  np.testing.assert_array_equal(again, away['base'])
+  with pytest.raises(UsageError) as caught:
+    generate(cascade, embedding, guidance=3.0, negative_prompt=BLUE)
+  assert caught.value.key == 'negative_prompt'
+
+
+@pytest.fixture(scope='module')
+def weak(model, tmp_path_factory):
+  """A folder with a smaller network of stage base."""
+  return tiny_model.write_weak(tmp_path_factory.mktemp('weak'), model)
+
+
+def test_autoguidance_steers_away_from_a_weaker_model(model, weak):
+  sample = functools.partial(generate, prompts=[RED], guidance=1.0)
+  load = functools.partial(
+    imagen_jax.load, model, dtype='float32', stages=['base']
+  )
+  guided, same = load(weak_model=weak), load(weak_model=model / 'base')
+  plain = sample(load())['base'].astype(int)
+  np.testing.assert_array_equal(plain, sample(guided)['base'])
+  # w = 0 is the weaker model, and a model does not steer away from itself.
+  away = sample(guided, autoguidance=3.0)['base'].astype(int)
+  assert np.abs(away - plain).max() > 8
+  itself = sample(same, autoguidance=3.0)['base']
+  assert np.abs(itself - plain).max() <= 1
+  other = sample(guided, autoguidance=0.0)['base']
+  alone = imagen_jax.load(weak, dtype='float32')
+  assert np.abs(sample(alone)['base'] - other.astype(int)).max() <= 1
+  both = sample(guided, autoguidance=3.0, guidance=2.0)['base']
+  assert np.abs(both - away).max() > 8
+
+
+def test_a_weaker_model_is_one_of_the_same_stage(model, weak, tmp_path):
+  with pytest.raises(UsageError) as caught:
+    imagen_jax.load(model, stages=['sr1'], weak_model=weak)
+  assert caught.value.key == 'weak_model'
+  for change in (
+    lambda record: record['config']['stage'].update(prediction='eps'),
+    lambda record: record['text'].update(digest='0'),
+  ):
+    copy = shutil.copytree(weak, tmp_path / 'm', dirs_exist_ok=True)
+    record = json.loads((copy / 'base' / 'stage.json').read_text())
+    change(record)
+    (copy / 'base' / 'stage.json').write_text(json.dumps(record))
+    with pytest.raises(ModelError):
+      imagen_jax.load(model, weak_model=copy)
+
+
 def test_later_stages_upsample_a_given_image(model):
   later = imagen_jax.load(model, stages=['sr1'])
   low = np.full((1, 8, 8, 3), 200, np.uint8)
@@ -133,6 +192,12 @@ def test_an_embedding_gives_the_images_of_its_prompts(cascade):
     ('grid', {'grid': 'sigma'}),
     ('guidance_interval', {'guidance_interval': (3.0, -2.0)}),
     ('gamma', {'gamma': 0.5}),  # neither stage samples with ddpm
+    ('guidance_rescale', {'guidance': 1.0, 'guidance_rescale': 0.7}),
+    ('apg_eta', {'guidance': 1.0, 'apg_eta': 0.0}),
+    ('guidance_schedule', {'guidance_schedule': (0.0,)}),
+    ('autoguidance', {'autoguidance': -1.0}),
+    ('autoguidance', {'autoguidance': 2.0}),  # without a weaker model
+    ('negative_prompt', {'guidance': 1.0, 'negative_prompt': 'a star'}),
     ('seed', {'seed': -1}),
     ('num_images', {'num_images': 0}),
     ('low_res', {'low_res': np.zeros((1, 8, 8, 3), np.uint8)}),
@@ -152,6 +217,9 @@ def test_the_grid_interval_and_options_reach_the_sampler(model):
     {'grid': 'logsnr'},
     {'guidance_interval': (-1.0, 1.0)},
     {'sampler': 'ddim', 'eta': 1.0},
+    {'sampler': 'dpmpp_sde'},
+    {'guidance_schedule': (0.0, 1.0)},
+    {'apg_momentum': -0.5},
   ):
     assert (generate(cascade, [RED], steps=4, **choices)['base'] != plain).any()
 

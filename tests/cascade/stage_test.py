@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax import dtypes
 from imagen_jax.cascade import objective, sampling, settings, stage
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
+from imagen_jax.training.flops import inner_jaxpr
 from tests import tiny_model
 
 
-def build(name='base', **changes):
+def build(name='base', dtype='float32', **changes):
   config = tiny_model.config(name).stage.to_dict()
   for key, value in changes.items():
     section = config
@@ -24,7 +26,7 @@ def build(name='base', **changes):
     for part in path:
       section = section[part]
     section[last] = value
-  return stage.from_config(config, text_dim=16, text_len=12)
+  return stage.from_config(config, text_dim=16, text_len=12, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,12 @@ def build(name='base', **changes):
     {'sampling__guidance_interval': [3.0, -2.0]},
     {'schedule__kind': 'quadratic'},
     {'schedule__shift_from': 8},
+    {'schedule__shift_to': 8, 'schedule__resolution': 8},
+    {
+      'schedule__shift_to': 4,
+      'schedule__shift_from': 8,
+      'schedule__resolution': 8,
+    },
     {'resolutoin': 8},
     {'prediction': 'epsilon'},
     {'weighting': 'snr'},
@@ -80,12 +88,67 @@ def test_sizes_are_multiples_of_all_downsampling():
   assert build('sr1').net.multiple == 4
 
 
+def test_a_schedule_is_shifted_or_interpolated_by_the_config():
+  t, shift = jnp.asarray([0.0, 1.0]), {'schedule__shift_from': 4}
+  shift['schedule__resolution'] = 8
+  plain = build().logsnr_fn(t)
+  moved = build(**shift).logsnr_fn(t) - plain
+  np.testing.assert_allclose(moved, [-2 * np.log(2)] * 2, rtol=1e-5)
+  moved = build(**shift, schedule__shift_to=8).logsnr_fn(t) - plain
+  np.testing.assert_allclose(moved, [0, -2 * np.log(2)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', ['base', 'sr1'])
+def test_float32_is_multiplied_in_float32(name, dtype):
+  """With bfloat16 activations only the first convolution is."""
+  changes = {} if name == 'sr1' else {'net': dict(tiny_model.UNET)}
+  made = build(name, dtype=dtype, **changes)
+  shapes = stage.param_shapes(made)
+  z, level = jnp.zeros((1, made.resolution, made.resolution, 3)), jnp.zeros(1)
+  extra = () if name == 'base' else (z, level)
+  text, mask = jnp.zeros((1, 12, 16)), jnp.ones((1, 12), bool)
+  jaxpr = jax.make_jaxpr(
+    lambda params: stage.apply(made.net, params, z, level, text, mask, *extra)
+  )(shapes)
+  products = list(_products(jaxpr.jaxpr))
+  first = [eqn for eqn in products if eqn.invars[0].aval.shape[-1] in (3, 6)]
+  if dtype == 'bfloat16':  # norms multiply exactly in any case
+    products = [eqn for eqn in products if 'conv' in eqn.primitive.name]
+  exact = [eqn for eqn in products if 'HIGHEST' in str(eqn.params['precision'])]
+  assert len(products) > 5 and len(first) == 1
+  assert first[0].invars[0].aval.dtype == jnp.float32
+  wanted = products if dtype == 'float32' else first
+  assert list(map(id, exact)) == list(map(id, wanted))
+
+
+def _products(jaxpr):
+  """The matrix products and convolutions of a program."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
+      yield eqn
+    if (inner := inner_jaxpr(eqn)) is not None:
+      yield from _products(inner)
+
+
+def test_the_users_choice_of_precision_takes_precedence():
+  with jax.default_matmul_precision('bfloat16'):
+    with dtypes.matmul_precision(jnp.float32):
+      assert jax.config.jax_default_matmul_precision == 'bfloat16'
+  with dtypes.matmul_precision(jnp.float32):
+    assert jax.config.jax_default_matmul_precision == 'highest'
+
+
 def test_the_spec_holds_what_is_compiled_and_the_scalars_the_rest():
   config = build('sr1', sampling__guidance=3.0).sampling
   names = {field.name for field in dataclasses.fields(config)}
   assert vars(config.spec).keys() | config.scalars.keys() == names
   assert hash(config.spec) == hash(dataclasses.replace(config.spec))
-  assert config.scalars == {'guidance': 3.0, 'aug_level': np.float32(0.1)}
+  assert config.scalars == {
+    'guidance': 3.0,
+    'autoguidance': None,
+    'aug_level': np.float32(0.1),
+  }
   assert build('sr1').sampling.scalars['guidance'] is None
 
 

@@ -61,6 +61,28 @@ def test_from_image_generates_the_same_image_again(model, tmp_path):
   np.testing.assert_array_equal(Image.open(third), Image.open(again))
 
 
+def test_from_image_repeats_every_option_of_guidance(model, tmp_path):
+  weak = tiny_model.write_weak(tmp_path / 'weak', model)
+  args = ['--model', model, '--out', tmp_path / 'out', '--prompt', PROMPT]
+  args += ['--stages', 'base', '--dtype', 'float32', '--guidance', 3]
+  assert run(sample.main, *args) == 0
+  args += ['--guidance_schedule', '0:1:2', '--guidance_interval=-9:9']
+  args += ['--guidance_rescale', 0.5, '--apg_eta', 0.5, '--apg_momentum', -0.5]
+  args += ['--apg_norm', 'none']
+  args += ['--weak_model', weak, '--autoguidance', 2, '--sampler', 'dpmpp_sde']
+  assert run(sample.main, *args, '--negative_prompt', 'a star') == 0
+  plain, first = sorted((tmp_path / 'out').glob('00*'))
+  record = image_io.read_metadata(first)
+  assert record['negative_prompt'] == 'a star'
+  assert record['stages']['base']['guidance_schedule'] == [0, 1, 2]
+  assert record['stages']['base']['apg_norm'] == 'none'
+  out = ['--from_image', first, '--out', tmp_path / 'again']
+  assert run(sample.main, *out) == 0
+  again = next((tmp_path / 'again').glob('00*'))
+  np.testing.assert_array_equal(Image.open(first), Image.open(again))
+  assert (np.asarray(Image.open(plain)) != Image.open(first)).any()
+
+
 def test_nothing_is_overwritten(generated, model, tmp_path):
   out = shutil.copytree(generated, tmp_path / 'out')
   before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -237,6 +259,11 @@ def test_home_is_known_to_every_flag_and_config(model, tmp_path, monkeypatch):
     ('num_images', ['--from_image', '000.png', '--num_images=1']),
     ('dtype', ['--from_image', '000.png', '--dtype', 'auto']),
     ('strength', ['--prompt', PROMPT, '--strength', '0.5']),
+    ('weak_model', ['--prompt', PROMPT, '--weak_model', 'model']),
+    (
+      'negative_prompt',
+      ['--prompt', PROMPT, '--negative_prompt', 'x', '--guidance', '1'],
+    ),
     ('mask', ['--prompt', PROMPT, '--mask', 'mask.png']),
     ('aug_level', ['--prompt', PROMPT, '--stages', 'base', '--aug_level', '1']),
     ('style_prompt', ['--prompt', PROMPT, '--style_prompt', 'blue']),
@@ -247,7 +274,7 @@ def test_a_flag_without_effect_is_refused(
 ):
   first = next(generated.glob('000*'))
   Image.new('L', (8, 8)).save(tmp_path / 'mask.png')
-  files = {'000.png': first, 'mask.png': tmp_path / 'mask.png'}
+  files = {'000.png': first, 'mask.png': tmp_path / 'mask.png', 'model': model}
   argv = [files.get(word, word) for word in argv]
   out = tmp_path / 'out'
   assert run(sample.main, *argv, '--model', model, '--out', out) == 2
@@ -381,11 +408,13 @@ EDITS = {
   'model': [3, 'a\0b'],
   'dtype': [32, 'int4'],
   'mask': [['a']],
+  'negative_prompt': [3],
   'stages': [
     {}, [], 'base', {'base': None}, {'nowhere': SAMPLING},
     *({'base': SAMPLING | {key: value}} for key, value in [
       ('steps', '8'), ('steps', -1), ('steps', 1.5), ('guidance', 'x'),
       ('guidance', float('nan')), ('sampler', 1), ('sampler', 'euler'),
+      ('guidance_interval', [3, -3]), ('apg_norm', 'x'), ('steps', 'none'),
     ]),
   ],
 }  # fmt: skip

@@ -14,6 +14,8 @@ from imagen_jax.deepfloyd import (
   cleaning,
   images,
   pipeline,
+  schedule,
+  settings,
   stage,
   text,
 )
@@ -174,9 +176,22 @@ def test_reference_vector_is_compared(folder, tmp_path, capsys):
     text.check_reference(where, tmp_path / 'short.npy', 'float32')
 
 
+def test_the_grid_of_a_stage_can_be_chosen(model):
+  part = model.stages[0]
+  last = part.schedule.num_train_timesteps - 1
+  made = [
+    settings.plan(part, settings.Settings(steps=4, grid=grid), False).t
+    for grid in ('leading', 'trailing', None)
+  ]
+  assert made[0][0] < last == made[1][0]
+  default = schedule.timesteps(part.schedule, 4)
+  np.testing.assert_array_equal(made[2], default)
+
+
 @pytest.mark.parametrize(
   'key, asked',
   [
+    ('grid', {'grid': 'trailing', 'sampler': 'dpmpp'}),
     ('steps', {'steps': [4]}),
     ('steps', {'steps': 'smart28'}),
     ('sampler', {'sampler': 'euler'}),
@@ -273,6 +288,9 @@ def test_flags_of_if_are_refused_elsewhere(capsys):
   [
     ('threshold', ['static']),
     ('grid', ['logsnr']),
+    ('grid', ['trailing', '--steps', 'smart50']),
+    ('guidance_rescale', ['0.5']),
+    ('weak_model', ['elsewhere']),
     ('strength', ['0.5']),
     ('style_fraction', ['0.5']),
     ('aspect_ratio', ['3:2', '--init_image', 'in.png']),

@@ -89,6 +89,17 @@ def test_shift_is_two_logs_of_the_ratio():
   assert shift(resolution=16, base_resolution=32) > 0
 
 
+def test_an_interpolated_shift_runs_from_one_resolution_to_the_other():
+  """For images of 256 pixels from 32 at t = 1 to 256, no shift, at t = 0."""
+  t = jnp.asarray([0.0, 0.5, 1.0])
+  logsnr = schedule.cosine_logsnr(t)
+  found = schedule.interpolated_logsnr(
+    t, logsnr, resolution=256, noise=32, image=256
+  )
+  expected = logsnr - 2 * np.log(8) * t
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_shifted_noise_hides_a_box_mean_as_much():
   """After a 4×4 box mean the shifted schedule at 256 has the SNR of 64."""
   logsnr = 1.0

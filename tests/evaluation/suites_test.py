@@ -1,10 +1,12 @@
 """Choosing a suite from a config, and evaluating from Python."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from imagen_jax.cascade.cascade import Cascade
 from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import EvalConfig
@@ -158,6 +160,44 @@ def test_a_sweep_makes_all_combinations(model, tmp_path):
   last = notes['dark@aug_level=0.1,base.guidance=3']['stages']
   assert last['base']['guidance'] == 3 and last['sr1']['guidance'] == 1
   assert last['sr1']['aug_level'] == 0.1
+
+
+def test_guidance_of_any_kind_can_be_evaluated(model, tmp_path, monkeypatch):
+  from tests import tiny_model
+
+  sample, given = Cascade.sample, []
+
+  def spy(self, *args, **options):
+    given.append(options['negative_prompt'])
+    return sample(self, *args, **options)
+
+  monkeypatch.setattr(Cascade, 'sample', spy)
+  weak = tiny_model.write_weak(tmp_path / 'weak', model)
+  config = EvalConfig(
+    suite=DARK,
+    model=model,
+    out=tmp_path / 'out',
+    num=1,
+    stages=('base',),
+    negative_prompt='a star',
+    weak_model=weak,
+    sampling={'steps': 1, 'autoguidance': 2.0},
+    sweep={'guidance_interval': ('none', (-99.0, 99.0))},
+  )
+  points = list(evaluate(config).scores)
+  assert given == ['a star'] * 2
+  assert points == [f'dark@guidance_interval={v}' for v in ('none', '-99:99')]
+  notes = json.loads((tmp_path / 'out' / 'scores.json').read_text())
+  notes = notes['provenance'][points[1]]
+  assert notes['stages']['base']['guidance_interval'] == [-99, 99]
+  assert notes['negative_prompt'] == 'a star' and notes['weak_digest']
+  for key, change in (
+    ('weak_model', {'sampling': {}}),
+    ('negative_prompt', {'sampling': {'guidance': 1.0, 'autoguidance': 2.0}}),
+  ):
+    with pytest.raises(UsageError) as error:
+      evaluate(dataclasses.replace(config, out=tmp_path / key, **change))
+    assert error.value.key == key
 
 
 def test_a_sweep_of_an_unknown_stage_is_refused(model, tmp_path):

@@ -148,7 +148,7 @@ def test_scan_and_remat_change_no_gradient(change):
 
 
 def test_the_pixels_of_a_block_are_told_apart():
-  """An input that repeats a 2×2 tile gives more than its mean, in the middle."""
+  """An input that repeats a 2×2 tile gives more than its mean, inside."""
   net = EfficientUNet(
     channels=(8,),
     num_res_blocks=(1,),

@@ -364,6 +364,52 @@ def test_training_and_sampling_have_one_null_condition(model):
   np.testing.assert_array_equal(kept[1][0], mask[0])
 
 
+def test_times_are_stratified_over_all_parts_of_a_batch(model):
+  """Eight parts of one image have the times of one batch of eight."""
+  seen = {}
+  for parts in (1, 8):
+    config = tiny_model.config(accumulate=parts)
+    config.stage.stratified = True
+    made = StageExperiment(config, text=load_text_encoder(model / 'text'))
+    times = seen[parts] = []
+
+    def loss(params, key, batch, frozen, times=times):
+      jax.debug.callback(times.extend, batch['t'])
+      return params['w'] * batch['t'], {}
+
+    batch = {
+      'image': np.zeros((8, 8, 8, 3), np.uint8),
+      'text': np.zeros((8, 12, made.text.dim), np.float32),
+      'mask': np.ones((8, 12), bool),
+    }
+    tx = optax.sgd(1.0)
+    step = make_train_step(
+      loss,
+      tx,
+      seed=0,
+      ema_limit=0.9,
+      condition=made.condition,
+      accumulate=parts,
+    )
+    jax.jit(step)(init_state({'w': jnp.ones(())}, tx), batch, {})
+    jax.effects_barrier()
+  whole, apart = np.sort(np.array([seen[1], seen[8]], np.float32))
+  np.testing.assert_allclose(np.diff(apart), 1 / 8, rtol=1e-4)
+  np.testing.assert_array_equal(apart, whole)
+
+
+@pytest.mark.parametrize('guidance', [2.0, float('nan')])
+def test_a_preview_that_could_not_be_sampled_is_refused_at_once(
+  model, guidance
+):
+  config = tiny_model.config()
+  config.stage.cond_drop = 0.0
+  config.stage.sampling.guidance = guidance
+  with pytest.raises(UsageError) as caught:
+    StageExperiment(config, text=load_text_encoder(model / 'text'))
+  assert caught.value.key == 'config.stage.sampling.guidance'
+
+
 @pytest.mark.parametrize('unroll', [True, False])
 def test_accumulating_averages_the_gradients_of_the_parts(unroll):
   def loss_fn(params, key, batch, frozen):
