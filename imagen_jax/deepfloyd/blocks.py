@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from imagen_jax.deepfloyd.config import UNetConfig
 from imagen_jax.nets.attention import attention
 from imagen_jax.nets.layers import conv, downsample, upsample
-from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, Image, TextEmb
 
 TEXT_GROUPS = 32  # diffusers' `cross_attention_norm_num_groups`
@@ -121,12 +121,7 @@ class TextEmbedding(nn.Module):
   @nn.compact
   def __call__(self, text: TextEmb) -> Emb:
     """[B, L, D] from the text encoder -> [B, E]."""
-    norm = functools.partial(
-      nn.LayerNorm,
-      epsilon=NORM_EPS,
-      use_fast_variance=False,
-      dtype=self.dtype,
-    )
+    norm = functools.partial(LayerNorm, epsilon=NORM_EPS, dtype=self.dtype)
     h = norm(name='norm1')(text)
     h = AttentionPool(
       self.config.addition_embed_type_num_heads, self.dtype, name='pool'

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from imagen_jax.nets.dense import DenseGeneral
-from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, TextEmb, TextMask
 
 
@@ -117,7 +117,7 @@ class TextAttention(nn.Module):
     values: list[jax.Array] = []
     masks: list[Array] = []
     if self.text:
-      t = nn.LayerNorm(dtype=self.dtype, name='text_norm')(text)
+      t = LayerNorm(dtype=self.dtype, name='text_norm')(text)
       keys.append(dense(name='text_key')(t))
       values.append(dense(name='text_value')(t))
       masks.append(mask)
@@ -174,7 +174,7 @@ class TextPool(nn.Module):
     dense = functools.partial(
       DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
-    t = nn.LayerNorm(dtype=self.dtype, name='norm')(text)
+    t = LayerNorm(dtype=self.dtype, name='norm')(text)
     seen = mask[..., None].astype(t.dtype)
     mean = jnp.sum(t * seen, axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1)
     query = self.param('query', nn.initializers.normal(0.02), (text.shape[-1],))
@@ -188,5 +188,5 @@ class TextPool(nn.Module):
     out = DenseGeneral(
       self.features, axis=(-2, -1), dtype=self.dtype, name='out'
     )(pooled)
-    out = nn.LayerNorm(dtype=self.dtype, name='out_norm')(out)
+    out = LayerNorm(dtype=self.dtype, name='out_norm')(out)
     return jnp.where(jnp.any(mask, axis=-1, keepdims=True), out, 0)

@@ -10,7 +10,7 @@ import pytest
 
 from imagen_jax.nets.attention import TextPool, attention
 from imagen_jax.nets.efficient_unet import EfficientUNet
-from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.nets.unet import UNet
 
 BASE = UNet(
@@ -202,6 +202,22 @@ def test_group_norm_is_flax_group_norm():
   np.testing.assert_allclose(
     own.apply({'params': p}, x), theirs.apply({'params': p}, x), atol=2e-5
   )
+
+
+@pytest.mark.parametrize('norm', [GroupNorm(4), LayerNorm()])
+def test_a_norm_is_exact_far_from_zero(norm):
+  """Against float64, where the mean is a thousand standard deviations."""
+  rng = np.random.default_rng(0)
+  x = (1000 + rng.normal(size=(2, 64, 64, 12))).astype(np.float32)
+  shapes = jax.eval_shape(norm.init, jax.random.key(0), x)
+  p = jax.tree.map(lambda leaf: np.ones(leaf.shape), shapes)
+  p['params']['bias'][:] = 0
+  split = x.reshape(2, 64, 64, 4, 3) if isinstance(norm, GroupNorm) else x
+  axes = (1, 2, 4) if isinstance(norm, GroupNorm) else 3
+  exact = split - split.mean(axes, np.float64, keepdims=True)
+  exact /= np.sqrt(np.mean(exact**2, axes, keepdims=True) + 1e-6)
+  got = jax.jit(norm.apply)(p, x)
+  np.testing.assert_allclose(got, exact.reshape(x.shape), atol=5e-4)
 
 
 def test_attention_without_visible_keys_is_zero():
