@@ -1,6 +1,7 @@
 """The U-Nets: masked text, shapes, scans, norms, sizes."""
 
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.nets.attention import TextPool, attention
+from imagen_jax.nets import attention as attention_module
+from imagen_jax.nets.attention import TextAttention, TextPool, attention
 from imagen_jax.nets.efficient_unet import EfficientUNet
 from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.nets.unet import UNet
@@ -230,6 +232,45 @@ def test_attention_without_visible_keys_is_zero():
   )
   expected = jnp.einsum('nts,snh->tnh', weights, v[0, :2])
   np.testing.assert_allclose(out[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_qk_norm_bounds_the_logits_in_bfloat16(qk_norm):
+  """By √size, also with kernels a thousand times as large."""
+  layer = TextAttention(8, qk_norm=qk_norm, norm_groups=4, dtype=jnp.bfloat16)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 4, 4, 16)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(2, 6, 12)), jnp.float32)
+  mask = jnp.ones((2, 6), bool)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x, text, mask)
+  params = random_like(shapes['params'])
+  names = ['query_norm', 'key_norm', 'text_key_norm']
+  assert [name in params for name in names] == [qk_norm] * 3
+  for name in ('query', 'key', 'text_key'):
+    params[name]['kernel'] = 1e3 * params[name]['kernel']
+    if qk_norm:
+      params[f'{name}_norm']['scale'] = np.ones(8)
+  seen = []
+
+  def spy(q, k, v, mask, *, implementation):
+    seen.append(jnp.einsum('btnh,bsnh->bnts', q, k) / np.sqrt(8))
+    return v[:, : q.shape[1]]
+
+  with mock.patch.object(attention_module, 'attention', spy):
+    layer.apply({'params': params}, x, text, mask)
+  largest = np.abs(seen[0].astype(jnp.float32)).max()
+  assert (largest <= 1.02 * np.sqrt(8)) == qk_norm
+
+
+@pytest.mark.parametrize('name', ['base', 'fused'])
+def test_qk_norm_is_an_option_of_both_networks(name):
+  net = NETS[name]
+  shapes = jax.eval_shape(
+    net.clone(qk_norm=True).init, jax.random.key(0), *inputs(net)
+  )
+  more = jax.tree.leaves(shapes['params'])
+  attentions = sum('attn' in layer for layer in params(name))
+  assert len(more) == len(jax.tree.leaves(params(name))) + 3 * attentions
 
 
 def test_cudnn_falls_back_where_it_cannot():
