@@ -111,15 +111,49 @@ def _convolve(
   return multiply(product, x, kernel)
 
 
+@jax.custom_vjp
+def _adapted(x: Array, kernel: Array, bias: Array, a: Array, b: Array) -> Any:
+  """x W + (x A) B + bias, summed in float32 and rounded to x's type once.
+
+  Added to a rounded x W, a small change would be rounded away.
+  """
+  wide = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+  low = jnp.dot(x, a.astype(x.dtype))
+  y = wide(x, kernel) + wide(low, b.astype(x.dtype)) + bias
+  return y.astype(x.dtype)
+
+
+def _adapted_backward(saved: Any, gradient: Array) -> Any:
+  """The gradient of products in x's type; A's and B's are as a kernel's."""
+
+  def plain(x: Array, kernel: Array, bias: Array, a: Array, b: Array) -> Any:
+    change = multiply(jnp.dot, multiply(jnp.dot, x, a), b)
+    return jnp.dot(x, kernel) + change + bias.astype(x.dtype)
+
+  return jax.vjp(plain, *saved)[1](gradient)
+
+
+_adapted.defvjp(lambda *args: (_adapted(*args), args), _adapted_backward)
+
+
 # The bias is added in its own type, in which its gradient is summed.
 
 
 class Dense(nn.Dense):
+  """Flax's layer; with a low-rank adapter if its parameters hold `a` and `b`.
+
+  Then the output is x W + (x A) B + bias (Hu et al. 2021).
+  """
+
   promote_dtype: Any = _promote
   dot_general: Any = _dot
 
   def __call__(self, inputs: Array) -> Any:
-    return jnp.asarray(super().__call__(inputs), self.dtype)
+    if not self.has_variable('params', 'a'):
+      return jnp.asarray(super().__call__(inputs), self.dtype)
+    x, params = jnp.asarray(inputs, self.dtype), self.variables['params']
+    kernel = sharding.gather(params['kernel'], x.dtype)
+    return _adapted(x, kernel, params['bias'], params['a'], params['b'])
 
 
 class DenseGeneral(nn.DenseGeneral):
