@@ -117,11 +117,9 @@ class TextAttention(nn.Module):
       DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
 
-    def project(
-      name: str, x: Float[Array, 'b l c']
-    ) -> Float[Array, 'b l heads size']:
-      """Queries or keys."""
-      projected: Any = dense(name=name)(x)
+    def project(name: str, x: Float[Array, 'b l c']) -> Any:
+      """Queries or keys [B, L, N, H]."""
+      projected = dense(name=name)(x)
       if not self.qk_norm:
         return projected
       return nn.RMSNorm(dtype=self.dtype, name=f'{name}_norm')(projected)

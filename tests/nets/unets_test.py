@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax import sharding
 from imagen_jax.nets import attention as attention_module
 from imagen_jax.nets.attention import TextAttention, TextPool, attention
 from imagen_jax.nets.efficient_unet import EfficientUNet
@@ -308,3 +309,25 @@ def test_the_defaults_have_the_papers_sizes(net, size, low, least, most):
   )
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   assert least < count < most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['base', 'fused'])
+def test_no_gradient_is_summed_in_bfloat16(name):
+  """No parameter's, of a network whose activations are: it would be rounded."""
+  net = NETS[name].clone(dtype=jnp.bfloat16)
+  mesh = sharding.make_mesh()
+  rows = sharding.put_whole_batch(
+    [np.repeat(x, 4, axis=0) for x in inputs(net)], mesh
+  )
+  loss = lambda p: jnp.sum(jnp.sin(net.apply({'params': p}, *rows)))
+  exact = {'xla_allow_excess_precision': False}
+  with jax.set_mesh(mesh):
+    grads = jax.jit(jax.grad(loss), compiler_options=exact)(params(name))
+  rounded = [
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    if np.array_equal(leaf, leaf.astype(jnp.bfloat16))
+  ]
+  # A bias that all keys have changes no softmax, so it has no gradient.
+  assert rounded in ([], ["['conditioning']['text_pool']['key']['bias']"])
