@@ -291,6 +291,10 @@ def train() -> dict[str, Any]:
     # Gradient accumulation: a batch is processed in this many parts, for less
     # memory.
     'accumulate': 1,
+    # Of the sums of gradients over the devices: 'float32', or 'bfloat16', which
+    # halves the traffic and rounds at every addition; for activations in
+    # bfloat16. docs/tpu.md has the bytes.
+    'gradient_dtype': 'float32',
     # The next four are intervals in steps. Metrics:
     'log_every': 50,
     # Checkpoints; a crash loses at most this many steps.

@@ -28,9 +28,10 @@ Also chosen: 128 tokens, clip 1.0, EMA 0.9999, bfloat16, ancestral sampling in
 of Figure A.10 use 5.
 
 T5-XXL is read from a folder in Hugging Face layout (google/t5-v1_1-xxl:
-config.json, safetensors, spiece.model). Adafactor's rate is relative to a
-parameter's size, so zero-initialised layers stay near zero for 10,000 steps;
-for a short run set `multiply_by_parameter_scale` to False in its options.
+config.json, safetensors, spiece.model). Adafactor factors all large kernels:
+its state is 3.4 M numbers. Its rate is relative to a parameter's size, so
+zero-initialised layers stay near zero for 10,000 steps; for a short run set
+`multiply_by_parameter_scale` to False in its options.
 """
 
 from imagen_jax.configs import common

@@ -292,9 +292,8 @@ def gather(param: Array, dtype: DTypeLike | None = None) -> Array:
   if mesh.empty or mesh.shape.get('fsdp', 1) == 1:
     return cast
   spec = leaf_sharding(param, mesh).spec
-  if cast.dtype != param.dtype:
-    # Else XLA gathers the wider type and casts afterwards.
-    cast = jax.lax.with_sharding_constraint(cast, spec)
+  # Else XLA gathers the wider type and casts afterwards.
+  cast = jax.lax.with_sharding_constraint(cast, spec)
   return _gather(cast, spec)
 
 

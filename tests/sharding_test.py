@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec
 
 from imagen_jax import sharding
 from imagen_jax.errors import UsageError
+from imagen_jax.nets.dense import Conv, Dense, DenseGeneral
 from imagen_jax.nets.layers import ResBlock
+from imagen_jax.training.step import half_gradients
 
 
 def spec(shape, fsdp=4, **options):
@@ -236,3 +238,49 @@ def test_parameters_are_gathered_in_the_type_they_are_used_in():
     text = gather.lower(w).compile().as_text()
   # CPU has no bfloat16 collectives, but each device casts its shard first.
   assert 'all-gather' in text and 'bf16[256,128]' in text
+
+
+LAYERS = {
+  'dense': (Dense(1, dtype=jnp.bfloat16), (8, 1)),
+  'heads': (
+    DenseGeneral((1, 1), axis=(-2, -1), dtype=jnp.bfloat16),
+    (8, 1, 1),
+  ),
+  'conv': (Conv(1, (1, 1), dtype=jnp.bfloat16), (8, 1, 1, 1)),
+}
+
+
+def gradient_of_256_and_seven_ones(layer, shape, *, half=False):
+  """The gradient of a layer's parameters, summed over eight devices."""
+  weights = jnp.ones(shape[0]).at[0].set(256)
+
+  def loss(params, key, x, frozen):
+    y = layer.apply({'params': params['layer']}, x)
+    return weights * y.astype(jnp.float32).reshape(-1), {}
+
+  loss = half_gradients(loss) if half else loss
+  mesh = sharding.make_mesh()
+  x = jax.device_put(jnp.ones(shape), sharding.batch_sharding(mesh))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x)['params']
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total = lambda params: loss(params, jax.random.key(0), x, None)[0].sum()
+  with jax.set_mesh(mesh):
+    # Else a CPU, which has no bfloat16, may leave out the rounding to it.
+    exact = {'xla_allow_excess_precision': False}
+    gradient = jax.jit(jax.grad(total), compiler_options=exact)(
+      {'layer': params}
+    )['layer']
+  assert {leaf.dtype for leaf in gradient.values()} == {jnp.dtype('float32')}
+  return {name: leaf.item() for name, leaf in gradient.items()}
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_gradients_are_summed_over_devices_in_float32(name):
+  """256 and seven ones are 263; in bfloat16 264, or, one by one, 256."""
+  found = gradient_of_256_and_seven_ones(*LAYERS[name])
+  assert found == {'kernel': 263, 'bias': 263}
+
+
+def test_half_gradients_of_kernels_are_summed_in_bfloat16():
+  found = gradient_of_256_and_seven_ones(*LAYERS['dense'], half=True)
+  assert found['kernel'] in (256, 264) and found['bias'] == 263

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 
 from imagen_jax.deepfloyd.config import UNetConfig
 from imagen_jax.nets.attention import attention
+from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import conv, downsample, upsample
-from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, Image, TextEmb
 
 TEXT_GROUPS = 32  # diffusers' `cross_attention_norm_num_groups`
@@ -75,9 +76,7 @@ class StepEmbedding(nn.Module):
       flip_sin_to_cos=self.config.flip_sin_to_cos,
       freq_shift=self.config.freq_shift,
     ).astype(self.dtype)
-    dense = functools.partial(
-      nn.Dense, self.config.emb_channels, dtype=self.dtype
-    )
+    dense = functools.partial(Dense, self.config.emb_channels, dtype=self.dtype)
     h = activation(self.config.act_fn)(dense(name='linear_1')(h))
     return dense(name='linear_2')(h)
 
@@ -99,11 +98,11 @@ class AttentionPool(nn.Module):
       'positional_embedding', nn.initializers.normal(width**-0.5), (1, width)
     )
     mean = jnp.mean(text, axis=1, keepdims=True)
-    mean = mean + position.astype(self.dtype)[None]
+    mean = (mean + position[None]).astype(self.dtype)
     text = jnp.concatenate([mean, text], axis=1)
 
     def heads(name: str, x: Array) -> Array:
-      x = nn.Dense(width, dtype=self.dtype, name=name)(x)
+      x = Dense(width, dtype=self.dtype, name=name)(x)
       return x.reshape(*x.shape[:2], self.num_heads, -1)
 
     out = attention(
@@ -121,17 +120,12 @@ class TextEmbedding(nn.Module):
   @nn.compact
   def __call__(self, text: TextEmb) -> Emb:
     """[B, L, D] from the text encoder -> [B, E]."""
-    norm = functools.partial(
-      nn.LayerNorm,
-      epsilon=NORM_EPS,
-      use_fast_variance=False,
-      dtype=self.dtype,
-    )
+    norm = functools.partial(LayerNorm, epsilon=NORM_EPS, dtype=self.dtype)
     h = norm(name='norm1')(text)
     h = AttentionPool(
       self.config.addition_embed_type_num_heads, self.dtype, name='pool'
     )(h)
-    h = nn.Dense(self.config.emb_channels, dtype=self.dtype, name='proj')(h)
+    h = Dense(self.config.emb_channels, dtype=self.dtype, name='proj')(h)
     return norm(name='norm2')(h)
 
 
@@ -167,7 +161,7 @@ class ResnetBlock(nn.Module):
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
     if not self.config.resnet_skip_time_act:
       emb = act(emb)
-    film = nn.Dense(2 * self.features, dtype=self.dtype, name='time_emb_proj')
+    film = Dense(2 * self.features, dtype=self.dtype, name='time_emb_proj')
     scale, shift = jnp.split(film(emb)[:, None, None, :], 2, axis=-1)
     h = act(norm(name='norm2')(h) * (1 + scale) + shift)
     h = conv(self.features, dtype=self.dtype, name='conv2')(h)
@@ -213,7 +207,7 @@ class AddedKVAttention(nn.Module):
       text = norm(text[:, :, None])[:, :, 0]
 
     def heads(name: str, x: Array) -> Array:
-      x = nn.Dense(channels, dtype=self.dtype, name=name)(x)
+      x = Dense(channels, dtype=self.dtype, name=name)(x)
       return x.reshape(batch, x.shape[1], -1, self.head_dim)
 
     key, value = heads('add_k_proj', text), heads('add_v_proj', text)
@@ -221,7 +215,7 @@ class AddedKVAttention(nn.Module):
       key = jnp.concatenate([key, heads('to_k', h)], axis=1)
       value = jnp.concatenate([value, heads('to_v', h)], axis=1)
     out = attention(heads('to_q', h), key, value)
-    out = nn.Dense(channels, dtype=self.dtype, name='to_out_0')(
+    out = Dense(channels, dtype=self.dtype, name='to_out_0')(
       out.reshape(batch, height * width, channels)
     )
     return x + out.reshape(x.shape)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
@@ -110,7 +111,7 @@ class IFExperiment(Experiment):
     if init_from is not None or self.adapt:
       started = super().start(shardings, init_from)
       return Start(started.params, f'starts from {self.stage.folder}')
-    params = jax.device_put(self._load_weights(), shardings)
+    params = jax.device_put(self._load_weights(jnp.float32), shardings)
     return Start(params, f'starts from {self.stage.folder}')
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -144,14 +145,14 @@ class IFExperiment(Experiment):
     empty = jax.device_put(self._embedding(''), sharding.replicated(self.mesh))
     frozen = {'empty': empty}
     if self.adapt:  # the weights that adapters are added to
-      frozen['weights'] = self._load_weights()
+      frozen['weights'] = self._load_weights(self.dtype)
     return frozen
 
-  def _load_weights(self) -> dict:
+  def _load_weights(self, dtype: DTypeLike) -> dict:
     """The stage's weights, on the mesh."""
     _, params = self.stage.load(
       dtype=self.dtype,
-      weights_dtype=self.dtype if self.adapt else jnp.float32,
+      weights_dtype=dtype,
       place=functools.partial(sharding.leaf_sharding, mesh=self.mesh),
     )
     return cut_variance(params) if self.drop else params
@@ -176,11 +177,11 @@ class IFExperiment(Experiment):
       'text': self._embedding(example['caption']),
     }
 
-  def merge(self, trained: dict, weights: dict | None) -> dict:
-    """The network's parameters; adapters are added to `weights`."""
-    if weights is None:  # all parameters are trained
+  def params(self, trained: dict, frozen: Tree) -> dict:
+    """The network's parameters, adapters beside the frozen weights."""
+    if not self.adapt:
       return trained
-    return lora.merge(weights, trained, self.config.scale)
+    return lora.insert(frozen['weights'], trained, self.config.scale)
 
   def loss(
     self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
@@ -200,12 +201,12 @@ class IFExperiment(Experiment):
       abar = jnp.asarray(table)[level][:, None, None, None]
       noise = jax.random.normal(keys['low'], low.shape)
       low = jnp.sqrt(abar) * low + jnp.sqrt(1 - abar) * noise
-    merged = self.merge(params, frozen.get('weights'))
+    params = self.params(params, frozen)
 
     def predict(z: Array, t: Array) -> Array:
       given = z if low is None else jnp.concatenate([z, low], axis=-1)
       out: Any = self.module.apply(
-        {'params': merged}, given, t, captions, level
+        {'params': params}, given, t, captions, level
       )
       return out
 
@@ -222,7 +223,7 @@ class IFExperiment(Experiment):
     sample = pipeline.previewer(self.stage, self.module, shape)
 
     def sample_trained(trained: dict, given: dict, frozen: Tree) -> Array:
-      params = self.merge(trained, frozen.get('weights'))
+      params = self.params(trained, frozen)
       return sample(params, given, frozen['empty'])
 
     def embed(captions: list[str]) -> dict:
@@ -235,15 +236,23 @@ class IFExperiment(Experiment):
 
   def finish(self, state: Any, frozen: Tree) -> None:
     out = self._inside('export') / self.name
-    self.write(state.ema_params, frozen.get('weights'), out)
+    self.write(state.ema_params, out)
 
-  def write(
-    self, trained: dict, weights: dict | None, out: pathlib.Path
-  ) -> None:
-    """Writes a stage folder with the trained weights."""
-    params = jax.jit(self.merge)(trained, weights)
-    if jax.process_index() == 0:
-      export_stage(out, params, self.stage, drop=self.drop)
+  def write(self, trained: dict, out: pathlib.Path) -> None:
+    """Writes a stage folder with the trained weights.
+
+    Adapters are added to the weights as the stage's folder has them, not as
+    they were cast for training.
+    """
+    params = jax.tree.map(sharding.fetch, trained) if self.adapt else trained
+    if jax.process_index():
+      return
+    if self.adapt:
+      _, weights = self.stage.load(dtype=jnp.float32, place=_on_host)
+      weights = jax.tree.map(np.asarray, weights)
+      weights = cut_variance(weights) if self.drop else weights
+      params = lora.merge(weights, params, self.config.scale)
+    export_stage(out, params, self.stage, drop=self.drop)
 
   @classmethod
   def export(cls, request: Export) -> str:
@@ -256,13 +265,21 @@ class IFExperiment(Experiment):
     directory = config.train.checkpoint_dir or request.workdir / 'checkpoints'
     with Checkpoints(directory, keep_last=config.train.keep_last) as saved:
       state, _, step = saved.restore(program.abstract_state(), request.step)
-    weights = run._load_weights() if run.adapt else None
     trained = {'ema': state.ema_params, 'raw': state.params}[request.weights]
-    run.write(trained, weights, request.out)
+    run.write(trained, request.out)
     return (
       f'{request.out}: step {step}, {request.weights} weights, as diffusers '
       'has them'
     )
+
+
+def _on_host(_: np.ndarray) -> jax.sharding.Sharding | None:
+  """Beside a training state, a device may have no room for all weights."""
+  try:
+    host = jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    return None
+  return jax.sharding.SingleDeviceSharding(host)
 
 
 def _choice(config: ConfigDict, key: str, allowed: Sequence[str]) -> str:

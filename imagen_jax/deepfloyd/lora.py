@@ -1,15 +1,16 @@
 """Low-rank adapters (LoRA) for IF's attention layers (Hu et al. 2021).
 
 A frozen attention kernel W becomes W + (scale / rank) A B, with A random and B
-zero at initialisation. The sum is formed before the network is applied, so the
-network is unchanged and an adapted model is exported like any other.
+zero at initialisation. In training the layers compute x W + (x A) B: a sum of
+W and a small A B would be rounded to W in bfloat16. Exported models hold the
+sum, in float32.
 """
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from imagen_jax.deepfloyd.weights import leaves
-from imagen_jax.typing import Values
 
 TARGETS = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'to_out_0')
 
@@ -34,15 +35,27 @@ def init(key: jax.Array, params: dict, rank: int) -> dict:
   return adapters
 
 
+def insert(params: dict, adapters: dict, scale: float = 1.0) -> dict:
+  """The network's parameters with A and B beside each adapted kernel.
+
+  `nets.dense.Dense` applies them.
+  """
+  flat = flatten_dict(params, sep='/')
+  for path, adapter in adapters.items():
+    a, b = adapter['a'], adapter['b']
+    layer = path.removesuffix('kernel')
+    flat |= {f'{layer}a': a, f'{layer}b': scale / a.shape[1] * b}
+  return unflatten_dict(flat, sep='/')
+
+
 def merge(params: dict, adapters: dict, scale: float = 1.0) -> dict:
-  """The network's parameters with the adapters added, each in its dtype."""
+  """The network's parameters, adapted kernels as float32 sums.
 
-  def add(path: tuple, leaf: Values) -> Values:
-    adapter = adapters.get('/'.join(key.key for key in path))
-    if adapter is None:
-      return leaf
-    rank = adapter['a'].shape[1]
-    change = scale / rank * (adapter['a'] @ adapter['b'])
-    return (leaf + change).astype(leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(add, params)
+  NumPy arrays stay on the host.
+  """
+  flat = flatten_dict(params, sep='/')
+  for path, adapter in adapters.items():
+    a, b = adapter['a'], adapter['b']
+    change = scale / a.shape[1] * (a @ b)
+    flat[path] = flat[path].astype(jnp.float32) + change
+  return unflatten_dict(flat, sep='/')

@@ -23,6 +23,7 @@ from imagen_jax.deepfloyd.blocks import (
   activation,
 )
 from imagen_jax.deepfloyd.config import UNetConfig
+from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.layers import conv
 from imagen_jax.nets.norm import GroupNorm
 from imagen_jax.typing import Array, Image, TextEmb
@@ -154,7 +155,7 @@ class IFUNet(nn.Module):
     emb = emb + TextEmbedding(config, dtype, name='add_embedding')(pooled_text)
     emb = activation(config.time_embedding_act_fn)(emb)
     if config.encoder_hid_dim is not None:
-      text = nn.Dense(
+      text = Dense(
         config.cross_attention_dim, dtype=dtype, name='encoder_hid_proj'
       )(text)
 

@@ -7,6 +7,7 @@ pooled vector added to the time embedding. Both apply LayerNorm to the text.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from imagen_jax.nets.dense import DenseGeneral
-from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, TextEmb, TextMask
 
 
@@ -84,6 +85,9 @@ class TextAttention(nn.Module):
       Efficient U-Net uses twice its channels (Figure A.28).
     self_attention: whether pixels attend to pixels.
     text: whether pixels attend to the text.
+    qk_norm: divide each head's queries and keys by their RMS, and scale them by
+      learned factors: without these no logit exceeds √size, whatever the
+      kernels grow to (after Dehghani et al. 2023; not in the paper).
     norm_groups: groups of the input's GroupNorm.
     implementation: see `attention`.
     dtype: computation type of the projections.
@@ -94,6 +98,7 @@ class TextAttention(nn.Module):
   inner: int | None = None
   self_attention: bool = True
   text: bool = True
+  qk_norm: bool = False
   norm_groups: int = 32
   implementation: str = 'xla'
   dtype: DTypeLike = jnp.float32
@@ -111,22 +116,30 @@ class TextAttention(nn.Module):
     dense = functools.partial(
       DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
+
+    def project(name: str, x: Float[Array, 'b l c']) -> Any:
+      """Queries or keys [B, L, N, H]."""
+      projected = dense(name=name)(x)
+      if not self.qk_norm:
+        return projected
+      return nn.RMSNorm(dtype=self.dtype, name=f'{name}_norm')(projected)
+
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm')(x)
     h = h.reshape(batch, height * width, channels)
     keys: list[jax.Array] = []
     values: list[jax.Array] = []
     masks: list[Array] = []
     if self.text:
-      t = nn.LayerNorm(dtype=self.dtype, name='text_norm')(text)
-      keys.append(dense(name='text_key')(t))
+      t = LayerNorm(dtype=self.dtype, name='text_norm')(text)
+      keys.append(project('text_key', t))
       values.append(dense(name='text_value')(t))
       masks.append(mask)
     if self.self_attention:
-      keys.append(dense(name='key')(h))
+      keys.append(project('key', h))
       values.append(dense(name='value')(h))
       masks.append(jnp.ones((batch, height * width), bool))
     out = attention(
-      dense(name='query')(h),
+      project('query', h),
       jnp.concatenate(keys, axis=1),
       jnp.concatenate(values, axis=1),
       jnp.concatenate(masks, axis=1),
@@ -174,12 +187,12 @@ class TextPool(nn.Module):
     dense = functools.partial(
       DenseGeneral, features=(heads, inner // heads), dtype=self.dtype
     )
-    t = nn.LayerNorm(dtype=self.dtype, name='norm')(text)
+    t = LayerNorm(dtype=self.dtype, name='norm')(text)
     seen = mask[..., None].astype(t.dtype)
     mean = jnp.sum(t * seen, axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1)
     query = self.param('query', nn.initializers.normal(0.02), (text.shape[-1],))
     pooled = attention(
-      dense(name='to_query')((mean + query.astype(t.dtype))[:, None]),
+      dense(name='to_query')((mean + query)[:, None]),
       dense(name='key')(t),
       dense(name='value')(t),
       mask,
@@ -188,5 +201,5 @@ class TextPool(nn.Module):
     out = DenseGeneral(
       self.features, axis=(-2, -1), dtype=self.dtype, name='out'
     )(pooled)
-    out = nn.LayerNorm(dtype=self.dtype, name='out_norm')(out)
+    out = LayerNorm(dtype=self.dtype, name='out_norm')(out)
     return jnp.where(jnp.any(mask, axis=-1, keepdims=True), out, 0)

@@ -93,6 +93,8 @@ class EfficientUNet(Network):
     emb_channels: width of the conditioning vector.
     text_width: width to which the text is projected first; None: it is not.
     conv_shortcut: see `ResBlock`.
+    qk_norm: whether attentions normalise queries and keys, see
+      `TextAttention`.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
     remat: None, or the policy in `jax.checkpoint_policies` with which residual
@@ -114,6 +116,7 @@ class EfficientUNet(Network):
   emb_channels: int = 512
   text_width: int | None = None
   conv_shortcut: bool = False
+  qk_norm: bool = False
   dropout: float = 0.0
   norm_groups: int = 32
   remat: str | None = None
@@ -196,6 +199,7 @@ class EfficientUNet(Network):
         text=self.text_attention[b],
         norm_groups=self.norm_groups,
         implementation=self.attention,
+        qk_norm=self.qk_norm,
         dtype=self.dtype,
         name=name,
       )(h, text, mask)

@@ -1,4 +1,8 @@
-"""Group normalisation, the norm of both U-Nets (Figure A.27)."""
+"""The norms of both U-Nets: of pixels (Figure A.27) and of text (2.5).
+
+Variances are E[(x − origin)²], not E[x²] − E[x]², which is 10 % wrong where the
+mean is a thousand standard deviations.
+"""
 
 import functools
 
@@ -10,6 +14,8 @@ from jaxtyping import Float
 
 from imagen_jax import sharding
 from imagen_jax.typing import Array
+
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
 
 class GroupNorm(nn.Module):
@@ -49,13 +55,18 @@ class GroupNorm(nn.Module):
     dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
     def over_groups(
-      per_channel: Float[Array, 'b c'],
-    ) -> Float[Array, 'b c']:
+      per_channel: Float[Array, '*n c'],
+    ) -> Float[Array, '*n c']:
       return dot(dot(per_channel, member.T) / size, member)
 
-    mean = over_groups(jnp.mean(x, axis=(1, 2)))
-    square = over_groups(jnp.mean(jnp.square(x), axis=(1, 2)))
-    variance = jnp.maximum(square - jnp.square(mean), 0)
+    # The origin is any value of the group, so that both means are of one pass
+    # over x; the mean itself would need a second.
+    origin = jax.lax.stop_gradient(dot(x[:, 0, 0, ::size], member))
+    centred = x - origin[:, None, None]
+    means = [jnp.mean(y, axis=(1, 2)) for y in (centred, jnp.square(centred))]
+    shift, square = over_groups(jnp.stack(means))
+    variance = jnp.maximum(square - jnp.square(shift), 0)
+    mean = origin + shift
     gain = jax.lax.rsqrt(variance + self.epsilon) * scale
     x = x * gain[:, None, None] + (bias - mean * gain)[:, None, None]
     return x.astype(self.dtype)

@@ -47,6 +47,8 @@ class UNet(Network):
     head_dim: size of an attention head.
     emb_channels: width of the conditioning vector; None is 4 × channels.
     text_width: width to which the text is projected first; None: it is not.
+    qk_norm: whether attentions normalise queries and keys, see
+      `TextAttention`.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
     remat: None, or the policy in `jax.checkpoint_policies` with which residual
@@ -64,6 +66,7 @@ class UNet(Network):
   head_dim: int = 64
   emb_channels: int | None = None
   text_width: int | None = None
+  qk_norm: bool = False
   dropout: float = 0.0
   norm_groups: int = 32
   remat: str | None = None
@@ -142,6 +145,7 @@ class UNet(Network):
         self.head_dim,
         norm_groups=self.norm_groups,
         implementation=self.attention,
+        qk_norm=self.qk_norm,
         dtype=self.dtype,
         name=name,
       )(h, text, mask)
@@ -163,6 +167,7 @@ class UNet(Network):
       self.head_dim,
       norm_groups=self.norm_groups,
       implementation=self.attention,
+      qk_norm=self.qk_norm,
       dtype=self.dtype,
       name='mid_attn',
     )(h, text, mask)

@@ -1,5 +1,6 @@
 """The optimizer and its learning rate, from a config's `train` section."""
 
+import math
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def optimizer(
   Raises:
     UsageError: an unknown kind or option.
   """
-  kinds = {'adam': optax.adam, 'adafactor': optax.adafactor, 'muon': _muon}
+  kinds = {'adam': optax.adam, 'adafactor': _adafactor, 'muon': _muon}
   if kind not in kinds:
     raise UsageError(
       f'train.optimizer.kind is {kind!r}; it can be {", ".join(kinds)}.'
@@ -73,6 +74,36 @@ def optimizer(
     return optax.chain(*steps, kinds[kind](rate, **options))
   except TypeError as error:
     raise UsageError(f'train.optimizer.options: {error}.') from error
+
+
+def _adafactor(
+  rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
+  """Adafactor that sees every kernel of an attention as a matrix.
+
+  It factors the second moments of an array's two largest axes, if both are at
+  least 128. Of [features, heads, size] they are not, and a sixth of the base
+  model's parameters would keep all of their moments.
+  """
+  inner = optax.adafactor(rate, **options)
+
+  def matrices(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(_as_matrix, tree)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    flat, state = inner.update(matrices(updates), state, matrices(params))
+    like = lambda new, old: new.reshape(old.shape)
+    return jax.tree.map(like, flat, updates), state
+
+  return optax.GradientTransformation(lambda p: inner.init(matrices(p)), update)
+
+
+def _as_matrix(path: tuple, leaf: Any) -> Any:
+  """A kernel with the heads' axes merged; any other array as it is."""
+  axes: Any = matrix_axes(path, leaf)  # ((rows), (columns))
+  if axes is None or leaf.ndim != 3 or len(axes[0] + axes[1]) != 3:
+    return leaf
+  return leaf.reshape([math.prod(leaf.shape[i] for i in part) for part in axes])
 
 
 def _muon(
@@ -110,7 +141,7 @@ def matrix_axes(
   names = [entry.key for entry in path]
   if names[-1] != 'kernel' or names[0] in ('conv_in', 'conv_out'):
     return None
-  layer = names[-2]
+  layer = ''.join(names[-2:-1])
   if leaf.ndim == 3 and layer == 'out':  # attention: [heads, size, features]
     return axes((0, 1), (2,))
   if leaf.ndim == 3 and layer != 'film':  # attention: [features, heads, size]

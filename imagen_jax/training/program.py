@@ -5,15 +5,18 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from imagen_jax import sharding
+from imagen_jax.dtypes import resolve_dtype
+from imagen_jax.errors import UsageError
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.flops import count_flops
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState, init_state
-from imagen_jax.training.step import StepFn, make_train_step
+from imagen_jax.training.step import StepFn, half_gradients, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +107,27 @@ def train_step(
   *,
   unroll: bool | None = None,
 ) -> StepFn:
-  """`make_train_step` of an experiment and its config."""
-  train = experiment.config.train
+  """`make_train_step` of an experiment and its config.
+
+  Raises:
+    UsageError: gradients cannot have the config's type.
+  """
+  config, train = experiment.config, experiment.config.train
+  loss, half = experiment.loss, train.gradient_dtype == 'bfloat16'
+  if not half and train.gradient_dtype != 'float32':
+    raise UsageError(
+      f'train.gradient_dtype is {train.gradient_dtype!r}; it can be float32 or '
+      'bfloat16.',
+      key='config.train.gradient_dtype',
+    )
+  if half and resolve_dtype(config.dtype) == jnp.float32:
+    raise UsageError(
+      'train.gradient_dtype=bfloat16 is for activations in bfloat16, and they '
+      'are float32; set dtype=bfloat16, or gradient_dtype=float32.',
+      key='config.train.gradient_dtype',
+    )
   return make_train_step(
-    experiment.loss,
+    half_gradients(loss) if half else loss,
     tx,
     seed=experiment.config.seed,
     ema_limit=train.ema_decay,

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Float
 
 from imagen_jax import sharding
+from imagen_jax.training.optimizer import matrix_axes
 from imagen_jax.training.state import TrainState, ema_decay
 from imagen_jax.typing import Array
 
@@ -81,6 +82,27 @@ def make_train_step(
 def condition_key(key: jax.Array) -> jax.Array:
   """The key of a step's conditioning; no loss folds this number into its."""
   return jax.random.fold_in(key, np.uint32(2**32 - 1))
+
+
+def half_gradients(loss_fn: LossFn) -> LossFn:
+  """The same loss, with the gradients of kernels in bfloat16.
+
+  They are then summed over the devices in it: half the traffic, and rounded at
+  every addition. Only kernels inside the network are affected.
+  """
+
+  def half(path: tuple, leaf: jax.Array) -> jax.Array:
+    return (
+      leaf if matrix_axes(path, leaf) is None else leaf.astype(jnp.bfloat16)
+    )
+
+  def loss(
+    params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[Array, dict]:
+    params = jax.tree_util.tree_map_with_path(half, params)
+    return loss_fn(params, key, batch, frozen)
+
+  return loss
 
 
 def _gradient(loss_fn: LossFn) -> Callable:

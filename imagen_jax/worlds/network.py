@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
+from imagen_jax.nets.norm import LayerNorm
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.tokenizer import PAD
 from imagen_jax.typing import Array, TextEmb, TextMask
@@ -66,15 +67,15 @@ class Decoder(nn.Module):
     x = x + self.param('position', init, (previous.shape[1], self.width))
     causal = nn.make_causal_mask(previous)
     for _ in range(self.num_layers):
-      h = nn.LayerNorm()(x)
+      h = LayerNorm()(x)
       x = x + nn.MultiHeadDotProductAttention(self.num_heads)(h, mask=causal)
-      h = nn.LayerNorm()(x)
+      h = LayerNorm()(x)
       x = x + nn.MultiHeadDotProductAttention(self.num_heads)(
         h, memory, mask=visible[:, None, None, :]
       )
-      h = nn.Dense(2 * self.width)(nn.LayerNorm()(x))
+      h = nn.Dense(2 * self.width)(LayerNorm()(x))
       x = x + nn.Dense(self.width)(nn.gelu(h))
-    return nn.Dense(self.vocab_size)(nn.LayerNorm()(x))
+    return nn.Dense(self.vocab_size)(LayerNorm()(x))
 
 
 @dataclasses.dataclass(frozen=True)

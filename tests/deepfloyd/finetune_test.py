@@ -11,7 +11,9 @@ from PIL import Image
 from imagen_jax.cli import export
 from imagen_jax.cli.configs import load_config
 from imagen_jax.deepfloyd import lora, loss, pipeline, schedule, weights
+from imagen_jax.deepfloyd.blocks import AddedKVAttention
 from imagen_jax.errors import UsageError
+from imagen_jax.nets.dense import Dense
 from imagen_jax.training import loop
 from tests import tiny_if
 
@@ -131,6 +133,58 @@ def test_adapters_start_as_nothing_and_touch_attentions_only():
     if not np.array_equal(old, new)
   ]
   assert sorted(changed) == sorted(adapters)
+
+
+def test_a_small_change_of_bfloat16_weights_reaches_the_output():
+  """On average over inputs; merged into W, nearly nothing of it does.
+
+  The rounding of a single output is larger than the change, but has no bias.
+  """
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  w = (normal(64, 256) / 8).astype(jnp.bfloat16).astype(jnp.float32)
+  base = {'kernel': w, 'bias': jnp.zeros(256)}
+  adapters = {'kernel': {'a': normal(64, 16) / 8, 'b': 1e-4 * normal(16, 256)}}
+  x = (1 + normal(2**16, 64)).astype(jnp.bfloat16).astype(jnp.float32)
+
+  def change(params, dtype):
+    y = jax.jit(Dense(256, dtype=dtype).apply)
+    new, old = (y({'params': p}, x).astype('float32') for p in (params, base))
+    return np.mean(new - old, axis=0)
+
+  exact = change(lora.merge(base, adapters), jnp.float32)
+  adapted = change(lora.insert(base, adapters), jnp.bfloat16)
+  merged = change(lora.merge(base, adapters), jnp.bfloat16)
+  assert np.corrcoef(exact, adapted)[0, 1] > 0.99
+  assert np.corrcoef(exact, merged)[0, 1] < 0.5
+
+
+def test_adapted_layers_compute_what_merged_ones_do():
+  """In float32, with the same gradients of A and B."""
+  module, params = tiny_if.network('fast_1')
+  layer = AddedKVAttention(module.config, 8, False, jnp.float32)
+  params = params['mid_block']['attentions_0']
+  adapters = lora.init(jax.random.key(0), params, 2)
+  rng = np.random.default_rng(0)
+  adapters = jax.tree.map(
+    lambda x: x + 0.1 * rng.normal(size=x.shape), adapters
+  )
+  x = jnp.asarray(rng.normal(size=(2, 4, 4, 64)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32)
+
+  def gradient(join):
+    def loss(adapters):
+      joined = join(params, adapters, scale=3.0)
+      out = layer.apply({'params': joined}, x, text)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.grad(loss, has_aux=True))(adapters)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    gradient(lora.insert),
+    gradient(lora.merge),
+  )
 
 
 def settings(folder, stage, data, **changes):

@@ -1,6 +1,7 @@
 """The U-Nets: masked text, shapes, scans, norms, sizes."""
 
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.nets.attention import TextPool, attention
+from imagen_jax import sharding
+from imagen_jax.nets import attention as attention_module
+from imagen_jax.nets.attention import TextAttention, TextPool, attention
 from imagen_jax.nets.efficient_unet import EfficientUNet
-from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.nets.unet import UNet
 
 BASE = UNet(
@@ -224,6 +227,22 @@ def test_group_norm_is_flax_group_norm():
   )
 
 
+@pytest.mark.parametrize('norm', [GroupNorm(4), LayerNorm()])
+def test_a_norm_is_exact_far_from_zero(norm):
+  """Against float64, where the mean is a thousand standard deviations."""
+  rng = np.random.default_rng(0)
+  x = (1000 + rng.normal(size=(2, 64, 64, 12))).astype(np.float32)
+  shapes = jax.eval_shape(norm.init, jax.random.key(0), x)
+  p = jax.tree.map(lambda leaf: np.ones(leaf.shape), shapes)
+  p['params']['bias'][:] = 0
+  split = x.reshape(2, 64, 64, 4, 3) if isinstance(norm, GroupNorm) else x
+  axes = (1, 2, 4) if isinstance(norm, GroupNorm) else 3
+  exact = split - split.mean(axes, np.float64, keepdims=True)
+  exact /= np.sqrt(np.mean(exact**2, axes, keepdims=True) + 1e-6)
+  got = jax.jit(norm.apply)(p, x)
+  np.testing.assert_allclose(got, exact.reshape(x.shape), atol=5e-4)
+
+
 def test_attention_without_visible_keys_is_zero():
   q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 2, 8))
   mask = jnp.asarray([[1, 1, 0, 0], [0, 0, 0, 0]], bool)
@@ -234,6 +253,45 @@ def test_attention_without_visible_keys_is_zero():
   )
   expected = jnp.einsum('nts,snh->tnh', weights, v[0, :2])
   np.testing.assert_allclose(out[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_qk_norm_bounds_the_logits_in_bfloat16(qk_norm):
+  """By √size, also with kernels a thousand times as large."""
+  layer = TextAttention(8, qk_norm=qk_norm, norm_groups=4, dtype=jnp.bfloat16)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 4, 4, 16)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(2, 6, 12)), jnp.float32)
+  mask = jnp.ones((2, 6), bool)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x, text, mask)
+  params = random_like(shapes['params'])
+  names = ['query_norm', 'key_norm', 'text_key_norm']
+  assert [name in params for name in names] == [qk_norm] * 3
+  for name in ('query', 'key', 'text_key'):
+    params[name]['kernel'] = 1e3 * params[name]['kernel']
+    if qk_norm:
+      params[f'{name}_norm']['scale'] = np.ones(8)
+  seen = []
+
+  def spy(q, k, v, mask, *, implementation):
+    seen.append(jnp.einsum('btnh,bsnh->bnts', q, k) / np.sqrt(8))
+    return v[:, : q.shape[1]]
+
+  with mock.patch.object(attention_module, 'attention', spy):
+    layer.apply({'params': params}, x, text, mask)
+  largest = np.abs(seen[0].astype(jnp.float32)).max()
+  assert (largest <= 1.02 * np.sqrt(8)) == qk_norm
+
+
+@pytest.mark.parametrize('name', ['base', 'fused'])
+def test_qk_norm_is_an_option_of_both_networks(name):
+  net = NETS[name]
+  shapes = jax.eval_shape(
+    net.clone(qk_norm=True).init, jax.random.key(0), *inputs(net)
+  )
+  more = jax.tree.leaves(shapes['params'])
+  attentions = sum('attn' in layer for layer in params(name))
+  assert len(more) == len(jax.tree.leaves(params(name))) + 3 * attentions
 
 
 def test_cudnn_falls_back_where_it_cannot():
@@ -271,3 +329,25 @@ def test_the_defaults_have_the_papers_sizes(net, size, low, least, most):
   )
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   assert least < count < most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['base', 'fused'])
+def test_no_gradient_is_summed_in_bfloat16(name):
+  """No parameter's, of a network whose activations are: it would be rounded."""
+  net = NETS[name].clone(dtype=jnp.bfloat16)
+  mesh = sharding.make_mesh()
+  rows = sharding.put_whole_batch(
+    [np.repeat(x, 4, axis=0) for x in inputs(net)], mesh
+  )
+  loss = lambda p: jnp.sum(jnp.sin(net.apply({'params': p}, *rows)))
+  exact = {'xla_allow_excess_precision': False}
+  with jax.set_mesh(mesh):
+    grads = jax.jit(jax.grad(loss), compiler_options=exact)(params(name))
+  rounded = [
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    if np.array_equal(leaf, leaf.astype(jnp.bfloat16))
+  ]
+  # A bias that all keys have changes no softmax, so it has no gradient.
+  assert rounded in ([], ["['conditioning']['text_pool']['key']['bias']"])

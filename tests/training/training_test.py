@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.optimizer import learning_rate, matrix_axes, optimizer
+from imagen_jax.training.program import train_step
 from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import ema_decay, init_state
 from imagen_jax.training.step import make_train_step
@@ -239,6 +242,38 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
 def test_an_unknown_optimizer_or_option_is_refused(options, named):
   with pytest.raises(UsageError, match=named):
     optimizer(1e-3, **options)
+
+
+@pytest.mark.parametrize(
+  'dtype, gradient', [('bfloat16', 'half'), ('float32', 'bfloat16')]
+)
+def test_gradients_have_float32_or_the_type_of_the_activations(dtype, gradient):
+  config = tiny_model.config(gradient_dtype=gradient)
+  config.dtype = dtype
+  experiment = types.SimpleNamespace(config=config, loss=None, condition=None)
+  with pytest.raises(UsageError) as caught:
+    train_step(experiment, optax.identity())
+  assert caught.value.key == 'config.train.gradient_dtype'
+
+
+def test_adafactor_factors_the_kernels_of_attentions():
+  """Their second moments are two vectors, as of a [features, heads·size]."""
+  shapes = {
+    'attn': {
+      'key': {'kernel': (256, 4, 64)},
+      'out': {'kernel': (4, 64, 256)},
+    },
+    'res': {'conv1': {'kernel': (3, 3, 128, 256)}},
+  }
+  params = jax.tree.map(
+    lambda shape: jnp.ones(shape), shapes, is_leaf=lambda s: type(s) is tuple
+  )
+  tx = optimizer(1e-3, kind='adafactor')
+  state = jax.eval_shape(tx.init, params)
+  numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+  assert numbers < 2 * (256 + 256) + 9 * (128 + 256) + 20
+  updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+  assert jax.tree.map(jnp.shape, updates) == shapes
 
 
 def test_crops_of_both_images_show_the_same_place(model):
