@@ -12,8 +12,8 @@ from imagen_jax.training.optimizer import learning_rate
 
 COUNTS = {
   'imagen_base64': 2_263_427_075,
-  'imagen_sr256': 591_952_771,
-  'imagen_sr1024': 583_555_971,
+  'imagen_sr256': 591_985_667,
+  'imagen_sr1024': 583_588_867,
 }
 
 
