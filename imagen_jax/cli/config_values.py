@@ -220,6 +220,8 @@ def _check_range(key: str, value: Any, keys: _Keys, file: str) -> None:
   """Refuses a number that is out of range, alone or in a tuple."""
   if isinstance(value, (tuple, list)):
     for part in value:
+      if key in common.RANGES and not isinstance(part, (int, float)):
+        raise _error(key, f'has {part!r}; it must be {TYPES[float]}.', file)
       _check_range(key, part, keys, file)
   interval = common.RANGES.get(key, '(-inf, inf)')
   if not isinstance(value, (int, float)):

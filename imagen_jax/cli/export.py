@@ -32,7 +32,16 @@ def _main(argv: list[str]) -> None:
     '--weights', default='ema', choices=['ema', 'raw'], help='which weights'
   )
   parser.add_argument(
-    '--step', type=int, help='which checkpoint; the newest good one if left out'
+    '--ema',
+    type=float,
+    metavar='LENGTH',
+    help='an EMA of this length instead, such as 0.08: from the snapshots of a '
+    'run with --config.train.ema_lengths',
+  )
+  parser.add_argument(
+    '--step',
+    type=int,
+    help='which checkpoint, or snapshot for --ema; the newest if left out',
   )
   parser.add_argument(
     '--dtype',
@@ -52,6 +61,7 @@ def _main(argv: list[str]) -> None:
     workdir=workdir,
     out=out,
     weights=args.weights,
+    ema=args.ema,
     step=args.step,
     dtype=args.dtype,
     command=' '.join(['imagen-export', *argv]),

@@ -32,7 +32,6 @@ from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
 from imagen_jax.io import files, model_folder
-from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training.experiment import (
   Experiment,
   Export,
@@ -41,8 +40,8 @@ from imagen_jax.training.experiment import (
   Tree,
   make_experiment,
 )
+from imagen_jax.training.export import trained_params
 from imagen_jax.training.preview import make_image_preview
-from imagen_jax.training.program import make_program
 from imagen_jax.typing import Array
 
 DROP = 0.1  # fraction of captions dropped for classifier-free guidance
@@ -252,15 +251,11 @@ class IFExperiment(Experiment):
     )
     config = ConfigDict(record['config'])
     run = cast(IFExperiment, make_experiment(config, request.workdir))
-    program = make_program(run, run.mesh)
-    directory = config.train.checkpoint_dir or request.workdir / 'checkpoints'
-    with Checkpoints(directory, keep_last=config.train.keep_last) as saved:
-      state, _, step = saved.restore(program.abstract_state(), request.step)
+    trained, step = trained_params(request, record['config'])
     weights = run._load_weights() if run.adapt else None
-    trained = {'ema': state.ema_params, 'raw': state.params}[request.weights]
     run.write(trained, weights, request.out)
     return (
-      f'{request.out}: step {step}, {request.weights} weights, as diffusers '
+      f'{request.out}: step {step}, {request.described} weights, as diffusers '
       'has them'
     )
 

@@ -132,6 +132,12 @@ class Checkpoints:
     if wait:
       self.wait()
 
+  def discard_after(self, step: int) -> None:
+    """Removes the later steps, which a run resumed from `step` saves anew."""
+    for later in self._steps():
+      if later > step and jax.process_index() == 0:
+        self._remove(later)
+
   def wait(self) -> None:
     """Waits until the last saved step and its manifest are on disk.
 
@@ -232,7 +238,7 @@ class Checkpoints:
       )
     numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     args = jax.tree.map(lambda _: numpy, wanted)
-    tree = self._read(step, wanted, args, partial_restore=True)
+    tree = self._read(step, wanted, args)
     return tree[name], body['extra'], step
 
   # Directories.
@@ -312,10 +318,11 @@ class Checkpoints:
         + 'check space and permissions, then run the same command again.'
       ) from error
 
-  def _read(
-    self, step: int, wanted: Any, restore_args: Any, **options: Any
-  ) -> Any:
-    args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, **options)
+  def _read(self, step: int, wanted: Any, restore_args: Any) -> Any:
+    # Partial: branches without leaves need not agree.
+    args = ocp.args.PyTreeRestore(
+      wanted, restore_args=restore_args, partial_restore=True
+    )
     try:
       return self._orbax.restore(
         self._path(step), args=ocp.args.Composite(state=args)

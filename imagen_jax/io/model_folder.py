@@ -227,16 +227,12 @@ def find_stages(
 def load_params(
   record: StageRecord,
   *,
-  weights: str = 'ema',
-  step: int | None = None,
   put: Callable[[np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
   """A stage's parameters, checked against their digest.
 
   Args:
     record: from `find_stages` or `load_stage`.
-    weights: 'ema' or 'raw', of a training workdir.
-    step: checkpoint of a training workdir; the newest good one by default.
     put: moves one float32 array to the devices; of an exported stage, the host
       then holds at most one array at a time. None: all stay on the host.
 
@@ -248,11 +244,9 @@ def load_params(
   """
   put = put or (lambda array: array)
   if record.weights is None:
-    part = {'ema': 'ema_params', 'raw': 'params'}[weights]
-    if step is None:
-      step, _ = record.checkpoint
+    step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
-      tree, _, _ = checkpoints.restore_subtree(part, step)
+      tree, _, _ = checkpoints.restore_subtree('ema_params', step)
     return jax.tree.map(put, tree)
   file = record.path / WEIGHTS
   try:

@@ -12,7 +12,7 @@ from imagen_jax.data.checked import write_skipped
 from imagen_jax.io import lock, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
-from imagen_jax.training import report
+from imagen_jax.training import power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
 from imagen_jax.training.input import train_batches
@@ -99,13 +99,28 @@ def _run(
   experiment = program.experiment
   frozen = experiment.load_frozen()
   state, start = _first_state(program, checkpoints, warm)
-  run = Run(program, frozen, checkpoints, workdir, start)
-  monitor = Monitor(run)
-  with jax.set_mesh(experiment.mesh), monitor:
-    step, state = _steps(run, state, monitor, should_stop)
-    if step >= experiment.config.train.num_steps:
-      experiment.finish(state, frozen)
+  with _snapshots(program, checkpoints, start) as snapshots:
+    run = Run(program, frozen, checkpoints, snapshots, workdir, start)
+    monitor = Monitor(run)
+    with jax.set_mesh(experiment.mesh), monitor:
+      step, state = _steps(run, state, monitor, should_stop)
+      if step >= experiment.config.train.num_steps:
+        experiment.finish(state, frozen)
   return step
+
+
+@contextlib.contextmanager
+def _snapshots(
+  program: Program, checkpoints: Checkpoints, start: int
+) -> Iterator[Checkpoints | None]:
+  """The snapshots of the run's power-function EMAs; None if it has none."""
+  if not program.experiment.config.train.ema_lengths:
+    yield None
+    return
+  folder = checkpoints.directory / power_ema.FOLDER
+  with Checkpoints(folder, keep_every=1) as snapshots:
+    snapshots.discard_after(start)
+    yield snapshots
 
 
 def _claim(
@@ -166,6 +181,9 @@ def _steps(
     stopping = should_stop(step)
     monitor.report(step, state)
     last = step == train_cfg.num_steps
+    if run.snapshots and (last or step % train_cfg.ema_every == 0):
+      # Complete before the checkpoint: a resumed run does not save it again.
+      run.snapshots.save(step, {'emas': state.emas}, wait=True)
     if last or stopping or step % train_cfg.checkpoint_every == 0:
       run.checkpoints.save(step, state, {'data_step': step})
     if stopping:

@@ -33,6 +33,7 @@ class Run:
     program: the compiled step.
     frozen: of the experiment, on the mesh.
     checkpoints: where the state is saved.
+    snapshots: where `train.ema_lengths` are saved; None: there are none.
     workdir: the run's directory.
     start: the step that it resumes from.
   """
@@ -40,6 +41,7 @@ class Run:
   program: Program
   frozen: Tree
   checkpoints: Checkpoints
+  snapshots: Checkpoints | None
   workdir: pathlib.Path
   start: int
 
@@ -102,6 +104,8 @@ class Monitor(contextlib.ExitStack):
       with self._metrics.paused():
         more['heldout_loss'] = self._heldout_loss(state.params)
         more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
+        for length, ema in state.emas.items():
+          more[f'heldout_loss_ema_{length}'] = self._heldout_loss(ema)
     if more or last or step % train_cfg.log_every == 0:
       source = self._experiment.source('train')
       more['bad_samples'] = len(source.bad)

@@ -29,6 +29,7 @@ FREE = (
   'train.sample_every',
   'train.keep_last',
   'train.keep_every',
+  'train.ema_every',
   'train.max_bad_steps',
   'train.hang_seconds',
   'train.eval_every',

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -19,6 +20,8 @@ from imagen_jax.data import sources
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
 from imagen_jax.io import images as image_io
+from imagen_jax.io import model_folder
+from imagen_jax.io.checkpoint import Checkpoints
 from tests import tiny_model
 
 PROMPT = 'a red circle above a blue square'
@@ -422,7 +425,7 @@ def test_a_record_that_is_no_json_object_is_one_sentence(tmp_path, text):
 def workdir(model, tmp_path_factory):
   """A workdir that train.py made, with its config file."""
   folder = tmp_path_factory.mktemp('train')
-  text = repr(tiny_model.config().to_dict())
+  text = repr(tiny_model.config(ema_lengths=(0.05, 0.1)).to_dict())
   (folder / 'tiny.py').write_text(
     'from ml_collections import ConfigDict\n'
     f'def get_config():\n  return ConfigDict({text})\n'
@@ -478,6 +481,54 @@ def test_export_makes_a_model_folder_that_generates(workdir, model, tmp_path):
   args = ['--model', tmp_path / 'mine', '--out', tmp_path / 'out']
   assert run(sample.main, '--prompt', PROMPT, *args) == 0
   assert run(export.main, '--workdir', workdir / 'base', '--out', out) == 2
+
+
+def test_export_writes_the_weights_that_were_asked_for(workdir, tmp_path):
+  def exported(*more):
+    out = tmp_path / '-'.join(more) / 'base'
+    args = ['--workdir', workdir / 'base', '--out', out, '--dtype', 'float32']
+    assert run(export.main, *args, *more) == 0
+    stage = model_folder.load_stage(out)
+    return model_folder.load_params(stage), stage.provenance['weights']
+
+  with Checkpoints(workdir / 'base' / 'checkpoints') as checkpoints:
+    emas, ema, raw = (
+      checkpoints.restore_subtree(name)[0]
+      for name in ('emas', 'ema_params', 'params')
+    )
+  for more, saved, weights in [
+    (['--ema', '0.05'], emas['0.05'], 'ema 0.05'),
+    (['--step', '2'], ema, 'ema'),
+    (['--weights', 'raw'], raw, 'raw'),
+  ]:
+    params, described = exported(*more)
+    assert described == weights
+    jax.tree.map(np.testing.assert_array_equal, params, saved)
+
+
+@pytest.mark.parametrize(
+  'more, code, key',
+  [
+    (['--ema', '0.3'], 2, '--ema'),
+    (['--ema', 'nan'], 2, '--ema'),
+    (['--ema', 'long'], 2, '--ema'),
+    (['--ema', '0.1', '--weights', 'raw'], 2, '--ema'),
+    (['--ema', '0.1', '--step', '1'], 2, '--step'),
+    (['--ema', '0.1'], 4, 'train.ema_lengths'),
+  ],
+)
+def test_an_ema_that_cannot_be_made_is_one_sentence(
+  workdir, tmp_path, capsys, more, code, key
+):
+  base = tmp_path / 'w'
+  shutil.copytree(workdir / 'base', base)
+  if code == 4:
+    shutil.rmtree(base / 'checkpoints' / 'ema')
+  args = ['--workdir', base, '--out', tmp_path / 'mine' / 'base']
+  assert run(export.main, *args, *more) == code
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and key in error
+  assert not (tmp_path / 'mine').exists()
 
 
 @pytest.mark.parametrize(
@@ -546,7 +597,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
   import signal
   import time
 
-  text = repr(tiny_model.config().to_dict())
+  text = repr(tiny_model.config(ema_lengths=(0.05, 0.1)).to_dict())
   (tmp_path / 'tiny.py').write_text(
     'from ml_collections import ConfigDict\n'
     f'def get_config():\n  return ConfigDict({text})\n'

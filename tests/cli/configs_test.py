@@ -399,6 +399,8 @@ def test_a_change_that_cannot_be_made_names_the_key_or_type(
     'train.keep_last=0',
     'train.ema_decay=1.001',
     'train.ema_decay=-0.1',
+    'train.ema_lengths=(0.05,0.5)',
+    'train.ema_lengths=("a",)',
     'train.hang_seconds=inf',
     'train.optimizer.learning_rate=nan',
     'train.optimizer.clip=0',
