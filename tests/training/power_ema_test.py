@@ -93,6 +93,8 @@ def test_an_average_that_was_not_tracked_is_fitted(run, length):
   # The profile's own error, but for its steps.
   np.testing.assert_allclose(error, claimed, rtol=0.3)
   np.testing.assert_allclose(found.sum(), 1, rtol=1e-5)
+  early, at = made(run, length, 72)
+  assert at == 72 and early[:72].all() and not early[72:].any()
 
 
 def test_what_cannot_be_made_is_refused_by_name(run, tmp_path):
