@@ -23,7 +23,7 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
-from imagen_jax.dtypes import resolve_dtype
+from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
@@ -149,6 +149,7 @@ class Cascade:
     side = self.stages[0].resolution
     return image_io.shaped(*image.size, side, self.multiple)
 
+  @pinned()
   def embed(self, prompts: Sequence[str]) -> Embedding:
     """Encodes prompts; the text encoder is loaded for this call only.
 
@@ -178,6 +179,7 @@ class Cascade:
     """The sampling settings of every stage, see `settings.choose`."""
     return settings.choose(self.stages, choices)
 
+  @pinned()
   def sample(
     self,
     prompts: str | Sequence[str] | Embedding,

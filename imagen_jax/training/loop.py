@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
+from imagen_jax.dtypes import pinned
 from imagen_jax.io import lock, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
@@ -21,6 +22,7 @@ from imagen_jax.training.program import Program, make_program
 from imagen_jax.training.state import TrainState
 
 
+@pinned()
 def train(
   config: ConfigDict,
   workdir: str | pathlib.Path,
