@@ -16,7 +16,6 @@ from imagen_jax.cli import runtime
 from imagen_jax.errors import UsageError
 from imagen_jax.training import loop
 
-
 OTHERS = pytest.mark.parametrize(
   ('name', 'other'),
   [
