@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import imagen_jax
-from imagen_jax.cli import evaluate, export, prepare, sample, train
+from imagen_jax.cli import evaluate, export, output, prepare, sample, train
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
 from imagen_jax.data.sources import make_source
@@ -70,6 +71,35 @@ def test_nothing_is_overwritten(generated, model, tmp_path):
   run(sample.main, '--prompt', PROMPT, '--model', model, '--out', out)
   after = {p.name: p.read_bytes() for p in out.iterdir()}
   assert before.items() <= after.items() and len(after) == 4
+
+
+def test_two_commands_with_one_folder_take_turns(tmp_path, monkeypatch):
+  records, black = [{'prompt': PROMPT}], np.zeros((1, 8, 8, 3), np.uint8)
+
+  def write():
+    with output.Output(tmp_path, grid=True) as out:
+      out.of(records)(0, black)
+
+  save, others = image_io.save_png, []
+
+  def interrupted(path, image, record):
+    """Another command writes between the choice of a number and its use."""
+    if len(others) < 2 and threading.current_thread() not in others:
+      others.append(threading.Thread(target=write))
+      others[-1].start()
+      others[-1].join(0.3)
+    save(path, image, record)
+
+  monkeypatch.setattr(image_io, 'save_png', interrupted)
+  write()
+  for other in others:
+    other.join()
+  names = sorted(path.name for path in tmp_path.iterdir())
+  slug = 'a-red-circle-above-a-blue-square'
+  assert names == [
+    *(f'{n:03d}_{slug}.png' for n in range(3)),
+    *(f'grid_{n:03d}.png' for n in range(3)),
+  ]
 
 
 def test_every_prompt_of_a_file_is_sampled_with_the_named_stages(
