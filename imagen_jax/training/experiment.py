@@ -192,9 +192,6 @@ class Experiment(abc.ABC):
     """The data set of 'train' or 'eval'; `source` is this, cached."""
     data = self.config.data.to_dict()
     data.pop('flip')  # see `augmentation`
-    eval_path = data.pop('eval_path')
-    if split == 'eval' and eval_path:
-      data['path'] = eval_path
     return make_source(**data, size=self.resolution, split=split)
 
   def augmentation(self) -> Callable[[dict, np.random.Generator], dict] | None:

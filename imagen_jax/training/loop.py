@@ -17,6 +17,7 @@ from imagen_jax.training import power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
 from imagen_jax.training.input import train_batches
+from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.monitor import Monitor, Run
 from imagen_jax.training.program import Program, make_program
 from imagen_jax.training.state import TrainState
@@ -55,6 +56,7 @@ def train(
     NumericError: too many steps in a row were NaN or Inf.
   """
   workdir = pathlib.Path(workdir)
+  find_loggers(config.train.log_to)  # what is wrong there is said at the start
   experiment = make_experiment(config, workdir)
   program = make_program(experiment, experiment.mesh)
   if jax.process_index() == 0:

@@ -17,7 +17,7 @@ from imagen_jax.training.experiment import Preview, Tree
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss
 from imagen_jax.training.input import split_index
-from imagen_jax.training.loggers import Logger, make_loggers
+from imagen_jax.training.loggers import Logger, find_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
 from imagen_jax.training.program import Program
@@ -134,9 +134,10 @@ def _metrics(run: Run) -> Metrics:
   loggers: list[Logger] = []
   first_process = jax.process_index() == 0
   if first_process:
-    loggers = make_loggers(
-      config.train.log_to, run.workdir, config.to_dict(), start_step=run.start
-    )
+    loggers = [
+      logger(run.workdir, config.to_dict(), run.start)
+      for logger in find_loggers(config.train.log_to)
+    ]
   return Metrics(
     run.workdir / 'metrics.jsonl',
     start_step=run.start,

@@ -485,6 +485,8 @@ def train_args(folder, model, *more, workdir='base'):
     (['--config.train.batch_size=9'], 2, '--config.train.batch_size'),
     (['--config.seed=5'], 2, 'seed'),
     (['--config.data.kind=tfd'], 2, '--config.data.kind'),
+    (['--config.data.eval_path=more'], 2, '--config.data.eval_path'),
+    (['--config.train.log_to=tensorbord'], 2, '--config.train.log_to'),
     (['--config.data.max_bad=0.5'], 2, '--config.data.max_bad=0.01'),
     (['--config.text.path=/nowhere'], 4, '/nowhere'),
     (['--config.mesh.data=3', '--config.mesh.fsdp=3'], 2, 'mesh.data=3'),
