@@ -60,7 +60,7 @@ RANGES = {
   'data.num_scenes': '[1, inf)',
   'data.num_eval_scenes': '[1, inf)',
   'train.num_steps': '[0, inf)',
-  'train.batch_size': '[1, inf)',
+  'train.batch_size': '[1, 1048576]',
   'train.accumulate': '[1, inf)',
   'train.log_every': '[1, inf)',
   'train.checkpoint_every': '[1, inf)',

@@ -150,7 +150,7 @@ def _merge(
 ) -> None:
   """Merges a file's values into one section of the config, in place."""
   for key, value in given.items():
-    name = f'{section}.{key}' if section else key
+    name = f'{section}.{key}' if section else str(key)
     if key not in config:
       if not keys.is_open(section):
         raise keys.unknown(name, file)

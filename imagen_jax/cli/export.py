@@ -71,13 +71,11 @@ def _main(argv: list[str]) -> None:
 
 def _kind(workdir: pathlib.Path) -> str:
   """The kind of experiment that a workdir's config names."""
-  from imagen_jax.io import files, model_folder
+  from imagen_jax.io import model_folder
 
-  path = workdir / 'config.json'
-  if not path.exists():  # `export_stage` reports what is wrong
+  if not (workdir / 'config.json').exists():  # `export_stage` says so
     return 'stage'
-  record = files.read_json(path, version=model_folder.FORMAT_VERSION)
-  return record.get('config', {}).get('kind', 'stage')
+  return model_folder.load_config(workdir)['config'].get('kind', 'stage')
 
 
 if __name__ == '__main__':

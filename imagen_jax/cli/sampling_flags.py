@@ -60,4 +60,4 @@ def per_stage(name: str, text: str | None) -> Any:
 
 def stage_names(args: argparse.Namespace) -> list[str] | None:
   """The stages that --stages names; None is all of them."""
-  return args.stages.split(',') if args.stages else None
+  return None if args.stages is None else args.stages.split(',')

@@ -31,7 +31,7 @@ from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
-from imagen_jax.io import files, model_folder
+from imagen_jax.io import model_folder
 from imagen_jax.training.experiment import (
   Experiment,
   Export,
@@ -246,12 +246,9 @@ class IFExperiment(Experiment):
 
   @classmethod
   def export(cls, request: Export) -> str:
-    record = files.read_json(
-      request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
-    )
-    config = ConfigDict(record['config'])
+    config = ConfigDict(model_folder.load_config(request.workdir)['config'])
     run = cast(IFExperiment, make_experiment(config, request.workdir))
-    trained, step = trained_params(request, record['config'])
+    trained, step = trained_params(request, config)
     weights = run._load_weights() if run.adapt else None
     run.write(trained, weights, request.out)
     return (

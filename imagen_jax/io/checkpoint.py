@@ -57,9 +57,17 @@ class Checkpoints:
     """
     if keep_last < 1:
       raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
-    self.directory = epath.Path(directory)
     if '://' not in str(directory):  # orbax takes no relative path
-      self.directory = epath.Path(os.path.abspath(directory))
+      directory = os.path.abspath(directory)
+    try:
+      self.directory = epath.Path(directory)
+      self.directory.exists()
+    except (ImportError, KeyError) as error:  # of a bucket
+      raise UsageError(
+        f'train.checkpoint_dir is {directory}, which cannot be opened '
+        f'({error}); install what it needs, or give a local path.',
+        key='config.train.checkpoint_dir',
+      ) from error
     self.keep_last = keep_last
     self.keep_every = keep_every
     self._bad: set[int] = set()
@@ -248,7 +256,7 @@ class Checkpoints:
 
   def _steps(self) -> list[int]:
     """Every step that has a directory, complete or not, in order."""
-    if not self.directory.exists():
+    if not self.directory.is_dir():
       return []
     names = (path.name for path in self.directory.iterdir())
     return sorted(int(name) for name in names if name.isdecimal())

@@ -31,6 +31,11 @@ def export_stage(request: Export) -> str:
       f'{workdir} is an exported stage already; give a training workdir.'
     )
   params, step = trained_params(request, record.config)
+  text = out.parent / 'text'
+  if not text.exists():
+    source = model_folder.text_path(workdir.parent, record)
+    with files.replacing(text, error=ModelError) as temporary:
+      shutil.copytree(source, temporary, ignore=_not_the_model)
   batch_size = record.config['train']['batch_size']
   model_folder.save_stage(
     out,
@@ -46,11 +51,6 @@ def export_stage(request: Export) -> str:
     },
     dtype=request.dtype,
   )
-  text = out.parent / 'text'
-  if not text.exists():
-    source = model_folder.text_path(workdir.parent, record)
-    with files.replacing(text, error=ModelError) as temporary:
-      shutil.copytree(source, temporary, ignore=_not_the_model)
   size = (out / 'weights.safetensors').stat().st_size
   return (
     f'{out}: step {step}, {request.described} weights, {size / 1e6:.2f} MB '

@@ -117,6 +117,17 @@ def fit(
   return weights, float(error)
 
 
+def _snapshot(snapshots: Checkpoints, step: int) -> dict[str, Tree]:
+  """{length: average} of a snapshot."""
+  try:
+    return snapshots.restore_subtree('emas', step)[0]
+  except ModelError as error:
+    raise ModelError(
+      f'{error} Remove {snapshots.directory / str(step)}, and the others are '
+      'used without it.'
+    ) from error
+
+
 def reconstruct(
   checkpoint_dir: AnyPath,
   lengths: Sequence[float] | None,
@@ -168,7 +179,7 @@ def reconstruct(
     total: Tree = 0.0
     for s, row in zip(steps, weights):
       if row.any():
-        stored, _, _ = snapshots.restore_subtree('emas', s)
+        stored = _snapshot(snapshots, s)
         for name, weight in zip(map(str, lengths), row):
           add = lambda x, w=weight: w * x.astype(np.float64)
           part = jax.tree.map(add, stored[name])

@@ -22,7 +22,7 @@ from imagen_jax.data.source import Source
 from imagen_jax.data.sources import find_source
 from imagen_jax.errors import UsageError
 from imagen_jax.io import model_folder
-from imagen_jax.io.files import read_json, write_json
+from imagen_jax.io.files import write_json
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import PAD, VOCABULARY, load_tokenizer
@@ -244,10 +244,8 @@ class TextExperiment(Experiment):
 
   @classmethod
   def export(cls, request: Export) -> str:
-    record = read_json(
-      request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
-    )
-    experiment = cls(ConfigDict(record['config']))
-    params, step = trained_params(request, record['config'])
+    config = model_folder.load_config(request.workdir)['config']
+    experiment = cls(ConfigDict(config))
+    params, step = trained_params(request, config)
     experiment.save(request.out, params['encoder'])
     return f'{request.out}: step {step}, {request.described} weights'

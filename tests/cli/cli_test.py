@@ -451,6 +451,98 @@ def test_a_record_that_is_no_json_object_is_one_sentence(tmp_path, text):
   assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
 
 
+@pytest.mark.parametrize(
+  'section, key, value',
+  [
+    ('stage', 'schedule', None),
+    ('stage', 'schedule', {'kind': 'x'}),
+    ('stage', 'net', tiny_model.UNET),
+    ('stage', 'sampling', {'guidance': 'x'}),
+    ('stage', 'sampling', {'steps': 0}),
+    ('stage', 'cond_drop', 'x'),
+    ('stage', 'resolution', 10**12),
+    ('stage', 'resolution', -8),
+    ('data', 'kind', 3),
+    ('text', 'path', 3),
+  ],
+)
+def test_an_edited_stage_is_the_model_s_fault(
+  model, tmp_path, capsys, section, key, value
+):
+  shutil.copytree(model, tmp_path / 'm')
+  file = tmp_path / 'm' / 'base' / 'stage.json'
+  record = json.loads(file.read_text())
+  record['config'][section][key] = value
+  file.write_text(json.dumps(record))
+  args = ['--prompt', PROMPT, '--model', tmp_path / 'm', '--stages', 'base']
+  assert run(sample.main, *args, '--out', tmp_path / 'out') == 4
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and 'm/base' in error
+
+
+@pytest.mark.parametrize(
+  ('file', 'code'), [('text/spiece.model', 4), ('text/model.safetensors', 4)]
+)
+def test_a_folder_or_a_dead_link_for_a_file_is_one_sentence(
+  model, tmp_path, file, code
+):
+  shutil.copytree(model, tmp_path / 'm')
+  path = tmp_path / 'm' / file
+  args = ['--prompt', PROMPT, '--model', tmp_path / 'm', '--stages', 'base']
+  args += ['--out', tmp_path / 'out']
+  path.unlink()
+  path.symlink_to('nowhere')
+  assert run(sample.main, *args) == code
+  path.unlink()
+  path.mkdir()
+  assert run(sample.main, *args) == code
+
+
+@pytest.mark.parametrize(
+  ('flag', 'value'),
+  [
+    ('out', ''),
+    ('model', ''),
+    ('prompts', ''),
+    ('stages', ''),
+    ('stages', 'base,base'),
+    ('stages', 'sr1,base'),
+    ('batch_size', 10**9),
+    ('num_images', 10**9),
+  ],
+)
+def test_what_is_empty_doubled_or_endless_is_refused(
+  model, tmp_path, monkeypatch, capsys, flag, value
+):
+  monkeypatch.chdir(tmp_path)
+  args = {'prompt': PROMPT, 'model': model, 'out': 'out', flag: value}
+  if flag == 'prompts':
+    del args['prompt']
+  argv = [word for key, v in args.items() for word in (f'--{key}', v)]
+  assert run(sample.main, *argv) == 2
+  assert capsys.readouterr().err.startswith('error: ')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_null_bytes_is_no_list_of_prompts(model, tmp_path):
+  file = tmp_path / 'prompts.txt'
+  file.write_bytes('a red circle\n'.encode('utf-16-le'))
+  args = ['--model', model, '--stages', 'base', '--out', tmp_path / 'out']
+  assert run(sample.main, '--prompts', file, *args) == 3
+
+
+def test_repeated_prompts_and_long_words_are_noted_shortly(
+  model, tmp_path, capsys
+):
+  file = tmp_path / 'prompts.txt'
+  file.write_text(f'{PROMPT}\n{"x" * 9999}\n{PROMPT}\n')
+  args = ['--model', model, '--stages', 'base', '--out', tmp_path / 'out']
+  assert run(sample.main, '--prompts', file, *args) == 0
+  notes = capsys.readouterr().err
+  assert '1 prompts repeat' in notes and 'x' * 30 in notes
+  assert len(notes) < 2000
+
+
 @pytest.fixture(scope='module')
 def workdir(model, tmp_path_factory):
   """A workdir that train.py made, with its config file."""
@@ -489,6 +581,10 @@ def train_args(folder, model, *more, workdir='base'):
     (['--config.train.log_to=tensorbord'], 2, '--config.train.log_to'),
     (['--config.data.max_bad=0.5'], 2, '--config.data.max_bad=0.01'),
     (['--config.text.path=/nowhere'], 4, '/nowhere'),
+    (['--config.stage.name=a/b'], 2, 'stage.name'),
+    (['--config.train.batch_size=2147483647'], 2, '--config.train.batch_size'),
+    (['--config.train.checkpoint_dir=xx://b/c'], 2, 'train.checkpoint_dir'),
+    (['--workdir', '/proc/self/nowhere'], 2, '--workdir'),
     (['--config.mesh.data=3', '--config.mesh.fsdp=3'], 2, 'mesh.data=3'),
     (['--config.stage.net.kind=dit'], 2, '--config.stage.net.kind'),
   ],
@@ -582,6 +678,42 @@ def test_an_export_does_without_metrics(workdir, tmp_path, metrics, seconds):
   assert run(export.main, '--workdir', tmp_path / 'w', '--out', out) == 0
   record = json.loads((out / 'stage.json').read_text())
   assert record['provenance']['training_seconds'] == seconds
+
+
+@pytest.mark.parametrize(
+  ('text', 'trains'),
+  [('{"format_version": 2, "config": null}', 4), ('[]', 4), ('{', 4)],
+)
+def test_a_damaged_config_of_a_run_is_one_sentence(
+  workdir, model, tmp_path, text, trains
+):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  (tmp_path / 'w' / 'config.json').write_text(text)
+  args = ['--workdir', tmp_path / 'w']
+  assert run(export.main, *args, '--out', tmp_path / 'mine' / 'base') == 4
+  assert run(train.main, *train_args(workdir, model), *args) == trains
+
+
+def test_a_file_in_place_of_the_checkpoints_is_one_sentence(
+  workdir, model, tmp_path
+):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  args = ['--workdir', tmp_path / 'w']
+  out = ['--out', tmp_path / 'mine' / 'base']
+  for name, more in ('checkpoints/ema', ['--ema', '0.05']), ('checkpoints', []):
+    shutil.rmtree(tmp_path / 'w' / name)
+    (tmp_path / 'w' / name).write_text('')
+    assert run(export.main, *args, *out, *more) == 4
+  assert run(train.main, *train_args(workdir, model), *args) == 2
+
+
+def test_a_damaged_snapshot_is_named(workdir, tmp_path, capsys):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  snapshot = tmp_path / 'w' / 'checkpoints' / 'ema' / '2'
+  (snapshot / 'manifest-00000-of-00001.json').write_text('{}')
+  args = ['--workdir', tmp_path / 'w', '--out', tmp_path / 'mine' / 'base']
+  assert run(export.main, *args, '--ema', '0.05') == 4
+  assert f'Remove {snapshot}' in capsys.readouterr().err
 
 
 def test_help_and_import_do_not_start_jax():

@@ -494,6 +494,11 @@ def test_a_string_stays_one_whatever_the_file_had():
     complete(given, ['stage.crop=wide'], file='mine.py')
 
 
+def test_a_key_that_is_no_string_is_refused():
+  with pytest.raises(UsageError):
+    complete({3: 4}, file='mine.py')
+
+
 def test_an_override_needs_a_value(here):
   with pytest.raises(UsageError):
     load_config('tiny', ['seed'])

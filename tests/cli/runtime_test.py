@@ -80,6 +80,31 @@ def test_training_as_a_library_has_the_types_of_the_command(monkeypatch):
     jax.config.update('jax_enable_x64', False)
 
 
+CODE = 'import sys; from imagen_jax.cli.sample import main; sys.exit(main())'
+
+
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
+def test_a_command_works_with_closed_streams(model, tmp_path, closed):
+  words = ['--model', str(model), '--stages', 'base', '--prompt', 'a', '--out']
+  command = ['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, '-c']
+  out = subprocess.run([*command, CODE, *words, str(tmp_path / 'out')])
+  assert out.returncode == 0
+  assert len(list((tmp_path / 'out').glob('0*.png'))) == 1
+
+
+def test_a_folder_that_was_removed_is_one_sentence(tmp_path):
+  (tmp_path / 'here').mkdir()
+  code = f'import os; os.rmdir(os.getcwd()); {CODE}'
+  out = subprocess.run(
+    [sys.executable, '-c', code, '--prompt', 'a', '--out', str(tmp_path / 'o')],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    cwd=tmp_path / 'here',
+    capture_output=True,
+    text=True,
+  )
+  assert out.returncode == 2 and out.stderr.startswith('error: ')
+
+
 def test_a_platform_that_is_not_there_is_a_usage_error():
   code = 'import sys; from imagen_jax.cli.export import main; sys.exit(main())'
   command = [sys.executable, '-c', code, '--workdir', 'w', '--out', 'o']
