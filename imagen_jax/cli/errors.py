@@ -191,10 +191,10 @@ class Parser(argparse.ArgumentParser):
     raise UsageError(f'{message}; see {self.prog} --help.')
 
 
-def positive(text: str) -> int:
-  """The `type` of a flag that is a whole number of 1 or more."""
-  if not text.isdecimal() or int(text) < 1:
+def positive(text: str, most: int = 2**31 - 1) -> int:
+  """The `type` of a flag that is a whole number from 1 to `most`."""
+  if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= most:
     raise argparse.ArgumentTypeError(
-      f'{text!r} is not a whole number of 1 or more'
+      f'{text[:20]!r} is not a whole number in [1, {most}]'
     )
   return int(text)

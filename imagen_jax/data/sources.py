@@ -83,6 +83,11 @@ def make_source(
         key='config.data.path',
       )
     options['path'] = user_path(path)
+  if not 0 <= options.get('seed', 0) < 2**32:
+    raise UsageError(
+      f'data.seed is {options["seed"]}; it must be in [0, 4294967295].',
+      key='config.data.seed',
+    )
   if options.get('resize', 'area') not in RESIZE:
     raise UsageError(
       f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.',

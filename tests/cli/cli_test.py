@@ -15,7 +15,15 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import imagen_jax
-from imagen_jax.cli import evaluate, export, output, prepare, sample, train
+from imagen_jax.cli import (
+  evaluate,
+  export,
+  output,
+  plan,
+  prepare,
+  sample,
+  train,
+)
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
 from imagen_jax.data.sources import make_source
@@ -678,6 +686,47 @@ def test_an_export_does_without_metrics(workdir, tmp_path, metrics, seconds):
   assert run(export.main, '--workdir', tmp_path / 'w', '--out', out) == 0
   record = json.loads((out / 'stage.json').read_text())
   assert record['provenance']['training_seconds'] == seconds
+
+
+@pytest.mark.parametrize(
+  'more',
+  [
+    ['--seed', -1],
+    ['--seed', 2**32],
+    ['--size', 10**9],
+    ['--split', 'test'],
+    ['--max_len', 5],
+    ['--text', 'demo', '--max_len', 10**9],
+  ],
+)
+def test_preparing_refuses_what_has_no_sense_or_no_effect(tmp_path, more):
+  args = ['--source', 'shapes', '--size', 16, '--num', 2]
+  assert run(prepare.main, *args, '--out', tmp_path / 'out', *more) == 2
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'more',
+  [
+    ['--seed', -1],
+    ['--seed', 2**32],
+    ['--num', 10**12],
+    ['--batch_size', 10**9],
+    ['--stages', ''],
+    ['--shard', ''],
+  ],
+)
+def test_evaluating_refuses_it_before_the_folder_is_claimed(
+  model, tmp_path, more
+):
+  args = ['--model', model, '--suite', 'shapes', '--num', 2]
+  assert run(evaluate.main, *args, '--out', tmp_path / 'out', *more) == 2
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flag', ['--chip', '--topology', '--config'])
+def test_an_empty_flag_of_the_planner_is_refused(flag):
+  assert run(plan.main, '--config', 'shapes_base', flag, '') == 2
 
 
 @pytest.mark.parametrize(
