@@ -66,14 +66,16 @@ def train(
     return 0
   warm = None if init_from is None else model_folder.load_stage(init_from)
   checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
-  with _locked(workdir, checkpoint_dir):
-    _claim(experiment, workdir, warm, force)
-    with Checkpoints(
+  with (
+    _locked(workdir, checkpoint_dir),
+    Checkpoints(
       checkpoint_dir,
       keep_last=config.train.keep_last,
       keep_every=config.train.keep_every,
-    ) as checkpoints:
-      return _run(program, checkpoints, workdir, warm, should_stop)
+    ) as checkpoints,
+  ):
+    _claim(experiment, workdir, warm, force)
+    return _run(program, checkpoints, workdir, warm, should_stop)
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def test_training_as_a_library_has_the_types_of_the_command(monkeypatch):
   jax.config.update('jax_enable_x64', True)
   try:
     with pytest.raises(TypeError, match='float32'):
-      loop.train(ConfigDict(), 'w')
+      loop.train(ConfigDict({'train': {'log_to': ''}}), 'w')
   finally:
     jax.config.update('jax_enable_x64', False)
 
