@@ -67,7 +67,7 @@ RANGES = {
   'data.num_scenes': '[1, inf)',
   'data.num_eval_scenes': '[1, inf)',
   'train.num_steps': '[0, inf)',
-  'train.batch_size': '[1, inf)',
+  'train.batch_size': '[1, 1048576]',
   'train.accumulate': '[1, inf)',
   'train.log_every': '[1, inf)',
   'train.checkpoint_every': '[1, inf)',
@@ -76,6 +76,8 @@ RANGES = {
   'train.keep_last': '[1, inf)',
   'train.keep_every': '[1, inf)',
   'train.ema_decay': '[0, 1]',
+  'train.ema_lengths': '(0, 0.28]',
+  'train.ema_every': '[1, inf)',
   'train.max_bad_steps': '[1, inf)',
   'train.hang_seconds': '[0, inf)',
   'train.profile_at': '[1, inf)',
@@ -311,6 +313,15 @@ def train() -> dict[str, Any]:
     'keep_every': placeholder(int),
     # Of the EMA that is sampled, after its warm-up. The paper gives no value.
     'ema_decay': 0.9999,
+    # Lengths σ_rel of further EMAs, such as (0.05, 0.1): the spread of their
+    # steps as a fraction of the run so far (Karras et al. 2024). Each takes as
+    # much memory as the parameters. `imagen-export --ema` makes one of any
+    # length from their snapshots, in the folder `ema` of the checkpoints. None:
+    # there are none.
+    'ema_lengths': placeholder(tuple),
+    # Steps between two snapshots, which are kept for good and take 4 bytes per
+    # parameter and length; 16 of them or more.
+    'ema_every': 5000,
     # The run ends after this many consecutive steps with NaN or Inf.
     'max_bad_steps': 20,
     # The run ends if a step takes longer than this, in seconds; 0: never.

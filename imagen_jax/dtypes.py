@@ -1,6 +1,7 @@
-"""The dtype of activations."""
+"""The dtype of activations, and the settings of jax that change results."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,6 +9,38 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from imagen_jax.errors import UsageError
+
+# Settings of jax that change results, at the values of every run. A user's
+# environment may have others, such as JAX_ENABLE_X64 for another project.
+NUMERICS = {
+  'jax_enable_x64': False,
+  'jax_default_prng_impl': 'threefry2x32',
+  'jax_threefry_partitionable': True,
+  'jax_random_seed_offset': 0,
+  'jax_numpy_dtype_promotion': 'standard',
+  'jax_numpy_rank_promotion': 'allow',
+}
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+  """`NUMERICS` in this thread, for a block or a decorated function.
+
+  Raises:
+    UsageError: jax cannot set one of them for a block, and it has another
+      value.
+  """
+  with contextlib.ExitStack() as stack:
+    for name, value in NUMERICS.items():
+      context = getattr(jax, name.removeprefix('jax_'), None)
+      if context is not None:
+        stack.enter_context(context(value))
+      elif getattr(jax.config, name) != value:
+        raise UsageError(
+          f'{name.upper()} is {getattr(jax.config, name)}; it must be {value}: '
+          f"unset it, or call jax.config.update('{name}', {value!r})."
+        )
+    yield
 
 
 def resolve_dtype(name: str) -> DTypeLike:

@@ -23,6 +23,8 @@ from imagen_jax.typing import KeyData
 SEEDS = 2**32  # jax silently drops higher bits
 # Fields of `SamplingConfig` whose values are tuples.
 TUPLES = ('guidance_interval', 'guidance_schedule')
+MAX_BATCH = 4096  # every batch is padded to its size
+MAX_IMAGES = 10**6  # of a call, which keeps them all in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Request:
   finished: Callable[[int, np.ndarray], None] | None = None
 
   def __post_init__(self) -> None:
-    batch = self.batch_size
+    batch, indices = self.batch_size, self.indices
+    # In this order: the length of a range may be too large for Python.
+    some = indices and 0 <= indices[0] <= indices[-1] < SEEDS
+    some = some and len(self.prompts) * len(indices) <= MAX_IMAGES
     for key, valid, problem in (
       ('seed', 0 <= self.seed < SEEDS, f'seed is {self.seed}, not in [0, 2³²)'),
       (None, self.prompts, 'there is nothing to generate: give a prompt'),
@@ -59,8 +64,17 @@ class Request:
         all(map(_is_text, self.prompts)),
         'prompt is not Unicode text',
       ),
-      ('num_images', self.indices, 'num_images is at least 1'),
-      ('batch_size', batch is None or batch > 0, 'batch_size is at least 1'),
+      (
+        'num_images',
+        some,
+        f'num_images is at least 1, and at most {MAX_IMAGES:,} images are '
+        'generated at a time',
+      ),
+      (
+        'batch_size',
+        batch is None or 0 < batch <= MAX_BATCH,
+        f'batch_size is {batch}; it must be in [1, {MAX_BATCH}]',
+      ),
     ):
       if not valid:
         raise UsageError(f'{problem}.', key=key)

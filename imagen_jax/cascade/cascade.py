@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,14 +30,20 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
-from imagen_jax.dtypes import resolve_dtype
+from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import images as image_io
 from imagen_jax.io import model_folder
+from imagen_jax.io.files import COPY_AGAIN
 from imagen_jax.io.paths import user_path
 from imagen_jax.nets.network import Network
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import Image, TextEmb, TextMask
+
+# What values of other types raise where they are used.
+WRONG = (
+  ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def load(
@@ -125,15 +132,7 @@ class Cascade:
     self.dtype = jnp.dtype(dtype)
     self._records = records
     self.weak: dict[str, tuple[model_folder.StageRecord, Network]] = {}
-    self.stages: list[Stage] = [
-      stages.from_config(
-        record.config['stage'],
-        text_dim=record.text['dim'],
-        text_len=record.text['max_len'],
-        dtype=dtype,
-      )
-      for record in records
-    ]
+    self.stages = [_stage(record, dtype) for record in records]
     texts = {(r.text['digest'], r.text['max_len']) for r in records}
     if len(texts) > 1:
       raise ModelError(
@@ -176,6 +175,7 @@ class Cascade:
     side = self.stages[0].resolution
     return image_io.shaped(*image.size, side, self.multiple)
 
+  @pinned()
   def embed(
     self, prompts: Sequence[str], negative_prompt: str = ''
   ) -> Embedding:
@@ -187,7 +187,8 @@ class Cascade:
     """
     record = self._records[0]
     path = model_folder.text_path(self.path, record)
-    size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
+    files = path.glob('*.safetensors')
+    size = sum(file.stat().st_size for file in files if file.is_file())
     mesh = self._mesh(size)
     place = None
     if mesh.shape['fsdp'] > 1:
@@ -224,6 +225,7 @@ class Cascade:
         )
     return configs
 
+  @pinned()
   def sample(
     self,
     prompts: str | Sequence[str] | Embedding,
@@ -348,11 +350,43 @@ class Cascade:
     finite = lambda arrays: sampling.finite(
       stage, params, config.spec, arrays._replace(**given)
     )
-    images = batching.generate(
-      request, stage.name, mesh, inputs, sample, finite
-    )
+    try:
+      images = batching.generate(
+        request, stage.name, mesh, inputs, sample, finite
+      )
+    except flax.errors.FlaxError as error:
+      raise ModelError(
+        f'the weights of {record.path} are not those of the network that its '
+        f'config describes ({str(error).partition(" (http")[0]}); '
+        f'{COPY_AGAIN}.'
+      ) from error
     batching.free((params, given.get('weak')))
     return images
+
+
+def _stage(
+  record: model_folder.StageRecord, dtype: jax.typing.DTypeLike
+) -> Stage:
+  """The stage of a record, whose file may be another version's, or edited.
+
+  Raises:
+    ModelError: the record describes no stage.
+  """
+  try:
+    stage = stages.from_config(
+      record.config['stage'],
+      text_dim=record.text['dim'],
+      text_len=record.text['max_len'],
+      dtype=dtype,
+    )
+    # The stage's own are compared when a call has not chosen others.
+    _ = float(stage.sampling.guidance), float(stage.sampling.aug_level)
+  except (UsageError, *WRONG) as error:
+    raise ModelError(
+      f'the config of {record.path} cannot be used '
+      f'({str(error).rstrip(".")}); if you have not changed it, {COPY_AGAIN}.'
+    ) from error
+  return stage
 
 
 def _from_uint8(low_res: np.ndarray, count: int) -> np.ndarray:

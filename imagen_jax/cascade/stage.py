@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -204,6 +205,11 @@ def _check_values(config: Mapping[str, Any]) -> None:
   side, low = get('resolution'), get('low_resolution')
   unit = side // low if low else 1
   rules = [
+    (
+      'name',
+      re.fullmatch(r'\w[\w.-]*', str(get('name'))),
+      'it is the name of a folder: letters, digits, _, - and .',
+    ),
     (
       'low_resolution',
       low is None or (low < side and side % low == 0),

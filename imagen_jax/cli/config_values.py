@@ -150,7 +150,7 @@ def _merge(
 ) -> None:
   """Merges a file's values into one section of the config, in place."""
   for key, value in given.items():
-    name = f'{section}.{key}' if section else key
+    name = f'{section}.{key}' if section else str(key)
     if key not in config:
       if not keys.is_open(section):
         raise keys.unknown(name, file)
@@ -220,6 +220,8 @@ def _check_range(key: str, value: Any, keys: _Keys, file: str) -> None:
   """Refuses a number that is out of range, alone or in a tuple."""
   if isinstance(value, (tuple, list)):
     for part in value:
+      if key in common.RANGES and not isinstance(part, (int, float)):
+        raise _error(key, f'has {part!r}; it must be {TYPES[float]}.', file)
       _check_range(key, part, keys, file)
   interval = common.RANGES.get(key, '(-inf, inf)')
   if not isinstance(value, (int, float)):

@@ -1,6 +1,7 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import files
+from imagen_jax.io.paths import user_path
 from imagen_jax.kinds import did_you_mean
 
 # Seconds in which the other threads of a failed process may end.
@@ -55,11 +57,13 @@ def _run(
 ) -> int:
   """`run`, without the end of the process."""
   sys.unraisablehook = _unraisable
+  _open_streams()
   for stream in sys.stdout, sys.stderr:
     # Not every terminal or pipe is UTF-8: '≤' is then printed as \u2264.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
   try:
+    _ = os.getcwd()  # it may have been removed
     code = main(argv) or 0
     sys.stdout.flush()  # a closed pipe raises here, not at exit
     return code
@@ -77,6 +81,19 @@ def _run(
       raise
     print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
     return getattr(error, 'exit_code', UsageError.exit_code)
+
+
+def _open_streams() -> None:
+  """Opens /dev/null for standard streams that are closed, as by `>&-`.
+
+  Otherwise the next file that is opened would take the place of one of them.
+  """
+  for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+    if getattr(sys, name) is None:
+      with contextlib.suppress(OSError):
+        while os.open(os.devnull, os.O_RDWR) < number:
+          pass
+      setattr(sys, name, open(os.devnull, 'r' if number == 0 else 'w'))
 
 
 def _end(code: int) -> None:
@@ -111,6 +128,11 @@ def _sentence(error: Exception, flags: Mapping[str, str]) -> str | None:
     if sentence.startswith(name):
       return f'--{flag}{sentence.removeprefix(name)}'
     return f'--{flag}: {sentence}'
+  if isinstance(error, FileNotFoundError) and error.filename is None:
+    try:
+      os.getcwd()
+    except FileNotFoundError:
+      return 'the current folder was removed; change to one that exists.'
   if isinstance(error, OSError) and error.errno in files.STORAGE:
     where = error.filename or 'an unnamed file'
     return files.STORAGE[error.errno].format(where)
@@ -149,6 +171,13 @@ class Parser(argparse.ArgumentParser):
         + did_you_mean(flag, self._option_string_actions)
         + f' See {self.prog} --help.'
       )
+    for action in self._actions:
+      if action.type is user_path and getattr(namespace, action.dest, 0) == '':
+        raise UsageError(
+          'is empty; was a variable not set? Give a path, such as . for this '
+          'folder.',
+          key=action.dest,
+        )
     return namespace
 
   def given(self, args: Sequence[str]) -> set[str]:
@@ -162,10 +191,10 @@ class Parser(argparse.ArgumentParser):
     raise UsageError(f'{message}; see {self.prog} --help.')
 
 
-def positive(text: str) -> int:
-  """The `type` of a flag that is a whole number of 1 or more."""
-  if not text.isdecimal() or int(text) < 1:
+def positive(text: str, most: int = 2**31 - 1) -> int:
+  """The `type` of a flag that is a whole number from 1 to `most`."""
+  if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= most:
     raise argparse.ArgumentTypeError(
-      f'{text!r} is not a whole number of 1 or more'
+      f'{text[:20]!r} is not a whole number in [1, {most}]'
     )
   return int(text)

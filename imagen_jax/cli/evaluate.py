@@ -159,10 +159,10 @@ def _main(argv: list[str]) -> None:
 def _config(args: argparse.Namespace) -> EvalConfig:
   """The `EvalConfig` that the flags ask for."""
   given = vars(args) | {
-    'categories': args.categories and tuple(args.categories.split(',')),
-    'stages': args.stages and tuple(args.stages.split(',')),
+    'categories': _names(args.categories),
+    'stages': _names(args.stages),
     'sweep': _sweep(args.sweep),
-    'shard': args.shard and _shard(args.shard),
+    'shard': None if args.shard is None else _shard(args.shard),
     'sampling': {
       key: value
       for key, value in sampling_flags.choices(args, SAMPLING).items()
@@ -171,6 +171,11 @@ def _config(args: argparse.Namespace) -> EvalConfig:
   }
   fields = dataclasses.fields(EvalConfig)
   return EvalConfig(**{field.name: given[field.name] for field in fields})
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+  """'pair,count' as a tuple."""
+  return None if text is None else tuple(text.split(','))
 
 
 def _sweep(texts: Sequence[str]) -> dict[str, tuple]:

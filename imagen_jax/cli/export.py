@@ -32,7 +32,16 @@ def _main(argv: list[str]) -> None:
     '--weights', default='ema', choices=['ema', 'raw'], help='which weights'
   )
   parser.add_argument(
-    '--step', type=int, help='which checkpoint; the newest good one if left out'
+    '--ema',
+    type=float,
+    metavar='LENGTH',
+    help='an EMA of this length instead, such as 0.08: from the snapshots of a '
+    'run with --config.train.ema_lengths',
+  )
+  parser.add_argument(
+    '--step',
+    type=int,
+    help='which checkpoint, or snapshot for --ema; the newest if left out',
   )
   parser.add_argument(
     '--dtype',
@@ -52,6 +61,7 @@ def _main(argv: list[str]) -> None:
     workdir=workdir,
     out=out,
     weights=args.weights,
+    ema=args.ema,
     step=args.step,
     dtype=args.dtype,
     command=' '.join(['imagen-export', *argv]),
@@ -61,13 +71,11 @@ def _main(argv: list[str]) -> None:
 
 def _kind(workdir: pathlib.Path) -> str:
   """The kind of experiment that a workdir's config names."""
-  from imagen_jax.io import files, model_folder
+  from imagen_jax.io import model_folder
 
-  path = workdir / 'config.json'
-  if not path.exists():  # `export_stage` reports what is wrong
+  if not (workdir / 'config.json').exists():  # `export_stage` says so
     return 'stage'
-  record = files.read_json(path, version=model_folder.FORMAT_VERSION)
-  return record.get('config', {}).get('kind', 'stage')
+  return model_folder.load_config(workdir)['config'].get('kind', 'stage')
 
 
 if __name__ == '__main__':

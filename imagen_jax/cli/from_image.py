@@ -8,8 +8,6 @@ import imagen_jax
 from imagen_jax.cli import input_images, output, runtime, sampling_flags
 from imagen_jax.errors import DataError, UsageError
 
-MAX_BATCH = 4096  # in a record; the batch is padded to it
-
 
 def repeat(args: argparse.Namespace, out: output.Output) -> None:
   """Generates an image again from its PNG's record."""
@@ -94,7 +92,7 @@ def _check(record: Mapping[str, Any], file: str) -> None:
     'negative_prompt': lambda value: value is None or isinstance(value, str),
     'seed': lambda value: _whole(value, 0, 2**32 - 1),
     'index': lambda value: _whole(value, 0, 2**32 - 1),
-    'batch_size': lambda value: _whole(value, 1, MAX_BATCH),
+    'batch_size': lambda value: _whole(value, 1, 4096),
     'stages': _are_stages,
   }
   for key, valid in rules.items():

@@ -51,16 +51,11 @@ class Output:
     def finished(start: int, images: 'np.ndarray') -> None:
       import jax
 
-      from imagen_jax.io import images as image_io
-
       if jax.process_index() != 0:
         return
-      self._out.mkdir(parents=True, exist_ok=True)
-      number = _next(self._out, r'(\d+)_.*\.png$')
-      for n, (image, record) in enumerate(zip(images, records[start:]), number):
-        path = self._out / f'{n:03d}_{_slug(record["prompt"])}.png'
-        image_io.save_png(path, image, record)
-        self._paths.append(path)
+      for image, record in zip(images, records[start:]):
+        name = f'{{:03d}}_{_slug(record["prompt"])}.png'
+        self._save(name, r'(\d+)_.*\.png$', image, record)
         self._images.append(image)
         self._prompts.add(record['prompt'])
 
@@ -84,16 +79,29 @@ class Output:
     each = len(self._images) // len(self._prompts)
     columns = each if len(self._prompts) > 1 < each else None
     large = image_io.upsample(np.stack(self._images), 256)
-    number = _next(self._out, r'grid_(\d+)')
-    path = self._out / f'grid_{number:03d}.png'
-    image_io.save_png(path, image_io.grid(large, columns))
+    grid = image_io.grid(large, columns)
+    self._save('grid_{:03d}.png', r'grid_(\d+)', grid, None)
+
+  def _save(
+    self,
+    name: str,
+    pattern: str,
+    image: 'np.ndarray',
+    record: Mapping[str, Any] | None,
+  ) -> None:
+    """Writes an image, numbered after the files that match a pattern.
+
+    Another process may write to the folder as well, but not between the two.
+    """
+    from imagen_jax.io import images as image_io
+    from imagen_jax.io import lock
+
+    with lock.locked(self._out, wait=True, key='out'):
+      found = (re.match(pattern, path.name) for path in self._out.iterdir())
+      last = max([int(match[1]) for match in found if match], default=-1)
+      path = self._out / name.format(last + 1)
+      image_io.save_png(path, image, record)
     self._paths.append(path)
-
-
-def _next(out: pathlib.Path, pattern: str) -> int:
-  """One more than the largest number in the files that match a pattern."""
-  found = (re.match(pattern, path.name) for path in out.iterdir())
-  return 1 + max([int(match[1]) for match in found if match], default=-1)
 
 
 def _slug(prompt: str) -> str:

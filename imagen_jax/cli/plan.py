@@ -112,19 +112,20 @@ def _main(argv: list[str]) -> None:
 
 def _chips(args: argparse.Namespace) -> tuple[Chip, int]:
   """(chip, number of chips) that the flags ask for."""
-  if args.topology and (args.chip or args.devices):
+  if args.topology is not None and (args.chip or args.devices):
     raise UsageError(
       'gives the chips and their number; leave out --chip and --devices.',
       key='topology',
     )
-  if args.topology:
+  if args.topology is not None:
     return chips.parse_topology(args.topology)
   if args.compile:
     raise UsageError(
       f'needs --topology, such as {" or ".join(chips.EXAMPLES[:2])}.',
       key='compile',
     )
-  return chips.find_chip(args.chip or 'v5e'), args.devices or 256
+  chip = 'v5e' if args.chip is None else args.chip
+  return chips.find_chip(chip), args.devices or 256
 
 
 def _mesh(args: argparse.Namespace, count: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """imagen-prepare: writes a source of captioned images, resized, to disk."""
 
 import argparse
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
   from imagen_jax.data.prepare import Embed
 
 TEXT_BATCH = 64
+SIDE = functools.partial(errors.positive, most=65536)
 
 
 # The flags of keys of a config's `data` section.
@@ -47,13 +49,13 @@ def _parser() -> errors.Parser:
   add('--path', type=user_path, help="where it is, such as 'shards/*.tar'")
   add(
     '--size',
-    type=errors.positive,
+    type=SIDE,
     required=True,
     help='side of the images in pixels',
   )
   add('--out', type=user_path, required=True, help='folder to write')
   add('--resize', default='area', help='area, bicubic or lanczos')
-  add('--split', default='train', help='train or eval')
+  add('--split', default='train', choices=('train', 'eval'), help='which part')
   add('--seed', type=int, default=0, help='of shapes and emoji')
   add('--num', type=errors.positive, help='write the first NUM images only')
   add(
@@ -70,7 +72,7 @@ def _parser() -> errors.Parser:
   )
   add(
     '--max_len',
-    type=errors.positive,
+    type=SIDE,
     help="text positions, which must be the run's text.max_len; the encoder's "
     'own if left out',
   )
@@ -83,6 +85,8 @@ def _parser() -> errors.Parser:
 def _main(argv: list[str]) -> None:
   args = _parser().parse_args(argv)
   check_folder(args.out, key='out')
+  if args.max_len is not None and args.text is None:
+    raise UsageError('has no effect without --text.', key='max_len')
   from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
   from imagen_jax.data.sources import find_source, make_source

@@ -8,17 +8,6 @@ from imagen_jax.cli import output
 from imagen_jax.errors import UsageError
 from imagen_jax.io import paths
 
-# Settings of jax that change results, at the values of every run. A user's
-# environment may have others, such as JAX_ENABLE_X64 for another project.
-NUMERICS = {
-  'jax_enable_x64': False,
-  'jax_default_prng_impl': 'threefry2x32',
-  'jax_threefry_partitionable': True,
-  'jax_random_seed_offset': 0,
-  'jax_numpy_dtype_promotion': 'standard',
-  'jax_numpy_rank_promotion': 'allow',
-}
-
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of a job of several processes."""
@@ -81,6 +70,8 @@ def start(
 def _pin_numerics() -> None:
   """Sets `NUMERICS`, with a note on each that the environment had changed."""
   import jax
+
+  from imagen_jax.dtypes import NUMERICS
 
   for name, value in NUMERICS.items():
     found = getattr(jax.config, name)

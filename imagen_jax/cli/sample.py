@@ -230,6 +230,12 @@ def _notes(cascade: 'Cascade', embedding: Any) -> None:
   empty = any(not prompt.strip() for prompt in embedding.prompts)
   if empty and embedding.negative is None:
     output.note('an empty prompt is unconditional: guidance has no effect.')
+  repeats = len(embedding.prompts) - len(set(embedding.prompts))
+  if repeats:
+    output.note(
+      f'{repeats} prompts repeat others, and so do their images; --num_images '
+      'makes several of a prompt.'
+    )
   if len(cascade.data_kinds) == 1:
     from imagen_jax.data.sources import find_source
 

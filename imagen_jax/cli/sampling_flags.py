@@ -79,4 +79,4 @@ def _value(name: str, kind: type, text: str) -> Any:
 
 def stage_names(args: argparse.Namespace) -> list[str] | None:
   """The stages that --stages names; None is all of them."""
-  return args.stages.split(',') if args.stages else None
+  return None if args.stages is None else args.stages.split(',')

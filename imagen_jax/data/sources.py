@@ -41,7 +41,12 @@ def find_source(kind: str) -> type[Source]:
 
 
 def make_source(
-  *, kind: str, size: int, split: str = 'train', **options: Any
+  *,
+  kind: str,
+  size: int,
+  split: str = 'train',
+  eval_path: str | None = None,
+  **options: Any,
 ) -> Source:
   """The source of a split, at one image size.
 
@@ -50,6 +55,7 @@ def make_source(
     size: side of the images, in pixels.
     split: 'train' or 'eval'; a source without an eval split gives the same
       images for both.
+    eval_path: the `path` of split 'eval'; None: the same as of 'train'.
     **options: keys of a config's `data` section: `path`, `seed`, `resize`,
       `max_bad`, and the class's own. The constructor gets those that it names.
 
@@ -58,6 +64,12 @@ def make_source(
     DataError: there are no usable images, or too many bad ones.
   """
   cls = find_source(kind)
+  known = inspect.signature(cls.__init__).parameters
+  takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+  if eval_path and not ('path' in known or takes_all):
+    raise _without_effect('eval_path', None, eval_path, kind)
+  if eval_path and split == 'eval':
+    options['path'] = eval_path
   path = options.get('path')
   if cls.path_is is not None:
     if not path:
@@ -71,21 +83,29 @@ def make_source(
         key='config.data.path',
       )
     options['path'] = user_path(path)
+  if not 0 <= options.get('seed', 0) < 2**32:
+    raise UsageError(
+      f'data.seed is {options["seed"]}; it must be in [0, 4294967295].',
+      key='config.data.seed',
+    )
   if options.get('resize', 'area') not in RESIZE:
     raise UsageError(
       f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.',
       key='config.data.resize',
     )
-  known = inspect.signature(cls.__init__).parameters
-  takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
   given = {'size': size, 'split': split, **options}
   for name, value in options.items():
     if name not in known and not takes_all:
       same = IGNORABLE.get(name, (None,))
       if value is not None and value not in same:
-        raise UsageError(
-          f'data.{name}={same[0]} is needed with data.kind={kind}: {value!r} '
-          'has no effect there.',
-          key=f'config.data.{name}',
-        )
+        raise _without_effect(name, same[0], value, kind)
   return cls(**{k: v for k, v in given.items() if takes_all or k in known})
+
+
+def _without_effect(name: str, same: Any, value: Any, kind: str) -> UsageError:
+  """The error of an option that a kind of source does not take."""
+  return UsageError(
+    f'data.{name}={same} is needed with data.kind={kind}: {value!r} has no '
+    'effect there.',
+    key=f'config.data.{name}',
+  )

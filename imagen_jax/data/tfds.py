@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.data import index_cache
-from imagen_jax.data.checked import Checked, clean_caption, survey
+from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, inspect
@@ -49,10 +49,16 @@ class TfdsSource(Checked):
   needs = f'Captions are read from {", ".join(CAPTION_KEYS)}.'
 
   def __init__(
-    self, path: AnyPath, size: int, *, split: str = 'train', **options: Any
+    self,
+    path: AnyPath,
+    size: int,
+    *,
+    split: str = 'train',
+    resize: str = 'area',
+    max_bad: float = MAX_BAD,
   ) -> None:
     self.split = split
-    super().__init__(path, size, **options)
+    super().__init__(path, size, resize=resize, max_bad=max_bad)
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
     self.folder = find_build(path)

@@ -32,8 +32,7 @@ from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
-from imagen_jax.io import files, model_folder
-from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io import model_folder
 from imagen_jax.training.experiment import (
   Experiment,
   Export,
@@ -42,8 +41,8 @@ from imagen_jax.training.experiment import (
   Tree,
   make_experiment,
 )
+from imagen_jax.training.export import trained_params
 from imagen_jax.training.preview import make_image_preview
-from imagen_jax.training.program import make_program
 from imagen_jax.typing import Array
 
 DROP = 0.1  # fraction of captions dropped for classifier-free guidance
@@ -256,19 +255,12 @@ class IFExperiment(Experiment):
 
   @classmethod
   def export(cls, request: Export) -> str:
-    record = files.read_json(
-      request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
-    )
-    config = ConfigDict(record['config'])
+    config = ConfigDict(model_folder.load_config(request.workdir)['config'])
     run = cast(IFExperiment, make_experiment(config, request.workdir))
-    program = make_program(run, run.mesh)
-    directory = config.train.checkpoint_dir or request.workdir / 'checkpoints'
-    with Checkpoints(directory, keep_last=config.train.keep_last) as saved:
-      state, _, step = saved.restore(program.abstract_state(), request.step)
-    trained = {'ema': state.ema_params, 'raw': state.params}[request.weights]
+    trained, step = trained_params(request, config)
     run.write(trained, request.out)
     return (
-      f'{request.out}: step {step}, {request.weights} weights, as diffusers '
+      f'{request.out}: step {step}, {request.described} weights, as diffusers '
       'has them'
     )
 

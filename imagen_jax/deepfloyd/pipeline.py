@@ -22,7 +22,7 @@ from imagen_jax.deepfloyd import settings, stage, text, weights
 from imagen_jax.deepfloyd.settings import Settings
 from imagen_jax.deepfloyd.stage import SampleInputs, Stage
 from imagen_jax.deepfloyd.unet import IFUNet
-from imagen_jax.dtypes import resolve_dtype
+from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io import images as image_io
@@ -139,6 +139,7 @@ class IF:
     assert image is not None
     return image_io.shaped(*image.size, self.stages[0].resolution)
 
+  @pinned()
   def embed(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """{prompt: [77, D]}; T5 is freed afterwards. See `text.embed`."""
     prompts = list(dict.fromkeys(prompts))
@@ -148,6 +149,7 @@ class IF:
     made = text.embed(prompts, folder, dtype=dtype, cache=self.cache)
     return dict(zip(prompts, made))
 
+  @pinned()
   def sample(
     self,
     prompts: str | Sequence[str],

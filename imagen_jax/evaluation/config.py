@@ -14,6 +14,12 @@ SAMPLING = (
   'guidance_interval', 'guidance_schedule', 'guidance_rescale', 'apg_eta',
   'apg_norm', 'apg_momentum', 'autoguidance',
 )  # fmt: skip
+LIMITS = {
+  'num': (1, 10**6),
+  'num_images': (1, 10**6),
+  'batch_size': (1, 4096),
+  'seed': (0, 2**32 - 1),
+}
 
 Value = str | int | float | tuple[float, ...]
 
@@ -82,10 +88,12 @@ class EvalConfig:
   shard: tuple[int, int] | None = None
 
   def __post_init__(self) -> None:
-    for key in ('num', 'num_images', 'batch_size'):
+    for key, (least, most) in LIMITS.items():
       value = getattr(self, key)
-      if value is not None and value < 1:
-        raise UsageError(f'{key} is {value}; it must be at least 1.', key=key)
+      if value is not None and not least <= value <= most:
+        raise UsageError(
+          f'{key} is {value}; it must be in [{least}, {most}].', key=key
+        )
     if self.shard and not 0 <= self.shard[0] < self.shard[1]:
       raise UsageError(
         f'shard is {self.shard[0]}/{self.shard[1]}; i/n needs 0 ≤ i < n, such '

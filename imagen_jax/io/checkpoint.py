@@ -57,9 +57,17 @@ class Checkpoints:
     """
     if keep_last < 1:
       raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
-    self.directory = epath.Path(directory)
     if '://' not in str(directory):  # orbax takes no relative path
-      self.directory = epath.Path(os.path.abspath(directory))
+      directory = os.path.abspath(directory)
+    try:
+      self.directory = epath.Path(directory)
+      self.directory.exists()
+    except (ImportError, KeyError) as error:  # of a bucket
+      raise UsageError(
+        f'train.checkpoint_dir is {directory}, which cannot be opened '
+        f'({error}); install what it needs, or give a local path.',
+        key='config.train.checkpoint_dir',
+      ) from error
     self.keep_last = keep_last
     self.keep_every = keep_every
     self._bad: set[int] = set()
@@ -131,6 +139,12 @@ class Checkpoints:
       self._pending = step, self._worker.submit(self._finish, step, fields)
     if wait:
       self.wait()
+
+  def discard_after(self, step: int) -> None:
+    """Removes the later steps, which a run resumed from `step` saves anew."""
+    for later in self._steps():
+      if later > step and jax.process_index() == 0:
+        self._remove(later)
 
   def wait(self) -> None:
     """Waits until the last saved step and its manifest are on disk.
@@ -232,7 +246,7 @@ class Checkpoints:
       )
     numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     args = jax.tree.map(lambda _: numpy, wanted)
-    tree = self._read(step, wanted, args, partial_restore=True)
+    tree = self._read(step, wanted, args)
     return tree[name], body['extra'], step
 
   # Directories.
@@ -242,7 +256,7 @@ class Checkpoints:
 
   def _steps(self) -> list[int]:
     """Every step that has a directory, complete or not, in order."""
-    if not self.directory.exists():
+    if not self.directory.is_dir():
       return []
     names = (path.name for path in self.directory.iterdir())
     return sorted(int(name) for name in names if name.isdecimal())
@@ -312,10 +326,11 @@ class Checkpoints:
         + 'check space and permissions, then run the same command again.'
       ) from error
 
-  def _read(
-    self, step: int, wanted: Any, restore_args: Any, **options: Any
-  ) -> Any:
-    args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, **options)
+  def _read(self, step: int, wanted: Any, restore_args: Any) -> Any:
+    # Partial: branches without leaves need not agree.
+    args = ocp.args.PyTreeRestore(
+      wanted, restore_args=restore_args, partial_restore=True
+    )
     try:
       return self._orbax.restore(
         self._path(step), args=ocp.args.Composite(state=args)

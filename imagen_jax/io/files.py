@@ -81,10 +81,11 @@ def replacing(
     temporary.replace(path)
   except OSError as problem:
     if error is None:
+      problem.filename = problem.filename or str(path)
       raise
+    reason = problem.strerror or storage_reason(problem) or problem
     raise error(
-      f'{path} could not be written ({problem.strerror or problem}); check '
-      'space and permissions.'
+      f'{path} could not be written ({reason}); check space and permissions.'
     ) from problem
   finally:
     if temporary.is_dir():
@@ -103,6 +104,9 @@ def write_bytes(path: Path, data: bytes) -> None:
       if hasattr(file, 'fileno'):  # a file system, not a bucket
         os.fsync(file.fileno())
     temporary.replace(path)
+  except OSError as problem:
+    problem.filename = problem.filename or str(path)
+    raise
   finally:
     with contextlib.suppress(OSError):  # renamed, or never made
       temporary.unlink()
@@ -200,11 +204,14 @@ def read_text(
     advice: what to give instead, for the message.
 
   Raises:
-    error: the file cannot be read, or is not UTF-8.
+    error: the file cannot be read, or is not UTF-8 text.
   """
   try:
-    return pathlib.Path(path).read_text(encoding='utf-8-sig')
-  except (OSError, UnicodeDecodeError) as problem:
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+    if '\0' in text:
+      raise ValueError('it has null bytes, as UTF-16 and binary files do')
+    return text
+  except (OSError, ValueError) as problem:
     raise error(f'{path} cannot be read ({problem}); {advice}.') from problem
 
 

@@ -45,6 +45,10 @@ def locked(
     raise UsageError(
       f'{folder} is no folder: a file has that name; choose another.', key=key
     ) from error
+  except FileNotFoundError as error:  # in /proc, for example
+    raise UsageError(
+      f'{folder} cannot be made there; choose another folder.', key=key
+    ) from error
   file = _acquire(path, wait, key)
   try:
     yield

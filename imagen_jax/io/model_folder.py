@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 2
+MAX_SIZE = 65536  # of an image's side, a text's length and an embedding
 RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
 DTYPES: dict[str, Any] = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
@@ -126,6 +127,19 @@ def save_stage(
     files.write_json(temporary / RECORD, record)
 
 
+def load_config(workdir: AnyPath) -> dict[str, Any]:
+  """The contents of a training workdir's config.json.
+
+  Raises:
+    ModelError: it is missing, damaged or of another format.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  record = files.read_json(path, version=FORMAT_VERSION)
+  if not isinstance(record.get('config'), dict):
+    raise ModelError(f'{path} holds no config; {files.COPY_AGAIN}.')
+  return record
+
+
 def load_stage(path: AnyPath) -> StageRecord:
   """The `StageRecord` of one directory, exported stage or training workdir.
 
@@ -153,12 +167,15 @@ def load_stage(path: AnyPath) -> StageRecord:
     )
     kinds: list[tuple[Any, Any]] = [
       (stage.name, str),
-      (stage.resolution, int),
       (stage.low_resolution, int | None),
       (stage.provenance, dict),
     ]
-    _ = stage.config['text']['path'], stage.config['train']['checkpoint_dir']
-    kinds += [(stage.text[key], int) for key in ('dim', 'max_len')]
+    kinds += [(stage.config['text']['path'], str | None)]
+    kinds += [(stage.config['train']['checkpoint_dir'], str | None)]
+    kinds += [(stage.config['data']['kind'], str)]
+    sizes = [stage.text[key] for key in ('dim', 'max_len')]
+    sizes += [stage.resolution, stage.low_resolution or 1]
+    kinds += [(size, int) for size in sizes]
     kinds += [(stage.text['digest'], str)]
     if exported:
       kinds += [(record['weights']['sha256'], str)]
@@ -167,6 +184,9 @@ def load_stage(path: AnyPath) -> StageRecord:
     for value, kind in kinds:
       if not isinstance(value, kind):
         raise TypeError(f'{value!r} is no {kind}')
+    for size in sizes:
+      if not 0 < size <= MAX_SIZE:
+        raise TypeError(f'{size} is not in [1, {MAX_SIZE}]')
   except (KeyError, TypeError, AttributeError) as error:
     raise ModelError(
       f'{file} lacks a key or value that imagen_jax writes ({error}); '
@@ -215,6 +235,13 @@ def find_stages(
         f'{path} has no stage {name!r}; it has {", ".join(have)}.'
       )
     found = [record for record in found if record.name in names]
+    if [record.name for record in found] != list(names):
+      # A list of settings has one for each of them, in this order.
+      raise UsageError(
+        f'stages are given as {",".join(names)}; give each once, from the base '
+        f'model up: {",".join(record.name for record in found)}.',
+        key='stages',
+      )
   for lower, upper in zip(found, found[1:]):
     if upper.low_resolution != lower.resolution:
       raise ModelError(
@@ -227,16 +254,12 @@ def find_stages(
 def load_params(
   record: StageRecord,
   *,
-  weights: str = 'ema',
-  step: int | None = None,
   put: Callable[[np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
   """A stage's parameters, checked against their digest.
 
   Args:
     record: from `find_stages` or `load_stage`.
-    weights: 'ema' or 'raw', of a training workdir.
-    step: checkpoint of a training workdir; the newest good one by default.
     put: moves one float32 array to the devices; of an exported stage, the host
       then holds at most one array at a time. None: all stay on the host.
 
@@ -248,11 +271,9 @@ def load_params(
   """
   put = put or (lambda array: array)
   if record.weights is None:
-    part = {'ema': 'ema_params', 'raw': 'params'}[weights]
-    if step is None:
-      step, _ = record.checkpoint
+    step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
-      tree, _, _ = checkpoints.restore_subtree(part, step)
+      tree, _, _ = checkpoints.restore_subtree('ema_params', step)
     return jax.tree.map(put, tree)
   file = record.path / WEIGHTS
   try:

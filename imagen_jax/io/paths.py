@@ -55,8 +55,9 @@ def check_folder(path: AnyPath, *, key: str | None = None) -> pathlib.Path:
     folder.stat()
   except FileNotFoundError:
     pass
-  except OSError as error:
-    problem = f'it cannot be a directory ({error.strerror})'
+  except (OSError, ValueError) as error:  # ValueError: a null byte
+    reason = getattr(error, 'strerror', error)
+    problem = f'it cannot be a directory ({reason})'
   if not problem:
     there = next(
       p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)

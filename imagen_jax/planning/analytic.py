@@ -95,7 +95,7 @@ def make_plan(
   memory = {'parameters': tree_bytes(state.params, mesh)}
   if training:
     memory |= {
-      'EMA': tree_bytes(state.ema_params, mesh),
+      'EMA': tree_bytes((state.ema_params, state.emas), mesh),
       'optimizer': tree_bytes(state.opt_state, mesh),
       'text encoder': tree_bytes(work.text_params, mesh),
     }

@@ -26,9 +26,13 @@ from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.training.program import make_program, train_step
+from imagen_jax.training.program import (
+  abstract_state,
+  make_program,
+  train_step,
+)
 from imagen_jax.training.stage_experiment import StageExperiment
-from imagen_jax.training.state import TrainState, init_state
+from imagen_jax.training.state import TrainState
 
 TEXTS = ('auto', *SIZES, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -80,10 +84,7 @@ class Job:
   @functools.cached_property
   def state(self) -> TrainState:
     """Shapes of the training state."""
-    tx = make_optimizer(self.config.train)
-    return jax.eval_shape(
-      lambda key: init_state(self.experiment.init(key), tx), jax.random.key(0)
-    )
+    return abstract_state(self.experiment, make_optimizer(self.config.train))
 
   def trace(self, step: str, batch_size: int) -> ClosedJaxpr:
     """The traced 'train' or 'sample' step of `batch_size` images."""

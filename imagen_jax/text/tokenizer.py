@@ -36,9 +36,8 @@ class Tokenizer:
       ModelError: the file is damaged.
     """
     path = pathlib.Path(path)
-    data = path.read_bytes()
-    self.digest = hashlib.sha256(data).hexdigest()
     try:
+      data = path.read_bytes()
       self._pieces: _Fast | _Pieces = (
         _Fast(path) if path.name == FAST else _Pieces(data)
       )
@@ -47,6 +46,7 @@ class Tokenizer:
         f'{path} cannot be read as a T5 vocabulary ({error}); download it '
         'again.'
       ) from None
+    self.digest = hashlib.sha256(data).hexdigest()
     self.size = self._pieces.size
 
   def __call__(self, prompts: Sequence[str], max_len: int) -> Tokens:

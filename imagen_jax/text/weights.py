@@ -136,7 +136,7 @@ def module_from_config(
     name: config.get(key, DEFAULTS.get(name)) for name, key in SIZES.items()
   }
   for name, value in sizes.items():
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or not 0 < value < 2**31:
       raise ModelError(
         f'{path} has {SIZES[name]} = {value!r}; a T5 has a whole number above '
         '0 there.'

@@ -58,17 +58,19 @@ class Export:
     workdir: the training directory.
     out: the directory to write.
     weights: 'ema' or 'raw'.
+    ema: length of an EMA from the run's snapshots, instead of `weights`.
     step: of the checkpoint; None takes the newest good one.
     dtype: of the stored weights, 'bfloat16' or 'float32'.
     command: the command line, kept as provenance.
 
   Raises:
-    UsageError: `out` exists, or cannot be made.
+    UsageError: `out` exists, or cannot be made; or `ema` is not for `weights`.
   """
 
   workdir: pathlib.Path
   out: pathlib.Path
   weights: str = 'ema'
+  ema: float | None = None
   step: int | None = None
   dtype: str = 'bfloat16'
   command: str = ''
@@ -78,6 +80,13 @@ class Export:
       raise UsageError(
         f'{self.out} exists; choose another, or remove it.', key='out'
       )
+    if self.ema is not None and self.weights != 'ema':
+      raise UsageError('has no effect with raw weights.', key='ema')
+
+  @property
+  def described(self) -> str:
+    """The weights, in words: 'raw', 'ema' or 'ema 0.08'."""
+    return self.weights if self.ema is None else f'ema {self.ema}'
 
 
 class Experiment(abc.ABC):
@@ -187,9 +196,6 @@ class Experiment(abc.ABC):
     """The data set of 'train' or 'eval'; `source` is this, cached."""
     data = self.config.data.to_dict()
     data.pop('flip')  # see `augmentation`
-    eval_path = data.pop('eval_path')
-    if split == 'eval' and eval_path:
-      data['path'] = eval_path
     return make_source(**data, size=self.resolution, split=split)
 
   def augmentation(self) -> Callable[[dict, np.random.Generator], dict] | None:

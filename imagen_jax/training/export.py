@@ -3,11 +3,15 @@
 import pathlib
 import shutil
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, model_folder
+from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.training import power_ema
 from imagen_jax.training.experiment import Export
 
 
@@ -26,10 +30,12 @@ def export_stage(request: Export) -> str:
     raise UsageError(
       f'{workdir} is an exported stage already; give a training workdir.'
     )
-  step = request.step
-  if step is None:
-    step, _ = record.checkpoint
-  params = model_folder.load_params(record, weights=request.weights, step=step)
+  params, step = trained_params(request, record.config)
+  text = out.parent / 'text'
+  if not text.exists():
+    source = model_folder.text_path(workdir.parent, record)
+    with files.replacing(text, error=ModelError) as temporary:
+      shutil.copytree(source, temporary, ignore=_not_the_model)
   batch_size = record.config['train']['batch_size']
   model_folder.save_stage(
     out,
@@ -41,20 +47,39 @@ def export_stage(request: Export) -> str:
       'steps': step,
       'images': step * batch_size,
       'training_seconds': training_seconds(workdir, step, batch_size),
-      'weights': request.weights,
+      'weights': request.described,
     },
     dtype=request.dtype,
   )
-  text = out.parent / 'text'
-  if not text.exists():
-    source = model_folder.text_path(workdir.parent, record)
-    with files.replacing(text, error=ModelError) as temporary:
-      shutil.copytree(source, temporary, ignore=_not_the_model)
   size = (out / 'weights.safetensors').stat().st_size
   return (
-    f'{out}: step {step}, {request.weights} weights, {size / 1e6:.2f} MB '
+    f'{out}: step {step}, {request.described} weights, {size / 1e6:.2f} MB '
     f'{request.dtype}'
   )
+
+
+def trained_params(
+  request: Export, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], int]:
+  """(nested dict of numpy arrays, step) of the weights to export.
+
+  Args:
+    request: what to export.
+    config: the run's.
+
+  Raises:
+    UsageError: see `power_ema.reconstruct`.
+    ModelError: no checkpoint is good, or the run has no snapshots.
+  """
+  train = config['train']
+  directory = train['checkpoint_dir'] or request.workdir / 'checkpoints'
+  if request.ema is not None:
+    lengths = train.get('ema_lengths')
+    return power_ema.reconstruct(directory, lengths, request.ema, request.step)
+  part = {'ema': 'ema_params', 'raw': 'params'}[request.weights]
+  with Checkpoints(directory) as checkpoints:
+    params, _, step = checkpoints.restore_subtree(part, request.step)
+  return params, step
 
 
 def provenance(command: str) -> dict:

@@ -1,5 +1,6 @@
 """Logging to TensorBoard and Weights & Biases."""
 
+import importlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -25,41 +26,42 @@ class Logger(Protocol):
     """Called once, at the end of the run."""
 
 
-def make_loggers(
-  names: str | None, workdir: pathlib.Path, config: dict, *, start_step: int = 0
-) -> list[Logger]:
-  """The loggers that a config's `train.log_to` asks for.
+def find_loggers(names: str | None) -> list[Callable[..., Logger]]:
+  """The classes that a config's `train.log_to` asks for.
 
   Args:
     names: '' or None, 'tensorboard', 'wandb', or both with a comma.
-    workdir: files go to its `tensorboard/` and `wandb/`.
-    config: a plain dict, logged with the run.
-    start_step: the step that the run resumes from; 0 if it is new.
 
   Raises:
     UsageError: an unknown name, or a library that is not installed.
   """
-  makers: dict[str, Callable[[pathlib.Path, dict, int], Logger]] = {
-    'tensorboard': TensorBoard,
-    'wandb': Wandb,
-  }
   wanted = [name.strip() for name in (names or '').split(',') if name.strip()]
   for name in wanted:
-    if name not in makers:
+    if name not in LOGGERS:
       raise UsageError(
-        f'train.log_to names {name!r}; it can name {" and ".join(makers)}.'
+        f'train.log_to names {name!r}; it can name {" and ".join(LOGGERS)}.',
+        key='config.train.log_to',
       )
-  try:
-    return [makers[name](workdir, config, start_step) for name in wanted]
-  except ImportError as error:
-    raise UsageError(
-      f'train.log_to needs {error.name}, which is not installed: pip install '
-      f"'imagen_jax[{','.join(wanted)}]'."
-    ) from error
+    library, _ = LOGGERS[name]
+    try:
+      importlib.import_module(library)
+    except ImportError as error:
+      raise UsageError(
+        f'train.log_to needs {library}, which is not installed: pip install '
+        f"'imagen_jax[{name}]'.",
+        key='config.train.log_to',
+      ) from error
+  return [LOGGERS[name][1] for name in wanted]
 
 
 class TensorBoard:
-  """Event files in `workdir/tensorboard`."""
+  """Event files in `workdir/tensorboard`.
+
+  Args:
+    workdir: of the run.
+    config: a plain dict, logged with the run.
+    start_step: the step that the run resumes from; 0 if it is new.
+  """
 
   def __init__(self, workdir: pathlib.Path, config: dict, start_step: int):
     import tensorboardX
@@ -82,7 +84,11 @@ class TensorBoard:
 
 
 class Wandb:
-  """A run named after the workdir, which resumes under the same name."""
+  """A run named after the workdir, which resumes under the same name.
+
+  Args:
+    workdir, config, start_step: see `TensorBoard`.
+  """
 
   def __init__(self, workdir: pathlib.Path, config: dict, start_step: int):
     import wandb
@@ -107,3 +113,10 @@ class Wandb:
 
   def close(self) -> None:
     self._run.finish()
+
+
+# {name in `train.log_to`: (library, class)}
+LOGGERS: dict[str, tuple[str, Callable[..., Logger]]] = {
+  'tensorboard': ('tensorboardX', TensorBoard),
+  'wandb': ('wandb', Wandb),
+}

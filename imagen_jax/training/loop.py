@@ -9,18 +9,21 @@ from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
+from imagen_jax.dtypes import pinned
 from imagen_jax.io import lock, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
-from imagen_jax.training import report
+from imagen_jax.training import power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
 from imagen_jax.training.input import train_batches
+from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.monitor import Monitor, Run
 from imagen_jax.training.program import Program, make_program
 from imagen_jax.training.state import TrainState
 
 
+@pinned()
 def train(
   config: ConfigDict,
   workdir: str | pathlib.Path,
@@ -53,6 +56,7 @@ def train(
     NumericError: too many steps in a row were NaN or Inf.
   """
   workdir = pathlib.Path(workdir)
+  find_loggers(config.train.log_to)  # what is wrong there is said at the start
   experiment = make_experiment(config, workdir)
   program = make_program(experiment, experiment.mesh)
   if jax.process_index() == 0:
@@ -62,14 +66,16 @@ def train(
     return 0
   warm = None if init_from is None else model_folder.load_stage(init_from)
   checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
-  with _locked(workdir, checkpoint_dir):
-    _claim(experiment, workdir, warm, force)
-    with Checkpoints(
+  with (
+    _locked(workdir, checkpoint_dir),
+    Checkpoints(
       checkpoint_dir,
       keep_last=config.train.keep_last,
       keep_every=config.train.keep_every,
-    ) as checkpoints:
-      return _run(program, checkpoints, workdir, warm, should_stop)
+    ) as checkpoints,
+  ):
+    _claim(experiment, workdir, warm, force)
+    return _run(program, checkpoints, workdir, warm, should_stop)
 
 
 @contextlib.contextmanager
@@ -99,13 +105,28 @@ def _run(
   experiment = program.experiment
   frozen = experiment.load_frozen()
   state, start = _first_state(program, checkpoints, warm)
-  run = Run(program, frozen, checkpoints, workdir, start)
-  monitor = Monitor(run)
-  with jax.set_mesh(experiment.mesh), monitor:
-    step, state = _steps(run, state, monitor, should_stop)
-    if step >= experiment.config.train.num_steps:
-      experiment.finish(state, frozen)
+  with _snapshots(program, checkpoints, start) as snapshots:
+    run = Run(program, frozen, checkpoints, snapshots, workdir, start)
+    monitor = Monitor(run)
+    with jax.set_mesh(experiment.mesh), monitor:
+      step, state = _steps(run, state, monitor, should_stop)
+      if step >= experiment.config.train.num_steps:
+        experiment.finish(state, frozen)
   return step
+
+
+@contextlib.contextmanager
+def _snapshots(
+  program: Program, checkpoints: Checkpoints, start: int
+) -> Iterator[Checkpoints | None]:
+  """The snapshots of the run's power-function EMAs; None if it has none."""
+  if not program.experiment.config.train.ema_lengths:
+    yield None
+    return
+  folder = checkpoints.directory / power_ema.FOLDER
+  with Checkpoints(folder, keep_every=1) as snapshots:
+    snapshots.discard_after(start)
+    yield snapshots
 
 
 def _claim(
@@ -166,6 +187,9 @@ def _steps(
     stopping = should_stop(step)
     monitor.report(step, state)
     last = step == train_cfg.num_steps
+    if run.snapshots and (last or step % train_cfg.ema_every == 0):
+      # Complete before the checkpoint: a resumed run does not save it again.
+      run.snapshots.save(step, {'emas': state.emas}, wait=True)
     if last or stopping or step % train_cfg.checkpoint_every == 0:
       run.checkpoints.save(step, state, {'data_step': step})
     if stopping:

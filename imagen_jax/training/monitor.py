@@ -17,7 +17,7 @@ from imagen_jax.training.experiment import Preview, Tree
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss
 from imagen_jax.training.input import split_index
-from imagen_jax.training.loggers import Logger, make_loggers
+from imagen_jax.training.loggers import Logger, find_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
 from imagen_jax.training.program import Program
@@ -33,6 +33,7 @@ class Run:
     program: the compiled step.
     frozen: of the experiment, on the mesh.
     checkpoints: where the state is saved.
+    snapshots: where `train.ema_lengths` are saved; None: there are none.
     workdir: the run's directory.
     start: the step that it resumes from.
   """
@@ -40,6 +41,7 @@ class Run:
   program: Program
   frozen: Tree
   checkpoints: Checkpoints
+  snapshots: Checkpoints | None
   workdir: pathlib.Path
   start: int
 
@@ -102,6 +104,8 @@ class Monitor(contextlib.ExitStack):
       with self._metrics.paused():
         more['heldout_loss'] = self._heldout_loss(state.params)
         more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
+        for length, ema in state.emas.items():
+          more[f'heldout_loss_ema_{length}'] = self._heldout_loss(ema)
     if more or last or step % train_cfg.log_every == 0:
       source = self._experiment.source('train')
       more['bad_samples'] = len(source.bad)
@@ -130,9 +134,10 @@ def _metrics(run: Run) -> Metrics:
   loggers: list[Logger] = []
   first_process = jax.process_index() == 0
   if first_process:
-    loggers = make_loggers(
-      config.train.log_to, run.workdir, config.to_dict(), start_step=run.start
-    )
+    loggers = [
+      logger(run.workdir, config.to_dict(), run.start)
+      for logger in find_loggers(config.train.log_to)
+    ]
   return Metrics(
     run.workdir / 'metrics.jsonl',
     start_step=run.start,

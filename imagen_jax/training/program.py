@@ -68,11 +68,26 @@ class Program:
   def first_state(self, params: Any) -> TrainState:
     """The state before the first step, on the mesh."""
     init = jax.jit(
-      functools.partial(init_state, tx=self.tx),
+      functools.partial(
+        init_state,
+        tx=self.tx,
+        ema_lengths=self.experiment.config.train.ema_lengths,
+      ),
       donate_argnums=0,
       out_shardings=self.shardings,
     )
     return init(params)
+
+
+def abstract_state(
+  experiment: Experiment, tx: optax.GradientTransformation
+) -> TrainState:
+  """Shapes of the training state of an experiment."""
+  lengths = experiment.config.train.ema_lengths
+  return jax.eval_shape(
+    lambda key: init_state(experiment.init(key), tx, lengths),
+    jax.random.key(0),
+  )
 
 
 def make_program(
@@ -89,9 +104,7 @@ def make_program(
     unroll: see `make_train_step`; None means the platform's.
   """
   tx = make_optimizer(experiment.config.train)
-  state = jax.eval_shape(
-    lambda key: init_state(experiment.init(key), tx), jax.random.key(0)
-  )
+  state = abstract_state(experiment, tx)
   shardings = sharding.state_shardings(state, mesh)
   step = jax.jit(
     train_step(experiment, tx, unroll=unroll),

@@ -97,7 +97,10 @@ def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
   frozen = experiment.frozen_spec()
   parts = {
     'parameters': (state.params, shardings.params),
-    'EMA': (state.ema_params, shardings.ema_params),
+    'EMA': (
+      (state.ema_params, state.emas),
+      (shardings.ema_params, shardings.emas),
+    ),
     'optimizer': (state.opt_state, shardings.opt_state),
     experiment.frozen_name: (frozen, sharding.state_shardings(frozen, mesh)),
   }

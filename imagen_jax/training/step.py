@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Float
 
 from imagen_jax import sharding
+from imagen_jax.training import power_ema
 from imagen_jax.training.optimizer import matrix_axes
 from imagen_jax.training.state import TrainState, ema_decay
 from imagen_jax.typing import Array
@@ -35,7 +36,8 @@ def make_train_step(
 ) -> StepFn:
   """The function (state, batch, frozen) -> (state, metrics) of one step.
 
-  A step whose loss or gradient is not finite changes nothing but the counters.
+  A step whose loss or gradient is not finite changes nothing but the counters
+  and the state's `emas`, in which the unchanged parameters count once more.
 
   Args:
     loss_fn: (params, key, batch, frozen) -> ([B] losses, details). `details`
@@ -153,10 +155,12 @@ def _update(
     return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
   bad = jnp.logical_not(good).astype(jnp.int32)
+  params = keep(params, state.params)
   state = TrainState(
     step=state.step + 1,
-    params=keep(params, state.params),
+    params=params,
     ema_params=keep(ema_params, state.ema_params),
+    emas=power_ema.update(state.emas, params, state.step + 1),
     opt_state=keep(opt_state, state.opt_state),
     skipped=state.skipped + bad,
     skipped_in_row=(state.skipped_in_row + 1) * bad,

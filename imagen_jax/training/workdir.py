@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from imagen_jax.errors import UsageError
 from imagen_jax.io import files
-from imagen_jax.io.model_folder import FORMAT_VERSION
+from imagen_jax.io.model_folder import FORMAT_VERSION, load_config
 
 # Keys and sections that may change when a run is resumed: its results do not
 # depend on them.
@@ -29,6 +29,7 @@ FREE = (
   'train.sample_every',
   'train.keep_last',
   'train.keep_every',
+  'train.ema_every',
   'train.max_bad_steps',
   'train.hang_seconds',
   'train.eval_every',
@@ -71,8 +72,8 @@ def claim(
   }
   path = workdir / 'config.json'
   if path.exists():
-    old = files.read_json(path, version=FORMAT_VERSION)
-    record['init_from'] = old['init_from']
+    old = load_config(workdir)
+    record['init_from'] = old.get('init_from')
     changed = differences(old, record)
     if changed and not force:
       raise UsageError(

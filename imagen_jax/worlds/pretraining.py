@@ -22,14 +22,13 @@ from imagen_jax.data.source import Source
 from imagen_jax.data.sources import find_source
 from imagen_jax.errors import UsageError
 from imagen_jax.io import model_folder
-from imagen_jax.io.checkpoint import Checkpoints
-from imagen_jax.io.files import read_json, write_json
+from imagen_jax.io.files import write_json
 from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import PAD, VOCABULARY, load_tokenizer
 from imagen_jax.text.weights import save_folder
 from imagen_jax.training.experiment import Experiment, Export, Tree
-from imagen_jax.training.export import provenance
+from imagen_jax.training.export import provenance, trained_params
 from imagen_jax.training.state import TrainState
 from imagen_jax.typing import Array
 from imagen_jax.worlds import probe
@@ -245,14 +244,8 @@ class TextExperiment(Experiment):
 
   @classmethod
   def export(cls, request: Export) -> str:
-    if request.out.exists():
-      raise UsageError(f'{request.out} exists; choose another.', key='out')
-    record = read_json(
-      request.workdir / 'config.json', version=model_folder.FORMAT_VERSION
-    )
-    experiment = cls(ConfigDict(record['config']))
-    part = {'ema': 'ema_params', 'raw': 'params'}[request.weights]
-    with Checkpoints(request.workdir / 'checkpoints') as checkpoints:
-      params, _, step = checkpoints.restore_subtree(part, request.step)
+    config = model_folder.load_config(request.workdir)['config']
+    experiment = cls(ConfigDict(config))
+    params, step = trained_params(request, config)
     experiment.save(request.out, params['encoder'])
-    return f'{request.out}: step {step}, {request.weights} weights'
+    return f'{request.out}: step {step}, {request.described} weights'

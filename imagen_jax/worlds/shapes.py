@@ -174,10 +174,12 @@ class ShapesSource(World):
   @classmethod
   def prompt_notes(cls, prompts: Sequence[str]) -> Sequence[str]:
     words = [word for prompt in prompts for word in captions.words(prompt)]
-    unknown = [word for word in words if word not in vocabulary()]
+    unknown = [word[:40] for word in words if word not in vocabulary()]
     if not unknown:
       return ()
-    named = ', '.join(dict.fromkeys(unknown))
+    distinct = list(dict.fromkeys(unknown))
+    more = [f'{len(distinct) - 20} more words'] if len(distinct) > 20 else []
+    named = ', '.join(distinct[:20] + more)
     return (f'the model has never seen {named} in a caption. {describe()}',)
 
   def scene(self, i: int) -> Scene:

@@ -7,18 +7,30 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
 import imagen_jax
-from imagen_jax.cli import evaluate, export, prepare, sample, train
+from imagen_jax.cli import (
+  evaluate,
+  export,
+  output,
+  plan,
+  prepare,
+  sample,
+  train,
+)
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
 from imagen_jax.io import images as image_io
+from imagen_jax.io import model_folder
+from imagen_jax.io.checkpoint import Checkpoints
 from tests import tiny_model
 
 PROMPT = 'a red circle above a blue square'
@@ -89,6 +101,35 @@ def test_nothing_is_overwritten(generated, model, tmp_path):
   run(sample.main, '--prompt', PROMPT, '--model', model, '--out', out)
   after = {p.name: p.read_bytes() for p in out.iterdir()}
   assert before.items() <= after.items() and len(after) == 4
+
+
+def test_two_commands_with_one_folder_take_turns(tmp_path, monkeypatch):
+  records, black = [{'prompt': PROMPT}], np.zeros((1, 8, 8, 3), np.uint8)
+
+  def write():
+    with output.Output(tmp_path, grid=True) as out:
+      out.of(records)(0, black)
+
+  save, others = image_io.save_png, []
+
+  def interrupted(path, image, record):
+    """Another command writes between the choice of a number and its use."""
+    if len(others) < 2 and threading.current_thread() not in others:
+      others.append(threading.Thread(target=write))
+      others[-1].start()
+      others[-1].join(0.3)
+    save(path, image, record)
+
+  monkeypatch.setattr(image_io, 'save_png', interrupted)
+  write()
+  for other in others:
+    other.join()
+  names = sorted(path.name for path in tmp_path.iterdir())
+  slug = 'a-red-circle-above-a-blue-square'
+  assert names == [
+    *(f'{n:03d}_{slug}.png' for n in range(3)),
+    *(f'grid_{n:03d}.png' for n in range(3)),
+  ]
 
 
 def test_every_prompt_of_a_file_is_sampled_with_the_named_stages(
@@ -447,11 +488,103 @@ def test_a_record_that_is_no_json_object_is_one_sentence(tmp_path, text):
   assert run(sample.main, '--from_image', tmp_path / 'x.png') == 3
 
 
+@pytest.mark.parametrize(
+  'section, key, value',
+  [
+    ('stage', 'schedule', None),
+    ('stage', 'schedule', {'kind': 'x'}),
+    ('stage', 'net', tiny_model.UNET),
+    ('stage', 'sampling', {'guidance': 'x'}),
+    ('stage', 'sampling', {'steps': 0}),
+    ('stage', 'cond_drop', 'x'),
+    ('stage', 'resolution', 10**12),
+    ('stage', 'resolution', -8),
+    ('data', 'kind', 3),
+    ('text', 'path', 3),
+  ],
+)
+def test_an_edited_stage_is_the_model_s_fault(
+  model, tmp_path, capsys, section, key, value
+):
+  shutil.copytree(model, tmp_path / 'm')
+  file = tmp_path / 'm' / 'base' / 'stage.json'
+  record = json.loads(file.read_text())
+  record['config'][section][key] = value
+  file.write_text(json.dumps(record))
+  args = ['--prompt', PROMPT, '--model', tmp_path / 'm', '--stages', 'base']
+  assert run(sample.main, *args, '--out', tmp_path / 'out') == 4
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and 'm/base' in error
+
+
+@pytest.mark.parametrize(
+  ('file', 'code'), [('text/spiece.model', 4), ('text/model.safetensors', 4)]
+)
+def test_a_folder_or_a_dead_link_for_a_file_is_one_sentence(
+  model, tmp_path, file, code
+):
+  shutil.copytree(model, tmp_path / 'm')
+  path = tmp_path / 'm' / file
+  args = ['--prompt', PROMPT, '--model', tmp_path / 'm', '--stages', 'base']
+  args += ['--out', tmp_path / 'out']
+  path.unlink()
+  path.symlink_to('nowhere')
+  assert run(sample.main, *args) == code
+  path.unlink()
+  path.mkdir()
+  assert run(sample.main, *args) == code
+
+
+@pytest.mark.parametrize(
+  ('flag', 'value'),
+  [
+    ('out', ''),
+    ('model', ''),
+    ('prompts', ''),
+    ('stages', ''),
+    ('stages', 'base,base'),
+    ('stages', 'sr1,base'),
+    ('batch_size', 10**9),
+    ('num_images', 10**9),
+  ],
+)
+def test_what_is_empty_doubled_or_endless_is_refused(
+  model, tmp_path, monkeypatch, capsys, flag, value
+):
+  monkeypatch.chdir(tmp_path)
+  args = {'prompt': PROMPT, 'model': model, 'out': 'out', flag: value}
+  if flag == 'prompts':
+    del args['prompt']
+  argv = [word for key, v in args.items() for word in (f'--{key}', v)]
+  assert run(sample.main, *argv) == 2
+  assert capsys.readouterr().err.startswith('error: ')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_null_bytes_is_no_list_of_prompts(model, tmp_path):
+  file = tmp_path / 'prompts.txt'
+  file.write_bytes('a red circle\n'.encode('utf-16-le'))
+  args = ['--model', model, '--stages', 'base', '--out', tmp_path / 'out']
+  assert run(sample.main, '--prompts', file, *args) == 3
+
+
+def test_repeated_prompts_and_long_words_are_noted_shortly(
+  model, tmp_path, capsys
+):
+  file = tmp_path / 'prompts.txt'
+  file.write_text(f'{PROMPT}\n{"x" * 9999}\n{PROMPT}\n')
+  args = ['--model', model, '--stages', 'base', '--out', tmp_path / 'out']
+  assert run(sample.main, '--prompts', file, *args) == 0
+  notes = capsys.readouterr().err
+  assert '1 prompts repeat' in notes and 'x' * 30 in notes
+  assert len(notes) < 2000
+
+
 @pytest.fixture(scope='module')
 def workdir(model, tmp_path_factory):
   """A workdir that train.py made, with its config file."""
   folder = tmp_path_factory.mktemp('train')
-  text = repr(tiny_model.config().to_dict())
+  text = repr(tiny_model.config(ema_lengths=(0.05, 0.1)).to_dict())
   (folder / 'tiny.py').write_text(
     'from ml_collections import ConfigDict\n'
     f'def get_config():\n  return ConfigDict({text})\n'
@@ -481,8 +614,14 @@ def train_args(folder, model, *more, workdir='base'):
     (['--config.train.batch_size=9'], 2, '--config.train.batch_size'),
     (['--config.seed=5'], 2, 'seed'),
     (['--config.data.kind=tfd'], 2, '--config.data.kind'),
+    (['--config.data.eval_path=more'], 2, '--config.data.eval_path'),
+    (['--config.train.log_to=tensorbord'], 2, '--config.train.log_to'),
     (['--config.data.max_bad=0.5'], 2, '--config.data.max_bad=0.01'),
     (['--config.text.path=/nowhere'], 4, '/nowhere'),
+    (['--config.stage.name=a/b'], 2, 'stage.name'),
+    (['--config.train.batch_size=2147483647'], 2, '--config.train.batch_size'),
+    (['--config.train.checkpoint_dir=xx://b/c'], 2, 'train.checkpoint_dir'),
+    (['--workdir', '/proc/self/nowhere'], 2, '--workdir'),
     (['--config.mesh.data=3', '--config.mesh.fsdp=3'], 2, 'mesh.data=3'),
     (['--config.stage.net.kind=dit'], 2, '--config.stage.net.kind'),
   ],
@@ -509,6 +648,54 @@ def test_export_makes_a_model_folder_that_generates(workdir, model, tmp_path):
   assert run(export.main, '--workdir', workdir / 'base', '--out', out) == 2
 
 
+def test_export_writes_the_weights_that_were_asked_for(workdir, tmp_path):
+  def exported(*more):
+    out = tmp_path / '-'.join(more) / 'base'
+    args = ['--workdir', workdir / 'base', '--out', out, '--dtype', 'float32']
+    assert run(export.main, *args, *more) == 0
+    stage = model_folder.load_stage(out)
+    return model_folder.load_params(stage), stage.provenance['weights']
+
+  with Checkpoints(workdir / 'base' / 'checkpoints') as checkpoints:
+    emas, ema, raw = (
+      checkpoints.restore_subtree(name)[0]
+      for name in ('emas', 'ema_params', 'params')
+    )
+  for more, saved, weights in [
+    (['--ema', '0.05'], emas['0.05'], 'ema 0.05'),
+    (['--step', '2'], ema, 'ema'),
+    (['--weights', 'raw'], raw, 'raw'),
+  ]:
+    params, described = exported(*more)
+    assert described == weights
+    jax.tree.map(np.testing.assert_array_equal, params, saved)
+
+
+@pytest.mark.parametrize(
+  'more, code, key',
+  [
+    (['--ema', '0.3'], 2, '--ema'),
+    (['--ema', 'nan'], 2, '--ema'),
+    (['--ema', 'long'], 2, '--ema'),
+    (['--ema', '0.1', '--weights', 'raw'], 2, '--ema'),
+    (['--ema', '0.1', '--step', '1'], 2, '--step'),
+    (['--ema', '0.1'], 4, 'train.ema_lengths'),
+  ],
+)
+def test_an_ema_that_cannot_be_made_is_one_sentence(
+  workdir, tmp_path, capsys, more, code, key
+):
+  base = tmp_path / 'w'
+  shutil.copytree(workdir / 'base', base)
+  if code == 4:
+    shutil.rmtree(base / 'checkpoints' / 'ema')
+  args = ['--workdir', base, '--out', tmp_path / 'mine' / 'base']
+  assert run(export.main, *args, *more) == code
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and key in error
+  assert not (tmp_path / 'mine').exists()
+
+
 @pytest.mark.parametrize(
   ('metrics', 'seconds'),
   [
@@ -528,6 +715,83 @@ def test_an_export_does_without_metrics(workdir, tmp_path, metrics, seconds):
   assert run(export.main, '--workdir', tmp_path / 'w', '--out', out) == 0
   record = json.loads((out / 'stage.json').read_text())
   assert record['provenance']['training_seconds'] == seconds
+
+
+@pytest.mark.parametrize(
+  'more',
+  [
+    ['--seed', -1],
+    ['--seed', 2**32],
+    ['--size', 10**9],
+    ['--split', 'test'],
+    ['--max_len', 5],
+    ['--text', 'demo', '--max_len', 10**9],
+  ],
+)
+def test_preparing_refuses_what_has_no_sense_or_no_effect(tmp_path, more):
+  args = ['--source', 'shapes', '--size', 16, '--num', 2]
+  assert run(prepare.main, *args, '--out', tmp_path / 'out', *more) == 2
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'more',
+  [
+    ['--seed', -1],
+    ['--seed', 2**32],
+    ['--num', 10**12],
+    ['--batch_size', 10**9],
+    ['--stages', ''],
+    ['--shard', ''],
+  ],
+)
+def test_evaluating_refuses_it_before_the_folder_is_claimed(
+  model, tmp_path, more
+):
+  args = ['--model', model, '--suite', 'shapes', '--num', 2]
+  assert run(evaluate.main, *args, '--out', tmp_path / 'out', *more) == 2
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flag', ['--chip', '--topology', '--config'])
+def test_an_empty_flag_of_the_planner_is_refused(flag):
+  assert run(plan.main, '--config', 'shapes_base', flag, '') == 2
+
+
+@pytest.mark.parametrize(
+  ('text', 'trains'),
+  [('{"format_version": 2, "config": null}', 4), ('[]', 4), ('{', 4)],
+)
+def test_a_damaged_config_of_a_run_is_one_sentence(
+  workdir, model, tmp_path, text, trains
+):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  (tmp_path / 'w' / 'config.json').write_text(text)
+  args = ['--workdir', tmp_path / 'w']
+  assert run(export.main, *args, '--out', tmp_path / 'mine' / 'base') == 4
+  assert run(train.main, *train_args(workdir, model), *args) == trains
+
+
+def test_a_file_in_place_of_the_checkpoints_is_one_sentence(
+  workdir, model, tmp_path
+):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  args = ['--workdir', tmp_path / 'w']
+  out = ['--out', tmp_path / 'mine' / 'base']
+  for name, more in ('checkpoints/ema', ['--ema', '0.05']), ('checkpoints', []):
+    shutil.rmtree(tmp_path / 'w' / name)
+    (tmp_path / 'w' / name).write_text('')
+    assert run(export.main, *args, *out, *more) == 4
+  assert run(train.main, *train_args(workdir, model), *args) == 2
+
+
+def test_a_damaged_snapshot_is_named(workdir, tmp_path, capsys):
+  shutil.copytree(workdir / 'base', tmp_path / 'w')
+  snapshot = tmp_path / 'w' / 'checkpoints' / 'ema' / '2'
+  (snapshot / 'manifest-00000-of-00001.json').write_text('{}')
+  args = ['--workdir', tmp_path / 'w', '--out', tmp_path / 'mine' / 'base']
+  assert run(export.main, *args, '--ema', '0.05') == 4
+  assert f'Remove {snapshot}' in capsys.readouterr().err
 
 
 def test_help_and_import_do_not_start_jax():
@@ -575,7 +839,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
   import signal
   import time
 
-  text = repr(tiny_model.config().to_dict())
+  text = repr(tiny_model.config(ema_lengths=(0.05, 0.1)).to_dict())
   (tmp_path / 'tiny.py').write_text(
     'from ml_collections import ConfigDict\n'
     f'def get_config():\n  return ConfigDict({text})\n'

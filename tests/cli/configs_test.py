@@ -399,6 +399,8 @@ def test_a_change_that_cannot_be_made_names_the_key_or_type(
     'train.keep_last=0',
     'train.ema_decay=1.001',
     'train.ema_decay=-0.1',
+    'train.ema_lengths=(0.05,0.5)',
+    'train.ema_lengths=("a",)',
     'train.hang_seconds=inf',
     'train.optimizer.learning_rate=nan',
     'train.optimizer.clip=0',
@@ -490,6 +492,11 @@ def test_a_string_stays_one_whatever_the_file_had():
   given = {'stage': {'crop': None}}
   with pytest.raises(UsageError):
     complete(given, ['stage.crop=wide'], file='mine.py')
+
+
+def test_a_key_that_is_no_string_is_refused():
+  with pytest.raises(UsageError):
+    complete({3: 4}, file='mine.py')
 
 
 def test_an_override_needs_a_value(here):

@@ -5,13 +5,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+import imagen_jax
+from imagen_jax import dtypes
 from imagen_jax.cli import runtime
+from imagen_jax.errors import UsageError
+from imagen_jax.training import loop
 
-
-@pytest.mark.parametrize(
+OTHERS = pytest.mark.parametrize(
   ('name', 'other'),
   [
     ('jax_enable_x64', True),
@@ -22,6 +27,9 @@ from imagen_jax.cli import runtime
     ('jax_numpy_rank_promotion', 'raise'),
   ],
 )
+
+
+@OTHERS
 def test_a_command_s_numbers_do_not_depend_on_the_environment(
   name, other, capfd
 ):
@@ -39,7 +47,62 @@ def test_a_command_s_numbers_do_not_depend_on_the_environment(
     runtime.start()
     assert capfd.readouterr().err == ''
   finally:
-    jax.config.update(name, runtime.NUMERICS[name])
+    jax.config.update(name, dtypes.NUMERICS[name])
+
+
+@OTHERS
+def test_the_library_s_numbers_do_not_depend_on_it_either(model, name, other):
+  cascade = imagen_jax.load(model)
+  expected = cascade.sample('a red circle')['sr1']
+  jax.config.update(name, other)
+  try:
+    if name == 'jax_random_seed_offset':  # no context manager sets it
+      with pytest.raises(UsageError):
+        cascade.sample('a red circle')
+      return
+    found = cascade.sample('a red circle')['sr1']
+    np.testing.assert_array_equal(found, expected)
+    assert getattr(jax.config, name) == other or name.endswith('promotion')
+  finally:
+    jax.config.update(name, dtypes.NUMERICS[name])
+
+
+def test_training_as_a_library_has_the_types_of_the_command(monkeypatch):
+  def experiment(*_):
+    raise TypeError(jnp.asarray(np.float64(1)).dtype)
+
+  monkeypatch.setattr(loop, 'make_experiment', experiment)
+  jax.config.update('jax_enable_x64', True)
+  try:
+    with pytest.raises(TypeError, match='float32'):
+      loop.train(ConfigDict({'train': {'log_to': ''}}), 'w')
+  finally:
+    jax.config.update('jax_enable_x64', False)
+
+
+CODE = 'import sys; from imagen_jax.cli.sample import main; sys.exit(main())'
+
+
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
+def test_a_command_works_with_closed_streams(model, tmp_path, closed):
+  words = ['--model', str(model), '--stages', 'base', '--prompt', 'a', '--out']
+  command = ['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, '-c']
+  out = subprocess.run([*command, CODE, *words, str(tmp_path / 'out')])
+  assert out.returncode == 0
+  assert len(list((tmp_path / 'out').glob('0*.png'))) == 1
+
+
+def test_a_folder_that_was_removed_is_one_sentence(tmp_path):
+  (tmp_path / 'here').mkdir()
+  code = f'import os; os.rmdir(os.getcwd()); {CODE}'
+  out = subprocess.run(
+    [sys.executable, '-c', code, '--prompt', 'a', '--out', str(tmp_path / 'o')],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    cwd=tmp_path / 'here',
+    capture_output=True,
+    text=True,
+  )
+  assert out.returncode == 2 and out.stderr.startswith('error: ')
 
 
 def test_a_platform_that_is_not_there_is_a_usage_error():

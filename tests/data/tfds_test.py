@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from imagen_jax.configs import common
+from ml_collections import ConfigDict
 from PIL import Image
 
 from imagen_jax.data.sources import make_source
@@ -78,6 +80,16 @@ def test_every_caption_of_an_image_is_an_example(small):
     assert example['image'].shape == (16, 16, 3)
     assert example['image'][0, 0, 0] == int(example['caption'][0]) * 10
   assert 'tensorflow' not in sys.modules
+
+
+def test_a_source_takes_the_data_section_of_a_config(small):
+  data = common.data() | {'kind': 'tfds', 'path': str(small)}
+  del data['flip']
+  data = ConfigDict(data).to_dict()
+  assert len(make_source(**data, size=16)) == 8
+  with pytest.raises(UsageError) as error:
+    make_source(**data | {'mixture': {'pair': 1.0}}, size=16)
+  assert error.value.key == 'config.data.mixture'
 
 
 def test_eval_is_the_validation_split(small):

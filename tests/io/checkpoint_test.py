@@ -105,6 +105,16 @@ def test_a_state_comes_back_bit_for_bit_with_its_extra(two_steps):
   assert same_bits(state, fresh(1))
 
 
+def test_a_branch_without_arrays_need_not_have_been_saved(tmp_path):
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    checkpoints.save(5, {'w': jnp.ones(3)})
+    wanted = {'w': jnp.zeros(3), 'emas': {}}
+    state, _, _ = checkpoints.restore(wanted)
+    assert state['emas'] == {} and state['w'].all()
+    checkpoints.save(6, state)
+    assert checkpoints.restore({'w': jnp.zeros(3)})[0]['w'].all()
+
+
 @pytest.mark.parametrize('sizes', [(2, 4), (8, 1), (1, 1), (1, 2)])
 def test_a_state_comes_back_onto_another_mesh(tmp_path, sizes):
   state, _ = place(fresh(3), sharding.make_mesh(1, 8))

@@ -18,7 +18,7 @@ from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.io import lock
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.training import loop
+from imagen_jax.training import loop, power_ema
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.optimizer import learning_rate, matrix_axes, optimizer
 from imagen_jax.training.program import train_step
@@ -34,7 +34,7 @@ def run(model, tmp_path_factory):
   """A finished run of six steps, and its config."""
   config = tiny_model.config()
   config.text.path = str(model / 'text')
-  config.train.sample_every = 100
+  config.train.update(sample_every=100, ema_lengths=(0.05, 0.1), ema_every=2)
   workdir = tmp_path_factory.mktemp('run') / 'base'
   assert loop.train(config, workdir) == 6
   return config, workdir
@@ -71,6 +71,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(run, tmp_path):
   )
   losses = [[row['loss'] for row in rows(w)] for w in (workdir, tmp_path / 'w')]
   assert losses[0] == losses[1]
+
+
+def test_a_killed_run_has_the_snapshots_of_an_uninterrupted_one(run, tmp_path):
+  config, workdir = run
+
+  def killed(step):
+    if step == 5:
+      raise KeyboardInterrupt
+    return False
+
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(config, tmp_path / 'w', should_stop=killed)
+  assert final_state(tmp_path / 'w')[1] == 3  # and there is a snapshot of 4
+  assert loop.train(config, tmp_path / 'w') == 6
+  for step in (2, 4, 6):
+    a, b = (
+      power_ema.reconstruct(w / 'checkpoints', (0.05, 0.1), 0.1, step)[0]
+      for w in (workdir, tmp_path / 'w')
+    )
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    emas, _, step = checkpoints.restore_subtree('emas')
+  assert step == 6
+  jax.tree.map(np.testing.assert_array_equal, emas['0.1'], a)
 
 
 def test_a_finished_run_stays_as_it_is(run):
@@ -129,7 +153,7 @@ def step(model):
   encoder = load_text_encoder(model / 'text')
   made = StageExperiment(tiny_model.config('sr1'), text=encoder)
   tx = optimizer(1e-2)
-  state = init_state(tiny_model.random_params(made.stage), tx)
+  state = init_state(tiny_model.random_params(made.stage), tx, [0.1])
   fn = make_train_step(
     made.loss, tx, seed=0, ema_limit=0.9, condition=made.condition
   )
@@ -160,6 +184,8 @@ def test_a_step_with_nan_changes_nothing_but_the_counters(step):
       getattr(after, name),
       getattr(state, name),
     )
+  # The unchanged parameters count once more, so the profile stays exact.
+  jax.tree.map(np.testing.assert_array_equal, after.emas['0.1'], state.params)
   healed, _ = fn(after, batch, text)
   assert (int(healed.skipped), int(healed.skipped_in_row)) == (1, 0)
 

@@ -18,7 +18,7 @@ from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import chips, loop, report, workdir
-from imagen_jax.training.loggers import make_loggers
+from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.profiling import Profiler
@@ -172,7 +172,8 @@ def test_weights_and_biases_resumes_under_the_workdirs_name(
     Image=lambda image: image,
   )
   monkeypatch.setitem(sys.modules, 'wandb', module)
-  (logger,) = make_loggers('wandb', tmp_path / 'runs/base', {}, start_step=4)
+  (wandb,) = find_loggers('wandb')
+  logger = wandb(tmp_path / 'runs/base', {}, 4)
   logger.scalars(5, {'loss': 1.0})
   assert made[0]['id'].endswith('runs-base')
   assert made[0]['resume'] == 'allow'
@@ -181,11 +182,15 @@ def test_weights_and_biases_resumes_under_the_workdirs_name(
 
 @pytest.mark.parametrize('names', ['tensorbord', 'wandb'])
 def test_a_logger_that_is_not_there_is_refused_by_name(
-  tmp_path, monkeypatch, names
+  config, tmp_path, monkeypatch, names
 ):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(UsageError, match=names):
-    make_loggers(names, tmp_path, {})
+  monkeypatch.setattr(loop, 'make_experiment', None)  # it is not called
+  config = config.copy_and_resolve_references()
+  config.train.log_to = names
+  with pytest.raises(UsageError, match=names) as error:
+    loop.train(config, tmp_path / 'w', dry_run=True)
+  assert error.value.key == 'config.train.log_to'
 
 
 def test_a_dry_run_writes_nothing(config, tmp_path, capsys):
