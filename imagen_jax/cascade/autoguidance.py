@@ -56,12 +56,8 @@ def find(
     if stage.name not in weak:
       continue
     other = weak[stage.name]
-    made = stages.from_config(
-      other.config['stage'],
-      text_dim=other.text['dim'],
-      text_len=other.text['max_len'],
-      dtype=getattr(stage.net, 'dtype', 'float32'),
-    )
+    dtype = getattr(stage.net, 'dtype', 'float32')
+    made = stages.from_record(other, dtype)
     for name in 'resolution', 'low_resolution', 'prediction':
       if getattr(made, name) != getattr(stage, name):
         raise ModelError(

@@ -40,11 +40,6 @@ from imagen_jax.nets.network import Network
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import Image, TextEmb, TextMask
 
-# What values of other types raise where they are used.
-WRONG = (
-  ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
-)  # fmt: skip
-
 
 def load(
   path: str | pathlib.Path | None = None,
@@ -132,7 +127,7 @@ class Cascade:
     self.dtype = jnp.dtype(dtype)
     self._records = records
     self.weak: dict[str, tuple[model_folder.StageRecord, Network]] = {}
-    self.stages = [_stage(record, dtype) for record in records]
+    self.stages = [stages.from_record(record, dtype) for record in records]
     texts = {(r.text['digest'], r.text['max_len']) for r in records}
     if len(texts) > 1:
       raise ModelError(
@@ -362,31 +357,6 @@ class Cascade:
       ) from error
     batching.free((params, given.get('weak')))
     return images
-
-
-def _stage(
-  record: model_folder.StageRecord, dtype: jax.typing.DTypeLike
-) -> Stage:
-  """The stage of a record, whose file may be another version's, or edited.
-
-  Raises:
-    ModelError: the record describes no stage.
-  """
-  try:
-    stage = stages.from_config(
-      record.config['stage'],
-      text_dim=record.text['dim'],
-      text_len=record.text['max_len'],
-      dtype=dtype,
-    )
-    # The stage's own are compared when a call has not chosen others.
-    _ = float(stage.sampling.guidance), float(stage.sampling.aug_level)
-  except (UsageError, *WRONG) as error:
-    raise ModelError(
-      f'the config of {record.path} cannot be used '
-      f'({str(error).rstrip(".")}); if you have not changed it, {COPY_AGAIN}.'
-    ) from error
-  return stage
 
 
 def _from_uint8(low_res: np.ndarray, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from imagen_jax import dtypes, kinds
 from imagen_jax.diffusion import schedule
@@ -17,7 +18,9 @@ from imagen_jax.diffusion.loss import WEIGHTINGS, LossSpec
 from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.samplers import SamplerSpec
 from imagen_jax.diffusion.settings import SettingError
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io.files import COPY_AGAIN
+from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.nets.network import Network
 from imagen_jax.typing import Array
 
@@ -30,6 +33,11 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
   'cosine': schedule.cosine_logsnr,
   'linear': schedule.linear_logsnr,
 }
+
+# What values of other types raise where they are used.
+_WRONG = (
+  ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def _part(cls: Any, whole: Any) -> Any:
@@ -332,6 +340,29 @@ def init_params(stage: Stage, key: jax.Array) -> dict:
       'give one value per level where there are several, and widths that '
       'head_dim and norm_groups divide.'
     ) from error
+
+
+def from_record(record: StageRecord, dtype: DTypeLike) -> Stage:
+  """The stage of a record, whose file may be another version's, or edited.
+
+  Raises:
+    ModelError: the record describes no stage.
+  """
+  try:
+    stage = from_config(
+      record.config['stage'],
+      text_dim=record.text['dim'],
+      text_len=record.text['max_len'],
+      dtype=dtype,
+    )
+    # The stage's own are compared when a call has not chosen others.
+    _ = float(stage.sampling.guidance), float(stage.sampling.aug_level)
+  except (UsageError, *_WRONG) as error:
+    raise ModelError(
+      f'the config of {record.path} cannot be used '
+      f'({str(error).rstrip(".")}); if you have not changed it, {COPY_AGAIN}.'
+    ) from error
+  return stage
 
 
 def apply(net: Any, params: dict, *arrays: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.cascade.conditioning import box_downsample
+from imagen_jax.cascade.stage import apply
 from imagen_jax.deepfloyd import (
   cleaning,
   lora,
@@ -204,9 +205,7 @@ class IFExperiment(Experiment):
 
     def predict(z: Array, t: Array) -> Array:
       given = z if low is None else jnp.concatenate([z, low], axis=-1)
-      out: Any = self.module.apply(
-        {'params': params}, given, t, captions, level
-      )
+      out: Any = apply(self.module, params, given, t, captions, level)
       return out
 
     return loss.hybrid_loss(
