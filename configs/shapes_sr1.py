@@ -4,10 +4,11 @@ r"""The demo's first super-resolution model: 16→64 pixels (F.2, small).
 
 Source: Appendix F.2, with these differences.
 
-x-prediction: the Efficient U-Net of F.2 keeps no features at full resolution,
-so a small one cannot reproduce the noise of single pixels, which eps and v
-require. With v-prediction the same network was still grainy after 1,500 steps,
-with a loss of 0.16.
+x-prediction: the Efficient U-Net of F.2 kept no features at full resolution
+when the bundled weights were trained, so it could not reproduce the noise of
+single pixels, which eps and v require. With v-prediction it was still grainy
+after 1,500 steps, with a loss of 0.16. Now it keeps them (docs/results.md,
+section 5), and the weights were converted.
 
 `max_level` 0.4 instead of 1 (2.4): the base model's samples are better than
 images at higher levels, from which a third of the loss would come.
