@@ -228,7 +228,9 @@ def _compile(
     f'  {done.flops:.4g} FLOPs, {done.bytes_accessed:.4g} bytes '
     '(the body of a loop counts once)'
   )
-  for kind, (number, size) in sorted(done.collectives.items()):
+  if done.collectives is None:
+    print('  communication not listed: jaxlib cannot read the program')
+  for kind, (number, size) in sorted((done.collectives or {}).items()):
     print(f'  {number} {kind}, {size / 1e6:.1f} MB')
   print(
     f'  traced in {done.lower_seconds:.0f} s, compiled in '

@@ -50,7 +50,8 @@ class Compiled:
     temporaries: bytes of intermediate values.
     flops: FLOPs; the bodies of loops count once.
     bytes_accessed: to and from memory; the bodies of loops count once.
-    collectives: {kind: (number, bytes)}; the bodies of loops count once.
+    collectives: {kind: (number, bytes)}; the bodies of loops count once; None
+      if jaxlib cannot read the program.
     lower_seconds: time of tracing and lowering.
     compile_seconds: time of compiling.
   """
@@ -60,7 +61,7 @@ class Compiled:
   temporaries: int
   flops: float
   bytes_accessed: float
-  collectives: dict[str, tuple[int, int]]
+  collectives: dict[str, tuple[int, int]] | None
   lower_seconds: float
   compile_seconds: float
 
@@ -153,10 +154,18 @@ def compile_step(
     temporaries=memory.temp_size_in_bytes,
     flops=cost.get('flops', 0.0),
     bytes_accessed=cost.get('bytes accessed', 0.0),
-    collectives=collectives(compiled.as_text() or ''),
+    collectives=_listed(compiled),
     lower_seconds=middle - start,
     compile_seconds=end - middle,
   )
+
+
+def _listed(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]] | None:
+  try:
+    return collectives(compiled.as_text() or '')
+  except jax.errors.JaxRuntimeError:
+    # jaxlib cannot always read what a newer libtpu compiled.
+    return None
 
 
 @contextlib.contextmanager

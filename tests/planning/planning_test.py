@@ -284,3 +284,11 @@ def test_memory_is_the_compilers_within_a_fifth(
 def test_a_slice_that_is_none_is_refused():
   with pytest.raises(UsageError):
     compile.topology_devices('v5e:3x5')
+
+
+def test_a_program_that_cannot_be_read_has_no_list_of_collectives():
+  class Unreadable:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure')
+
+  assert compile._listed(Unreadable()) is None
