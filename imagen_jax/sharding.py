@@ -265,12 +265,14 @@ def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def fetch(x: jax.Array) -> np.ndarray:
+def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
   """Fetches a global array as a NumPy array, whole on every process.
 
   With one process the shards are copied straight to the host; no device holds
   the whole array.
   """
+  if isinstance(x, np.ndarray):
+    return x
   if not x.is_fully_addressable:
     x = multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)

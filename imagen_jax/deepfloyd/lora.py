@@ -16,7 +16,9 @@ TARGETS = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'to_out_0')
 
 
 def init(key: jax.Array, params: dict, rank: int) -> dict:
-  """Initialises {'path/of/kernel': {'a': [in, r], 'b': [r, out]}}, float32.
+  """Initialises {'path.of.kernel': {'a': [in, r], 'b': [r, out]}}, float32.
+
+  A checkpoint's leaves are named with slashes, so these paths have none.
 
   Args:
     key: of A.
@@ -28,7 +30,7 @@ def init(key: jax.Array, params: dict, rank: int) -> dict:
     if path[-1] == 'kernel' and path[-2] in TARGETS:
       rows, columns = leaf.shape
       a = jax.random.normal(jax.random.fold_in(key, i), (rows, rank))
-      adapters['/'.join(path)] = {
+      adapters['.'.join(path)] = {
         'a': a / jnp.sqrt(rows),
         'b': jnp.zeros((rank, columns)),
       }
@@ -40,12 +42,12 @@ def insert(params: dict, adapters: dict, scale: float = 1.0) -> dict:
 
   `nets.dense.Dense` applies them.
   """
-  flat = flatten_dict(params, sep='/')
+  flat = flatten_dict(params, sep='.')
   for path, adapter in adapters.items():
     a, b = adapter['a'], adapter['b']
     layer = path.removesuffix('kernel')
     flat |= {f'{layer}a': a, f'{layer}b': scale / a.shape[1] * b}
-  return unflatten_dict(flat, sep='/')
+  return unflatten_dict(flat, sep='.')
 
 
 def merge(params: dict, adapters: dict, scale: float = 1.0) -> dict:
@@ -53,9 +55,9 @@ def merge(params: dict, adapters: dict, scale: float = 1.0) -> dict:
 
   NumPy arrays stay on the host.
   """
-  flat = flatten_dict(params, sep='/')
+  flat = flatten_dict(params, sep='.')
   for path, adapter in adapters.items():
     a, b = adapter['a'], adapter['b']
     change = scale / a.shape[1] * (a @ b)
     flat[path] = flat[path].astype(jnp.float32) + change
-  return unflatten_dict(flat, sep='/')
+  return unflatten_dict(flat, sep='.')

@@ -113,20 +113,20 @@ def test_grey_levels_share_all_the_mass():
 def test_adapters_start_as_nothing_and_touch_attentions_only():
   _, params = tiny_if.network('fast_1')
   adapters = lora.init(jax.random.key(0), params, 2)
-  modules = {path.split('/')[-2] for path in adapters}
+  modules = {path.split('.')[-2] for path in adapters}
   assert modules == set(lora.TARGETS)
   jax.tree.map(
     np.testing.assert_array_equal, lora.merge(params, adapters), params
   )
   adapters = jax.tree.map(lambda x: x + 0.1, adapters)
   merged = lora.merge(params, adapters, scale=3.0)
-  name = 'mid_block/attentions_0/to_q/kernel'
+  name = 'mid_block.attentions_0.to_q.kernel'
   a, b = adapters[name]['a'], adapters[name]['b']
   old = params['mid_block']['attentions_0']['to_q']['kernel']
   new = merged['mid_block']['attentions_0']['to_q']['kernel']
   np.testing.assert_allclose(new, old + 1.5 * (a @ b), rtol=1e-5, atol=1e-6)
   changed = [
-    '/'.join(path)
+    '.'.join(path)
     for (path, old), (_, new) in zip(
       weights.leaves(params).items(), weights.leaves(merged).items()
     )

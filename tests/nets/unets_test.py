@@ -139,7 +139,11 @@ def test_scan_and_remat_change_no_gradient(change):
 
   def grad(net):
     f = lambda p: jnp.sum(net.apply({'params': p}, *args, train=True) ** 2)
-    return jax.jit(jax.grad(f))(params('fused'))
+    found = jax.jit(jax.grad(f))(params('fused'))
+    # A softmax does not change with the bias of its keys: rounding only.
+    rest = found['conditioning']['text_pool']['key'].pop('bias')
+    assert np.abs(rest).max() < 1e-5
+    return found
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
