@@ -90,17 +90,15 @@ def network(
       [B, H, W, 3] and their augmentation levels [B].
   """
   net = functools.partial(stages.apply, stage.net, params)
-  weak, batch = inputs.weak, len(inputs.text)
-  text: Array = jnp.concatenate([inputs.text, inputs.text])
-  mask: Array = jnp.concatenate([inputs.mask, inputs.mask])
-  if inputs.negative is not None and inputs.negative_mask is not None:
-    text = jnp.concatenate([inputs.text, inputs.negative])
-    mask = jnp.concatenate([inputs.mask, inputs.negative_mask])
-  else:
-    text, mask = null_where(jnp.arange(2 * batch) >= batch, text, mask)
+  weak = inputs.weak
+  given = inputs.text, inputs.mask
+  null: Any = null_where(jnp.ones(len(inputs.text), bool), *given)
+  if inputs.negative is not None:
+    null = inputs.negative, inputs.negative_mask
+  text, mask = (jnp.concatenate(pair) for pair in zip(given, null))
 
   def apply(z: Array, logsnr: Array, branch: str) -> Any:
-    arrays = z, logsnr, inputs.text, inputs.mask, *low_res
+    arrays = z, logsnr, *given, *low_res
     if branch == 'cond':
       return net(*arrays)
     if inputs.guidance is None:

@@ -310,15 +310,6 @@ def make_schedule(
   )
 
 
-_NO_NETWORK = (
-  ArithmeticError,
-  AttributeError,
-  LookupError,
-  TypeError,
-  ValueError,
-)
-
-
 def init_params(stage: Stage, key: jax.Array) -> dict:
   """Initialises the float32 parameters of a stage.
 
@@ -333,7 +324,7 @@ def init_params(stage: Stage, key: jax.Array) -> dict:
   extra = () if stage.low_resolution is None else (z, level)
   try:
     return stage.net.init(key, z, level, text, mask, *extra)['params']
-  except _NO_NETWORK as error:
+  except _WRONG as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
       f'stage.net of {stage.name} does not define a network ({reason[:200]}); '

@@ -84,15 +84,17 @@ def _check(record: Mapping[str, Any], file: str) -> None:
   Raises:
     DataError: it was changed, or another program wrote it.
   """
+  from imagen_jax.cascade import batching
+
   word = lambda value: isinstance(value, str) and '\0' not in value
   path = lambda value: value is None or word(value)
   rules: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(('prompt', 'model', 'model_digest', 'dtype'), word),
     **dict.fromkeys(('low_res', 'init_image', 'mask', 'weak_model'), path),
     'negative_prompt': lambda value: value is None or isinstance(value, str),
-    'seed': lambda value: _whole(value, 0, 2**32 - 1),
-    'index': lambda value: _whole(value, 0, 2**32 - 1),
-    'batch_size': lambda value: _whole(value, 1, 4096),
+    'seed': lambda value: _whole(value, 0, batching.SEEDS - 1),
+    'index': lambda value: _whole(value, 0, batching.SEEDS - 1),
+    'batch_size': lambda value: _whole(value, 1, batching.MAX_BATCH),
     'stages': _are_stages,
   }
   for key, valid in rules.items():

@@ -165,18 +165,18 @@ def load_stage(path: AnyPath) -> StageRecord:
       weights=record['weights'] if exported else None,
       provenance=record['provenance'] if exported else {},
     )
+    config = stage.config
+    sizes = [stage.text['dim'], stage.text['max_len'], stage.resolution]
+    sizes += [stage.low_resolution] if stage.low_resolution is not None else []
     kinds: list[tuple[Any, Any]] = [
       (stage.name, str),
-      (stage.low_resolution, int | None),
       (stage.provenance, dict),
+      (config['text']['path'], str | None),
+      (config['train']['checkpoint_dir'], str | None),
+      (config['data']['kind'], str),
+      (stage.text['digest'], str),
+      *((size, int) for size in sizes),
     ]
-    kinds += [(stage.config['text']['path'], str | None)]
-    kinds += [(stage.config['train']['checkpoint_dir'], str | None)]
-    kinds += [(stage.config['data']['kind'], str)]
-    sizes = [stage.text[key] for key in ('dim', 'max_len')]
-    sizes += [stage.resolution, stage.low_resolution or 1]
-    kinds += [(size, int) for size in sizes]
-    kinds += [(stage.text['digest'], str)]
     if exported:
       kinds += [(record['weights']['sha256'], str)]
       kinds += [(record['weights']['bytes'], int)]
