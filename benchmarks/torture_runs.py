@@ -88,7 +88,7 @@ def states(workdir):
   import jax
   import ml_collections
 
-  from imagen_jax.cascade import stage
+  from imagen_jax.cascade import stage, stage_config
   from imagen_jax.io import model_folder
   from imagen_jax.io.checkpoint import Checkpoints
   from imagen_jax.training.optimizer import make_optimizer
@@ -96,7 +96,7 @@ def states(workdir):
 
   record = model_folder.load_stage(workdir)
   config = ml_collections.ConfigDict(record.config)
-  made = stage.from_config(
+  made = stage_config.from_config(
     record.config['stage'],
     text_dim=record.text['dim'],
     text_len=record.text['max_len'],

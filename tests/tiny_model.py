@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from imagen_jax.configs import common
 
-from imagen_jax.cascade import stage
+from imagen_jax.cascade import stage, stage_config
 from imagen_jax.io import model_folder
 from imagen_jax.text.encoder import load_text_encoder
 from tests import tiny_text
@@ -77,7 +77,7 @@ def with_network(made, net):
 
 def build(made_config, encoder):
   """The `Stage` of a config."""
-  return stage.from_config(
+  return stage_config.from_config(
     made_config.stage.to_dict(), text_dim=encoder.dim, text_len=MAX_LEN
   )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from imagen_jax.cascade import stage as stages
+from imagen_jax.cascade import stage_config
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import model_folder
@@ -57,7 +57,7 @@ def find(
       continue
     other = weak[stage.name]
     dtype = getattr(stage.net, 'dtype', 'float32')
-    made = stages.from_record(other, dtype)
+    made = stage_config.from_record(other, dtype)
     for name in 'resolution', 'low_resolution', 'prediction':
       if getattr(made, name) != getattr(stage, name):
         raise ModelError(

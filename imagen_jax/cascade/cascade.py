@@ -23,11 +23,13 @@ from imagen_jax.cascade import (
   autoguidance,
   batching,
   conditioning,
+  given_images,
   sampling,
   settings,
+  stage_config,
 )
-from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.batching import Request
+from imagen_jax.cascade.embedding import Embedding, embed
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
 from imagen_jax.dtypes import pinned, resolve_dtype
@@ -37,8 +39,7 @@ from imagen_jax.io import model_folder
 from imagen_jax.io.files import COPY_AGAIN
 from imagen_jax.io.paths import user_path
 from imagen_jax.nets.network import Network
-from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.typing import Image, TextEmb, TextMask
+from imagen_jax.typing import Image
 
 
 def load(
@@ -81,27 +82,6 @@ def load(
   return made
 
 
-@dataclasses.dataclass(frozen=True)
-class Embedding:
-  """Prompts with their text embeddings.
-
-  Attributes:
-    prompts: the strings.
-    text: float32 [N, L, D], zeros at padding.
-    mask: bool [N, L], True at tokens.
-    cut: how many tokens of each prompt were cut off.
-    negative_prompt: what guidance steers away from; '' is the null condition.
-    negative: its text [L, D] and mask [L]; None for ''.
-  """
-
-  prompts: tuple[str, ...]
-  text: TextEmb
-  mask: TextMask
-  cut: tuple[int, ...]
-  negative_prompt: str = ''
-  negative: tuple[np.ndarray, np.ndarray] | None = None
-
-
 class Cascade:
   """The text encoder and the stages of a model folder, ready to sample.
 
@@ -127,7 +107,9 @@ class Cascade:
     self.dtype = jnp.dtype(dtype)
     self._records = records
     self.weak: dict[str, tuple[model_folder.StageRecord, Network]] = {}
-    self.stages = [stages.from_record(record, dtype) for record in records]
+    self.stages = [
+      stage_config.from_record(record, dtype) for record in records
+    ]
     texts = {(r.text['digest'], r.text['max_len']) for r in records}
     if len(texts) > 1:
       raise ModelError(
@@ -180,32 +162,13 @@ class Cascade:
       ModelError: the text encoder is missing, or not the one that the stages
         were trained with.
     """
-    record = self._records[0]
-    path = model_folder.text_path(self.path, record)
-    files = path.glob('*.safetensors')
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    mesh = self._mesh(size)
-    place = None
-    if mesh.shape['fsdp'] > 1:
-      place = functools.partial(sharding.leaf_sharding, mesh=mesh)
-    encoder = load_text_encoder(path, self.dtype.name, place=place)
-    if encoder.digest != record.text['digest']:
-      raise ModelError(
-        f'the text encoder in {path} is not the one that stage '
-        f'{record.name} was trained with; copy that one there.'
-      )
-    length = record.text['max_len']
-    count = len(prompts)
-    every = [*prompts, negative_prompt] if negative_prompt else prompts
-    _, _, cut = encoder.tokenize(every, max_len=length)
-    text, mask = encoder.encode(every, max_len=length)
-    return Embedding(
-      tuple(prompts),
-      text[:count],
-      mask[:count],
-      tuple(cut.tolist()),
+    return embed(
+      self.path,
+      self._records[0],
+      prompts,
       negative_prompt,
-      (text[-1], mask[-1]) if negative_prompt else None,
+      mesh_for=self._mesh,
+      dtype=self.dtype,
     )
 
   def settings(self, **choices: Any) -> list[SamplingConfig]:
@@ -290,8 +253,8 @@ class Cascade:
       callback=callback,
     )
     first = self.stages[0]
-    image, mask = batching.upright(image, mask)
-    batching.check_images(
+    image, mask = given_images.upright(image, mask)
+    given_images.check_images(
       first.name,
       first.low_resolution is not None,
       low_res=low_res,
@@ -311,9 +274,9 @@ class Cascade:
         height, width = (side * stage.factor for side in low.shape[1:3])
       elif image is not None:
         width, height = self.shape_for(image)
-      batching.check_size(stage.name, width, height, stage.net.multiple)
+      given_images.check_size(stage.name, width, height, stage.net.multiple)
       rule = self._records[i].config['data']['resize']
-      start = batching.start_from(image, mask, width, height, resize=rule)
+      start = given_images.start_from(image, mask, width, height, resize=rule)
       inputs = _stage_inputs(stage, request, embedding, low, start)
       low = self._run_stage(i, config, request, inputs)
       results[stage.name] = conditioning.to_uint8(low)

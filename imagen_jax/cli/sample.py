@@ -167,7 +167,7 @@ def _generate(
   args: argparse.Namespace, prompts: Sequence[str], out: output.Output
 ) -> None:
   """Generates with a model folder in the package's own layout."""
-  from imagen_jax.cascade import batching, settings
+  from imagen_jax.cascade import batching, given_images, settings
 
   # Check everything before any work.
   request = batching.Request(
@@ -190,7 +190,7 @@ def _generate(
     )
   images = input_images.open_images(image=args.init_image, mask=args.mask)
   first = cascade.stages[0]
-  batching.check_images(
+  given_images.check_images(
     first.name,
     first.low_resolution is not None,
     low_res=args.low_res,

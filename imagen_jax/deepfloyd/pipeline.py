@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from imagen_jax import sharding
-from imagen_jax.cascade import batching
+from imagen_jax.cascade import batching, given_images
 from imagen_jax.cascade.batching import Request
 from imagen_jax.deepfloyd import settings, stage, text, weights
 from imagen_jax.deepfloyd.settings import Settings
@@ -210,8 +210,8 @@ class IF:
       callback=callback,
     )
     first = self.stages[0]
-    image, mask = batching.upright(image, mask)
-    batching.check_images(
+    image, mask = given_images.upright(image, mask)
+    given_images.check_images(
       first.name,
       first.upsamples,
       low_res=low_res,
@@ -232,7 +232,7 @@ class IF:
       if part is self.stages[-1]:
         request = dataclasses.replace(request, finished=finished)
       width, height = _size(part, low, image, aspect)
-      shared = batching.start_from(image, mask, width, height)
+      shared = given_images.start_from(image, mask, width, height)
       if setting.guidance > 1:
         shared['uncond'] = texts[negative_prompt]
       if style_prompt is not None:
@@ -325,7 +325,7 @@ def _size(
     width, height = image_io.shaped(*image.size, part.resolution)
   else:
     width, height = image_io.shaped(*aspect, part.resolution)
-  batching.check_size(part.name, width, height, part.config.multiple)
+  given_images.check_size(part.name, width, height, part.config.multiple)
   return width, height
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
-from imagen_jax.cascade import objective, sampling, settings
+from imagen_jax.cascade import objective, sampling, settings, stage_config
 from imagen_jax.cascade import stage as stages
 from imagen_jax.diffusion.loss import times
 from imagen_jax.dtypes import resolve_dtype
@@ -71,7 +71,7 @@ class StageExperiment(Experiment):
     super().__init__(config, mesh, workdir)
     self.name, self.resolution = config.stage.name, config.stage.resolution
     self.text = text or _load_text(config, mesh)
-    self.stage = stages.from_config(
+    self.stage = stage_config.from_config(
       config.stage.to_dict(),
       text_dim=self.text.dim,
       text_len=config.text.max_len,

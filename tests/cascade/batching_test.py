@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import sharding
-from imagen_jax.cascade import batching
+from imagen_jax.cascade import batching, given_images
 from imagen_jax.errors import NumericError, UsageError
 
 
@@ -137,5 +137,5 @@ def test_images_that_a_stage_cannot_start_from_are_refused(
     for name, size in images.items()
   }
   with pytest.raises(UsageError) as caught:
-    batching.check_images('base', upsamples, **opened)
+    given_images.check_images('base', upsamples, **opened)
   assert caught.value.key == key

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from imagen_jax import dtypes
-from imagen_jax.cascade import objective, sampling, settings, stage
+from imagen_jax.cascade import (
+  objective,
+  sampling,
+  settings,
+  stage,
+  stage_config,
+)
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
 from imagen_jax.training.flops import inner_jaxpr
@@ -26,7 +32,7 @@ def build(name='base', dtype='float32', **changes):
     for part in path:
       section = section[part]
     section[last] = value
-  return stage.from_config(config, text_dim=16, text_len=12, dtype=dtype)
+  return stage_config.from_config(config, text_dim=16, text_len=12, dtype=dtype)
 
 
 @pytest.mark.parametrize(

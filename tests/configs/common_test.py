@@ -9,7 +9,7 @@ import pytest
 from imagen_jax.configs import common
 
 from imagen_jax import configs
-from imagen_jax.cascade import stage as stages
+from imagen_jax.cascade import stage_config
 from imagen_jax.cli.config_values import complete
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data import sources
@@ -68,7 +68,7 @@ def test_every_key_has_a_comment():
 
 def test_a_stage_has_the_fields_that_the_defaults_describe():
   config = common.stage_run().stage.to_dict()
-  made = stages.from_config(config, text_dim=8, text_len=4)
+  made = stage_config.from_config(config, text_dim=8, text_len=4)
   built = {'net', 'logsnr_fn', 'text_dim', 'text_len', 'schedule'}
   fields = {field.name for field in dataclasses.fields(made)}
   assert fields - built == config.keys() - built
@@ -82,7 +82,7 @@ def test_a_stage_has_the_fields_that_the_defaults_describe():
 def test_a_key_of_an_open_section_is_checked_where_it_is_used(key):
   config = load_config('shapes_base', [f'{key}=3']).stage.to_dict()
   with pytest.raises(UsageError) as error:
-    stages.from_config(config, text_dim=8, text_len=4)
+    stage_config.from_config(config, text_dim=8, text_len=4)
   assert key.rpartition('.')[2] in str(error.value)
 
 

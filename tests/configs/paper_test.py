@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from imagen_jax.cascade import stage as stages
+from imagen_jax.cascade import stage_config
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.t5 import SIZES, T5Encoder
@@ -18,7 +19,7 @@ COUNTS = {
 
 
 def build(config, text_dim=4096):
-  return stages.from_config(
+  return stage_config.from_config(
     config.stage.to_dict(), text_dim=text_dim, text_len=config.text.max_len
   )
 

@@ -12,6 +12,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.cascade import stage as stages
+from imagen_jax.cascade import stage_config
 from imagen_jax.cli import runtime
 from imagen_jax.cli import train as cli
 from imagen_jax.cli.configs import load_config
@@ -132,7 +133,9 @@ def test_the_report_says_what_every_device_will_hold(watched):
 
 def test_devices_hold_their_fraction_and_the_small_arrays_which_are_listed():
   config = load_config('shapes_base')
-  stage = stages.from_config(config.stage.to_dict(), text_dim=128, text_len=32)
+  stage = stage_config.from_config(
+    config.stage.to_dict(), text_dim=128, text_len=32
+  )
   tx = make_optimizer(config.train)
   state = jax.eval_shape(
     lambda: init_state(stages.init_params(stage, jax.random.key(0)), tx)

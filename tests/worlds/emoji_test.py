@@ -160,10 +160,13 @@ def test_a_missing_or_broken_font_is_a_data_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', ['emoji_base', 'emoji_sr256'])
 def test_the_configs_make_networks(name):
   from imagen_jax.cascade import stage as stages
+  from imagen_jax.cascade import stage_config
   from imagen_jax.cli.configs import load_config
 
   config = load_config(name)
-  stage = stages.from_config(config.stage.to_dict(), text_dim=768, text_len=64)
+  stage = stage_config.from_config(
+    config.stage.to_dict(), text_dim=768, text_len=64
+  )
   count = stages.num_params(stages.param_shapes(stage))
   assert 10e6 < count < 150e6
 

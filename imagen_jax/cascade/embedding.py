@@ -1,0 +1,87 @@
+"""Embedded prompts, the text that a cascade is conditioned on (Section 2.1)."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from imagen_jax import sharding
+from imagen_jax.errors import ModelError
+from imagen_jax.io import model_folder
+from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.text.encoder import load_text_encoder
+from imagen_jax.typing import TextEmb, TextMask
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+  """Prompts with their text embeddings.
+
+  Attributes:
+    prompts: the strings.
+    text: float32 [N, L, D], zeros at padding.
+    mask: bool [N, L], True at tokens.
+    cut: how many tokens of each prompt were cut off.
+    negative_prompt: what guidance steers away from; '' is the null condition.
+    negative: its text [L, D] and mask [L]; None for ''.
+  """
+
+  prompts: tuple[str, ...]
+  text: TextEmb
+  mask: TextMask
+  cut: tuple[int, ...]
+  negative_prompt: str = ''
+  negative: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def embed(
+  folder: pathlib.Path,
+  record: StageRecord,
+  prompts: Sequence[str],
+  negative_prompt: str,
+  *,
+  mesh_for: Callable[[int], jax.sharding.Mesh],
+  dtype: np.dtype,
+) -> Embedding:
+  """Encodes prompts; the text encoder is loaded for this call only.
+
+  Args:
+    folder: of the model.
+    record: of a stage, which names the encoder and the length.
+    prompts, negative_prompt: see `Embedding`.
+    mesh_for: bytes of weights -> the mesh to encode on.
+    dtype: of the encoder.
+
+  Raises:
+    ModelError: the text encoder is missing, damaged, or not the one that the
+      stage was trained with.
+  """
+  path = model_folder.text_path(folder, record)
+  files = path.glob('*.safetensors')
+  size = sum(file.stat().st_size for file in files if file.is_file())
+  mesh = mesh_for(size)
+  place = None
+  if mesh.shape['fsdp'] > 1:
+    place = functools.partial(sharding.leaf_sharding, mesh=mesh)
+  encoder = load_text_encoder(path, dtype.name, place=place)
+  if encoder.digest != record.text['digest']:
+    raise ModelError(
+      f'the text encoder in {path} is not the one that stage '
+      f'{record.name} was trained with; copy that one there.'
+    )
+  length = record.text['max_len']
+  count = len(prompts)
+  every = [*prompts, negative_prompt] if negative_prompt else prompts
+  _, _, cut = encoder.tokenize(every, max_len=length)
+  text, mask = encoder.encode(every, max_len=length)
+  return Embedding(
+    tuple(prompts),
+    text[:count],
+    mask[:count],
+    tuple(cut.tolist()),
+    negative_prompt,
+    (text[-1], mask[-1]) if negative_prompt else None,
+  )
