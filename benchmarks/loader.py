@@ -18,7 +18,7 @@ import time
 
 from imagen_jax.data.pipeline import Order, batches
 from imagen_jax.data.sources import make_source
-from imagen_jax.io.model_folder import text_folder
+from imagen_jax.io import text_folder
 from imagen_jax.text.tokenizer import load_tokenizer
 
 
@@ -61,7 +61,7 @@ def main():
   args = parser.parse_args()
   rate = loader_rate(
     make_source(kind=args.kind, path=args.path, size=args.size),
-    load_tokenizer(text_folder(args.text)),
+    load_tokenizer(text_folder.find(args.text)),
     batch_size=args.batch_size,
     max_len=args.max_len,
     seconds=args.seconds,

@@ -10,7 +10,7 @@ import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError
-from imagen_jax.io import model_folder
+from imagen_jax.io import text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import TextEmb, TextMask
@@ -59,7 +59,7 @@ def embed(
     ModelError: the text encoder is missing, damaged, or not the one that the
       stage was trained with.
   """
-  path = model_folder.text_path(folder, record)
+  path = text_folder.of_stage(folder, record)
   files = path.glob('*.safetensors')
   size = sum(file.stat().st_size for file in files if file.is_file())
   mesh = mesh_for(size)

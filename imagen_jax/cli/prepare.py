@@ -130,11 +130,11 @@ def _embedder(args: argparse.Namespace) -> tuple[dict[str, Any], 'Embed']:
 
   from imagen_jax.cli import runtime
   from imagen_jax.data.checked import CLEANING
-  from imagen_jax.io.model_folder import existing_text_folder
+  from imagen_jax.io import text_folder
   from imagen_jax.text.encoder import load_text_encoder
 
   runtime.start()
-  encoder = load_text_encoder(existing_text_folder(args.text))
+  encoder = load_text_encoder(text_folder.existing(args.text))
   max_len = args.max_len or encoder.max_len
   text = {
     'dim': encoder.dim,

@@ -324,69 +324,6 @@ def demo_path() -> pathlib.Path:
   return pathlib.Path(__file__).parents[1] / 'assets' / 'demo'
 
 
-def text_folder(configured: AnyPath) -> pathlib.Path:
-  """The folder of weights that a config's `text.path` names.
-
-  Args:
-    configured: 'demo' for the bundled encoder, a folder in Hugging Face
-      layout, or the workdir of a finished pretraining, which has an `export`.
-  """
-  if configured == 'demo':
-    return demo_path() / 'text'
-  path = pathlib.Path(configured)
-  exported = path / 'export'
-  return exported if (exported / 'config.json').exists() else path
-
-
-def existing_text_folder(
-  configured: AnyPath, trained_by: str | None = None
-) -> pathlib.Path:
-  """`text_folder`, which holds the config of an encoder.
-
-  Args:
-    configured: see `text_folder`.
-    trained_by: the name of the config that pretrains it; None if none does.
-
-  Raises:
-    ModelError: there is no encoder; the message names how to get it.
-  """
-  folder = text_folder(configured)
-  # A pretraining has a config.json too, and an `export` when it has finished.
-  unfinished = (folder / 'checkpoints').exists()
-  if (folder / 'config.json').exists() and not unfinished:
-    return folder
-  get = f'download a T5 v1.1, such as google/t5-v1_1-large, to {folder}'
-  if trained_by is not None:
-    get = f'run `python train.py --config {trained_by} --workdir {folder}`'
-  raise ModelError(
-    f'there is no {"finished " * unfinished}text encoder at {str(configured)!r}'
-    f' (text.path): {get}, or set text.path=demo for the bundled one, whose '
-    "vocabulary is that of the demo's captions."
-  )
-
-
-def text_path(path: AnyPath, record: StageRecord) -> pathlib.Path:
-  """The folder of a stage's text encoder.
-
-  A folder `text` beside the stage takes precedence over the path in the stage's
-  config, which may be another machine's.
-
-  Raises:
-    ModelError: there is none.
-  """
-  candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
-  if configured := record.config['text']['path']:
-    candidates.append(text_folder(configured))
-  for candidate in candidates:
-    if candidate.is_dir():
-      return text_folder(candidate)
-  raise ModelError(
-    f'the text encoder of stage {record.name} is not in '
-    f'{" or ".join(dict.fromkeys(map(str, candidates)))}; put it in the '
-    'first of them.'
-  )
-
-
 def _checkpoints(record: StageRecord) -> 'Checkpoints':
   # Orbax takes a third of a second to import; exported stages do not need it.
   from imagen_jax.io.checkpoint import Checkpoints

@@ -21,7 +21,7 @@ from imagen_jax import sharding
 from imagen_jax.cascade import sampling
 from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
-from imagen_jax.io import model_folder
+from imagen_jax.io import text_folder
 from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.text import weights
 from imagen_jax.text.encoder import TextEncoder
@@ -196,7 +196,7 @@ def _abstract_encoder(module: T5Encoder, config: ConfigDict) -> TextEncoder:
 def _encoder(config: ConfigDict, text: str) -> tuple[T5Encoder, str]:
   """(T5Encoder, name), from a size, a folder, or the folder's name."""
   dtype = config.text.dtype
-  path = model_folder.text_folder(config.text.path)
+  path = text_folder.find(config.text.path)
   if text == 'auto' and (path / 'config.json').is_file():
     found = weights.read_config(path)
     module = weights.module_from_config(path, found, dtype=DTYPES[dtype])

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import files, model_folder
+from imagen_jax.io import files, model_folder, text_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import power_ema
 from imagen_jax.training.experiment import Export
@@ -33,7 +33,7 @@ def export_stage(request: Export) -> str:
   params, step = trained_params(request, record.config)
   text = out.parent / 'text'
   if not text.exists():
-    source = model_folder.text_path(workdir.parent, record)
+    source = text_folder.of_stage(workdir.parent, record)
     with files.replacing(text, error=ModelError) as temporary:
       shutil.copytree(source, temporary, ignore=_not_the_model)
   batch_size = record.config['train']['batch_size']

@@ -15,7 +15,7 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.diffusion.loss import times
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import model_folder
+from imagen_jax.io import model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
   TextEncoder,
@@ -210,9 +210,7 @@ def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
   place = None
   if mesh is not None and mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
-  folder = model_folder.existing_text_folder(
-    config.text.path, config.text.get('trained_by')
-  )
+  folder = text_folder.existing(config.text.path, config.text.get('trained_by'))
   return load_text_encoder(folder, config.text.dtype, place=place)
 
 

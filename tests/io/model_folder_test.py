@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import files, model_folder
+from imagen_jax.io import files, model_folder, text_folder
 from imagen_jax.io.checkpoint import Checkpoints
 
 TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
@@ -265,17 +265,17 @@ def test_a_workdir_without_a_checkpoint_is_named_when_it_is_needed(model):
 
 def test_a_text_encoder_beside_the_stages_takes_precedence(model, tmp_path):
   record = model_folder.load_stage(model / 'base')
-  assert model_folder.text_path(model, record) == model / 'text'
-  assert model_folder.text_path(model / 'base', record) == model / 'text'
+  assert text_folder.of_stage(model, record) == model / 'text'
+  assert text_folder.of_stage(model / 'base', record) == model / 'text'
   (model / 'text').rename(model / 't5')
   with pytest.raises(ModelError, match='base.*text'):
-    model_folder.text_path(model, record)
+    text_folder.of_stage(model, record)
   record.config['text']['path'] = str(model / 't5')
-  assert model_folder.text_path(model, record) == model / 't5'
+  assert text_folder.of_stage(model, record) == model / 't5'
 
 
 def test_a_missing_text_encoder_names_what_makes_it(tmp_path):
-  needed = model_folder.existing_text_folder
+  needed = text_folder.existing
   assert needed('demo') == model_folder.demo_path() / 'text'
   path = tmp_path / 'runs' / 'text'
   with pytest.raises(ModelError, match=f'--config mine --workdir {path}.*demo'):

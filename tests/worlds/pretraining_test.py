@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from imagen_jax.cli import export
 from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import model_folder
+from imagen_jax.io import model_folder, text_folder
 from imagen_jax.text import weights
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import PAD, Tokenizer
@@ -163,7 +163,7 @@ def test_pretraining_leaves_an_encoder_metrics_samples_provenance(small_run):
 
 def test_a_stage_finds_the_encoder_in_its_workdir(small_run):
   _, workdir, provenance = small_run
-  folder = model_folder.text_folder(str(workdir))
+  folder = text_folder.find(str(workdir))
   assert load_text_encoder(folder).digest == provenance['digest']
   with pytest.raises(ModelError):  # a text encoder's workdir is no stage
     model_folder.find_stages(workdir)

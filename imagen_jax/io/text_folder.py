@@ -1,0 +1,70 @@
+"""Where the text encoder of a config, or of a model folder's stage, lies."""
+
+import pathlib
+
+from imagen_jax.errors import ModelError
+from imagen_jax.io.files import AnyPath
+from imagen_jax.io.model_folder import StageRecord, demo_path
+
+
+def find(configured: AnyPath) -> pathlib.Path:
+  """The folder of weights that a config's `text.path` names.
+
+  Args:
+    configured: 'demo' for the bundled encoder, a folder in Hugging Face
+      layout, or the workdir of a finished pretraining, which has an `export`.
+  """
+  if configured == 'demo':
+    return demo_path() / 'text'
+  path = pathlib.Path(configured)
+  exported = path / 'export'
+  return exported if (exported / 'config.json').exists() else path
+
+
+def existing(
+  configured: AnyPath, trained_by: str | None = None
+) -> pathlib.Path:
+  """`find`, which holds the config of an encoder.
+
+  Args:
+    configured: see `find`.
+    trained_by: the name of the config that pretrains it; None if none does.
+
+  Raises:
+    ModelError: there is no encoder; the message names how to get it.
+  """
+  folder = find(configured)
+  # A pretraining has a config.json too, and an `export` when it has finished.
+  unfinished = (folder / 'checkpoints').exists()
+  if (folder / 'config.json').exists() and not unfinished:
+    return folder
+  get = f'download a T5 v1.1, such as google/t5-v1_1-large, to {folder}'
+  if trained_by is not None:
+    get = f'run `python train.py --config {trained_by} --workdir {folder}`'
+  raise ModelError(
+    f'there is no {"finished " * unfinished}text encoder at {str(configured)!r}'
+    f' (text.path): {get}, or set text.path=demo for the bundled one, whose '
+    "vocabulary is that of the demo's captions."
+  )
+
+
+def of_stage(path: AnyPath, record: StageRecord) -> pathlib.Path:
+  """The folder of a stage's text encoder.
+
+  A folder `text` beside the stage takes precedence over the path in the stage's
+  config, which may be another machine's.
+
+  Raises:
+    ModelError: there is none.
+  """
+  candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
+  if configured := record.config['text']['path']:
+    candidates.append(find(configured))
+  for candidate in candidates:
+    if candidate.is_dir():
+      return find(candidate)
+  raise ModelError(
+    f'the text encoder of stage {record.name} is not in '
+    f'{" or ".join(dict.fromkeys(map(str, candidates)))}; put it in the '
+    'first of them.'
+  )
