@@ -8,6 +8,7 @@ import numpy as np
 
 from imagen_jax.cascade import batching
 from imagen_jax.cascade.stage import SamplingConfig, Stage
+from imagen_jax.diffusion.reverse import logsnr_grid
 from imagen_jax.diffusion.samplers import SAMPLERS
 from imagen_jax.diffusion.settings import SettingError
 from imagen_jax.errors import UsageError
@@ -61,8 +62,8 @@ def check(stage: Stage, config: SamplingConfig) -> None:
   """Rejects settings that this stage was not trained for.
 
   Raises:
-    UsageError: guidance out of range or without caption dropout, or an
-      augmentation level outside [0, max_level].
+    UsageError: guidance out of range or without caption dropout, an interval of
+      guidance without a step, or an augmentation level outside [0, max_level].
   """
   for key in 'guidance', 'autoguidance':
     if not 0 <= getattr(config, key) <= float(np.finfo(np.float32).max):
@@ -77,6 +78,18 @@ def check(stage: Stage, config: SamplingConfig) -> None:
       'with caption dropout, and this one had stage.cond_drop = 0; use 1.',
       key='guidance',
     )
+  guided = config.guidance != 1 or config.autoguidance != 1
+  if guided and config.guidance_interval is not None:
+    grid = np.asarray(logsnr_grid(stage.logsnr_fn, config.spec))
+    lowest, highest = config.guidance_interval
+    # The network is evaluated at the start of each step, not at its end.
+    if not np.any((lowest <= grid[:-1]) & (grid[:-1] <= highest)):
+      raise UsageError(
+        f'stage {stage.name}: guidance_interval is {lowest:g} to {highest:g}, '
+        f'where none of the {len(grid) - 1} steps lies; they are at log-SNRs '
+        f'of {grid[0]:.3g} to {grid[-2]:.3g}.',
+        key='guidance_interval',
+      )
   if not 0 <= config.aug_level <= stage.max_level:
     raise UsageError(
       f'stage {stage.name}: aug_level is {config.aug_level:g}; it lies in '

@@ -87,6 +87,27 @@ def test_guidance_without_sense_is_refused(guidance):
   assert error.value.key == 'guidance'
 
 
+@pytest.mark.parametrize(
+  'interval, usable',
+  [
+    ((-9.0, 9.0), True),
+    ((15.0, 15.0), False),  # the end of the last step, which no step reads
+    ((-1.0, 1.0), True),  # two steps: at −15 and 0
+    ((0.1, 14.9), False),  # between two steps
+    ((-40.0, -14.9), True),
+    ((-40.0, -15.1), False),
+  ],
+)
+def test_an_interval_of_guidance_holds_a_step(interval, usable):
+  choices = {'steps': 2, 'guidance': 3.0, 'guidance_interval': interval}
+  if usable:
+    settings.choose([build()], choices)
+    return
+  with pytest.raises(UsageError) as error:
+    settings.choose([build()], choices)
+  assert error.value.key == 'guidance_interval'
+
+
 def test_sizes_are_multiples_of_all_downsampling():
   for levels in (2, 4):
     net = tiny_model.UNET | {'channel_mults': (1,) * levels}
