@@ -29,6 +29,7 @@ def config(name='base', **train):
   """The config of stage 'base' (8 pixels) or 'sr1' (8→16, Efficient U-Net)."""
   config = common.stage_run()
   config.dtype = 'float32'
+  config.mesh.data = 2  # more devices would only take longer to compile
   config.stage.update(name=name, resolution=8, prediction='v')
   config.stage.net = {'kind': 'tests.tiny_net:TinyNet'}
   config.stage.sampling.update(sampler='dpmpp', steps=3, guidance=2.0)

@@ -21,17 +21,18 @@ from imagen_jax.training.stage_experiment import StageExperiment
 from tests import tiny_model
 
 
-def tiny_config(name='base', **train):
+def tiny_config(name='base', *, unet=False, **train):
   config = tiny_model.config(name, **train)
+  config.mesh.data = -1
   config.text.path = 't5-small'
-  if name == 'base':
+  if unet:
     config.stage.net = tiny_model.UNET
   return config
 
 
 @functools.cache
-def tiny_job(name='base', *, batch_size=8, text='cached', **train):
-  config = tiny_config(name, **train)
+def tiny_job(name='base', *, batch_size=8, text='cached', **options):
+  config = tiny_config(name, **options)
   return job.make_job(config, text=text, batch_size=batch_size)
 
 
@@ -74,7 +75,7 @@ def test_a_loop_counts_its_length_and_a_matrix_product_two_per_term():
 
 @pytest.mark.parametrize('name', ['base', 'sr1'])
 def test_flops_of_a_training_step_are_xlas(name):
-  work = tiny_job(name)
+  work = tiny_job(name, unet=name == 'base')
   if name == 'sr1':  # XLA counts a loop's body once, so loops are unrolled
     text = work.experiment.text
     on_cpu = StageExperiment(work.config, text=text, cached_text=True)
@@ -100,7 +101,7 @@ def test_fused_values_take_no_memory_and_keep_what_they_are_made_of():
 
 
 def test_rematerialization_needs_less_memory_and_more_flops():
-  work = tiny_job(batch_size=64)
+  work = tiny_job(unet=True, batch_size=64)
   again = work.changed({'stage.net.remat': 'nothing_saveable'})
   plain, less = work.trace('train', 64), again.trace('train', 64)
   assert peak_and_traffic(less)[0] < peak_and_traffic(plain)[0]
@@ -122,7 +123,9 @@ def test_parameters_are_split_by_the_rule_that_training_uses():
 
 
 def test_accumulating_keeps_the_flops_and_lowers_the_memory():
-  whole, parts = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
+  whole, parts = (
+    tiny_job(unet=True, batch_size=64, accumulate=n) for n in (1, 2)
+  )
   a, b = whole.trace('train', 64), parts.trace('train', 64)
   assert count_flops(b) == pytest.approx(count_flops(a), rel=0.05)
   assert peak_and_traffic(b)[0] < peak_and_traffic(a)[0]
@@ -139,7 +142,9 @@ def test_the_best_split_fits_and_is_the_fastest_that_does():
 
 
 def test_the_cheapest_change_that_makes_a_job_fit_is_accumulation():
-  work, halves = tiny_job(batch_size=64), tiny_job(batch_size=64, accumulate=2)
+  work, halves = (
+    tiny_job(unet=True, batch_size=64, accumulate=n) for n in (1, 2)
+  )
   whole, less = (
     analytic.make_plan(w, chips.CHIPS['v5e'], data=1, fsdp=1)
     for w in (work, halves)
@@ -236,7 +241,11 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.parametrize('name', ['base', 'sr1'])
 def test_the_tpu_compiler_takes_the_steps(name, step):
   done = compile.compile_step(
-    tiny_job(name), 'v5e:2x2', fsdp=2, step=step, effort='low'
+    tiny_job(name, unet=name == 'base'),
+    'v5e:2x2',
+    fsdp=2,
+    step=step,
+    effort='low',
   )
   assert 0 < done.total < chips.CHIPS['v5e'].memory
   assert done.flops > 0

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from imagen_jax.cascade import conditioning, objective, settings
 from imagen_jax.data.sources import make_source
@@ -166,10 +167,10 @@ def step(model):
 def test_loss_falls_on_one_repeated_batch(step):
   fn, state, batch, text = step
   losses = []
-  for _ in range(80):
+  for _ in range(40):
     state, metrics = fn(state, batch, text)
     losses.append(float(metrics['loss']))
-  assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:20])
+  assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:10])
 
 
 def test_a_step_with_nan_changes_nothing_but_the_counters(step):
@@ -241,16 +242,21 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
     # Few distinct shapes, of which each is compiled.
     config.stage.net = tiny_model.UNET | {'channel_mults': (1, 1)}
   params = tiny_model.random_params(tiny_model.build(config, encoder))
-  tx = optimizer(1.0, kind='muon', clip=None)
-  updates, _ = tx.update(params, tx.init(params), params)
-  kernels = 0
-  for path, update in jax.tree_util.tree_leaves_with_path(updates):
-    axes = matrix_axes(path, update)
-    inside = path[-1].key == 'kernel' and 'conv_' not in path[0].key
+  kernels, chosen = 0, {}
+  for path, value in flatten_dict(params).items():
+    axes = matrix_axes(tuple(map(jax.tree_util.DictKey, path)), value)
+    inside = path[-1] == 'kernel' and 'conv_' not in path[0]
     assert (axes is not None) == inside, path
-    if axes is None:
-      continue
-    kernels += 1
+    if axes is not None:
+      kernels += 1
+      chosen[axes, value.ndim] = path, value  # one of each kind
+  assert kernels > 20
+  chosen = dict(chosen.values())
+  tx = optimizer(1.0, kind='muon', clip=None)
+  nested = unflatten_dict(chosen)
+  updates, _ = tx.update(nested, tx.init(nested), nested)
+  for path, update in flatten_dict(updates).items():
+    axes = matrix_axes(tuple(map(jax.tree_util.DictKey, path)), update)
     together = (*axes.reduction_axis, *axes.output_axis)
     batch = [i for i in range(update.ndim) if i not in together]
     matrices = np.transpose(update, (*batch, *together))
@@ -259,7 +265,6 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
     sizes = np.linalg.svd(matrices, compute_uv=False)
     assert sizes.max() < 2 * sizes.min(), path
     np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.3)
-  assert kernels > 20
 
 
 @pytest.mark.parametrize(

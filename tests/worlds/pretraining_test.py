@@ -122,6 +122,7 @@ def small_run(tmp_path_factory):
   config = load_config(
     'shapes_text',
     [
+      'mesh.data=2',
       'train.num_steps=3',
       'train.log_every=2',
       'train.batch_size=8',
