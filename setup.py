@@ -16,9 +16,11 @@ CHECKOUT = (HERE / 'tests').is_dir()
 TEST = [
   'beartype',
   'fonttools',
+  'jsonschema',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
+  'pyyaml',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
 PARITY = ['torch', 'clean-fid', 'diffusers', 'pytorch-fid', *DEEPFLOYD]
