@@ -164,8 +164,8 @@ def together(workdir, steps, *more, devices, processes):
   return printed[0]
 
 
-def start(workdir, steps, *more, devices, processes, before=()):
-  """Starts the processes of a run; `before` are words before each command."""
+def start(workdir, steps, *more, devices, processes):
+  """Starts the processes of a run."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -174,7 +174,7 @@ def start(workdir, steps, *more, devices, processes, before=()):
     flags = []
   return [
     subprocess.Popen(
-      [*before, *command(workdir, steps, *more, *flags)]
+      command(workdir, steps, *more, *flags)
       + ([f'--process_id={i}'] if flags else []),
       env=environment(devices),
       stdout=subprocess.PIPE,

@@ -125,7 +125,7 @@ def render(args: argparse.Namespace, more: Sequence[str]) -> str:
     setting = f'JAX_COMPILATION_CACHE_DIR={args.compile_cache}'
     command = ['env', setting, *command]
   values = vars(args) | _machines(args)
-  processes = SKY_PROCESSES
+  processes: tuple[str, ...] = SKY_PROCESSES
   if args.where != 'sky' or args.topology:
     command.append('--distributed')
     processes = ()

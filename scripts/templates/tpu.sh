@@ -27,14 +27,15 @@ imagen-supervise --detach job.log --max_restarts @max_restarts -- \
 echo "ended $?"
 JOB
 
-sources=$(mktemp -d)/imagen_jax.tgz
-tar -czf "$sources" --exclude=./.git --exclude=./.venv --exclude=./runs .
+work=$(mktemp -d)
+tar -czf "$work/imagen_jax.tgz" --exclude=./.git --exclude=./.venv --exclude=./runs .
 created=
 while :; do
-  state=$(qr describe --format='value(state.state)' 2>&1)
+  state=$(qr describe --format='value(state.state)' 2>"$work/error") ||
+    state=$(grep -o -m 1 NOT_FOUND "$work/error") || cat "$work/error" >&2
   echo "$(date '+%F %T') @name: $state"
   case $state in
-    *NOT_FOUND*)
+    NOT_FOUND)
       # A mistake ends it at once; later the quota may have to come back.
       qr create @nodes --accelerator-type=@accelerator \
           --runtime-version=@software@spot || [ "$created" ] || exit
@@ -42,7 +43,7 @@ while :; do
       ;;
     SUSPENDED | FAILED) qr delete --force --quiet ;;
     ACTIVE)
-      code=$(qr scp "$sources" @name: --node=all --worker=all >&2 &&
+      code=$(qr scp "$work/imagen_jax.tgz" @name: --node=all --worker=all >&2 &&
         qr ssh --node=all --worker=all --command="$job" |
         tee /dev/stderr | sed -n 's/^ended //p' | sort -n | tail -n 1)
       case $code in

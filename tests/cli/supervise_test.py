@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,14 +142,21 @@ def test_two_processes_one_killed_under_supervisors_end_bit_equal(
   more = ['--config.train.checkpoint_every=7']
   for job in runs.start(whole, 40, *more, devices=1, processes=2):
     assert job.wait(timeout=300) == 0
-  jobs = runs.start(
-    cut,
-    40,
-    *more,
-    devices=1,
-    processes=2,
-    before=[*COMMAND, '--backoff=1', '--'],
-  )
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    more += [f'--coordinator=127.0.0.1:{free.getsockname()[1]}']
+  more += ['--num_processes=2']
+  jobs = [
+    subprocess.Popen(
+      [*COMMAND, '--backoff=1', '--']
+      + runs.command(cut, 40, *more, f'--process_id={i}'),
+      env=runs.environment(1),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(2)
+  ]
   while runs.last_step(cut) < 17:
     assert all(job.poll() is None for job in jobs)
     time.sleep(0.05)
