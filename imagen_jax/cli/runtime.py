@@ -52,6 +52,9 @@ def start(
     cache = paths.cache_folder()
     if cache is not None:
       jax.config.update('jax_compilation_cache_dir', str(cache / 'compile'))
+  elif '://' in os.environ['JAX_COMPILATION_CACHE_DIR']:
+    # jax reads and writes programs in a bucket, XLA none of its own files.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', '')
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   # A machine without a TPU or GPU is a normal place to run.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.ERROR)

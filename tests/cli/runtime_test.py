@@ -139,3 +139,17 @@ def test_a_job_without_devices_may_try_again(monkeypatch, together, code):
   with pytest.raises(ImagenError) as raised:
     runtime.start()
   assert raised.value.exit_code == code
+
+
+@pytest.mark.parametrize('folder,xla', [('gs://b/c', False), ('/tmp/c', True)])
+def test_xla_s_own_caches_are_off_where_programs_are_in_a_bucket(
+  monkeypatch, folder, xla
+):
+  name = 'jax_persistent_cache_enable_xla_caches'
+  before = getattr(jax.config, name)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', folder)
+  try:
+    runtime.start()
+    assert bool(getattr(jax.config, name)) == xla
+  finally:
+    jax.config.update(name, before)
