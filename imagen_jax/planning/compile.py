@@ -71,11 +71,12 @@ class Compiled:
     return self.arguments + self.outputs + self.temporaries
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice that need not exist.
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """The devices of slices that need not exist.
 
   Args:
     topology: such as 'v5e:4x4'.
+    slices: number of slices of that shape.
 
   Raises:
     UsageError: libtpu is missing, or knows no such slice.
@@ -101,7 +102,9 @@ def topology_devices(topology: str) -> list[jax.Device]:
   from jax.experimental import topologies
 
   # The two cores of a v4 chip are one device, as in training.
-  options = {'chip_config_name': 'megacore'} if chip.name == 'v4' else {}
+  options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
+  if chip.name == 'v4':
+    options['chip_config_name'] = 'megacore'
   try:
     return topologies.get_topology_desc(
       platform='tpu', topology_name=topology, **options

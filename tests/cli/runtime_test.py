@@ -1,5 +1,6 @@
 """A command in an environment that was set up for something else."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 import imagen_jax
 from imagen_jax import dtypes
 from imagen_jax.cli import runtime
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.training import loop
 
 OTHERS = pytest.mark.parametrize(
@@ -111,3 +112,44 @@ def test_a_platform_that_is_not_there_is_a_usage_error():
   env = os.environ | {'JAX_PLATFORMS': 'abacus'}
   out = subprocess.run(command, env=env, capture_output=True, text=True)
   assert out.returncode == 2 and out.stderr.count('\n') == 1, out.stderr
+
+
+@pytest.mark.parametrize(
+  'error,code', [(RuntimeError('timeout'), 1), (ValueError('no address'), 2)]
+)
+def test_a_late_process_is_no_usage_error(monkeypatch, error, code):
+  def initialize(*_):
+    raise error
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  parser = argparse.ArgumentParser()
+  runtime.add_process_flags(parser)
+  with pytest.raises(ImagenError) as raised:
+    runtime.start(processes=parser.parse_args(['--distributed']))
+  assert raised.value.exit_code == code
+
+
+@pytest.mark.parametrize('together,code', [(True, 1), (False, 2)])
+def test_a_job_without_devices_may_try_again(monkeypatch, together, code):
+  def devices():
+    raise RuntimeError('Unable to initialize backend')
+
+  monkeypatch.setattr(jax, 'devices', devices)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: together)
+  with pytest.raises(ImagenError) as raised:
+    runtime.start()
+  assert raised.value.exit_code == code
+
+
+@pytest.mark.parametrize('folder,xla', [('gs://b/c', False), ('/tmp/c', True)])
+def test_xla_s_own_caches_are_off_where_programs_are_in_a_bucket(
+  monkeypatch, folder, xla
+):
+  name = 'jax_persistent_cache_enable_xla_caches'
+  before = getattr(jax.config, name)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', folder)
+  try:
+    runtime.start()
+    assert bool(getattr(jax.config, name)) == xla
+  finally:
+    jax.config.update(name, before)

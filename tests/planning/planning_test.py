@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 import sys
 
 import jax
@@ -251,6 +252,19 @@ def test_the_tpu_compiler_takes_the_steps(name, step):
   assert done.flops > 0
   # Parameters are split over fsdp, gradients summed over data.
   assert 'all-reduce' in done.collectives or step == 'sample'
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_between_slices_only_gradients_are_summed():
+  devices = compile.topology_devices('v5e:2x2', slices=2)
+  mesh = sharding.make_mesh(-1, 2, devices=devices)
+  for row in mesh.devices:  # each holds a copy of the parameters
+    assert len({device.slice_index for device in row}) == 1
+  with compile._effort('low'):
+    text = job.lower_train(tiny_job('base'), mesh).compile().as_text()
+  between = re.findall('MegascaleRendezvousKeyName="([a-z-]+)', text)
+  assert set(between) == {'all-reduce'}
 
 
 # 64→256 and 256→1024 with 128 and 256 channels.
