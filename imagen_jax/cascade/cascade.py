@@ -92,7 +92,7 @@ class Cascade:
 
   def __init__(
     self,
-    path: pathlib.Path,
+    path: pathlib.PurePath,
     records: Sequence[model_folder.StageRecord],
     dtype: jax.typing.DTypeLike,
     fsdp: int | None = None,

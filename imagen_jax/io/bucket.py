@@ -38,7 +38,7 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
   return '://' in os.fspath(path)
 
 
-def at(path: str | os.PathLike[str]) -> pathlib.Path:
+def at(path: str | os.PathLike[str], *, key: str | None = None) -> pathlib.Path:
   """A `pathlib.Path`, or in a bucket an `epath.Path`, which has its methods.
 
   Raises:
@@ -48,15 +48,17 @@ def at(path: str | os.PathLike[str]) -> pathlib.Path:
   if not is_bucket(text):
     if ':/' in text and text.split(':/')[0] in ('gs', 's3'):
       # pathlib makes gs:/ of gs://, which would be a folder of that name.
-      raise UsageError(f'{text} is no path; a bucket is gs://BUCKET/FOLDER.')
+      raise UsageError(
+        f'{text} is no path; a bucket is gs://BUCKET/FOLDER.', key=key
+      )
     return pathlib.Path(text)
-  filesystem(text)
+  filesystem(text, key=key)
   from etils import epath
 
   return epath.Path(text)
 
 
-def filesystem(path: str | os.PathLike[str]) -> Any:
+def filesystem(path: str | os.PathLike[str], *, key: str | None = None) -> Any:
   """The fsspec file system of a bucket's path; its listings are not cached.
 
   Raises:
@@ -64,14 +66,17 @@ def filesystem(path: str | os.PathLike[str]) -> Any:
   """
   scheme, _, rest = os.fspath(path).partition('://')
   if not rest.strip('/') or '//' in rest:
-    raise UsageError(f'{path} is no path; a bucket is gs://BUCKET/FOLDER.')
+    raise UsageError(
+      f'{path} is no path; a bucket is gs://BUCKET/FOLDER.', key=key
+    )
   try:
     return _filesystem(scheme)
   except (ImportError, ValueError) as error:
     extra = " with pip install 'imagen_jax[gcs]'" if scheme == 'gs' else ''
     raise UsageError(
       f'{path} cannot be opened ({error}); install what it needs{extra}, or '
-      'give a local path.'
+      'give a local path.',
+      key=key,
     ) from error
 
 
@@ -103,7 +108,7 @@ def check(path: str, *, key: str | None = None) -> None:
     UsageError: there is no such bucket, no permission, or no credentials.
   """
   where = f'{path.rstrip("/")}/.{secrets.token_hex(8)}.probe'
-  system = filesystem(path)
+  system = filesystem(path, key=key)
   bucket = path.split('://')[1].split('/')[0]
   try:
     system.pipe_file(where, b'imagen_jax')

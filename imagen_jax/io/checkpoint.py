@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint._src.metadata import array_metadata_store
 
+from imagen_jax import sharding
 from imagen_jax.errors import ImagenError, ModelError, UsageError
 from imagen_jax.io import bucket, files, hosts, leaves, manifest
 from imagen_jax.io.files import AnyPath
@@ -48,6 +49,7 @@ class Checkpoints:
     *,
     keep_last: int = 3,
     keep_every: int | None = None,
+    alone: bool = False,
   ) -> None:
     """Opens a directory, which need not exist before the first save.
 
@@ -55,12 +57,16 @@ class Checkpoints:
       directory: a local path or a bucket's, such as gs://….
       keep_last: how many of the newest steps are kept.
       keep_every: steps that are a multiple of it are kept for good.
+      alone: the directory is this process's own; otherwise all processes of a
+        job share it and call every method together.
     """
     if keep_last < 1:
       raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
     if not bucket.is_bucket(directory):  # orbax takes no relative path
       directory = os.path.abspath(directory)
-    self.directory = epath.Path(bucket.at(directory))
+    self.directory = epath.Path(
+      bucket.at(directory, key='config.train.checkpoint_dir')
+    )
     self.keep_last = keep_last
     self.keep_every = keep_every
     self._bad: set[int] = set()
@@ -71,10 +77,25 @@ class Checkpoints:
     # loop, log a traceback of what is raised here in one sentence.
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_of_a_thread)
+    me = jax.process_index()
+    self._rank, self._count = (0, 1) if alone else (me, jax.process_count())
+    self._hosts_agree = hosts.alone if alone else hosts.agree
+    options = ocp.options.MultiprocessingOptions()
+    if alone:
+      options = ocp.options.MultiprocessingOptions(
+        primary_host=me,
+        active_processes={me},
+        barrier_sync_key_prefix=f'alone_{me}',
+      )
     self._orbax = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers())
-      )
+        state=ocp.PyTreeCheckpointHandler(
+          multiprocessing_options=options,
+          type_handler_registry=_handlers(options.primary_host),
+        ),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+      ),
+      multiprocessing_options=options,
     )
 
   def __enter__(self) -> Self:
@@ -218,8 +239,10 @@ class Checkpoints:
     )
     wanted = leaves.describe(abstract_state)
     leaves.check(self._path(step), body['leaves'], wanted)
-    args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-    return self._read(step, abstract_state, args), body['extra'], step
+    spread = sharding.spread(abstract_state, _MIN_SLICE_BYTES)
+    args = ocp.checkpoint_utils.construct_restore_args(spread)
+    state = self._read(step, spread, args)
+    return sharding.replace(state, abstract_state), body['extra'], step
 
   def restore_subtree(
     self, name: str, step: int | None = None
@@ -257,7 +280,12 @@ class Checkpoints:
 
   def _agree(self, name: str, decide: Callable[[Any], Any]) -> Any:
     """What process 0 finds, on every process."""
-    return hosts.agree(f'{self.directory}/{name}', lambda: None, decide)
+    return self._hosts_agree(f'{self.directory}/{name}', lambda: None, decide)
+
+  def _share(self, sizes: Mapping[str, int]) -> list[str]:
+    """The files that this process digests, given the bytes of all."""
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))
+    return names[self._rank :: self._count]
 
   def _make_room(self, step: int) -> None:
     """Removes what a killed run left at this step; refuses an earlier step."""
@@ -295,15 +323,15 @@ class Checkpoints:
     self._orbax.wait_until_finished()
     path = self._path(step)
     # One listing for all processes, and each digests its share.
-    names = self._agree('files', lambda _: list(files.tree(path)))
+    sizes = self._agree('files', lambda _: files.tree(path))
 
     def commit(said: list[dict[str, files.Digest]]) -> None:
       digests = {name: d for each in said for name, d in each.items()}
       manifest.write(path, fields, digests)
 
-    share = hosts.shared(names)
-    hosts.agree(f'{path}', lambda: manifest.digests(path, share), commit)
-    if jax.process_index() == 0:
+    digest = lambda: manifest.digests(path, self._share(sizes))
+    self._hosts_agree(f'{path}', digest, commit)
+    if self._rank == 0:
       self._retire(step)
 
   def _retire(self, step: int) -> None:
@@ -377,13 +405,14 @@ class Checkpoints:
         body.update(manifest.read(path))
         if body['step'] != step:
           return f'{path} is a copy of step {body["step"]}.'
-        manifest.verify(path, hosts.shared(sorted(body['files'])))
+        sizes = {name: d['bytes'] for name, d in body['files'].items()}
+        manifest.verify(path, self._share(sizes))
       except manifest.Damaged as error:
         return str(error)
       return None
 
     first = lambda said: next(filter(None, said), None)
-    found = hosts.agree(f'{self.directory}/verify', problem, first)
+    found = self._hosts_agree(f'{self.directory}/verify', problem, first)
     if found:
       raise manifest.Damaged(found)
     return body
@@ -417,7 +446,7 @@ def _not_of_a_thread(record: logging.LogRecord) -> bool:
   return '_SignalingThread' not in message and 'save thread' not in message
 
 
-def _handlers() -> Any:
+def _handlers(primary_host: int | None) -> Any:
   """Orbax's handlers of arrays; a small replicated array is written once.
 
   Orbax would cut each replicated array into a slice per replica, so that all of
@@ -425,6 +454,7 @@ def _handlers() -> Any:
   arrays takes longer than to write them.
   """
   arrays = ocp.type_handlers.ArrayHandler(
+    primary_host=primary_host,
     min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES,
     array_metadata_store=array_metadata_store.Store(),  # of typed keys
   )

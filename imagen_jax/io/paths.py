@@ -62,7 +62,7 @@ def check_folder(
       )
     bucket.check(os.fspath(path), key=key)
     return bucket.at(path)
-  folder, problem = bucket.at(path), ''
+  folder, problem = bucket.at(path, key=key), ''
   try:
     folder.stat()
   except FileNotFoundError:

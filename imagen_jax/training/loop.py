@@ -12,6 +12,7 @@ from imagen_jax.data.checked import write_skipped
 from imagen_jax.dtypes import pinned
 from imagen_jax.io import bucket, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training import power_ema, report
 from imagen_jax.training import workdir as workdirs
@@ -76,13 +77,15 @@ def train(
       keep_every=config.train.keep_every,
     ) as checkpoints,
   ):
-    _claim(experiment, workdir, warm, force)
-    return _run(program, checkpoints, workdir, warm, should_stop, force)
+    run = _claim(experiment, workdir, warm, force)
+    with workdirs.local_tier(config, run) or contextlib.nullcontext() as local:
+      tiers = checkpoints, local
+      return _run(program, tiers, workdir, warm, should_stop, force)
 
 
 def _run(
   program: Program,
-  checkpoints: Checkpoints,
+  tiers: tuple[Checkpoints, LocalTier | None],
   workdir: pathlib.Path,
   warm: StageRecord | None,
   should_stop: Callable[[int], bool],
@@ -91,14 +94,17 @@ def _run(
   """Restores, trains and finishes; returns the number of the last step."""
   experiment = program.experiment
   frozen = experiment.load_frozen()
-  state, start = _first_state(program, checkpoints, warm, force)
+  checkpoints, local = tiers
+  state, start = _first_state(program, tiers, warm, force)
   with _snapshots(program, checkpoints, start) as snapshots:
-    run = Run(program, frozen, checkpoints, snapshots, workdir, start)
+    run = Run(program, frozen, checkpoints, snapshots, workdir, start, local)
     monitor = Monitor(run)
     with jax.set_mesh(experiment.mesh), monitor:
       step, state = _steps(run, state, monitor, should_stop)
       if step >= experiment.config.train.num_steps:
         experiment.finish(state, frozen)
+        if local:
+          local.clear()
   return step
 
 
@@ -121,14 +127,14 @@ def _claim(
   workdir: pathlib.Path,
   warm: StageRecord | None,
   force: bool,
-) -> None:
+) -> str:
   """Claims the workdir, and lists the samples that the data set skips."""
   source = experiment.source('train')
   init_from = None
   if warm is not None:
     digest = model_folder.weights_digest(warm)
     init_from = {'path': str(warm.path), 'digest': digest}
-  workdirs.claim(
+  run = workdirs.claim(
     workdir,
     experiment.config,
     experiment.text_record(),
@@ -138,17 +144,20 @@ def _claim(
   )
   if jax.process_index() == 0 and source.skipped:
     write_skipped(workdir / 'bad_samples.jsonl', source.skipped)
+  return run
 
 
 def _first_state(
   program: Program,
-  checkpoints: Checkpoints,
+  tiers: tuple[Checkpoints, LocalTier | None],
   warm: StageRecord | None,
   force: bool,
 ) -> tuple[TrainState, int]:
   """(state, its step) of the newest good checkpoint or of a new run."""
-  if workdirs.must_resume(checkpoints, program.experiment.config, force):
-    state, _, step = checkpoints.restore(program.abstract_state())
+  config = program.experiment.config
+  found = workdirs.newest_state(*tiers, program.abstract_state(), config, force)
+  if found is not None:
+    state, _, step = found
     origin = f'resumes after step {step}'
   else:
     first = program.experiment.start(program.shardings.params, warm)
@@ -182,6 +191,8 @@ def _steps(
       run.snapshots.save(step, {'emas': state.emas}, wait=True)
     if last or stopping or step % train_cfg.checkpoint_every == 0:
       run.checkpoints.save(step, state, {'data_step': step})
+    elif run.local and step % train_cfg.local_checkpoint_every == 0:
+      run.local.save(step, state, {'data_step': step})
     if stopping:
       break
   return step, state

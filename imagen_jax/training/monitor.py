@@ -13,6 +13,7 @@ import numpy as np
 from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.training import chips
 from imagen_jax.training.experiment import Preview, Tree
 from imagen_jax.training.guard import check_finite
@@ -37,6 +38,7 @@ class Run:
     snapshots: where `train.ema_lengths` are saved; None: there are none.
     workdir: the run's directory.
     start: the step that it resumes from.
+    local: where the state is saved on this host's own disk, if anywhere.
   """
 
   program: Program
@@ -45,6 +47,7 @@ class Run:
   snapshots: Checkpoints | None
   workdir: pathlib.Path
   start: int
+  local: LocalTier | None = None
 
 
 class Monitor(contextlib.ExitStack):

@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 import pathlib
+import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import bucket, files, hosts, lock, manifest
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.files import AnyPath
+from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.io.model_folder import FORMAT_VERSION, load_config
 
 # Keys and sections that may change when a run is resumed: its results do not
@@ -31,6 +34,8 @@ FREE = (
   'train.log_every',
   'train.checkpoint_every',
   'train.checkpoint_dir',
+  'train.local_checkpoint_every',
+  'train.local_checkpoint_dir',
   'train.sample_every',
   'train.keep_last',
   'train.keep_every',
@@ -42,7 +47,7 @@ FREE = (
   'train.log_to',
 )
 # Where each host of a job may have its own copy.
-PER_HOST = ('text.path', 'data.path', 'data.eval_path')
+PER_HOST = ('run', 'text.path', 'data.path', 'data.eval_path')
 
 
 @contextlib.contextmanager
@@ -108,6 +113,37 @@ def _same_folders(
       )
 
 
+def local_tier(config: ConfigDict, run: str) -> LocalTier | None:
+  """Where a run saves on this host's own disk; None if it does not."""
+  if not config.train.local_checkpoint_every:
+    return None
+  parent = config.train.local_checkpoint_dir or tempfile.gettempdir()
+  return LocalTier(pathlib.Path(parent) / 'imagen_jax', run)
+
+
+def newest_state(
+  checkpoints: Checkpoints,
+  local: LocalTier | None,
+  abstract_state: Any,
+  config: ConfigDict,
+  force: bool,
+) -> tuple[Any, dict[str, Any], int] | None:
+  """(state, extra, step) of the newest good checkpoint; None: a new run.
+
+  Raises:
+    ModelError: see `must_resume` and `Checkpoints.restore`.
+  """
+  latest = hosts.agree(
+    'latest', lambda: None, lambda _: checkpoints.latest_step() or 0
+  )
+  found = local.restore(abstract_state, latest) if local else None
+  if found is None and must_resume(checkpoints, config, force):
+    found = checkpoints.restore(abstract_state)
+  if local:
+    local.discard_after(found[2] if found else 0)
+  return found
+
+
 def must_resume(
   checkpoints: Checkpoints, config: ConfigDict, force: bool
 ) -> bool:
@@ -148,7 +184,7 @@ def claim(
   data: Mapping[str, Any] | None = None,
   init_from: Mapping[str, str] | None = None,
   force: bool = False,
-) -> None:
+) -> str:
   """Writes the config into a new workdir, or checks it against the stored one.
 
   Every process calls it; process 0 compares and writes.
@@ -162,6 +198,9 @@ def claim(
     init_from: what a new run starts from; a resumed run keeps the stored one.
     force: accept another config or data set, and record it.
 
+  Returns:
+    16 hex digits that identify the run, however often it is resumed.
+
   Raises:
     UsageError: the workdir was started with another config, data set or text
       encoder, or a process has another one than process 0; the message names
@@ -173,28 +212,34 @@ def claim(
     'text': text,
     'data': data,
     'init_from': init_from,
+    'run': secrets.token_hex(8),
   }
 
-  def compare(records: list[dict[str, Any]]) -> None:
+  def compare(records: list[dict[str, Any]]) -> str:
     for process, other in enumerate(records):
       changed = _changes(record, other, PER_HOST)
       if changed:
+        found = (
+          f'{name} is {theirs!r} there and {ours!r} here'
+          for name, ours, theirs in changed
+        )
         raise UsageError(
           f'process {process} trains something else than process 0: '
-          f'{"; ".join(changed)}; start all processes with the same command, '
+          f'{"; ".join(found)}; start all processes with the same command, '
           'files and versions.'
         )
-    _write(workdir, record, force)
+    return _write(workdir, record, force)
 
-  hosts.agree('claim', lambda: record, compare)
+  return hosts.agree('claim', lambda: record, compare)
 
 
-def _write(workdir: pathlib.Path, record: dict[str, Any], force: bool) -> None:
+def _write(workdir: pathlib.Path, record: dict[str, Any], force: bool) -> str:
   """Process 0's part of `claim`, after all processes have agreed."""
   path = workdir / 'config.json'
   if path.exists():
     old = load_config(workdir)
     record['init_from'] = old.get('init_from')
+    record['run'] = old.get('run') or record['run']
     changed = differences(old, record)
     if changed and not force:
       raise UsageError(
@@ -207,6 +252,7 @@ def _write(workdir: pathlib.Path, record: dict[str, Any], force: bool) -> None:
       logging.getLogger(__name__).warning('forced: %s', change)
   files.make_folder(workdir)
   files.write_json(path, record)
+  return record['run']
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -216,16 +262,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     old: the contents of the workdir's config.json.
     new: what would replace them.
   """
-  free, decay = set(FREE), 'config.train.optimizer.decay'
+  free, decay = {'run', *FREE}, 'config.train.optimizer.decay'
   if not any(_flat(record).get(decay) for record in (old, new)):
     free.add('train.num_steps')  # a constant rate does not depend on it
-  return _changes(old, new, free)
+  return [
+    f'{name} was {was!r} and is now {now!r}'
+    for name, was, now in _changes(old, new, free)
+  ]
 
 
 def _changes(
   old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]
-) -> list[str]:
-  """'key was … and is now …' for each key that is not among the free ones."""
+) -> list[tuple[str, Any, Any]]:
+  """(key, its old value, its new one) where they differ, free keys apart."""
   before, after = _flat(old), _flat(new)
   changed = []
   for key in sorted(before.keys() | after.keys()):
@@ -235,7 +284,7 @@ def _changes(
       continue
     was, now = before.get(key), after.get(key)
     if was != now:
-      changed.append(f'{name} was {was!r} and is now {now!r}')
+      changed.append((name, was, now))
   return changed
 
 

@@ -160,3 +160,60 @@ def test_a_first_save_that_was_cut_short_is_made_again(config, tmp_path):
   config.train.update(sample_every=None, profile_at=None)
   (tmp_path / 'w/checkpoints/3/state').mkdir(parents=True)
   assert loop.train(config, tmp_path / 'w') == 6
+
+
+# ---- On the host's own disk ------------------------------------------------
+def test_a_killed_run_goes_on_from_the_hosts_own_disk(
+  config, local, tmp_path, monkeypatch, capsys
+):
+  config = config.copy_and_resolve_references()
+  config.train.update(sample_every=None, profile_at=None)
+  config.train.local_checkpoint_every = 1
+  config.train.local_checkpoint_dir = str(tmp_path / 'ram')
+
+  def killed(step):
+    if step == 5:
+      raise KeyboardInterrupt
+    return False
+
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(config, tmp_path / 'w', should_stop=killed)
+  with Checkpoints(tmp_path / 'w/checkpoints') as checkpoints:
+    assert checkpoints.latest_step() == 3
+  assert loop.train(config, tmp_path / 'w') == 6
+  assert 'after step 4' in capsys.readouterr().out
+  jax.tree.map(
+    np.testing.assert_array_equal, state(tmp_path / 'w'), state(local)
+  )
+  assert losses(tmp_path / 'w/metrics.jsonl') == losses(local / 'metrics.jsonl')
+  assert not files.tree(tmp_path / 'ram')  # the run has finished
+
+
+def test_a_damaged_local_step_gives_way_to_the_one_before(tmp_path):
+  from imagen_jax import sharding
+  from imagen_jax.io.local_tier import LocalTier
+
+  mesh = sharding.make_mesh(2, 4)
+  shapes = {'w': jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+  shardings = sharding.state_shardings(shapes, mesh)
+  abstract = sharding.with_shardings(shapes, shardings)
+  noise = jax.random.normal(jax.random.key(0), (64, 256))
+  tree = {'w': jax.device_put(noise, shardings['w'])}
+  with LocalTier(tmp_path, 'run') as tier:
+    for step in 1, 2, 3:
+      tier.save(step, tree, {'data_step': step})
+    assert tier.restore(abstract, after=3) is None
+    restored, extra, step = tier.restore(abstract, after=0)
+    assert (extra, step) == ({'data_step': 3}, 3)
+    assert restored['w'].sharding == shardings['w']
+    np.testing.assert_array_equal(restored['w'], noise)
+    largest = max(
+      (tmp_path / 'run/0/3').rglob('*'), key=lambda p: p.stat().st_size
+    )
+    raw = bytearray(largest.read_bytes())
+    raw[100] ^= 1
+    largest.write_bytes(raw)
+    assert tier.restore(abstract, after=0)[2] == 2
+    other = sharding.state_shardings(shapes, sharding.make_mesh(4, 2))
+    abstract = sharding.with_shardings(shapes, other)
+    assert tier.restore(abstract, after=0) is None  # of other devices
