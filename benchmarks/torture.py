@@ -311,6 +311,7 @@ def saves(folder, args):
         flush=True,
       )
       failures += elastic(f'{top}/elastic', where)
+      failures += flipped(f'{top}/flipped', where)
   return failures
 
 
@@ -329,6 +330,22 @@ def elastic(steps, where):
     f'digested, {read / size:.2f}× read'
   )
   return int(state != whole or digested != size or read > 1.1 * size)
+
+
+def flipped(steps, where):
+  """A bit that one process finds flipped makes both skip the step."""
+  from imagen_jax.io import bucket
+
+  _, whole, _ = job(steps, 3)
+  sizes = tree(f'{steps}/3')
+  path = bucket.at(steps) / '3' / max(sizes, key=sizes.get)
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  path.write_bytes(raw)
+  codes, state, _ = job(steps, 3)
+  starts = [line[2] for line in REPORTS]
+  print(f'{where}: a flipped bit: both processes resume from {starts}')
+  return int(any(codes) or state != whole or starts != ['2', '2'])
 
 
 REPORTS = []  # of the last job: [word, digest, start, bytes, bytes] a process
@@ -356,7 +373,8 @@ def job(steps, num, *more, processes=PROCESSES, dies=None, slow=None):
     )  # fmt: skip
   least, most = 2, 0
   while any(p.poll() is None for p in started):
-    found = len(whole_steps(steps))
+    # A step may come and one go between two entries of a folder.
+    found = max(len(whole_steps(steps)) for _ in range(2))
     most = max(most, found)
     least = min(least, found) if most >= 2 else least
     if dies is not None and started[dies].poll() is not None:
@@ -381,7 +399,9 @@ def tree(folder):
 
 
 def whole_steps(folder):
-  """The steps that have a manifest, in one uncached listing."""
+  """The steps that have a manifest; of a bucket in one listing."""
+  if '://' not in str(folder):
+    return [p.parent.name for p in pathlib.Path(folder).glob('*/manifest.json')]
   names = (name.split('/') for name in tree(folder))
   return [n[0] for n in names if n[1:] == ['manifest.json']]
 

@@ -58,7 +58,7 @@ def agree(
     answer = answer or _attempt(lambda: decide([s['value'] for s in said]))
     client.key_value_set(f'{key}/answer', json.dumps(_plain(answer, me)))
     if _asked[name] > 1:  # everyone has read that by now
-      client.key_value_delete(f'imagen_jax/{name}/{_asked[name] - 1}/')
+      client.key_value_delete(f'imagen_jax/{name}/{_asked[name] - 1}')
   else:
     answer = read('answer')
   for own in (mine, answer):

@@ -79,7 +79,7 @@ class LocalTier:
     steps = hosts.agree('local', self._checkpoints.all_steps, common)
     for step in reversed(steps):
       found = self._read(abstract_state, step)
-      if hosts.agree(f'local/{step}', lambda f=found: f is not None, all):
+      if hosts.agree(f'local step {step}', lambda f=found: f is not None, all):
         assert found is not None
         return *found, step
     return None
