@@ -57,8 +57,9 @@ class Checkpoints:
       directory: a local path or a bucket's, such as gs://….
       keep_last: how many of the newest steps are kept.
       keep_every: steps that are a multiple of it are kept for good.
-      alone: the directory is this process's own; otherwise all processes of a
-        job share it and call every method together.
+      alone: the directory is this process's own, for the shards of its
+        devices; otherwise all processes of a job share it and call every method
+        together.
     """
     if keep_last < 1:
       raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
@@ -91,7 +92,7 @@ class Checkpoints:
       ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(
           multiprocessing_options=options,
-          type_handler_registry=_handlers(options.primary_host),
+          type_handler_registry=_handlers(options.primary_host, alone),
         ),
         composite_options=ocp.CompositeOptions(multiprocessing_options=options),
       ),
@@ -202,6 +203,14 @@ class Checkpoints:
     """
     return self._verified(step)['extra']
 
+  def extra(self, step: int) -> dict[str, Any]:
+    """A step's `extra`; only the manifest's own digest is checked.
+
+    Raises:
+      ModelError: there is no manifest, or it is damaged.
+    """
+    return manifest.read(self._path(step))['extra']
+
   def newest_good(self) -> tuple[int, str]:
     """(step, digest) of the newest step whose files are all intact.
 
@@ -239,7 +248,9 @@ class Checkpoints:
     )
     wanted = leaves.describe(abstract_state)
     leaves.check(self._path(step), body['leaves'], wanted)
-    spread = sharding.spread(abstract_state, _MIN_SLICE_BYTES)
+    spread = abstract_state
+    if self._count > 1:
+      spread = sharding.spread(abstract_state, _MIN_SLICE_BYTES)
     args = ocp.checkpoint_utils.construct_restore_args(spread)
     state = self._read(step, spread, args)
     return sharding.replace(state, abstract_state), body['extra'], step
@@ -446,7 +457,7 @@ def _not_of_a_thread(record: logging.LogRecord) -> bool:
   return '_SignalingThread' not in message and 'save thread' not in message
 
 
-def _handlers(primary_host: int | None) -> Any:
+def _handlers(primary_host: int | None, alone: bool) -> Any:
   """Orbax's handlers of arrays; a small replicated array is written once.
 
   Orbax would cut each replicated array into a slice per replica, so that all of
@@ -455,8 +466,11 @@ def _handlers(primary_host: int | None) -> Any:
   """
   arrays = ocp.type_handlers.ArrayHandler(
     primary_host=primary_host,
+    replica_id=None if alone else 0,  # None: those of this process
+    use_replica_parallel=not alone,
     min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES,
-    array_metadata_store=array_metadata_store.Store(),  # of typed keys
+    # Of typed keys; it expects all processes in one directory.
+    array_metadata_store=None if alone else array_metadata_store.Store(),
   )
   return ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)

@@ -12,16 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
-import numpy as np
 
 from imagen_jax.errors import ModelError
-from imagen_jax.io import hosts, leaves
+from imagen_jax.io import hosts
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.files import AnyPath
 
 _log = logging.getLogger(__name__)
-
-Index = list[list[int]]  # of a shard: [start, stop] along each axis
 
 
 class LocalTier:
@@ -45,17 +42,8 @@ class LocalTier:
 
   def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
     """Saves this process's shards in the background; see `Checkpoints.save`."""
-    tree, where = {}, []
-    for number, leaf in enumerate(jax.tree.leaves(state)):
-      shards = {
-        str(_index(shard.index, leaf.shape)): shard
-        for shard in leaf.addressable_shards
-      }
-      where.append([_index(s.index, leaf.shape) for s in shards.values()])
-      arrays = (shard.data for shard in shards.values())
-      tree[f'{number:05d}'] = {f'{i:05d}': a for i, a in enumerate(arrays)}
-    about = {'leaves': leaves.describe(state), 'where': where, 'extra': extra}
-    self._checkpoints.save(step, {'shards': tree}, about)
+    about = {'shards': _shards(state), 'extra': extra}
+    self._checkpoints.save(step, state, about)
 
   def restore(
     self, abstract_state: Any, after: int
@@ -96,37 +84,22 @@ class LocalTier:
   def _read(
     self, abstract_state: Any, step: int
   ) -> tuple[Any, dict[str, Any]] | None:
-    """(state, extra); None if a shard is damaged or missing."""
+    """(state, extra); None if it is damaged, or of other devices or shapes."""
     try:
-      tree, about, _ = self._checkpoints.restore_subtree('shards', step)
+      # Orbax would give zeros for the shards of other processes.
+      if self._checkpoints.extra(step)['shards'] != _shards(abstract_state):
+        raise ModelError('it holds the shards of other devices.')
+      state, about, _ = self._checkpoints.restore(abstract_state, step)
     except ModelError as error:
       _log.warning('local step %s is skipped: %s', step, error)
       return None
-    if about['leaves'] != leaves.describe(abstract_state):
-      _log.warning('local step %s is skipped: of another model', step)
-      return None
-    wanted, treedef = jax.tree.flatten(abstract_state)
-    arrays = []
-    for number, (leaf, where) in enumerate(zip(wanted, about['where'])):
-      parts = tree[f'{number:05d}']
-      shards = {str(w): parts[f'{i:05d}'] for i, w in enumerate(where)}
-      places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-      needed = {d: str(_index(i, leaf.shape)) for d, i in places.items()}
-      if not set(needed.values()) <= shards.keys():
-        _log.warning('local step %s is skipped: of other devices', step)
-        return None
-      arrays.append(
-        jax.make_array_from_single_device_arrays(
-          leaf.shape,
-          leaf.sharding,
-          [
-            jax.device_put(np.asarray(shards[i], leaf.dtype), device)
-            for device, i in needed.items()
-          ],
-        )
-      )
-    return treedef.unflatten(arrays), about['extra']
+    return state, about['extra']
 
 
-def _index(slices: Sequence[slice], shape: Sequence[int]) -> Index:
-  return [list(s.indices(n)[:2]) for s, n in zip(slices, shape)]
+def _shards(tree: Any) -> list[list[str]]:
+  """For every leaf, which parts of it this process's devices hold."""
+  parts = (
+    leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    for leaf in jax.tree.leaves(tree)
+  )
+  return [sorted(set(map(str, where.values()))) for where in parts]
