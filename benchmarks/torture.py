@@ -10,6 +10,8 @@ r"""Stress test of training: interruptions, damage, a full disk, other meshes.
   memory   resident memory over a long run
   meshes   the same run on one device, replicated, sharded, over processes
   hosts    one of two processes gets SIGTERM, or is killed
+  saves    one of two processes that save is killed in every phase of a save, or
+           is slow; on disk and in a bucket, emulated on this machine
 
 Each part prints one table; the exit code is 1 if anything was lost.
 """
@@ -269,17 +271,160 @@ def hosts(folder, args):
   return failures
 
 
-PARTS = {f.__name__: f for f in (cuts, damage, disk, memory, meshes, hosts)}
+# ---- Saves -----------------------------------------------------------------
+PROCESSES, SAVES, DIES = 2, 5, 4
+
+
+def saves(folder, args):
+  """No phase of a save loses a whole step, and no slow process does."""
+  sys.path.insert(0, str(runs.ROOT))
+  from tests import fake_bucket
+
+  failures = 0
+  print('where   process  phase      whole after  least whole  differing runs')
+  with fake_bucket.served() as bucket:
+    for where, top in (('disk', folder), ('bucket', bucket.url)):
+      if args.only and where not in args.only:
+        continue
+      _, whole, _ = job(f'{top}/whole', SAVES)
+      cases = [(p, i) for p in PHASES for i in range(PROCESSES)]
+      cases = [(p, i) for p, i in cases if i == 0 or p in PHASES[:4]]
+      for phase, process in cases[: args.num]:
+        steps = f'{top}/{phase}_{process}'
+        _, _, least = job(
+          steps, SAVES, '--die', f'{phase}:{DIES}', dies=process
+        )
+        kept = len(whole_steps(steps))
+        codes, state, _ = job(steps, SAVES)
+        lost = not kept or least < 1 or any(codes) or state != whole
+        failures += lost
+        print(
+          f'{where:7} {process:7}  {phase:10} {kept:11} {least:12} '
+          f'{int(state != whole):15}',
+          flush=True,
+        )
+      codes, state, least = job(f'{top}/slow', 6, '--delay', '1', slow=1)
+      failures += least < 2 or any(codes)
+      print(
+        f'{where:7} {1:7}  slow, 1 s × 6 {len(whole_steps(f"{top}/slow")):9}'
+        f' {least:11} {int(any(codes)):15}',
+        flush=True,
+      )
+      failures += elastic(f'{top}/elastic', where)
+      failures += flipped(f'{top}/flipped', where)
+  return failures
+
+
+PHASES = ('room', 'writing', 'written', 'digested', 'whole', 'removing')
+
+
+def elastic(steps, where):
+  """What four processes saved is read by two: each byte once."""
+  job(steps, 2, processes=4)
+  _, whole, _ = job(f'{steps}_whole', 2)
+  _, state, _ = job(steps, 2)
+  size = sum(s for n, s in tree(f'{steps}/2').items() if n != 'manifest.json')
+  digested, read = (sum(int(line[i]) for line in REPORTS) for i in (3, 4))
+  print(
+    f'{where}: 4 → 2 processes, {size / 1e6:.1f} MB: {digested / size:.2f}× '
+    f'digested, {read / size:.2f}× read'
+  )
+  return int(state != whole or digested != size or read > 1.1 * size)
+
+
+def flipped(steps, where):
+  """A bit that one process finds flipped makes both skip the step."""
+  from imagen_jax.io import bucket
+
+  _, whole, _ = job(steps, 3)
+  sizes = tree(f'{steps}/3')
+  path = bucket.at(steps) / '3' / max(sizes, key=sizes.get)
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  path.write_bytes(raw)
+  codes, state, _ = job(steps, 3)
+  starts = [line[2] for line in REPORTS]
+  print(f'{where}: a flipped bit: both processes resume from {starts}')
+  return int(any(codes) or state != whole or starts != ['2', '2'])
+
+
+REPORTS = []  # of the last job: [word, digest, start, bytes, bytes] a process
+
+
+def job(steps, num, *more, processes=PROCESSES, dies=None, slow=None):
+  """Runs a job of `torture_saves.py`; its survivors end with the one that dies.
+
+  Returns:
+    (exit codes, digest of the final state, fewest whole steps at any moment
+    after the second).
+  """
+  port = runs.free_port()
+  started = []
+  for i in range(processes):
+    extra = more if i in (dies, slow) or (dies is slow is None) else ()
+    started.append(
+      subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name(
+          'torture_saves.py')), steps, str(num), str(port), str(i),
+         str(processes), *extra],
+        env=runs.environment(1), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+      )
+    )  # fmt: skip
+  least, most = 2, 0
+  while any(p.poll() is None for p in started):
+    # A step may come and one go between two entries of a folder.
+    found = max(len(whole_steps(steps)) for _ in range(2))
+    most = max(most, found)
+    least = min(least, found) if most >= 2 else least
+    if dies is not None and started[dies].poll() is not None:
+      for process in started:
+        process.kill()
+    time.sleep(0.02)
+  REPORTS[:] = []
+  for process in started:
+    printed, said = process.communicate()
+    lines = [n.split() for n in printed.splitlines() if n.startswith('state ')]
+    REPORTS.extend(lines)
+    if dies is None and not lines:
+      raise SystemExit(said[-2000:])
+  codes = [process.returncode for process in started]
+  return codes, REPORTS[0][1] if REPORTS else None, least
+
+
+def tree(folder):
+  from imagen_jax.io import files
+
+  return files.tree(folder)
+
+
+def whole_steps(folder):
+  """The steps that have a manifest; of a bucket in one listing."""
+  if '://' not in str(folder):
+    return [p.parent.name for p in pathlib.Path(folder).glob('*/manifest.json')]
+  names = (name.split('/') for name in tree(folder))
+  return [n[0] for n in names if n[1:] == ['manifest.json']]
+
+
+PARTS = {
+  f.__name__: f for f in (cuts, damage, disk, memory, meshes, hosts, saves)
+}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('parts', nargs='*', help=f'of {", ".join(PARTS)}')
-  parser.add_argument('--num', type=int, default=20, help='cuts')
+  parser.add_argument(
+    '--num', type=int, default=20, help='of cuts, or of saves'
+  )
   parser.add_argument('--devices', type=int, nargs='+', default=[1, 8])
   parser.add_argument('--damages', type=int, default=1000)
   parser.add_argument('--steps', type=int, default=5000, help='of memory')
-  parser.add_argument('--only', action='append', help='a row of meshes')
+  parser.add_argument(
+    '--only',
+    action='append',
+    help='a row of meshes, or disk or bucket, of saves',
+  )
   parser.add_argument('--patience', type=float, default=300, help='of hosts')
   args = parser.parse_args()
   failures = 0

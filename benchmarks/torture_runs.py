@@ -155,6 +155,12 @@ def norm(x):
   return float((x**2).sum() ** 0.5)
 
 
+def free_port():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
 def together(workdir, steps, *more, devices, processes):
   """Runs several processes on this machine; returns process 0's output."""
   jobs = start(workdir, steps, *more, devices=devices, processes=processes)
@@ -166,9 +172,7 @@ def together(workdir, steps, *more, devices, processes):
 
 def start(workdir, steps, *more, devices, processes):
   """Starts the processes of a run."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
+  port = free_port()
   flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
   if processes == 1:
     flags = []

@@ -71,6 +71,7 @@ RANGES = {
   'train.accumulate': '[1, inf)',
   'train.log_every': '[1, inf)',
   'train.checkpoint_every': '[1, inf)',
+  'train.local_checkpoint_every': '[1, inf)',
   'train.sample_every': '[1, inf)',
   'train.eval_every': '[1, inf)',
   'train.keep_last': '[1, inf)',
@@ -307,6 +308,12 @@ def train() -> dict[str, Any]:
     'eval_every': 500,
     # Where checkpoints go; None: WORKDIR/checkpoints.
     'checkpoint_dir': placeholder(str),
+    # Steps between checkpoints on each host's own disk besides: cheap, and lost
+    # with the host; None: there are none. Restored if all hosts have one.
+    'local_checkpoint_every': placeholder(int),
+    # Where they go, such as /dev/shm; two of them fit. None: the temporary
+    # folder.
+    'local_checkpoint_dir': placeholder(str),
     # How many of the latest checkpoints are kept.
     'keep_last': 2,
     # Checkpoints at multiples of this are kept for good; None: none.

@@ -216,6 +216,52 @@ def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
   return jax.tree.map(placed, abstract_tree, shardings)
 
 
+def spread(abstract_tree: Any, min_bytes: int) -> Any:
+  """The tree as several hosts read it: each a part of what all of them hold.
+
+  Copies of an array are split over the devices that hold them, along the axis
+  along which Orbax splits them when it saves, so that no host reads another's
+  part. `replace` then copies over the network of the devices. With one process
+  the tree is unchanged.
+
+  Args:
+    abstract_tree: of `jax.ShapeDtypeStruct`s with shardings.
+    min_bytes: of a part; smaller arrays are read by every host.
+  """
+  if jax.process_count() == 1:
+    return abstract_tree
+  return jax.tree.map(lambda x: _spread(x, min_bytes), abstract_tree)
+
+
+def _spread(leaf: jax.ShapeDtypeStruct, min_bytes: int) -> jax.ShapeDtypeStruct:
+  old, size = leaf.sharding, leaf.size * leaf.dtype.itemsize
+  if not isinstance(old, NamedSharding):
+    return leaf
+  axes = [s if isinstance(s, tuple) else (s,) if s else () for s in old.spec]
+  axes += [()] * (leaf.ndim - len(axes))
+  free = [a for a, n in old.mesh.shape.items() if n > 1 and (a,) not in axes]
+  copies = int(np.prod([old.mesh.shape[a] for a in free], dtype=np.int64))
+  shard = old.shard_shape(leaf.shape)
+  whole = [i for i, n in enumerate(shard) if n % copies == 0]
+  if copies == 1 or size < min_bytes * copies or not whole:
+    return leaf
+  axes[whole[0]] = (*axes[whole[0]], *free)
+  new = NamedSharding(old.mesh, PartitionSpec(*axes))
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=new)
+
+
+def replace(tree: Any, abstract_tree: Any) -> Any:
+  """The arrays with the shardings of `abstract_tree`."""
+  leaves, structure = jax.tree.flatten(tree)
+  wanted = [x.sharding for x in structure.flatten_up_to(abstract_tree)]
+  moved = [i for i, s in enumerate(wanted) if leaves[i].sharding != s]
+  if moved:
+    copy = jax.jit(lambda x: x, out_shardings=[wanted[i] for i in moved])
+    for i, array in zip(moved, copy([leaves[i] for i in moved])):
+      leaves[i] = array
+  return structure.unflatten(leaves)
+
+
 def check_batch_size(
   batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1
 ) -> None:

@@ -17,7 +17,7 @@ BELOW = {
   'nets': {'sharding', 'typing'},
   'dtypes': {'errors'},
   'sharding': {'errors', 'typing'},
-  'io': {'errors'},
+  'io': {'errors', 'sharding'},
   'text': {'errors', 'io', 'nets', 'sharding', 'typing'},
   'kinds': {'errors'},
   'data': {'errors', 'io', 'kinds'},

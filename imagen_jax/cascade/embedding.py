@@ -38,7 +38,7 @@ class Embedding:
 
 
 def embed(
-  folder: pathlib.Path,
+  folder: pathlib.PurePath,
   record: StageRecord,
   prompts: Sequence[str],
   negative_prompt: str,

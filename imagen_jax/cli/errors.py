@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from imagen_jax.errors import ImagenError, UsageError
-from imagen_jax.io import files
+from imagen_jax.io import bucket, files
 from imagen_jax.io.paths import user_path
 from imagen_jax.kinds import did_you_mean
 
@@ -136,6 +136,15 @@ def _sentence(error: Exception, flags: Mapping[str, str]) -> str | None:
   if isinstance(error, OSError) and error.errno in files.STORAGE:
     where = error.filename or 'an unnamed file'
     return files.STORAGE[error.errno].format(where)
+  where = type(error).__module__.split('.')[0]
+  of_bucket = where in ('aiohttp', 'gcsfs', 'google', 's3fs')
+  if of_bucket or (isinstance(error, OSError) and error.errno is None):
+    reason = bucket.reason(error)
+    if reason:
+      return (
+        f'a bucket could not be used ({reason}: {error}); check it with gcloud '
+        'storage ls, then run the same command again.'
+      )
   # jax's error is matched by name: importing jax would slow down --help.
   device_full = type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError')
   device_full = device_full and 'RESOURCE_EXHAUSTED' in str(error)

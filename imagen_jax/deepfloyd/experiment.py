@@ -66,6 +66,7 @@ class IFExperiment(Experiment):
   """
 
   frozen_name = 'frozen weights'
+  needs_local_workdir = True
 
   def __init__(
     self,

@@ -23,6 +23,7 @@ from imagen_jax.data.pipeline import flip
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
+from imagen_jax.io import bucket
 from imagen_jax.io.paths import check_folder
 from imagen_jax.typing import Array
 
@@ -102,9 +103,14 @@ class Experiment(abc.ABC):
     name: of the model, for the log.
     resolution: side of the images, in pixels.
     frozen_name: what `frozen` is called in the startup report.
+    needs_local_workdir: whether it writes files of its own to the workdir.
+
+  Raises:
+    UsageError: the workdir is in a bucket and must not be.
   """
 
   frozen_name: ClassVar[str] = 'frozen'
+  needs_local_workdir: ClassVar[bool] = False
   name: str
   resolution: int
 
@@ -114,6 +120,13 @@ class Experiment(abc.ABC):
     mesh: Mesh | None = None,
     workdir: pathlib.Path | None = None,
   ):
+    if workdir and bucket.is_bucket(workdir) and self.needs_local_workdir:
+      raise UsageError(
+        f'{workdir} is in a bucket, and this kind of run writes a model to its '
+        'workdir; give a local folder. Its checkpoints may be in a bucket '
+        '(train.checkpoint_dir).',
+        key='workdir',
+      )
     self.config, self._mesh, self.workdir = config, mesh, workdir
     self.source: Callable[[str], Source] = functools.cache(self.make_source)
 

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.dtypes import pinned
-from imagen_jax.io import lock, model_folder
+from imagen_jax.io import bucket, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training import power_ema, report
 from imagen_jax.training import workdir as workdirs
@@ -37,13 +38,15 @@ def train(
 
   Args:
     config: of an experiment, such as `configs/imagen_base64.py`'s.
-    workdir: the run's directory: `config.json`, `checkpoints/`,
-      `metrics.jsonl`, `samples/`. A run of the same config in it is resumed.
+    workdir: the run's directory, local or gs://…: `config.json`,
+      `checkpoints/`, `metrics.jsonl`, `samples/`. A run of the same config in
+      it is resumed.
     should_stop: called after every step with its number; True saves and
       returns early. It must return the same on all processes.
     init_from: a training workdir or an exported stage whose EMA a new run
       starts from; a resumed run does not use it.
-    force: resume although the config or the data set has changed.
+    force: resume although the config or the data set has changed, and begin
+      anew where there are checkpoints and none is whole.
     dry_run: print what would run, write nothing, and return 0.
 
   Returns:
@@ -55,7 +58,7 @@ def train(
     ModelError: the text encoder or every checkpoint is unusable.
     NumericError: too many steps in a row were NaN or Inf.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = bucket.at(workdir)
   find_loggers(config.train.log_to)  # what is wrong there is said at the start
   experiment = make_experiment(config, workdir)
   program = make_program(experiment, experiment.mesh)
@@ -67,51 +70,41 @@ def train(
   warm = None if init_from is None else model_folder.load_stage(init_from)
   checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
   with (
-    _locked(workdir, checkpoint_dir),
+    workdirs.locked(workdir, checkpoint_dir),
     Checkpoints(
       checkpoint_dir,
       keep_last=config.train.keep_last,
       keep_every=config.train.keep_every,
     ) as checkpoints,
   ):
-    _claim(experiment, workdir, warm, force)
-    return _run(program, checkpoints, workdir, warm, should_stop)
-
-
-@contextlib.contextmanager
-def _locked(
-  workdir: pathlib.Path, checkpoint_dir: str | pathlib.Path
-) -> Iterator[None]:
-  """Keeps other trainings out of the folders that this one writes to."""
-  folders = {workdir.resolve(): 'workdir'}
-  if '://' not in str(checkpoint_dir):  # a bucket has no locks
-    path = pathlib.Path(checkpoint_dir).resolve()
-    folders.setdefault(path, 'config.train.checkpoint_dir')
-  with contextlib.ExitStack() as stack:
-    if jax.process_index() == 0:
-      for folder, key in folders.items():
-        stack.enter_context(lock.locked(folder, key=key))
-    yield
+    run = _claim(experiment, workdir, warm, force)
+    with workdirs.local_tier(config, run) or contextlib.nullcontext() as local:
+      tiers = checkpoints, local
+      return _run(program, tiers, workdir, warm, should_stop, force)
 
 
 def _run(
   program: Program,
-  checkpoints: Checkpoints,
+  tiers: tuple[Checkpoints, LocalTier | None],
   workdir: pathlib.Path,
   warm: StageRecord | None,
   should_stop: Callable[[int], bool],
+  force: bool,
 ) -> int:
   """Restores, trains and finishes; returns the number of the last step."""
   experiment = program.experiment
   frozen = experiment.load_frozen()
-  state, start = _first_state(program, checkpoints, warm)
+  checkpoints, local = tiers
+  state, start = _first_state(program, tiers, warm, force)
   with _snapshots(program, checkpoints, start) as snapshots:
-    run = Run(program, frozen, checkpoints, snapshots, workdir, start)
+    run = Run(program, frozen, checkpoints, snapshots, workdir, start, local)
     monitor = Monitor(run)
     with jax.set_mesh(experiment.mesh), monitor:
       step, state = _steps(run, state, monitor, should_stop)
       if step >= experiment.config.train.num_steps:
         experiment.finish(state, frozen)
+        if local:
+          local.clear()
   return step
 
 
@@ -134,31 +127,37 @@ def _claim(
   workdir: pathlib.Path,
   warm: StageRecord | None,
   force: bool,
-) -> None:
+) -> str:
   """Claims the workdir, and lists the samples that the data set skips."""
   source = experiment.source('train')
   init_from = None
   if warm is not None:
     digest = model_folder.weights_digest(warm)
     init_from = {'path': str(warm.path), 'digest': digest}
-  workdirs.claim(
+  run = workdirs.claim(
     workdir,
     experiment.config,
     experiment.text_record(),
-    fingerprint=source.fingerprint,
+    data={'fingerprint': source.fingerprint, 'length': len(source)},
     init_from=init_from,
     force=force,
   )
   if jax.process_index() == 0 and source.skipped:
     write_skipped(workdir / 'bad_samples.jsonl', source.skipped)
+  return run
 
 
 def _first_state(
-  program: Program, checkpoints: Checkpoints, warm: StageRecord | None
+  program: Program,
+  tiers: tuple[Checkpoints, LocalTier | None],
+  warm: StageRecord | None,
+  force: bool,
 ) -> tuple[TrainState, int]:
   """(state, its step) of the newest good checkpoint or of a new run."""
-  if checkpoints.latest_step() is not None:
-    state, _, step = checkpoints.restore(program.abstract_state())
+  config = program.experiment.config
+  found = workdirs.newest_state(*tiers, program.abstract_state(), config, force)
+  if found is not None:
+    state, _, step = found
     origin = f'resumes after step {step}'
   else:
     first = program.experiment.start(program.shardings.params, warm)
@@ -192,6 +191,8 @@ def _steps(
       run.snapshots.save(step, {'emas': state.emas}, wait=True)
     if last or stopping or step % train_cfg.checkpoint_every == 0:
       run.checkpoints.save(step, state, {'data_step': step})
+    elif run.local and step % train_cfg.local_checkpoint_every == 0:
+      run.local.save(step, state, {'data_step': step})
     if stopping:
       break
   return step, state

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.training import chips
 from imagen_jax.training.experiment import Preview, Tree
 from imagen_jax.training.guard import check_finite
@@ -36,6 +38,7 @@ class Run:
     snapshots: where `train.ema_lengths` are saved; None: there are none.
     workdir: the run's directory.
     start: the step that it resumes from.
+    local: where the state is saved on this host's own disk, if anywhere.
   """
 
   program: Program
@@ -44,6 +47,7 @@ class Run:
   snapshots: Checkpoints | None
   workdir: pathlib.Path
   start: int
+  local: LocalTier | None = None
 
 
 class Monitor(contextlib.ExitStack):
@@ -124,8 +128,8 @@ class Monitor(contextlib.ExitStack):
       image_io.save_png(path.with_suffix('.png'), sample)
       self._metrics.image(step, sample)
     elif sample is not None:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
+      files.make_folder(path.parent)
+      files.write_text(path.with_suffix('.txt'), sample + '\n')
 
 
 def _metrics(run: Run) -> Metrics:

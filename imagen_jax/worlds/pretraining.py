@@ -79,6 +79,7 @@ class TextExperiment(Experiment):
   """
 
   name, resolution = 'text encoder', 0
+  needs_local_workdir = True
 
   def __init__(
     self,

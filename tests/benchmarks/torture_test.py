@@ -38,6 +38,13 @@ def test_two_processes_compute_what_one_does():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('where', ['disk', 'bucket'])
+def test_no_phase_of_a_save_loses_a_whole_step(where):
+  printed = torture('saves', '--num', '3', '--only', where)
+  assert '1.00× digested' in printed and 'slow' in printed
+
+
+@pytest.mark.slow
 def test_a_signal_or_a_death_of_one_process_ends_both():
   printed = torture('hosts')
   assert 'SIGTERM to process 1: exit codes [143, 143]' in printed

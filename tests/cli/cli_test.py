@@ -788,7 +788,7 @@ def test_a_file_in_place_of_the_checkpoints_is_one_sentence(
 def test_a_damaged_snapshot_is_named(workdir, tmp_path, capsys):
   shutil.copytree(workdir / 'base', tmp_path / 'w')
   snapshot = tmp_path / 'w' / 'checkpoints' / 'ema' / '2'
-  (snapshot / 'manifest-00000-of-00001.json').write_text('{}')
+  (snapshot / 'manifest.json').write_text('{}')
   args = ['--workdir', tmp_path / 'w', '--out', tmp_path / 'mine' / 'base']
   assert run(export.main, *args, '--ema', '0.05') == 4
   assert f'Remove {snapshot}' in capsys.readouterr().err

@@ -245,10 +245,12 @@ def test_force_resumes_with_another_config(config, tmp_path):
 
 
 def test_another_data_set_is_refused(config, tmp_path):
-  claim(tmp_path, config, fingerprint='one')
-  claim(tmp_path, config, fingerprint='one')
+  claim(tmp_path, config, data={'fingerprint': 'one', 'length': 3})
+  claim(tmp_path, config, data={'fingerprint': 'one', 'length': 3})
   with pytest.raises(UsageError, match='data.fingerprint'):
-    claim(tmp_path, config, fingerprint='two')
+    claim(tmp_path, config, data={'fingerprint': 'two', 'length': 3})
+  with pytest.raises(UsageError, match='data.length'):
+    claim(tmp_path, config, data={'fingerprint': 'one', 'length': 4})
 
 
 def test_a_profile_of_some_steps_is_written(tmp_path):
