@@ -82,7 +82,7 @@ def train(
         keep_last=config.train.keep_last,
         keep_every=config.train.keep_every,
       ) as checkpoints,
-      job.told(busy=lambda: checkpoints.saving),
+      job.told(busy=lambda: checkpoints.saving, where=alive.where),
     ):
       _claim(experiment, workdir, warm, force)
       return _run(program, checkpoints, workdir, warm, should_stop, alive)

@@ -9,6 +9,7 @@ thread waits for ever in a collective that the failed process never enters.
 import atexit
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -82,11 +83,13 @@ class Peers:
   ) -> None:
     """Takes the function that words errors: error -> (sentence, exit code)."""
     self._busy: Callable[[], bool] = lambda: False
+    self._where: Callable[[], str] = lambda: 'the start'
     self._describe = describe
     self._client: Any = None
     self._failure: Failure | None = None
     self._stop: Failure | None = None
     self._left = threading.Event()
+    self._aborts = False
 
   def __enter__(self) -> Self:
     _current.append(self)
@@ -126,15 +129,18 @@ class Peers:
       raise PeerError(self._failure) from error
 
   @contextlib.contextmanager
-  def told(self, *, busy: Callable[[], bool]) -> Iterator[None]:
+  def told(
+    self, *, busy: Callable[[], bool], where: Callable[[], str]
+  ) -> Iterator[None]:
     """Tells the others of an error before the blocks around are left.
 
     Leaving them may wait for the others, which wait for this process.
 
     Args:
       busy: whether a save is in progress; the processes do not end in it.
+      where: what the main thread does, for the messages of `abort`.
     """
-    self._busy = busy
+    self._busy, self._where = busy, where
     try:
       yield
     except BaseException as error:
@@ -185,25 +191,60 @@ class Peers:
       raise PeerError(self._stop)
 
   def abort(self, sentence: str, exit_code: int = 1) -> None:
-    """Ends this process, then the others; what hangs here is left behind."""
+    """Ends this process, then the others; what hangs here is left behind.
+
+    Names the processes that do not answer, or else are elsewhere.
+    """
     print('error: ' + sentence, file=sys.stderr, flush=True)
+    self._aborts = True
+    if self._client is not None:
+      _exit_in(LAST + 5 * POLL, exit_code)  # process 0 may not answer
+      found = ['without an answer: process 0.']
+      seeking = threading.Thread(target=lambda: found.append(self._stray()))
+      seeking.daemon = True
+      seeking.start()
+      seeking.join(4 * POLL)
+      print(f'note: {found[-1]}', file=sys.stderr, flush=True)
+      sentence = f'{sentence} Found {found[-1]}'
     failure = self._failure_of(sentence, exit_code)
     if self._client is not None:
-      _exit_in(LAST + LEAVE, exit_code)  # process 0 may not answer
       self._say('failed', failure)
     self._end(failure)
+
+  def _stray(self) -> str:
+    """Which processes do not answer, or do something else than this one."""
+    before = self._read('at')
+    time.sleep(2.5 * POLL)
+    at = self._read('at')
+    if self._failure is not None:  # of another: that is why it is silent
+      return str(PeerError(self._failure))
+
+    def named(wanted: Callable[[str], bool]) -> str:
+      hosts = {i: json.loads(text) for i, text in at.items() if wanted(i)}
+      lines = [f'process {i} on host {h[1]} ({h[2]})' for i, h in hosts.items()]
+      return ', '.join(lines[:4])
+
+    mine = self._where()
+    if silent := named(lambda i: before.get(i) == at[i]):
+      return f'without an answer: {silent}.'
+    if away := named(lambda i: json.loads(at[i])[2] != mine):
+      return f'elsewhere: {away}.'
+    return 'all processes answer.'
 
   # In the background.
 
   def _watch(self) -> None:
     """Waits for a failure, then until the main thread has left."""
+    counter = itertools.count()
     while self._failure is None:
+      at = json.dumps([next(counter), socket.gethostname(), self._where()])
+      self._write(f'at/{self._me}', at, again=True)
       if self._left.wait(POLL):
         return
       self._look()
     failure, deadline = self._failure, time.monotonic() + LEAVE
     while time.monotonic() < deadline:
-      if self._left.wait(0.1):
+      if self._left.wait(0.1) or self._aborts:
         return
       if self._busy() and str(failure.process) not in self._read('left'):
         # The failed process finishes its part of the save as well.
@@ -254,9 +295,9 @@ class Peers:
     """Writes a failure, unless there is one: the first is the cause."""
     self._write(f'said/{name}', json.dumps(dataclasses.asdict(failure)))
 
-  def _write(self, key: str, value: str) -> None:
+  def _write(self, key: str, value: str, *, again: bool = False) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      self._client.key_value_set(f'{_ROOT}/{key}', value)
+      self._client.key_value_set(f'{_ROOT}/{key}', value, again)
 
   def _read(self, folder: str) -> dict[str, str]:
     try:

@@ -61,6 +61,10 @@ class Watchdog:
     """Records that `step` was dispatched to the devices."""
     self._now = time.monotonic(), self._step, f'the step after {step}'
 
+  def where(self) -> str:
+    """The phase or the step that is watched."""
+    return self._now[2]
+
   def _watch(self) -> None:
     limits = [limit for limit in (self._startup, self._step) if limit]
     while limits and not self._left.wait(min(*limits, 100.0) / 10):
