@@ -8,6 +8,7 @@ cannot be read; `bug`: the step raises; `save`: so does its checkpoint; `init`,
 import os
 import signal
 import sys
+import time
 
 from imagen_jax.cli import train as cli
 from imagen_jax.errors import DataError
@@ -34,23 +35,28 @@ def main():
 
     setattr(owner, name, faulty)
 
+  def now():
+    print('fault at', time.time(), flush=True)
+
   def stop():
+    now()
     os.kill(os.getpid(), signal.SIGSTOP)
 
   def error(error):
     def fault():
+      now()
       raise error
 
     return fault
 
-  at_step = lambda self, now, *_, **__: now == step
+  at_step = lambda self, number, *_, **__: number == step
   if kind == 'data':
     original = loop.train_batches
 
     def batches(experiment, start):
       for i, batch in enumerate(original(experiment, start), start + 1):
         if i == step:
-          raise DataError('photo.jpg cannot be decoded.')
+          error(DataError('photo.jpg cannot be decoded.'))()
         yield batch
 
     loop.train_batches = batches
