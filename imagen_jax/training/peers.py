@@ -85,6 +85,7 @@ class Peers:
     self._busy: Callable[[], bool] = lambda: False
     self._where: Callable[[], str] = lambda: 'the start'
     self._describe = describe
+    self._job: Any = None
     self._client: Any = None
     self._failure: Failure | None = None
     self._stop: Failure | None = None
@@ -93,7 +94,8 @@ class Peers:
 
   def __enter__(self) -> Self:
     _current.append(self)
-    self._client = distributed.global_state.client
+    self._job = distributed.global_state
+    self._client = self._job.client
     if self._client is not None:
       threading.Thread(target=self._watch, daemon=True).start()
     return self
@@ -120,7 +122,6 @@ class Peers:
       self._failure = error.failure
     if self._client is None or isinstance(error, PeerError):
       return
-    self._look()
     if self._failure is None:
       sentence, code = self._describe(error)
       self._say('failed', self._failure_of(sentence, code))
@@ -167,7 +168,7 @@ class Peers:
       self._look()
       if self._stop != stop:
         break
-      if len(self._read('knows')) == distributed.global_state.num_processes:
+      if len(self._read('knows')) == self._job.num_processes:
         return
       time.sleep(0.05)
     raise error
@@ -272,9 +273,8 @@ class Peers:
       _exit_in(LAST + 1, failure.exit_code)  # process 0 may not answer
       self._write(f'left/{self._me}', '')
       deadline = time.monotonic() + LAST
-      everyone = distributed.global_state.num_processes
       while self._me == 0 and time.monotonic() < deadline:
-        if len(self._read('left')) == everyone:
+        if len(self._read('left')) == self._job.num_processes:
           time.sleep(0.5)
           break
         time.sleep(0.1)
@@ -286,7 +286,7 @@ class Peers:
   @property
   def _me(self) -> int:
     # Not jax.process_index, which starts the devices.
-    return distributed.global_state.process_id
+    return self._job.process_id if self._job else 0
 
   def _failure_of(self, *fields: Any, after: int | None = None) -> Failure:
     return Failure(self._me, socket.gethostname(), *fields, after=after)
