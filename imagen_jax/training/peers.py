@@ -80,13 +80,20 @@ class Peers:
   def __init__(
     self,
     describe: Callable[[BaseException], tuple[str, int]] = describe,
+    *,
+    joins: bool = False,
   ) -> None:
-    """Takes the function that words errors: error -> (sentence, exit code)."""
+    """Does nothing yet.
+
+    Args:
+      describe: error -> (sentence, exit code).
+      joins: whether this process joins the others inside the block.
+    """
+    self._joins = joins
     self._busy: Callable[[], bool] = lambda: False
     self._where: Callable[[], str] = lambda: 'the start'
     self._describe = describe
     self._job: Any = None
-    self._client: Any = None
     self._failure: Failure | None = None
     self._stop: Failure | None = None
     self._left = threading.Event()
@@ -95,8 +102,7 @@ class Peers:
   def __enter__(self) -> Self:
     _current.append(self)
     self._job = distributed.global_state
-    self._client = self._job.client
-    if self._client is not None:
+    if self._client is not None or self._joins:
       threading.Thread(target=self._watch, daemon=True).start()
     return self
 
@@ -238,11 +244,13 @@ class Peers:
     """Waits for a failure, then until the main thread has left."""
     counter = itertools.count()
     while self._failure is None:
-      at = json.dumps([next(counter), socket.gethostname(), self._where()])
-      self._write(f'at/{self._me}', at, again=True)
+      if self._client is not None:
+        at = json.dumps([next(counter), socket.gethostname(), self._where()])
+        self._write(f'at/{self._me}', at, again=True)
       if self._left.wait(POLL):
         return
-      self._look()
+      if self._client is not None:
+        self._look()
     failure, deadline = self._failure, time.monotonic() + LEAVE
     while time.monotonic() < deadline:
       if self._left.wait(0.1) or self._aborts:
@@ -282,6 +290,12 @@ class Peers:
     os._exit(failure.exit_code)
 
   # The store.
+
+  @property
+  def _client(self) -> Any:
+    """Of the store; None before it can be used, and in a job of one process."""
+    ready = self._job and self._job.preemption_sync_manager is not None
+    return self._job.client if ready else None
 
   @property
   def _me(self) -> int:

@@ -37,7 +37,9 @@ def pair(monkeypatch):
   monkeypatch.setattr(peers.Peers, '_end', end)
   store, both = FakeStore(), []
   for i in range(2):
-    job = types.SimpleNamespace(client=store, process_id=i, num_processes=2)
+    job = types.SimpleNamespace(
+      client=store, process_id=i, num_processes=2, preemption_sync_manager=1
+    )
     monkeypatch.setattr(peers.distributed, 'global_state', job)
     both.append(peers.Peers().__enter__())
   yield both, ended
