@@ -80,6 +80,7 @@ RANGES = {
   'train.ema_lengths': '(0, 0.28]',
   'train.ema_every': '[1, inf)',
   'train.max_bad_steps': '[1, inf)',
+  'train.startup_seconds': '[0, inf)',
   'train.hang_seconds': '[0, inf)',
   'train.profile_at': '[1, inf)',
   'train.optimizer.learning_rate': '[0, inf)',
@@ -331,7 +332,10 @@ def train() -> dict[str, Any]:
     'ema_every': 5000,
     # The run ends after this many consecutive steps with NaN or Inf.
     'max_bad_steps': 20,
-    # The run ends if a step takes longer than this, in seconds; 0: never.
+    # The run ends if one of these takes longer, in seconds; 0: never. Each
+    # part of the start: data set, restoring, compiling with the first step.
+    'startup_seconds': 3600.0,
+    # A step, with the preview or the wait for a checkpoint that follows it.
     'hang_seconds': 1800.0,
     # Step from which five are profiled, into WORKDIR/profile.
     'profile_at': placeholder(int),

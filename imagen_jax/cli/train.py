@@ -1,5 +1,7 @@
 """imagen-train: trains the model that a config describes."""
 
+import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -9,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
+from imagen_jax.errors import ImagenError
 from imagen_jax.io.paths import check_folder, user_path
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
+
+# The limit of joining the other processes where the config is unusable.
+JOIN_SECONDS = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,22 +67,53 @@ def _parser() -> errors.Parser:
 
 
 def _main(argv: list[str]) -> int:
+  if hasattr(signal, 'SIGUSR1'):  # not on Windows
+    faulthandler.register(signal.SIGUSR1, 2, all_threads=True)  # 2: stderr
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
-  config = load_config(args.config, overrides)
-  workdir = check_folder(args.workdir, key='workdir', in_bucket=True)
-  elsewhere = config.train.get('checkpoint_dir')
-  if elsewhere:
-    key = 'config.train.checkpoint_dir'
-    check_folder(elsewhere, key=key, in_bucket=True)
-  runtime.start(split_cpu=True, processes=args)
+  together = args.distributed or args.coordinator is not None
+  config = _checked_config(args, overrides)
+  if isinstance(config, ImagenError) and not together:
+    raise config
 
+  from imagen_jax.training.peers import Peers
+  from imagen_jax.training.watchdog import Watchdog
+
+  known = not isinstance(config, ImagenError)
+  limit = config.train.startup_seconds if known else JOIN_SECONDS
+  with Peers(errors.outcome, joins=together) as job:
+    with Watchdog(limit, end=job.abort) as alive:
+      alive.phase('finding the devices and the other processes')
+      runtime.start(split_cpu=True, processes=args)
+    if isinstance(config, ImagenError):  # now the others can be told
+      raise config
+    return _train(args, config)
+
+
+def _checked_config(
+  args: argparse.Namespace, overrides: list[str]
+) -> 'ConfigDict | ImagenError':
+  """The config, or what is wrong with it or with the folders."""
+  try:
+    config = load_config(args.config, overrides)
+    check_folder(args.workdir, key='workdir', in_bucket=True)
+    elsewhere = config.train.get('checkpoint_dir')
+    if elsewhere:
+      key = 'config.train.checkpoint_dir'
+      check_folder(elsewhere, key=key, in_bucket=True)
+  except ImagenError as error:
+    return error
+  return config
+
+
+def _train(args: argparse.Namespace, config: 'ConfigDict') -> int:
+  """Trains; returns the exit code."""
   from imagen_jax.training.loop import train
 
   with _agreed() if _together() else _alone() as should_stop:
     step = train(
       config,
-      workdir,
+      args.workdir,
       should_stop=should_stop,
       init_from=args.init_from,
       force=args.force,

@@ -1,4 +1,4 @@
-"""Everything that watches a run: metrics, samples, profile, watchdog."""
+"""Everything that watches a run: metrics, samples, profile."""
 
 import collections
 import contextlib
@@ -24,7 +24,6 @@ from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.profiling import Profiler
 from imagen_jax.training.program import Program
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,6 @@ class Monitor(contextlib.ExitStack):
       maxlen=train_cfg.max_bad_steps
     )
     self._metrics = self.enter_context(_metrics(run))
-    self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
     self._profiler = self.enter_context(
       Profiler(train_cfg.profile_at, run.workdir / 'profile')
     )
@@ -93,7 +91,6 @@ class Monitor(contextlib.ExitStack):
       jax.block_until_ready(state)
       self._metrics.start(step)  # do not count the compilation
       self._recent = [values]
-    self._alive.beat(step)
 
   def report(self, step: int, state: TrainState) -> None:
     """Evaluates, logs and samples when the config says so.
