@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def _parser() -> errors.Parser:
 
 
 def _main(argv: list[str]) -> int:
+  began = time.time()  # before the imports that take seconds
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
@@ -80,6 +82,7 @@ def _main(argv: list[str]) -> int:
       init_from=args.init_from,
       force=args.force,
       dry_run=args.dry_run,
+      began=began,
     )
   return 0 if args.dry_run else _ended(step, config, should_stop)
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.dtypes import pinned
 from imagen_jax.io import lock, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.training import ledger as ledgers
 from imagen_jax.training import power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
 from imagen_jax.training.input import train_batches
+from imagen_jax.training.ledger import Ledger
 from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.monitor import Monitor, Run
 from imagen_jax.training.program import Program, make_program
@@ -32,19 +33,22 @@ def train(
   init_from: str | pathlib.Path | None = None,
   force: bool = False,
   dry_run: bool = False,
+  began: float | None = None,
 ) -> int:
   """Trains up to step `config.train.num_steps`, resuming the workdir's run.
 
   Args:
     config: of an experiment, such as `configs/imagen_base64.py`'s.
     workdir: the run's directory: `config.json`, `checkpoints/`,
-      `metrics.jsonl`, `samples/`. A run of the same config in it is resumed.
+      `metrics.jsonl`, `goodput.json`, `samples/`. A run of the same config in
+      it is resumed.
     should_stop: called after every step with its number; True saves and
       returns early. It must return the same on all processes.
     init_from: a training workdir or an exported stage whose EMA a new run
       starts from; a resumed run does not use it.
     force: resume although the config or the data set has changed.
     dry_run: print what would run, write nothing, and return 0.
+    began: `time.time()` of the start of the process; None means now.
 
   Returns:
     the number of the last step.
@@ -55,19 +59,21 @@ def train(
     ModelError: the text encoder or every checkpoint is unusable.
     NumericError: too many steps in a row were NaN or Inf.
   """
-  workdir = pathlib.Path(workdir)
+  workdir, ledger = pathlib.Path(workdir), Ledger(began)
   find_loggers(config.train.log_to)  # what is wrong there is said at the start
   experiment = make_experiment(config, workdir)
-  program = make_program(experiment, experiment.mesh)
-  if jax.process_index() == 0:
-    for line in report.startup(program, arrays=dry_run):
-      print(line, flush=True)
+  with ledger.spent('compile'):
+    program = make_program(experiment, experiment.mesh)
+    if jax.process_index() == 0:
+      for line in report.startup(program, arrays=dry_run):
+        print(line, flush=True)
   if dry_run:
     return 0
   warm = None if init_from is None else model_folder.load_stage(init_from)
   checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
   with (
     _locked(workdir, checkpoint_dir),
+    ledger,
     Checkpoints(
       checkpoint_dir,
       keep_last=config.train.keep_last,
@@ -75,7 +81,11 @@ def train(
     ) as checkpoints,
   ):
     _claim(experiment, workdir, warm, force)
-    return _run(program, checkpoints, workdir, warm, should_stop)
+    step = _run(program, checkpoints, workdir, warm, should_stop, ledger)
+  if jax.process_index() == 0:
+    for line in ledger.table():
+      print(line, flush=True)
+  return step
 
 
 @contextlib.contextmanager
@@ -100,18 +110,25 @@ def _run(
   workdir: pathlib.Path,
   warm: StageRecord | None,
   should_stop: Callable[[int], bool],
+  ledger: Ledger,
 ) -> int:
   """Restores, trains and finishes; returns the number of the last step."""
   experiment = program.experiment
   frozen = experiment.load_frozen()
-  state, start = _first_state(program, checkpoints, warm)
+  state, start, kept = _first_state(program, checkpoints, warm, ledger)
+  first_process = jax.process_index() == 0
+  ledger.resume(workdir / ledgers.FILE if first_process else None, kept)
   with _snapshots(program, checkpoints, start) as snapshots:
-    run = Run(program, frozen, checkpoints, snapshots, workdir, start)
+    run = Run(program, frozen, checkpoints, snapshots, workdir, start, ledger)
     monitor = Monitor(run)
     with jax.set_mesh(experiment.mesh), monitor:
+      ledger.enter('compile')
       step, state = _steps(run, state, monitor, should_stop)
+      ledger.enter('other')
       if step >= experiment.config.train.num_steps:
         experiment.finish(state, frozen)
+        ledger.finished = True
+  ledger.enter('save')  # what is left of the last one
   return step
 
 
@@ -154,18 +171,23 @@ def _claim(
 
 
 def _first_state(
-  program: Program, checkpoints: Checkpoints, warm: StageRecord | None
-) -> tuple[TrainState, int]:
-  """(state, its step) of the newest good checkpoint or of a new run."""
+  program: Program,
+  checkpoints: Checkpoints,
+  warm: StageRecord | None,
+  ledger: Ledger,
+) -> tuple[TrainState, int, dict[str, float]]:
+  """The newest good checkpoint or a new run: (state, its step, its ledger)."""
+  kept: dict[str, float] = {}
   if checkpoints.latest_step() is not None:
-    state, _, step = checkpoints.restore(program.abstract_state())
-    origin = f'resumes after step {step}'
+    with ledger.spent('restore'):
+      state, extra, step = checkpoints.restore(program.abstract_state())
+    kept, origin = extra.get('seconds', {}), f'resumes after step {step}'
   else:
     first = program.experiment.start(program.shardings.params, warm)
     state, step, origin = program.first_state(first.params), 0, first.origin
   if jax.process_index() == 0:
     print(f'{program.experiment.name}: {origin}', flush=True)
-  return state, step
+  return state, step, kept
 
 
 def _steps(
@@ -180,7 +202,6 @@ def _steps(
   data = train_batches(experiment, run.start)
   for step in range(run.start + 1, train_cfg.num_steps + 1):
     batch = monitor.next_batch(step, data)
-    batch = sharding.put_batch(batch, experiment.mesh)
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
       state, values = program.step(state, batch, run.frozen)
     monitor.after(step, state, values)
@@ -189,9 +210,13 @@ def _steps(
     last = step == train_cfg.num_steps
     if run.snapshots and (last or step % train_cfg.ema_every == 0):
       # Complete before the checkpoint: a resumed run does not save it again.
-      run.snapshots.save(step, {'emas': state.emas}, wait=True)
+      monitor.settle()
+      with run.ledger.spent('save'):
+        run.snapshots.save(step, {'emas': state.emas}, wait=True)
     if last or stopping or step % train_cfg.checkpoint_every == 0:
-      run.checkpoints.save(step, state, {'data_step': step})
+      extra = {'data_step': step, 'seconds': monitor.settle()}
+      with run.ledger.spent('save'):
+        run.checkpoints.save(step, state, extra)
     if stopping:
       break
   return step, state
