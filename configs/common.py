@@ -79,6 +79,7 @@ RANGES = {
   'train.ema_lengths': '(0, 0.28]',
   'train.ema_every': '[1, inf)',
   'train.max_bad_steps': '[1, inf)',
+  'train.check_replicas_every': '[1, inf)',
   'train.hang_seconds': '[0, inf)',
   'train.profile_at': '[1, inf)',
   'train.optimizer.learning_rate': '[0, inf)',
@@ -109,6 +110,7 @@ NULLABLE = (
   'stage.sampling.threshold',
   'train.sample_every',
   'train.eval_every',
+  'train.check_replicas_every',
   'train.optimizer.clip',
 )
 
@@ -324,6 +326,10 @@ def train() -> dict[str, Any]:
     'ema_every': 5000,
     # The run ends after this many consecutive steps with NaN or Inf.
     'max_bad_steps': 20,
+    # Steps between two comparisons of the replicas of the state, which find a
+    # device that computes or stores wrongly; None: never. Where it divides
+    # `checkpoint_every`, each checkpoint is compared before it is saved.
+    'check_replicas_every': 500,
     # The run ends if a step takes longer than this, in seconds; 0: never.
     'hang_seconds': 1800.0,
     # Step from which five are profiled, into WORKDIR/profile.

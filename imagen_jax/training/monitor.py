@@ -13,7 +13,7 @@ import numpy as np
 from imagen_jax import sharding
 from imagen_jax.io import images as image_io
 from imagen_jax.io.checkpoint import Checkpoints
-from imagen_jax.training import chips
+from imagen_jax.training import chips, replicas
 from imagen_jax.training.experiment import Preview, Tree
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss
@@ -120,7 +120,8 @@ class Monitor(contextlib.ExitStack):
     """Evaluates, logs and samples when the config says so.
 
     Raises:
-      NumericError: too many steps in a row were NaN or Inf.
+      NumericError: too many steps in a row were NaN or Inf, or a device
+        computes wrongly.
     """
     train_cfg, spent = self._train_cfg, self._run.ledger.spent
     last = step == train_cfg.num_steps
@@ -136,6 +137,11 @@ class Monitor(contextlib.ExitStack):
       self.settle()
       with spent('other'):
         self._log(step, state, more)
+    every = train_cfg.check_replicas_every
+    if every and step % every == 0:
+      self.settle()
+      with spent('other'):
+        replicas.check(state, self._experiment.mesh, step)
     if self._preview and (last or step % train_cfg.sample_every == 0):
       self.settle()
       with spent('eval'):
