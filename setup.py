@@ -93,6 +93,7 @@ setuptools.setup(
       'imagen-prepare = imagen_jax.cli.prepare:main',
       'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',
+      'imagen-watch = imagen_jax.cli.watch:main',
     ]
   },
 )

@@ -30,7 +30,7 @@ INTERVAL = 10.0  # seconds between two signs of life
 class Ledger:
   """Adds up the seconds of each of `PARTS`; each moment belongs to one part.
 
-  Process 0 keeps it in the workdir, so that it goes on after a restart. What a
+  Process 0 keeps it in the workdir, for the next start. What a
   killed process did after its last sign of life counts as down.
 
   Attributes:
