@@ -88,7 +88,7 @@ class Metrics:
       **values: further numbers for the line.
     """
     recent = jax.device_get(recent)
-    slow = pace.slowest(paced)
+    slow = self._compare(paced)
     before, steps = self._spent, step - self._step
     self.start(step)
     if not self.write:
@@ -121,6 +121,15 @@ class Metrics:
       file=sys.stderr,
       flush=True,
     )
+
+  def _compare(self, paced: Sequence[pace.Step]) -> pace.SlowHost | None:
+    """A host that is slow, for whose data the others have waited."""
+    hosts = pace.gather(paced)
+    if hosts is None:
+      return None
+    waited = hosts[:, 1].max() - np.mean([step.data for step in paced])
+    self.ledger.move(waited * len(paced), 'step', 'data_wait')
+    return pace.find_slow(hosts)
 
   def _speed(self, images: int, steps: int, seconds: float) -> dict[str, float]:
     """Images and FLOPs per second, and fractions of the peak."""

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Float
+
+Hosts = Float[np.ndarray, 'hosts 3']  # the mean `Step` of each host
 
 SLOW = 1.3  # times the median
 
@@ -95,20 +98,24 @@ class Pace:
       self._dispatched.task_done()
 
 
-def slowest(steps: list[Step]) -> SlowHost | None:
+def gather(steps: list[Step]) -> Hosts | None:
+  """The mean `Step` of each host; None without steps.
+
+  Every process calls it, with its own steps.
+  """
+  if not steps:
+    return None
+  mine = np.mean(steps, axis=0)[None]
+  if jax.process_count() == 1:
+    return mine
+  return multihost_utils.process_allgather(mine, tiled=True)
+
+
+def find_slow(hosts: Hosts) -> SlowHost | None:
   """The slowest host if it takes `SLOW` times as long as the median one.
 
-  Every process calls it, with its own steps. A device that is slow holds up all
-  hosts alike: only a profile shows it.
+  A device that is slow holds up all hosts alike: only a profile shows it.
   """
-  if jax.process_count() == 1 or not steps:
-    return None
-  mine = np.mean(steps, axis=0, dtype=np.float32)
-  return find_slow(multihost_utils.process_allgather(mine))
-
-
-def find_slow(hosts: np.ndarray) -> SlowHost | None:
-  """`slowest` from the mean `Step` of each host, [hosts, 3]."""
   total, data, late = np.asarray(hosts, np.float64).T
   # The host that is last waits for no other: its devices only compute.
   own = late + (total - late).min()

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import torture_runs
 from imagen_jax.errors import ModelError
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import ledger as ledgers
 from imagen_jax.training import loop, pace
 from imagen_jax.training.flops import count_flops, has_remat, without_remat
 from imagen_jax.training.ledger import LOST, Ledger
+from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.pace import Pace, Step
 from tests import tiny_model
 
@@ -183,6 +185,25 @@ def test_only_the_waits_during_which_devices_are_idle_count(clock):
     assert paced.take() == []
 
 
+def test_waiting_for_another_hosts_data_is_data_wait(
+  clock, tmp_path, monkeypatch
+):
+  hosts = np.asarray([(3.0, 0.5, 0.5), (3.0, 2.0, 2.0)])
+  monkeypatch.setattr(pace, 'gather', lambda steps: hosts)
+  ledger = Ledger()
+  metrics = Metrics(
+    tmp_path / 'metrics.jsonl', ledger, start_step=0, num_steps=9
+  )
+  with ledger.spent('step'):
+    clock.now += 6
+  ledger.move(1.0, 'step', 'data_wait')  # of the two steps on this host
+  metrics.log(2, 8, [], [Step(3.0, 0.5, 0.5)] * 2)
+  row = json.loads((tmp_path / 'metrics.jsonl').read_text())
+  assert (row['seconds_step'], row['seconds_data_wait']) == (2.0, 4.0)
+  assert row['step_seconds_p50'] == row['step_seconds_p99'] == 3.0
+  assert (row['slow_host'], row['slow_host_ratio']) == (1, 2.0)
+
+
 def test_the_host_whose_devices_wait_for_it_is_named_not_those_that_wait_too():
   # Everyone's step takes 1.5 s; the third host is half a second late.
   hosts = [Step(1.5, 0, 0), Step(1.5, 0, 0), Step(1.5, 0.4, 0.5)]
@@ -192,6 +213,22 @@ def test_the_host_whose_devices_wait_for_it_is_named_not_those_that_wait_too():
   assert slow.data == pytest.approx(0.8)
   assert pace.find_slow(np.asarray([(1.2, 0, 0), (1.2, 0, 0.2)])) is None
   assert pace.find_slow(np.asarray([(1.5, 0, 0.5)] * 3)) is None
+
+
+@pytest.mark.slow
+def test_a_host_that_reads_slowly_is_named_in_the_log(tmp_path):
+  more = ('--config.data.kind=tests.slow_source:SlowSource',)
+  more += ('--config.train.log_every=4', '--config.train.checkpoint_every=99')
+  jobs = torture_runs.start(tmp_path, 16, *more, devices=1, processes=2)
+  printed = [job.communicate()[0] for job in jobs]
+  assert [job.returncode for job in jobs] == [0, 0], printed
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  row = json.loads(lines[-1])
+  assert row['slow_host'] == 1
+  assert row['slow_host_ratio'] > 1.3 and row['slow_host_data_percent'] > 90
+  assert 'host 1 is slow' in printed[0]
+  # The devices of process 0, which writes this, waited for them too.
+  assert row['data_wait_percent'] > 30
 
 
 def test_flops_of_a_model_do_not_depend_on_rematerialization():
