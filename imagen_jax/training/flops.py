@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
 
 F = TypeVar('F', bound=Callable)
@@ -52,7 +52,7 @@ def without_remat(function: F) -> F:
   @functools.wraps(function)
   def saving(*args: Any) -> Any:
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    run = jax.extend.core.jaxpr_as_fun(_saving(traced))
+    run = jaxpr_as_fun(_saving(traced))
     tree = jax.tree.structure(shapes)
     return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
 

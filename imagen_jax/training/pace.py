@@ -11,6 +11,7 @@ import queue
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -98,7 +99,7 @@ class Pace:
       self._dispatched.task_done()
 
 
-def gather(steps: list[Step]) -> Hosts | None:
+def gather(steps: Sequence[Step]) -> Hosts | None:
   """The mean `Step` of each host; None without steps.
 
   Every process calls it, with its own steps.

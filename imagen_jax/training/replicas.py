@@ -63,7 +63,7 @@ def checksums(state: Any, mesh: Mesh) -> UInt32[Array, 'data fsdp 2']:
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
 def _add(
-  sums: Array, leaf: Array, mesh: Mesh, spec: PartitionSpec
+  sums: jax.Array, leaf: jax.Array, mesh: Mesh, spec: PartitionSpec
 ) -> jax.Array:
   """Adds the bits that each device holds of an array to its sums."""
   kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
