@@ -10,6 +10,7 @@ r"""Stress test of training: interruptions, damage, a full disk, other meshes.
   memory   resident memory over a long run
   meshes   the same run on one device, replicated, sharded, over processes
   hosts    one of two processes gets SIGTERM, or is killed
+  faults   one of two processes fails, or hangs
 
 Each part prints one table; the exit code is 1 if anything was lost.
 """
@@ -269,7 +270,61 @@ def hosts(folder, args):
   return failures
 
 
-PARTS = {f.__name__: f for f in (cuts, damage, disk, memory, meshes, hosts)}
+# ---- Faults ----------------------------------------------------------------
+# (fault of torture_faults.py, limit in seconds, exit code, step that is saved)
+FAULTS = (
+  ('data:1:15', 0, 3, 14),  # the step before
+  ('data:0:15', 0, 3, 14),
+  ('bug:1:15', 0, 1, 10),
+  ('bug:0:15', 0, 1, 10),
+  ('save:1:10', 0, 2, 5),
+  ('init:1:0', 20, 1, 0),
+  ('compile:1:0', 60, 1, 0),
+  ('step:1:12', 10, 1, 10),
+)
+
+
+def faults(folder, args):
+  """Both processes end with one exit code; `data` saves the step before."""
+  print('fault        limit  exit codes  s after  checkpoint  the other said')
+  failures = 0
+  for fault, limit, code, step in FAULTS:
+    kind, bad, _ = fault.split(':')
+    if args.only and fault not in args.only:
+      continue
+    workdir, bad, stops = folder / fault, int(bad), limit > 0
+    flags = ['--config.train.checkpoint_every=5']
+    if stops:
+      key = 'hang' if kind == 'step' else 'startup'
+      flags.append(f'--config.train.{key}_seconds={limit}')
+    jobs = runs.start(
+      workdir, 1000, *flags, devices=1, processes=2, fault=fault
+    )
+    other = jobs[1 - bad].communicate()[0]
+    if stops:
+      jobs[bad].kill()  # it still stands
+    mine = jobs[bad].communicate()[0]
+    after = (
+      time.time() - float(re.search(r'fault at ([\d.]+)', mine)[1]) - limit
+    )
+    codes = [job.returncode for job in jobs]
+    saved = runs.newest(workdir)
+    said = [line for line in other.splitlines() if line.startswith('error')]
+    failures += jobs[1 - bad].returncode != code or saved != step
+    failures += after > 15 or len(said) != 1
+    failures += not stops and len(set(codes)) > 1
+    failures += not stops and f'process {bad} on host' not in said[0]
+    print(
+      f'{fault:12} {limit:5} {codes!s:>11} {after:8.1f} {saved:11}  '
+      f'{said[0][7:57] if said else other[-2000:]} …',
+      flush=True,
+    )
+  return failures
+
+
+PARTS = {
+  f.__name__: f for f in (cuts, damage, disk, memory, meshes, hosts, faults)
+}
 
 
 def main():

@@ -26,10 +26,10 @@ TINY = [
 ]
 
 
-def command(workdir, steps, *more):
+def command(workdir, steps, *more, script=ROOT / 'train.py'):
   return [
     sys.executable,
-    str(ROOT / 'train.py'),
+    str(script),
     *TINY,
     f'--workdir={workdir}',
     f'--config.train.num_steps={steps}',
@@ -164,19 +164,23 @@ def together(workdir, steps, *more, devices, processes):
   return printed[0]
 
 
-def start(workdir, steps, *more, devices, processes):
-  """Starts the processes of a run."""
+def start(workdir, steps, *more, devices, processes, fault=None):
+  """Starts the processes of a run, one with a fault of `torture_faults.py`."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
   if processes == 1:
     flags = []
+  script, more_environment = ROOT / 'train.py', {}
+  if fault:
+    script = ROOT / 'benchmarks' / 'torture_faults.py'
+    more_environment = {'FAULT': fault}
   return [
     subprocess.Popen(
-      command(workdir, steps, *more, *flags)
+      command(workdir, steps, *more, *flags, script=script)
       + ([f'--process_id={i}'] if flags else []),
-      env=environment(devices),
+      env=environment(devices) | more_environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

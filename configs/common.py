@@ -80,6 +80,7 @@ RANGES = {
   'train.ema_every': '[1, inf)',
   'train.max_bad_steps': '[1, inf)',
   'train.check_replicas_every': '[1, inf)',
+  'train.startup_seconds': '[0, inf)',
   'train.hang_seconds': '[0, inf)',
   'train.profile_at': '[1, inf)',
   'train.optimizer.learning_rate': '[0, inf)',
@@ -330,7 +331,10 @@ def train() -> dict[str, Any]:
     # device that computes or stores wrongly; None: never. Where it divides
     # `checkpoint_every`, each checkpoint is compared before it is saved.
     'check_replicas_every': 500,
-    # The run ends if a step takes longer than this, in seconds; 0: never.
+    # The run ends if one of these takes longer, in seconds; 0: never. Each
+    # part of the start: data set, restoring, compiling with the first step.
+    'startup_seconds': 3600.0,
+    # A step, with the preview or the wait for a checkpoint that follows it.
     'hang_seconds': 1800.0,
     # Step from which five are profiled, into WORKDIR/profile.
     'profile_at': placeholder(int),

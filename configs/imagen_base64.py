@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   # A long run: longer intervals; every 100,000 steps a checkpoint for good.
   config.train.update(log_every=100, checkpoint_every=5000, eval_every=5000)
   config.train.update(sample_every=10_000, keep_every=100_000)
-  config.train.hang_seconds = 3600.0
+  config.train.update(startup_seconds=7200.0, hang_seconds=3600.0)
   config.train.optimizer.kind = 'adafactor'
   config.mesh.fsdp = 8
   return config

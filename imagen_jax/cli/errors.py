@@ -83,6 +83,17 @@ def _run(
     return getattr(error, 'exit_code', UsageError.exit_code)
 
 
+def outcome(error: BaseException) -> tuple[str, int]:
+  """(sentence, exit code) of an error, for the other processes of a job."""
+  if isinstance(error, KeyboardInterrupt):
+    return 'it was interrupted.', 130
+  sentence = _sentence(error, {})
+  if sentence is None:
+    text = ' '.join(str(error).split())[:500]
+    return f'{type(error).__name__}: {text}', 1
+  return sentence, getattr(error, 'exit_code', UsageError.exit_code)
+
+
 def _open_streams() -> None:
   """Opens /dev/null for standard streams that are closed, as by `>&-`.
 
@@ -117,7 +128,7 @@ def _unraisable(problem: Any) -> None:
     sys.__unraisablehook__(problem)
 
 
-def _sentence(error: Exception, flags: Mapping[str, str]) -> str | None:
+def _sentence(error: BaseException, flags: Mapping[str, str]) -> str | None:
   """The message for the user, or None for a bug."""
   if isinstance(error, ImagenError):
     sentence, key = str(error), getattr(error, 'key', None)

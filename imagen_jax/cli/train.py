@@ -1,5 +1,7 @@
 """imagen-train: trains the model that a config describes."""
 
+import argparse
+import faulthandler
 import os
 import pathlib
 import signal
@@ -11,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors, runtime
 from imagen_jax.cli.configs import load_config, split_overrides
+from imagen_jax.errors import ImagenError
 from imagen_jax.io.paths import check_folder, user_path
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
+
+# The limit of joining the other processes where the config is unusable.
+JOIN_SECONDS = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,15 +69,45 @@ def _parser() -> errors.Parser:
 
 def _main(argv: list[str]) -> int:
   began = time.time()  # before the imports that take seconds
+  if hasattr(signal, 'SIGUSR1'):  # not on Windows
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
-  config = load_config(args.config, overrides)
-  check_folder(args.workdir, key='workdir')
-  elsewhere = config.train.get('checkpoint_dir')
-  if elsewhere and '://' not in elsewhere:
-    check_folder(elsewhere, key='config.train.checkpoint_dir')
-  runtime.start(split_cpu=True, processes=args)
+  together = args.distributed or args.coordinator is not None
+  config, problem = _checked_config(args, overrides)
+  if problem and not together:
+    raise problem
 
+  from imagen_jax.training.peers import Peers
+  from imagen_jax.training.watchdog import Watchdog
+
+  limit = config.train.startup_seconds if config else JOIN_SECONDS
+  with Watchdog(limit) as alive:
+    alive.phase('finding the devices and the other processes')
+    runtime.start(split_cpu=True, processes=args)
+  with Peers(errors.outcome):
+    if problem or not config:  # now that the others can be told
+      raise problem or AssertionError
+    return _train(args, config, began)
+
+
+def _checked_config(
+  args: argparse.Namespace, overrides: list[str]
+) -> tuple['ConfigDict | None', ImagenError | None]:
+  """(config, None), or None and what is wrong with it or with the folders."""
+  try:
+    config = load_config(args.config, overrides)
+    check_folder(args.workdir, key='workdir')
+    elsewhere = config.train.get('checkpoint_dir')
+    if elsewhere and '://' not in elsewhere:
+      check_folder(elsewhere, key='config.train.checkpoint_dir')
+  except ImagenError as error:
+    return None, error
+  return config, None
+
+
+def _train(args: argparse.Namespace, config: 'ConfigDict', began: float) -> int:
+  """Trains; returns the exit code."""
   from imagen_jax.training.loop import train
 
   with _agreed() if _together() else _alone() as should_stop:

@@ -73,6 +73,7 @@ class Checkpoints:
     self._bad: set[int] = set()
     self._last_saved: int | None = None
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+    self._finishing: concurrent.futures.Future[None] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
     # Orbax's threads, and writes queued behind a failed one in their event
     # loop, log a traceback of what is raised here in one sentence.
@@ -97,6 +98,11 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     """The newest complete step, or None."""
     return max(self.all_steps(), default=None)
+
+  @property
+  def saving(self) -> bool:
+    """Whether a save is in progress."""
+    return self._finishing is not None and not self._finishing.done()
 
   def save(
     self,
@@ -136,7 +142,8 @@ class Checkpoints:
           self._path(step), args=ocp.args.Composite(state=arrays)
         )
       self._last_saved = step
-      self._pending = step, self._worker.submit(self._finish, step, fields)
+      self._finishing = self._worker.submit(self._finish, step, fields)
+      self._pending = step, self._finishing
     if wait:
       self.wait()
 

@@ -1,7 +1,8 @@
 """An experiment's batches, for training and for the held-out loss."""
 
+import collections
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -13,6 +14,40 @@ from imagen_jax.training.experiment import Experiment
 def train_batches(experiment: Experiment, start_step: int) -> Iterator[dict]:
   """This process's part of the batches after step `start_step`."""
   return _batches(experiment, 'train', start_step, experiment.augmentation())
+
+
+class Ahead:
+  """Batches, fetched some steps before they are used.
+
+  When one cannot be read there are steps left, in which all processes agree on
+  one to save. The error is kept; it is raised in the place of the batch.
+
+  Attributes:
+    error: of the batch after those that are left; None: there is none.
+  """
+
+  def __init__(self, batches: Iterator[dict], num: int) -> None:
+    """Takes the batches, and how many are fetched beyond the current one."""
+    self.error: Exception | None = None
+    self._batches, self._num = batches, num
+    self._fetched: collections.deque[dict] = collections.deque()
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __len__(self) -> int:
+    """How many more batches there are, as far as is known."""
+    return len(self._fetched)
+
+  def __next__(self) -> dict:
+    while self.error is None and len(self._fetched) <= self._num:
+      try:
+        self._fetched.append(next(self._batches))
+      except Exception as error:  # StopIteration after the last batch, too
+        self.error = error
+    if self.error is not None and not self._fetched:
+      raise self.error
+    return self._fetched.popleft()
 
 
 def eval_batches(experiment: Experiment) -> Iterator[dict]:

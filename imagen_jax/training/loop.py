@@ -1,5 +1,6 @@
 """The training loop, top to bottom: build, restore, step, save."""
 
+import collections
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
@@ -13,15 +14,20 @@ from imagen_jax.io import lock, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training import ledger as ledgers
-from imagen_jax.training import power_ema, report
+from imagen_jax.training import peers, power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
-from imagen_jax.training.input import train_batches
+from imagen_jax.training.input import Ahead, train_batches
 from imagen_jax.training.ledger import Ledger
 from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.monitor import Monitor, Run
 from imagen_jax.training.program import Program, make_program
 from imagen_jax.training.state import TrainState
+from imagen_jax.training.watchdog import Watchdog
+
+# Steps that are dispatched and not known to be finished. With two, a device
+# always has the next one; with more, a stop or an error would come late.
+RUN_AHEAD = 2
 
 
 @pinned()
@@ -61,27 +67,33 @@ def train(
   """
   workdir, ledger = pathlib.Path(workdir), Ledger(began)
   find_loggers(config.train.log_to)  # what is wrong there is said at the start
-  experiment = make_experiment(config, workdir)
-  with ledger.spent('compile'):
-    program = make_program(experiment, experiment.mesh)
-    if jax.process_index() == 0:
-      for line in report.startup(program, arrays=dry_run):
-        print(line, flush=True)
-  if dry_run:
-    return 0
-  warm = None if init_from is None else model_folder.load_stage(init_from)
-  checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
-  with (
-    _locked(workdir, checkpoint_dir),
-    ledger,
-    Checkpoints(
-      checkpoint_dir,
-      keep_last=config.train.keep_last,
-      keep_every=config.train.keep_every,
-    ) as checkpoints,
-  ):
-    _claim(experiment, workdir, warm, force)
-    step = _run(program, checkpoints, workdir, warm, should_stop, ledger)
+  limits = config.train.startup_seconds, config.train.hang_seconds
+  job = peers.current()
+  with Watchdog(*limits, end=job.abort) as alive:
+    experiment = make_experiment(config, workdir)
+    with ledger.spent('compile'):
+      program = make_program(experiment, experiment.mesh)
+      if jax.process_index() == 0:
+        for line in report.startup(program, arrays=dry_run):
+          print(line, flush=True)
+    if dry_run:
+      return 0
+    warm = None if init_from is None else model_folder.load_stage(init_from)
+    checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
+    with (
+      _locked(workdir, checkpoint_dir),
+      ledger,
+      Checkpoints(
+        checkpoint_dir,
+        keep_last=config.train.keep_last,
+        keep_every=config.train.keep_every,
+      ) as checkpoints,
+      job.told(busy=lambda: checkpoints.saving, where=alive.where),
+    ):
+      _claim(experiment, workdir, warm, force)
+      step = _run(
+        program, checkpoints, workdir, warm, should_stop, alive, ledger
+      )
   if jax.process_index() == 0:
     for line in ledger.table():
       print(line, flush=True)
@@ -110,20 +122,23 @@ def _run(
   workdir: pathlib.Path,
   warm: StageRecord | None,
   should_stop: Callable[[int], bool],
+  alive: Watchdog,
   ledger: Ledger,
 ) -> int:
   """Restores, trains and finishes; returns the number of the last step."""
   experiment = program.experiment
+  alive.phase('restoring the state')
   frozen = experiment.load_frozen()
   state, start, kept = _first_state(program, checkpoints, warm, ledger)
   first_process = jax.process_index() == 0
   ledger.resume(workdir / ledgers.FILE if first_process else None, kept)
   with _snapshots(program, checkpoints, start) as snapshots:
     run = Run(program, frozen, checkpoints, snapshots, workdir, start, ledger)
+    alive.phase('compiling and running the first step')
     monitor = Monitor(run)
     with jax.set_mesh(experiment.mesh), monitor:
       ledger.enter('compile')
-      step, state = _steps(run, state, monitor, should_stop)
+      step, state = _steps(run, state, monitor, should_stop, alive)
       ledger.enter('other')
       if step >= experiment.config.train.num_steps:
         experiment.finish(state, frozen)
@@ -195,28 +210,71 @@ def _steps(
   state: TrainState,
   monitor: Monitor,
   should_stop: Callable[[int], bool],
+  alive: Watchdog,
 ) -> tuple[int, TrainState]:
   """Runs the remaining steps; returns (last step, state)."""
   program, experiment = run.program, run.program.experiment
-  train_cfg, step = experiment.config.train, run.start
-  data = train_batches(experiment, run.start)
-  for step in range(run.start + 1, train_cfg.num_steps + 1):
+  job = peers.current()
+  num_steps, step = experiment.config.train.num_steps, run.start
+  data = Ahead(train_batches(experiment, run.start), RUN_AHEAD + 1)
+  running: collections.deque[dict] = collections.deque()
+  end: int | None = None  # the step before a batch that cannot be read
+  for step in range(run.start + 1, num_steps + 1):
+    job.check()
     batch = monitor.next_batch(step, data)
+    if end is None and data.error and step + len(data) < num_steps:
+      end = _agree(data.error, step, len(data))
+    if len(running) == RUN_AHEAD:
+      jax.block_until_ready(running.popleft())
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
       state, values = program.step(state, batch, run.frozen)
+    running.append(values)
     monitor.after(step, state, values)
-    stopping = should_stop(step)
+    alive.beat(step)
+    stopping = should_stop(step) or step == end or job.stops_after(step)
+    if stopping:  # there may be little time for what follows
+      _save(run, monitor, step, state, stopping=True)
     monitor.report(step, state)
-    last = step == train_cfg.num_steps
-    if run.snapshots and (last or step % train_cfg.ema_every == 0):
-      # Complete before the checkpoint: a resumed run does not save it again.
-      monitor.settle()
-      with run.ledger.spent('save'):
-        run.snapshots.save(step, {'emas': state.emas}, wait=True)
-    if last or stopping or step % train_cfg.checkpoint_every == 0:
-      extra = {'data_step': step, 'seconds': monitor.settle()}
-      with run.ledger.spent('save'):
-        run.checkpoints.save(step, state, extra)
-    if stopping:
-      break
+    if not stopping:
+      _save(run, monitor, step, state)
+      continue
+    if step == end and data.error:
+      raise data.error
+    job.check_stop(step)
+    break
   return step, state
+
+
+def _agree(error: Exception, step: int, left: int) -> int:
+  """The step after which all processes save, since a batch cannot be read.
+
+  The others may have dispatched two steps more than this process, which has
+  dispatched those before `step` and has the batches of it and `left` more.
+  """
+  if jax.process_count() > 1:
+    if left < RUN_AHEAD:
+      raise error  # so near the start there is little to save
+    peers.current().stop_after(step + left, error)
+  return step + left
+
+
+def _save(
+  run: Run,
+  monitor: Monitor,
+  step: int,
+  state: TrainState,
+  *,
+  stopping: bool = False,
+) -> None:
+  """Saves what is due after a step."""
+  train_cfg = run.program.experiment.config.train
+  last = step == train_cfg.num_steps
+  if run.snapshots and (last or step % train_cfg.ema_every == 0):
+    # Complete before the checkpoint: a resumed run does not save it again.
+    monitor.settle()
+    with run.ledger.spent('save'):
+      run.snapshots.save(step, {'emas': state.emas}, wait=True)
+  if last or stopping or step % train_cfg.checkpoint_every == 0:
+    extra = {'data_step': step, 'seconds': monitor.settle()}
+    with run.ledger.spent('save'):
+      run.checkpoints.save(step, state, extra, wait=stopping)

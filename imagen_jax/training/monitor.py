@@ -1,4 +1,4 @@
-"""Everything that watches a run: metrics, samples, profile, watchdog."""
+"""Everything that watches a run: metrics, samples, profile."""
 
 import collections
 import contextlib
@@ -25,7 +25,6 @@ from imagen_jax.training.pace import Pace, Step
 from imagen_jax.training.profiling import Profiler
 from imagen_jax.training.program import Program
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,6 @@ class Monitor(contextlib.ExitStack):
     )
     self._metrics = self.enter_context(_metrics(run))
     self._pace = self.enter_context(Pace())
-    self._alive = self.enter_context(Watchdog(train_cfg.hang_seconds))
     self._profiler = self.enter_context(
       Profiler(train_cfg.profile_at, run.workdir / 'profile')
     )
@@ -106,7 +104,6 @@ class Monitor(contextlib.ExitStack):
     else:
       self._pace.dispatched(self._times, values)
     self._run.ledger.keep_alive()
-    self._alive.beat(step)
 
   def settle(self) -> dict[str, float]:
     """The ledger's {part: seconds} at the end of the dispatched steps."""

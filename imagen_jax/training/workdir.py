@@ -32,6 +32,7 @@ FREE = (
   'train.ema_every',
   'train.max_bad_steps',
   'train.check_replicas_every',
+  'train.startup_seconds',
   'train.hang_seconds',
   'train.eval_every',
   'train.profile_at',

@@ -41,3 +41,9 @@ def test_two_processes_compute_what_one_does():
 def test_a_signal_or_a_death_of_one_process_ends_both():
   printed = torture('hosts')
   assert 'SIGTERM to process 1: exit codes [143, 143]' in printed
+
+
+@pytest.mark.slow
+def test_two_processes_fail_together_and_a_hang_ends_the_other():
+  printed = torture('faults')
+  assert printed.count('[3, 3]') == 2 and printed.count('[1, 1]') == 2

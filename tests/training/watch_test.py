@@ -286,19 +286,35 @@ def test_a_profile_of_some_steps_is_written(tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
-def test_a_hang_ends_the_run_with_a_sentence():
+def test_a_hang_ends_the_run_with_the_stacks_and_a_sentence(capfd):
   said = []
-  with Watchdog(0.2, end=said.append) as alive:
+  with Watchdog(9, 0.2, end=said.append) as alive:
     time.sleep(0.4)
     assert not said  # compiling may take long
     alive.beat(7)
     time.sleep(0.5)
-  assert len(said) == 1 and 'for 0.2 s after step 7' in said[0]
+  assert len(said) == 1 and 'step after 7' in said[0]
+  assert 'hang_seconds' in said[0]
+  stacks = capfd.readouterr().err
+  assert 'watchdog.py' in stacks and 'watch_test.py' in stacks
+
+
+def test_a_phase_of_the_start_has_a_limit_of_its_own(capfd):
+  said = []
+  with Watchdog(0.4, 9, end=said.append) as alive:
+    for phase in ('joining', 'restoring', 'compiling'):
+      alive.phase(phase)
+      time.sleep(0.2)
+    assert not said
+    time.sleep(0.5)
+  assert len(said) == 1 and said[0].startswith('compiling')
+  assert 'startup_seconds' in said[0]
 
 
 def test_a_run_that_makes_progress_is_left_alone():
   said = []
-  with Watchdog(0.3, end=said.append) as alive:
+  with Watchdog(0, 0.3, end=said.append) as alive:
+    time.sleep(0.4)  # 0 is no limit
     for step in range(8):
       alive.beat(step)
       time.sleep(0.1)
