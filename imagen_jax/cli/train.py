@@ -70,7 +70,7 @@ def _parser() -> errors.Parser:
 def _main(argv: list[str]) -> int:
   began = time.time()  # before the imports that take seconds
   if hasattr(signal, 'SIGUSR1'):  # not on Windows
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   together = args.distributed or args.coordinator is not None
