@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from imagen_jax.io import files
 
-FILE = 'goodput.json'
+FILE, FORMAT_VERSION = 'goodput.json', 1
 # {part of the wall time: what it is}; the parts add up to the wall time.
 PARTS = {
   'step': 'training steps that the run has kept',
@@ -68,10 +68,12 @@ class Ledger:
       path: of the file, which this process writes; None: another does.
       kept: `read` at the step resumed from; {} of a new run.
     """
-    self._path, old = path, dict(kept)
+    old = dict(kept)
     if path is not None and path.exists():
       record = files.read_json(
-        path, advice='remove it, and the run loses only its account of time'
+        path,
+        advice='remove it, and the run loses only its account of time',
+        version=FORMAT_VERSION,
       )
       old, self.starts = record['seconds'], record['starts'] + 1
       for part in LOST:
@@ -82,6 +84,7 @@ class Ledger:
         old['down'] += max(0.0, self._began - record['time'])
     for part, seconds in old.items():
       self.seconds[part] += seconds
+    self._path = path  # from here on, a damaged one has been refused
     self.write()
 
   def enter(self, part: str) -> str:
@@ -114,6 +117,7 @@ class Ledger:
     """Writes the file: a sign of life."""
     if self._path is not None:
       record: dict[str, Any] = {
+        'format_version': FORMAT_VERSION,
         'time': round(time.time(), 3),
         'starts': self.starts,
         'finished': self.finished,

@@ -98,14 +98,7 @@ class Metrics:
     row: dict[str, Any] = {'step': step, **_means(recent), **values}
     row |= self._speed(images, steps, seconds)
     row['data_wait_percent'] = round(100 * spent['data_wait'] / seconds, 1)
-    if paced:
-      for q, value in zip(
-        (50, 99), np.percentile([s.total for s in paced], (50, 99))
-      ):
-        row[f'step_seconds_p{q}'] = float(f'{value:.4g}')
-    if slow:
-      row['slow_host'], row['slow_host_ratio'] = slow.host, round(slow.ratio, 2)
-      row['slow_host_data_percent'] = round(100 * slow.data)
+    row |= _pace(paced, slow)
     row['goodput_percent'] = round(ledgers.goodput(self._spent), 2)
     row |= {f'seconds_{part}': value for part, value in self._spent.items()}
     row['time'] = round(time.time(), 3)
@@ -159,6 +152,21 @@ class Metrics:
     self._step, self._spent = step, self.ledger.read()
 
 
+def _pace(
+  paced: Sequence[pace.Step], slow: pace.SlowHost | None
+) -> dict[str, float]:
+  """Percentiles of the seconds of a step, and the host that is slow."""
+  row: dict[str, float] = {}
+  if paced:
+    found = np.percentile([step.total for step in paced], (50, 99))
+    for name, value in zip(('p50', 'p99'), found):
+      row[f'step_seconds_{name}'] = float(f'{value:.4g}')
+  if slow:
+    row['slow_host'], row['slow_host_ratio'] = slow.host, round(slow.ratio, 2)
+    row['slow_host_data_percent'] = round(100 * slow.data)
+  return row
+
+
 def _means(recent: Sequence[Results]) -> dict[str, float | None]:
   """The metrics of several steps in one dict, losses as means."""
   if not recent:
@@ -202,7 +210,8 @@ def _line(row: Mapping[str, Any]) -> str:
     parts.append(f'data wait {row["data_wait_percent"]:.0f} %')
   if 'slow_host' in row:
     parts.append(
-      f'host {row["slow_host"]} is slow: {row["slow_host_ratio"]:.2f} × the '
-      f'median, {row["slow_host_data_percent"]} % of it waiting for data'
+      f'the host of process {row["slow_host"]} is slow: '
+      f'{row["slow_host_ratio"]:.2f} × the median, '
+      f'{row["slow_host_data_percent"]} % of its delay is waiting for data'
     )
   return '  '.join(parts)

@@ -183,7 +183,7 @@ def _metrics(run: Run) -> Metrics:
     write=first_process,
     devices=mesh.size,
     flops=run.program.flops,
-    model_flops=run.program.model_flops,
+    model_flops=run.program.model_flops if first_process else 0.0,
     peak=chips.find_peak(mesh.devices.flat[0].device_kind),
     loggers=loggers,
   )

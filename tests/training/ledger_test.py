@@ -100,8 +100,9 @@ def test_a_damaged_ledger_is_refused_and_a_missing_one_is_the_checkpoints(
   ledger.resume(path, {'step': 40.0})
   assert ledger.seconds['step'] == 40.0
   path.write_text('{"seconds": ')
-  with pytest.raises(ModelError, match=ledgers.FILE):
-    Ledger().resume(path, {})
+  with pytest.raises(ModelError, match=ledgers.FILE), Ledger() as ledger:
+    ledger.resume(path, {})
+  assert path.read_text() == '{"seconds": '
 
 
 @pytest.fixture(scope='module')
@@ -226,7 +227,7 @@ def test_a_host_that_reads_slowly_is_named_in_the_log(tmp_path):
   row = json.loads(lines[-1])
   assert row['slow_host'] == 1
   assert row['slow_host_ratio'] > 1.3 and row['slow_host_data_percent'] > 90
-  assert 'host 1 is slow' in printed[0]
+  assert 'the host of process 1 is slow' in printed[0]
   # The devices of process 0, which writes this, waited for them too.
   assert row['data_wait_percent'] > 30
 
