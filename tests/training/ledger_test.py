@@ -220,6 +220,7 @@ def test_the_host_whose_devices_wait_for_it_is_named_not_those_that_wait_too():
 def test_a_host_that_reads_slowly_is_named_in_the_log(tmp_path):
   more = ('--config.data.kind=tests.slow_source:SlowSource',)
   more += ('--config.train.log_every=4', '--config.train.checkpoint_every=99')
+  more += ('--config.train.check_replicas_every=4',)
   jobs = torture_runs.start(tmp_path, 16, *more, devices=1, processes=2)
   printed = [job.communicate()[0] for job in jobs]
   assert [job.returncode for job in jobs] == [0, 0], printed
