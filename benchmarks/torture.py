@@ -278,9 +278,10 @@ FAULTS = (
   ('bug:1:15', 0, 1, 10),
   ('bug:0:15', 0, 1, 10),
   ('save:1:10', 0, 2, 5),
+  ('config:1:0', 0, 2, 0),
   ('init:1:0', 20, 1, 0),
   ('compile:1:0', 60, 1, 0),
-  ('step:1:12', 10, 1, 10),
+  ('step:1:12', 10, 1, 5),  # it may stop in the save of 10
 )
 
 
@@ -310,7 +311,7 @@ def faults(folder, args):
     codes = [job.returncode for job in jobs]
     saved = runs.newest(workdir)
     said = [line for line in other.splitlines() if line.startswith('error')]
-    failures += jobs[1 - bad].returncode != code or saved != step
+    failures += jobs[1 - bad].returncode != code or saved < step
     failures += after > 15 or len(said) != 1
     failures += not stops and len(set(codes)) > 1
     failures += not stops and f'process {bad} on host' not in said[0]

@@ -1,8 +1,8 @@
-"""train.py with a fault in one process, for `torture.py together`.
+"""train.py with a fault in one process, for the part `faults` of `torture.py`.
 
-The environment's FAULT is KIND:PROCESS:STEP. `data`: the batch of the step
-cannot be read; `bug`: the step raises; `save`: so does its checkpoint; `init`,
-`compile` and `step`: the process stops as by SIGSTOP.
+The environment's FAULT is KIND:PROCESS:STEP. `data`: the step's batch cannot be
+read; `bug`: the step raises; `save`: its checkpoint does; `config`: the config
+does; `init`, `compile`, `step`: the process stops there, as by SIGSTOP.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 import time
 
 from imagen_jax.cli import train as cli
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.training import loop, watchdog
 from imagen_jax.training.loop import Checkpoints, Monitor
 
@@ -65,6 +65,8 @@ def main():
   elif kind == 'save':
     full = OSError(28, 'No space left on device')
     before(Checkpoints, '_make_room', at_step, error(full))
+  elif kind == 'config':
+    before(cli, 'load_config', lambda *_: True, error(UsageError('no config.')))
   elif kind == 'step':
     before(Monitor, 'after', at_step, stop)
   else:

@@ -70,31 +70,32 @@ def _parser() -> errors.Parser:
 def _main(argv: list[str]) -> int:
   began = time.time()  # before the imports that take seconds
   if hasattr(signal, 'SIGUSR1'):  # not on Windows
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, 2, all_threads=True)  # 2: stderr
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   together = args.distributed or args.coordinator is not None
-  config, problem = _checked_config(args, overrides)
-  if problem and not together:
-    raise problem
+  config = _checked_config(args, overrides)
+  if isinstance(config, ImagenError) and not together:
+    raise config
 
   from imagen_jax.training.peers import Peers
   from imagen_jax.training.watchdog import Watchdog
 
-  limit = config.train.startup_seconds if config else JOIN_SECONDS
-  with Watchdog(limit) as alive:
-    alive.phase('finding the devices and the other processes')
-    runtime.start(split_cpu=True, processes=args)
-  with Peers(errors.outcome):
-    if problem or not config:  # now that the others can be told
-      raise problem or AssertionError
+  known = not isinstance(config, ImagenError)
+  limit = config.train.startup_seconds if known else JOIN_SECONDS
+  with Peers(errors.outcome, joins=together) as job:
+    with Watchdog(limit, end=job.abort) as alive:
+      alive.phase('finding the devices and the other processes')
+      runtime.start(split_cpu=True, processes=args)
+    if isinstance(config, ImagenError):  # now the others can be told
+      raise config
     return _train(args, config, began)
 
 
 def _checked_config(
   args: argparse.Namespace, overrides: list[str]
-) -> tuple['ConfigDict | None', ImagenError | None]:
-  """(config, None), or None and what is wrong with it or with the folders."""
+) -> 'ConfigDict | ImagenError':
+  """The config, or what is wrong with it or with the folders."""
   try:
     config = load_config(args.config, overrides)
     check_folder(args.workdir, key='workdir')
@@ -102,8 +103,8 @@ def _checked_config(
     if elsewhere and '://' not in elsewhere:
       check_folder(elsewhere, key='config.train.checkpoint_dir')
   except ImagenError as error:
-    return None, error
-  return config, None
+    return error
+  return config
 
 
 def _train(args: argparse.Namespace, config: 'ConfigDict', began: float) -> int:

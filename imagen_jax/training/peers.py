@@ -80,12 +80,20 @@ class Peers:
   def __init__(
     self,
     describe: Callable[[BaseException], tuple[str, int]] = describe,
+    *,
+    joins: bool = False,
   ) -> None:
-    """Takes the function that words errors: error -> (sentence, exit code)."""
+    """Does nothing yet.
+
+    Args:
+      describe: error -> (sentence, exit code).
+      joins: whether this process joins the others inside the block.
+    """
+    self._joins = joins
     self._busy: Callable[[], bool] = lambda: False
     self._where: Callable[[], str] = lambda: 'the start'
     self._describe = describe
-    self._client: Any = None
+    self._job: Any = None
     self._failure: Failure | None = None
     self._stop: Failure | None = None
     self._left = threading.Event()
@@ -93,8 +101,8 @@ class Peers:
 
   def __enter__(self) -> Self:
     _current.append(self)
-    self._client = distributed.global_state.client
-    if self._client is not None:
+    self._job = distributed.global_state
+    if self._client is not None or self._joins:
       threading.Thread(target=self._watch, daemon=True).start()
     return self
 
@@ -120,7 +128,6 @@ class Peers:
       self._failure = error.failure
     if self._client is None or isinstance(error, PeerError):
       return
-    self._look()
     if self._failure is None:
       sentence, code = self._describe(error)
       self._say('failed', self._failure_of(sentence, code))
@@ -167,7 +174,7 @@ class Peers:
       self._look()
       if self._stop != stop:
         break
-      if len(self._read('knows')) == distributed.global_state.num_processes:
+      if len(self._read('knows')) == self._job.num_processes:
         return
       time.sleep(0.05)
     raise error
@@ -237,11 +244,13 @@ class Peers:
     """Waits for a failure, then until the main thread has left."""
     counter = itertools.count()
     while self._failure is None:
-      at = json.dumps([next(counter), socket.gethostname(), self._where()])
-      self._write(f'at/{self._me}', at, again=True)
+      if self._client is not None:
+        at = json.dumps([next(counter), socket.gethostname(), self._where()])
+        self._write(f'at/{self._me}', at, again=True)
       if self._left.wait(POLL):
         return
-      self._look()
+      if self._client is not None:
+        self._look()
     failure, deadline = self._failure, time.monotonic() + LEAVE
     while time.monotonic() < deadline:
       if self._left.wait(0.1) or self._aborts:
@@ -272,9 +281,8 @@ class Peers:
       _exit_in(LAST + 1, failure.exit_code)  # process 0 may not answer
       self._write(f'left/{self._me}', '')
       deadline = time.monotonic() + LAST
-      everyone = distributed.global_state.num_processes
       while self._me == 0 and time.monotonic() < deadline:
-        if len(self._read('left')) == everyone:
+        if len(self._read('left')) == self._job.num_processes:
           time.sleep(0.5)
           break
         time.sleep(0.1)
@@ -284,9 +292,15 @@ class Peers:
   # The store.
 
   @property
+  def _client(self) -> Any:
+    """Of the store; None before it can be used, and in a job of one process."""
+    ready = self._job and self._job.preemption_sync_manager is not None
+    return self._job.client if ready else None
+
+  @property
   def _me(self) -> int:
     # Not jax.process_index, which starts the devices.
-    return distributed.global_state.process_id
+    return self._job.process_id if self._job else 0
 
   def _failure_of(self, *fields: Any, after: int | None = None) -> Failure:
     return Failure(self._me, socket.gethostname(), *fields, after=after)

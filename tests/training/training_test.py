@@ -1,5 +1,6 @@
 """Training: resuming, the NaN guard, EMA, optimizers, the stage's loss."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -14,11 +15,12 @@ import pytest
 
 from imagen_jax.cascade import conditioning, objective, settings
 from imagen_jax.data.sources import make_source
-from imagen_jax.errors import NumericError, UsageError
+from imagen_jax.errors import DataError, NumericError, UsageError
 from imagen_jax.io import lock
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop, power_ema
+from imagen_jax.training import program as program_module
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.optimizer import learning_rate, matrix_axes, optimizer
 from imagen_jax.training.program import train_step
@@ -95,6 +97,71 @@ def test_a_killed_run_has_the_snapshots_of_an_uninterrupted_one(run, tmp_path):
     emas, _, step = checkpoints.restore_subtree('emas')
   assert step == 6
   jax.tree.map(np.testing.assert_array_equal, emas['0.1'], a)
+
+
+def test_steps_before_a_batch_that_cannot_be_read_are_saved(
+  run, tmp_path, monkeypatch
+):
+  config, workdir = run
+  read = loop.train_batches
+
+  def damaged(experiment, start):
+    for step, batch in enumerate(read(experiment, start), start + 1):
+      if step == 6:
+        raise DataError('photo.jpg is damaged.')
+      yield batch
+
+  monkeypatch.setattr(loop, 'train_batches', damaged)
+  with pytest.raises(DataError):
+    loop.train(config, tmp_path / 'w')
+  assert final_state(tmp_path / 'w')[1] == 5
+  losses = [[row['loss'] for row in rows(w)] for w in (workdir, tmp_path / 'w')]
+  assert losses[1] == losses[0][:5]
+
+
+def test_a_stop_is_saved_before_anything_else_is_done(
+  run, tmp_path, monkeypatch
+):
+  report, saved = loop.Monitor.report, {}
+
+  def reported(self, step, state):
+    with Checkpoints(tmp_path / 'w/checkpoints') as checkpoints:
+      saved[step] = checkpoints.latest_step()
+    report(self, step, state)
+
+  monkeypatch.setattr(loop.Monitor, 'report', reported)
+  loop.train(run[0], tmp_path / 'w', should_stop=lambda step: step == 2)
+  assert saved == {1: None, 2: 2}
+
+
+def test_a_step_begins_once_the_one_two_before_has_ended(
+  run, tmp_path, monkeypatch
+):
+  make, wait, events, results = loop.make_program, jax.block_until_ready, [], []
+
+  def program(*args, **options):
+    made = make(*args, **options)
+
+    def step(*arrays):
+      events.append(('begins', len(results) + 1))
+      state, values = made.step(*arrays)
+      results.append(values)
+      return state, values
+
+    return dataclasses.replace(made, step=step)
+
+  def waited(x):
+    for number, values in enumerate(results, 1):
+      if x is values:
+        events.append(('ended', number))
+    return wait(x)
+
+  monkeypatch.setattr(loop, 'make_program', program)
+  monkeypatch.setattr(jax, 'block_until_ready', waited)
+  monkeypatch.setattr(program_module.Program, 'flops', 1.0)
+  loop.train(run[0], tmp_path / 'w')
+  for n in range(3, 7):
+    assert events.index(('ended', n - 2)) < events.index(('begins', n))
 
 
 def test_a_finished_run_stays_as_it_is(run):
