@@ -1,6 +1,7 @@
 """A source that becomes slow on the second of several hosts."""
 
-import itertools
+import os
+import pathlib
 import time
 
 import jax
@@ -9,11 +10,10 @@ from imagen_jax.worlds.shapes import ShapesSource
 
 
 class SlowSource(ShapesSource):
-  """On process 1, an image takes a second, after the first 40 images."""
-
-  count = itertools.count()
+  """On process 1, an image takes a second once the file `SLOW_AFTER` exists."""
 
   def __getitem__(self, i):
-    if jax.process_index() == 1 and next(self.count) >= 40:
+    slow = jax.process_index() == 1
+    if slow and pathlib.Path(os.environ['SLOW_AFTER']).exists():
       time.sleep(1)
     return super().__getitem__(i)

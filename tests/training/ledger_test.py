@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import torture_runs
+from imagen_jax.data import pipeline
 from imagen_jax.errors import ModelError
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import ledger as ledgers
@@ -217,11 +218,13 @@ def test_the_host_whose_devices_wait_for_it_is_named_not_those_that_wait_too():
 
 
 @pytest.mark.slow
-def test_a_host_that_reads_slowly_is_named_in_the_log(tmp_path):
+def test_a_host_that_reads_slowly_is_named_in_the_log(tmp_path, monkeypatch):
+  monkeypatch.setenv('SLOW_AFTER', str(tmp_path / 'metrics.jsonl'))
   more = ('--config.data.kind=tests.slow_source:SlowSource',)
   more += ('--config.train.log_every=4', '--config.train.checkpoint_every=99')
   more += ('--config.train.check_replicas_every=4',)
-  jobs = torture_runs.start(tmp_path, 16, *more, devices=1, processes=2)
+  steps = 4 + 2 * pipeline.PREFETCH
+  jobs = torture_runs.start(tmp_path, steps, *more, devices=1, processes=2)
   printed = [job.communicate()[0] for job in jobs]
   assert [job.returncode for job in jobs] == [0, 0], printed
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
