@@ -99,6 +99,7 @@ setuptools.setup(
       'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',
       'imagen-supervise = imagen_jax.cli.supervise:main',
+      'imagen-watch = imagen_jax.cli.watch:main',
     ]
   },
 )

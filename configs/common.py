@@ -80,6 +80,7 @@ RANGES = {
   'train.ema_lengths': '(0, 0.28]',
   'train.ema_every': '[1, inf)',
   'train.max_bad_steps': '[1, inf)',
+  'train.check_replicas_every': '[1, inf)',
   'train.startup_seconds': '[0, inf)',
   'train.hang_seconds': '[0, inf)',
   'train.profile_at': '[1, inf)',
@@ -111,6 +112,7 @@ NULLABLE = (
   'stage.sampling.threshold',
   'train.sample_every',
   'train.eval_every',
+  'train.check_replicas_every',
   'train.optimizer.clip',
 )
 
@@ -332,6 +334,10 @@ def train() -> dict[str, Any]:
     'ema_every': 5000,
     # The run ends after this many consecutive steps with NaN or Inf.
     'max_bad_steps': 20,
+    # Steps between two comparisons of the replicas of the state, which find a
+    # device that computes or stores wrongly; None: never. Where it divides
+    # `checkpoint_every`, each checkpoint is compared before it is saved.
+    'check_replicas_every': 500,
     # The run ends if one of these takes longer, in seconds; 0: never. Each
     # part of the start: data set, restoring, compiling with the first step.
     'startup_seconds': 3600.0,

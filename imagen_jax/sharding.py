@@ -175,6 +175,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def grid_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+  """Of an array [data, fsdp, …]: each device has its own element."""
+  return NamedSharding(mesh, PartitionSpec(*AXES))
+
+
 def leaf_sharding(
   leaf: Leaf, mesh: Mesh | AbstractMesh, *, min_size: int = 2**14
 ) -> NamedSharding:

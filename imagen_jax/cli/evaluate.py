@@ -40,6 +40,13 @@ def _parser() -> errors.Parser:
     '--model', type=user_path, help='model folder; the bundled demo if left out'
   )
   add(
+    '--follow',
+    type=user_path,
+    metavar='WORKDIR',
+    help='score the checkpoints of a training as they appear, until it ends; '
+    '--out is then WORKDIR/scores if left out',
+  )
+  add(
     '--out',
     type=user_path,
     default=EvalConfig.out,
@@ -135,11 +142,19 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _main(argv: list[str]) -> None:
-  args = _parser().parse_args(argv)
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if args.follow is not None:
+    _check_follow(args, parser.given(argv))
   config = _config(args)
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     runtime.start(processes=args)
+    if args.follow is not None:
+      from imagen_jax.cli.follow import follow
+
+      follow(pathlib.Path(args.follow), config, _Console())
+      return
     from imagen_jax.evaluation import run
 
     result = run.evaluate(config, _Console())
@@ -154,6 +169,19 @@ def _main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, before)
   if result.report:
     print(result.report)
+
+
+def _check_follow(args: argparse.Namespace, given: set[str]) -> None:
+  """Sets --out for --follow; refuses flags that contradict it."""
+  for flag in ('model', 'shard', 'distributed', 'coordinator'):
+    if flag in given:
+      raise UsageError(
+        f'has no effect with --follow, by which one process scores the '
+        f'checkpoints of {args.follow}; leave it out.',
+        key=flag,
+      )
+  if 'out' not in given:
+    args.out = str(pathlib.Path(args.follow) / 'scores')
 
 
 def _config(args: argparse.Namespace) -> EvalConfig:

@@ -174,6 +174,11 @@ def _print_plan(work: 'Job', chip: Chip, plan: 'Plan', step: str) -> None:
     f'{plan.flops * count:.4g} FLOPs per step, {plan.flops:.4g} per chip; '
     f'at full speed: {least}'
   )
+  if step == 'train' and work.remat:
+    print(
+      f'{_without_remat(work, plan) * count:.4g} FLOPs per step without those '
+      'that rematerialization repeats: what an MFU counts'
+    )
   if step == 'sample':
     print(f'at most {plan.batch_size / plan.roofline:.3g} images/s')
     return
@@ -188,6 +193,15 @@ def _print_plan(work: 'Job', chip: Chip, plan: 'Plan', step: str) -> None:
     print(
       f'train with --config.train.accumulate={plan.accumulate} for these parts'
     )
+
+
+def _without_remat(work: 'Job', plan: 'Plan') -> float:
+  """FLOPs of a chip's training step without rematerialization."""
+  from imagen_jax.training.flops import count_flops
+
+  plain = work.changed({'stage.net.remat': None})
+  local = plan.batch_size // (plan.data * plan.fsdp)
+  return count_flops(plain.trace('train', local))
 
 
 def _print_splits(plans: list['Plan'], chosen: 'Plan', chip: Chip) -> None:

@@ -5,6 +5,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ def _parser() -> errors.Parser:
 
 
 def _main(argv: list[str]) -> int:
+  began = time.time()  # before the imports that take seconds
   if hasattr(signal, 'SIGUSR1'):  # not on Windows
     faulthandler.register(signal.SIGUSR1, 2, all_threads=True)  # 2: stderr
   argv, overrides = split_overrides(argv)
@@ -87,7 +89,7 @@ def _main(argv: list[str]) -> int:
       runtime.start(split_cpu=True, processes=args)
     if isinstance(config, ImagenError):  # now the others can be told
       raise config
-    return _train(args, config)
+    return _train(args, config, began)
 
 
 def _checked_config(
@@ -106,7 +108,7 @@ def _checked_config(
   return config
 
 
-def _train(args: argparse.Namespace, config: 'ConfigDict') -> int:
+def _train(args: argparse.Namespace, config: 'ConfigDict', began: float) -> int:
   """Trains; returns the exit code."""
   from imagen_jax.training.loop import train
 
@@ -118,6 +120,7 @@ def _train(args: argparse.Namespace, config: 'ConfigDict') -> int:
       init_from=args.init_from,
       force=args.force,
       dry_run=args.dry_run,
+      began=began,
     )
   return 0 if args.dry_run else _ended(step, config, should_stop)
 

@@ -2,13 +2,23 @@
 
 The trace is that of the step that will run. A loop's body counts once per
 iteration; XLA's own cost analysis counts it once.
+
+MFU, the model FLOPs utilization, counts what the mathematics of a step needs;
+HFU, the hardware FLOPs utilization, counts what rematerialization repeats too
+(Chowdhery et al. 2022, PaLM, appendix B).
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
+from jax.extend.core.primitives import remat_p
+
+F = TypeVar('F', bound=Callable)
 
 # Parameters under which an operation holds an inner program.
 _INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
@@ -21,6 +31,55 @@ def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
     if inner is not None:
       return getattr(inner, 'jaxpr', inner)
   return None
+
+
+def has_remat(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
+  """Whether a program holds a part that `jax.checkpoint` wraps."""
+  return any(
+    eqn.primitive is remat_p
+    or any(has_remat(inner) for inner in _programs(eqn.params))
+    for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns
+  )
+
+
+def without_remat(function: F) -> F:
+  """The same function, whose gradient computes nothing a second time.
+
+  For counting FLOPs: it has the values of `function`, and takes the memory that
+  `jax.checkpoint` would have saved.
+  """
+
+  @functools.wraps(function)
+  def saving(*args: Any) -> Any:
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    run = jaxpr_as_fun(_saving(traced))
+    tree = jax.tree.structure(shapes)
+    return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
+
+  return saving  # type: ignore[return-value]
+
+
+def _programs(params: dict[str, Any]) -> list[Jaxpr | ClosedJaxpr]:
+  """The programs among an operation's parameters."""
+  found = jax.tree.leaves(list(params.values()))
+  return [x for x in found if isinstance(x, Jaxpr | ClosedJaxpr)]
+
+
+def _saving(value: Any) -> Any:
+  """A program, or several, in which `jax.checkpoint` saves everything."""
+  if isinstance(value, ClosedJaxpr):
+    return value.replace(jaxpr=_saving(value.jaxpr))
+  if isinstance(value, tuple) and _programs({'': value}):
+    return tuple(map(_saving, value))
+  if not isinstance(value, Jaxpr):
+    return value
+  eqns = []
+  for eqn in value.eqns:
+    params = {name: _saving(param) for name, param in eqn.params.items()}
+    if eqn.primitive is remat_p:
+      params['policy'] = jax.checkpoint_policies.everything_saveable
+    eqns.append(eqn.replace(params=params))
+  return value.replace(eqns=eqns)
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

@@ -2,24 +2,25 @@
 
 import collections
 import contextlib
-import functools
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
 from ml_collections import ConfigDict
 
-from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.dtypes import pinned
 from imagen_jax.io import bucket, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.training import ledger as ledgers
 from imagen_jax.training import peers, power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
 from imagen_jax.training.input import Ahead, train_batches
+from imagen_jax.training.ledger import Ledger
 from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.monitor import Monitor, Run
 from imagen_jax.training.program import Program, make_program
@@ -40,14 +41,15 @@ def train(
   init_from: str | pathlib.Path | None = None,
   force: bool = False,
   dry_run: bool = False,
+  began: float | None = None,
 ) -> int:
   """Trains up to step `config.train.num_steps`, resuming the workdir's run.
 
   Args:
     config: of an experiment, such as `configs/imagen_base64.py`'s.
     workdir: the run's directory, local or gs://…: `config.json`,
-      `checkpoints/`, `metrics.jsonl`, `samples/`. A run of the same config in
-      it is resumed.
+      `checkpoints/`, `metrics.jsonl`, `goodput.json`, `samples/`. A run of the
+      same config in it is resumed.
     should_stop: called after every step with its number; True saves and
       returns early. It must return the same on all processes.
     init_from: a training workdir or an exported stage whose EMA a new run
@@ -55,6 +57,7 @@ def train(
     force: resume although the config or the data set has changed, and begin
       anew where there are checkpoints and none is whole.
     dry_run: print what would run, write nothing, and return 0.
+    began: `time.time()` of the start of the process; None means now.
 
   Returns:
     the number of the last step.
@@ -65,22 +68,24 @@ def train(
     ModelError: the text encoder or every checkpoint is unusable.
     NumericError: too many steps in a row were NaN or Inf.
   """
-  workdir = bucket.at(workdir)
+  workdir, ledger = bucket.at(workdir), Ledger(began)
   find_loggers(config.train.log_to)  # what is wrong there is said at the start
   limits = config.train.startup_seconds, config.train.hang_seconds
   job = peers.current()
   with Watchdog(*limits, end=job.abort) as alive:
     experiment = make_experiment(config, workdir)
-    program = make_program(experiment, experiment.mesh)
-    if jax.process_index() == 0:
-      for line in report.startup(program, arrays=dry_run):
-        print(line, flush=True)
+    with ledger.spent('compile'):
+      program = make_program(experiment, experiment.mesh)
+      if jax.process_index() == 0:
+        for line in report.startup(program, arrays=dry_run):
+          print(line, flush=True)
     if dry_run:
       return 0
     warm = None if init_from is None else model_folder.load_stage(init_from)
     checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
     with (
       workdirs.locked(workdir, checkpoint_dir),
+      ledger,
       Checkpoints(
         checkpoint_dir,
         keep_last=config.train.keep_last,
@@ -92,34 +97,67 @@ def train(
       local = workdirs.local_tier(config, run)
       with local or contextlib.nullcontext():
         tiers = checkpoints, local
-        first = functools.partial(_first_state, program, tiers, warm, force)
-        return _run(program, tiers, first, workdir, should_stop, alive)
+        made = _Made(program, tiers, workdir, warm, force, alive, ledger)
+        step = _run(made, should_stop)
+  if jax.process_index() == 0:
+    for line in ledger.table():
+      print(line, flush=True)
+  return step
 
 
-def _run(
-  program: Program,
-  tiers: tuple[Checkpoints, LocalTier | None],
-  first: Callable[[], tuple[TrainState, int]],
-  workdir: pathlib.Path,
-  should_stop: Callable[[int], bool],
-  alive: Watchdog,
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Made:
+  """What a run is made of before its state.
+
+  Attributes:
+    program: the compiled step.
+    tiers: where the state is saved, for good and on this host's own disk.
+    workdir: the run's directory.
+    warm: the stage whose EMA a new run starts from.
+    force: see `train`.
+    alive: the watchdog.
+    ledger: of the wall time.
+  """
+
+  program: Program
+  tiers: tuple[Checkpoints, LocalTier | None]
+  workdir: pathlib.Path
+  warm: StageRecord | None
+  force: bool
+  alive: Watchdog
+  ledger: Ledger
+
+
+def _run(made: _Made, should_stop: Callable[[int], bool]) -> int:
   """Restores, trains and finishes; returns the number of the last step."""
-  experiment = program.experiment
+  program, alive, ledger = made.program, made.alive, made.ledger
+  (checkpoints, local), experiment = made.tiers, program.experiment
   alive.phase('restoring the state')
   frozen = experiment.load_frozen()
-  checkpoints, local = tiers
-  state, start = first()
+  state, start = _first_state(made)
   with _snapshots(program, checkpoints, start) as snapshots:
-    run = Run(program, frozen, checkpoints, snapshots, workdir, start, local)
+    run = Run(
+      program=program,
+      frozen=frozen,
+      checkpoints=checkpoints,
+      snapshots=snapshots,
+      local=local,
+      workdir=made.workdir,
+      start=start,
+      ledger=ledger,
+    )
     alive.phase('compiling and running the first step')
     monitor = Monitor(run)
     with jax.set_mesh(experiment.mesh), monitor:
+      ledger.enter('compile')
       step, state = _steps(run, state, monitor, should_stop, alive)
+      ledger.enter('other')
       if step >= experiment.config.train.num_steps:
         experiment.finish(state, frozen)
         if local:
           local.clear()
+        ledger.finished = True
+  ledger.enter('save')  # what is left of the last one
   return step
 
 
@@ -162,22 +200,26 @@ def _claim(
   return run
 
 
-def _first_state(
-  program: Program,
-  tiers: tuple[Checkpoints, LocalTier | None],
-  warm: StageRecord | None,
-  force: bool,
-) -> tuple[TrainState, int]:
+def _first_state(made: _Made) -> tuple[TrainState, int]:
   """(state, its step) of the newest good checkpoint or of a new run."""
-  config = program.experiment.config
-  found = workdirs.newest_state(*tiers, program.abstract_state(), config, force)
+  program, ledger = made.program, made.ledger
+  kept: dict[str, float] = {}
+  with ledger.spent('restore'):
+    found = workdirs.newest_state(
+      *made.tiers,
+      program.abstract_state(),
+      program.experiment.config,
+      made.force,
+    )
   if found is not None:
-    state, _, step = found
-    origin = f'resumes after step {step}'
+    state, extra, step = found
+    kept, origin = extra.get('seconds', {}), f'resumes after step {step}'
   else:
-    first = program.experiment.start(program.shardings.params, warm)
+    first = program.experiment.start(program.shardings.params, made.warm)
     state, step, origin = program.first_state(first.params), 0, first.origin
-  if jax.process_index() == 0:
+  first_process = jax.process_index() == 0
+  ledger.resume(made.workdir / ledgers.FILE if first_process else None, kept)
+  if first_process:
     print(f'{program.experiment.name}: {origin}', flush=True)
   return state, step
 
@@ -201,7 +243,6 @@ def _steps(
     batch = monitor.next_batch(step, data)
     if end is None and data.error and step + len(data) < num_steps:
       end = _agree(data.error, step, len(data))
-    batch = sharding.put_batch(batch, experiment.mesh)
     if len(running) == RUN_AHEAD:
       jax.block_until_ready(running.popleft())
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
@@ -211,10 +252,10 @@ def _steps(
     alive.beat(step)
     stopping = should_stop(step) or step == end or job.stops_after(step)
     if stopping:  # there may be little time for what follows
-      _save(run, step, state, stopping=True)
+      _save(run, monitor, step, state, stopping=True)
     monitor.report(step, state)
     if not stopping:
-      _save(run, step, state)
+      _save(run, monitor, step, state)
       continue
     if step == end and data.error:
       raise data.error
@@ -237,15 +278,26 @@ def _agree(error: Exception, step: int, left: int) -> int:
 
 
 def _save(
-  run: Run, step: int, state: TrainState, *, stopping: bool = False
+  run: Run,
+  monitor: Monitor,
+  step: int,
+  state: TrainState,
+  *,
+  stopping: bool = False,
 ) -> None:
   """Saves what is due after a step."""
   train_cfg = run.program.experiment.config.train
   last = step == train_cfg.num_steps
   if run.snapshots and (last or step % train_cfg.ema_every == 0):
     # Complete before the checkpoint: a resumed run does not save it again.
-    run.snapshots.save(step, {'emas': state.emas}, wait=True)
+    monitor.settle()
+    with run.ledger.spent('save'):
+      run.snapshots.save(step, {'emas': state.emas}, wait=True)
   if last or stopping or step % train_cfg.checkpoint_every == 0:
-    run.checkpoints.save(step, state, {'data_step': step}, wait=stopping)
+    extra = {'data_step': step, 'seconds': monitor.settle()}
+    with run.ledger.spent('save'):
+      run.checkpoints.save(step, state, extra, wait=stopping)
   elif run.local and step % train_cfg.local_checkpoint_every == 0:
-    run.local.save(step, state, {'data_step': step})
+    extra = {'data_step': step, 'seconds': monitor.settle()}
+    with run.ledger.spent('save'):
+      run.local.save(step, state, extra)

@@ -10,17 +10,20 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from imagen_jax import sharding
 from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.local_tier import LocalTier
-from imagen_jax.training import chips
+from imagen_jax.training import chips, replicas
 from imagen_jax.training.experiment import Preview, Tree
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.heldout import make_heldout_loss
 from imagen_jax.training.input import split_index
+from imagen_jax.training.ledger import Ledger
 from imagen_jax.training.loggers import Logger, find_loggers
 from imagen_jax.training.metrics import Metrics
+from imagen_jax.training.pace import Pace, Step
 from imagen_jax.training.profiling import Profiler
 from imagen_jax.training.program import Program
 from imagen_jax.training.state import TrainState
@@ -38,6 +41,7 @@ class Run:
     workdir: the run's directory.
     start: the step that it resumes from.
     local: where the state is saved on this host's own disk, if anywhere.
+    ledger: of its wall time.
   """
 
   program: Program
@@ -46,7 +50,8 @@ class Run:
   snapshots: Checkpoints | None
   workdir: pathlib.Path
   start: int
-  local: LocalTier | None = None
+  local: LocalTier | None
+  ledger: Ledger
 
 
 class Monitor(contextlib.ExitStack):
@@ -61,6 +66,7 @@ class Monitor(contextlib.ExitStack):
     self._run, self._experiment = run, run.program.experiment
     self._train_cfg = train_cfg = self._experiment.config.train
     self._recent: list[dict] = []
+    self._paced: list[Step] = []
     self._preview = self._heldout_loss = None
     if train_cfg.sample_every:
       self._preview = self._experiment.make_preview(run.frozen)
@@ -70,17 +76,24 @@ class Monitor(contextlib.ExitStack):
       maxlen=train_cfg.max_bad_steps
     )
     self._metrics = self.enter_context(_metrics(run))
+    self._pace = self.enter_context(Pace())
     self._profiler = self.enter_context(
       Profiler(train_cfg.profile_at, run.workdir / 'profile')
     )
 
   def next_batch(self, step: int, data: Iterator[dict]) -> dict:
-    """A step's batch; records its examples and the seconds of waiting."""
+    """A step's batch, on the devices; records its examples and the times."""
     self._profiler.before(step)
-    begin = time.perf_counter()
-    batch, index = split_index(next(data))
-    self._metrics.waited(time.perf_counter() - begin)
+    asked = time.perf_counter()
+    if step == self._run.start + 1:
+      with self._run.ledger.spent('data_wait'):
+        batch, index = split_index(next(data))
+    else:  # `settle` knows how much of it the devices waited
+      batch, index = split_index(next(data))
+    there = time.perf_counter()
     self._seen.append((step, index))
+    batch = sharding.put_batch(batch, self._experiment.mesh)
+    self._times = asked, there, time.perf_counter()
     return batch
 
   def after(self, step: int, state: TrainState, values: dict) -> None:
@@ -89,34 +102,61 @@ class Monitor(contextlib.ExitStack):
     self._profiler.after(step, state)
     if step == self._run.start + 1:
       jax.block_until_ready(state)
+      self._run.ledger.enter('step')
       self._metrics.start(step)  # do not count the compilation
       self._recent = [values]
+    else:
+      self._pace.dispatched(self._times, values)
+    self._run.ledger.keep_alive()
+
+  def settle(self) -> dict[str, float]:
+    """The ledger's {part: seconds} at the end of the dispatched steps."""
+    steps = self._pace.take()
+    waited = sum(step.data for step in steps)
+    self._run.ledger.move(waited, 'step', 'data_wait')
+    self._paced += steps
+    return self._run.ledger.read()
 
   def report(self, step: int, state: TrainState) -> None:
     """Evaluates, logs and samples when the config says so.
 
     Raises:
-      NumericError: too many steps in a row were NaN or Inf.
+      NumericError: too many steps in a row were NaN or Inf, or a device
+        computes wrongly.
     """
-    train_cfg = self._train_cfg
+    train_cfg, spent = self._train_cfg, self._run.ledger.spent
     last = step == train_cfg.num_steps
     more = {}
     if self._heldout_loss and (last or step % train_cfg.eval_every == 0):
-      with self._metrics.paused():
+      self.settle()
+      with spent('eval'):
         more['heldout_loss'] = self._heldout_loss(state.params)
         more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
         for length, ema in state.emas.items():
           more[f'heldout_loss_ema_{length}'] = self._heldout_loss(ema)
     if more or last or step % train_cfg.log_every == 0:
-      source = self._experiment.source('train')
-      more['bad_samples'] = len(source.bad)
-      self._metrics.log(step, train_cfg.batch_size, self._recent, **more)
-      self._recent = []
-      limit = train_cfg.max_bad_steps
-      check_finite(state, step, limit, self._seen, source, self._run.workdir)
+      self.settle()
+      with spent('other'):
+        self._log(step, state, more)
+    every = train_cfg.check_replicas_every
+    if every and step % every == 0:
+      self.settle()
+      with spent('other'):
+        replicas.check(state, self._experiment.mesh, step)
     if self._preview and (last or step % train_cfg.sample_every == 0):
-      with self._metrics.paused():
+      self.settle()
+      with spent('eval'):
         self._keep(step, self._preview(state.ema_params))
+
+  def _log(self, step: int, state: TrainState, more: dict) -> None:
+    """Writes a line of metrics; ends a run of bad steps."""
+    source = self._experiment.source('train')
+    more['bad_samples'] = len(source.bad)
+    batch_size = self._train_cfg.batch_size
+    self._metrics.log(step, batch_size, self._recent, self._paced, **more)
+    self._recent, self._paced = [], []
+    limit = self._train_cfg.max_bad_steps
+    check_finite(state, step, limit, self._seen, source, self._run.workdir)
 
   def _keep(self, step: int, sample: Preview | None) -> None:
     """Writes a preview, an image or text; it is None off process 0."""
@@ -141,11 +181,13 @@ def _metrics(run: Run) -> Metrics:
     ]
   return Metrics(
     run.workdir / 'metrics.jsonl',
+    run.ledger,
     start_step=run.start,
     num_steps=config.train.num_steps,
     write=first_process,
     devices=mesh.size,
     flops=run.program.flops,
+    model_flops=run.program.model_flops if first_process else 0.0,
     peak=chips.find_peak(mesh.devices.flat[0].device_kind),
     loggers=loggers,
   )

@@ -13,7 +13,7 @@ from imagen_jax import sharding
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
 from imagen_jax.training.experiment import Experiment
-from imagen_jax.training.flops import count_flops
+from imagen_jax.training.flops import count_flops, has_remat, without_remat
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState, init_state
 from imagen_jax.training.step import StepFn, half_gradients, make_train_step
@@ -43,12 +43,15 @@ class Program:
   @functools.cached_property
   def traced(self) -> jax.stages.Traced:
     """The traced step."""
+    return self._trace(self.step)
+
+  def _trace(self, step: Any) -> jax.stages.Traced:
     batch = self.experiment.batch_spec(self.experiment.config.train.batch_size)
     rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
     frozen = self.experiment.frozen_spec()
     with jax.set_mesh(self.mesh):
       # With the shardings of the real arguments, so the run need not retrace.
-      return self.step.trace(
+      return step.trace(
         self.abstract_state(),
         sharding.with_shardings(batch, rows),
         sharding.with_shardings(
@@ -58,8 +61,16 @@ class Program:
 
   @functools.cached_property
   def flops(self) -> float:
-    """FLOPs of a step over all devices."""
+    """FLOPs of a step over all devices, those of rematerialization included."""
     return count_flops(self.traced.jaxpr)
+
+  @functools.cached_property
+  def model_flops(self) -> float:
+    """FLOPs of a step over all devices without rematerialization."""
+    if not has_remat(self.traced.jaxpr):
+      return self.flops
+    step = jax.jit(train_step(self.experiment, self.tx, remat=False))
+    return count_flops(self._trace(step).jaxpr)
 
   def abstract_state(self) -> TrainState:
     """Shapes with shardings of the state, to restore a checkpoint into."""
@@ -119,14 +130,22 @@ def train_step(
   tx: optax.GradientTransformation,
   *,
   unroll: bool | None = None,
+  remat: bool = True,
 ) -> StepFn:
   """`make_train_step` of an experiment and its config.
+
+  Args:
+    experiment: the `Experiment`.
+    tx: the optimizer.
+    unroll: see `make_train_step`.
+    remat: False: without rematerialization, see `without_remat`.
 
   Raises:
     UsageError: gradients cannot have the config's type.
   """
   config, train = experiment.config, experiment.config.train
-  loss, half = experiment.loss, train.gradient_dtype == 'bfloat16'
+  loss = experiment.loss if remat else without_remat(experiment.loss)
+  half = train.gradient_dtype == 'bfloat16'
   if not half and train.gradient_dtype != 'float32':
     raise UsageError(
       f'train.gradient_dtype is {train.gradient_dtype!r}; it can be float32 or '

@@ -110,6 +110,10 @@ def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
     + ', '.join(f'{name} {size:,.1f}' for name, size in sizes.items())
   )
   flops = program.flops
-  yield f'  a step takes {flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
+  again = flops - program.model_flops
+  yield (
+    f'  a step takes {flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
+    + (f'; rematerialization repeats {again:.3g} of them' if again else '')
+  )
   if arrays and fsdp > 1:
     yield from splits(state, shardings, fsdp)

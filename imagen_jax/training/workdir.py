@@ -41,6 +41,7 @@ FREE = (
   'train.keep_every',
   'train.ema_every',
   'train.max_bad_steps',
+  'train.check_replicas_every',
   'train.startup_seconds',
   'train.hang_seconds',
   'train.eval_every',

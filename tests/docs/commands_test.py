@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 MAIN = {
   **{f'{name}.py': name for name in ('train', 'sample', 'evaluate', 'plan')},
-  **{f'imagen-{name}': name for name in ('prepare', 'export')},
+  **{f'imagen-{name}': name for name in ('prepare', 'export', 'watch')},
 }
 BLOCK = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.M | re.S)
 COMMAND = re.compile(rf'(?:^|[ ;])({"|".join(map(re.escape, MAIN))}) (--.*)')

@@ -188,6 +188,18 @@ def test_the_plan_prints_memory_time_and_the_splits(tmp_path, capsys):
     assert words in out
 
 
+def test_the_plan_prints_the_flops_without_rematerialization(tmp_path, capsys):
+  config = str(write_config(tmp_path))
+  args = ['--config', config, '--devices', '1', '--text', 'cached']
+  printed = []
+  for more in ([], ['--config.stage.net.remat=nothing_saveable']):
+    assert cli.main([*args, *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed.append([x.split()[0] for x in lines if 'FLOPs per step' in x])
+  (plain,), (more, model) = printed
+  assert model == plain and float(more) > 1.03 * float(plain)
+
+
 def test_a_sampling_step_is_planned_too(tmp_path, capsys):
   args = ['--config', str(write_config(tmp_path)), '--step', 'sample']
   assert cli.main([*args, '--topology', 'v5e:2x2', '--text', 'cached']) == 0

@@ -19,6 +19,7 @@ from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import chips, loop, report, workdir
+from imagen_jax.training.ledger import Ledger
 from imagen_jax.training.loggers import find_loggers
 from imagen_jax.training.metrics import Metrics
 from imagen_jax.training.optimizer import make_optimizer
@@ -87,18 +88,41 @@ def test_metrics_have_noise_bands_norms_speed_and_the_heldout_loss(watched):
   assert row['mfu_percent'] == pytest.approx(fraction, abs=0.01)
 
 
-def test_the_loss_is_the_mean_over_its_bands(tmp_path):
-  seconds = iter(range(100))
+class FakeClock:
+  """A clock that a test moves."""
+
+  def __init__(self, monkeypatch):
+    self.now = 1000.0
+    for name in ('time', 'perf_counter'):
+      monkeypatch.setattr(time, name, lambda: self.now)
+
+  def pass_seconds(self, seconds):
+    self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  return FakeClock(monkeypatch)
+
+
+@pytest.fixture
+def metrics(tmp_path, clock):
+  """(Metrics of a run of 9 steps, its ledger, the clock)."""
+  ledger = Ledger()
+  ledger.enter('step')
+  path = tmp_path / 'metrics.jsonl'
+  return Metrics(path, ledger, start_step=0, num_steps=9), ledger, clock
+
+
+def test_the_loss_is_the_mean_over_its_bands(metrics, tmp_path):
+  metrics, ledger, clock = metrics
   count = np.asarray([1.0, 2, 0, 5])
   step = dict(loss=2.0, grad_norm=1.0, param_norm=3.0, skipped=0)
   step |= dict(band_loss=count * [1, 2, 0, 2.2], band_count=count)
-  folder = tmp_path
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(time, 'perf_counter', lambda: float(next(seconds)))
-    metrics = Metrics(folder / 'metrics.jsonl', start_step=0, num_steps=9)
-    metrics.waited(0.25)
-    metrics.log(1, 8, [step, step | {'loss': np.nan}])
-  row = rows(folder)[1]
+  clock.pass_seconds(1)
+  ledger.move(0.25, 'step', 'data_wait')
+  metrics.log(1, 8, [step, step | {'loss': np.nan}], [])
+  row = rows(tmp_path)[1]
   assert row['loss'] == 2.0  # the step with NaN is left out
   assert [row[f'loss_t{b}'] for b in ('0-0.25', '0.25-0.5', '0.75-1')] == [
     1,
@@ -107,16 +131,18 @@ def test_the_loss_is_the_mean_over_its_bands(tmp_path):
   ]
   assert 'loss_t0.5-0.75' not in row
   assert (row['images_per_sec'], row['data_wait_percent']) == (8.0, 25.0)
+  assert (row['goodput_percent'], row['seconds_data_wait']) == (75.0, 0.25)
 
 
-def test_pauses_are_not_training_time(tmp_path, monkeypatch):
-  now = iter([0.0, 10.0, 60.0, 61.0, 70.0])
-  monkeypatch.setattr(time, 'perf_counter', lambda: next(now))
-  metrics = Metrics(tmp_path / 'metrics.jsonl', start_step=0, num_steps=9)
-  with metrics.paused():  # from 10 s to 60 s
-    pass
-  metrics.log(1, 22, [])  # at 61 s, after 11 s of training
-  assert rows(tmp_path)[1]['images_per_sec'] == 2.0
+def test_evaluation_is_not_training_time(metrics, tmp_path):
+  metrics, ledger, clock = metrics
+  clock.pass_seconds(10)
+  with ledger.spent('eval'):
+    clock.pass_seconds(50)
+  clock.pass_seconds(1)
+  metrics.log(1, 22, [], [])
+  row = rows(tmp_path)[1]
+  assert (row['images_per_sec'], row['seconds_eval']) == (2.0, 50.0)
 
 
 def test_the_report_says_what_every_device_will_hold(watched):
