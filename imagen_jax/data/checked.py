@@ -8,11 +8,14 @@ order of the rest is the same on every host and at every start.
 
 import collections
 import concurrent.futures
+import errno
 import functools
 import logging
 import os
 import pathlib
+import resource
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -33,13 +36,19 @@ CLEANING = 'whitespace-1'
 TURN = 256  # samples checked between two updates of the progress
 EXAMPLES = 3  # names that a message lists per reason
 SUBSTITUTES = 100  # neighbours tried before giving up
+PAUSES = (0.1, 1, 4, 10)  # seconds before a failed read is repeated
+# What is said of a sample that could not be read this time.
+UNREADABLE = 'it cannot be read'
+# Errors of the file system that no repetition heals.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 class Checked(Source):
   """Random access to the samples that passed the check, {'image', 'caption'}.
 
-  A sample that fails later, because the disk fails or its file has changed, is
-  replaced by the next good one and counts as bad.
+  A sample that fails later, because its file has changed or the disk fails time
+  after time, is replaced by the next good one and counts as bad. It is tried
+  again whenever its turn comes.
 
   Subclasses have `scan`, `__len__`, `name`, and `read` or `example`.
 
@@ -119,7 +128,7 @@ class Checked(Source):
       raise IndexError(f'sample {i} of {len(self)}')
     for j in range(int(i), int(i) + min(SUBSTITUTES, len(self))):
       try:
-        return self.example(j % len(self))
+        return retried(self.example, j % len(self))
       except (BadSample, OSError) as error:
         reason = str(error)
         self.note(self.name(j % len(self)), reason)
@@ -210,11 +219,11 @@ def survey(
 
   def one(key: Key) -> Found | BadSample:
     try:
-      return examine(key)
+      return retried(examine, key)
     except BadSample as error:
       return error
     except OSError as error:
-      return BadSample(f'it cannot be read ({error.strerror or error})')
+      return BadSample(f'{UNREADABLE} ({error.strerror or error})')
 
   good: dict[Key, Found] = {}
   bad: dict[Key, str] = {}
@@ -231,6 +240,30 @@ def survey(
       progress.add(len(turn))
   progress.close()
   return good, bad
+
+
+def retried(read: Callable[[Key], Found], key: Key) -> Found:
+  """`read(key)`, repeated if the disk, the network or a bucket fails.
+
+  Raises:
+    OSError: the last error.
+    DataError: the process has too many open files.
+  """
+  for pause in (*PAUSES, None):
+    try:
+      return read(key)
+    except OSError as error:
+      text = os.strerror(errno.EMFILE)
+      if error.errno == errno.EMFILE or text in str(error):
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise DataError(
+          f'this process may open no more than {allowed} files at once; raise '
+          f'the limit with `ulimit -n {max(4096, 4 * allowed)}`.'
+        ) from error
+      if pause is None or isinstance(error, _FINAL):
+        raise
+      time.sleep(pause)
+  raise AssertionError('unreachable')
 
 
 def thread_pool() -> concurrent.futures.ThreadPoolExecutor:

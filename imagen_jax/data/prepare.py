@@ -20,7 +20,12 @@ from imagen_jax.data.arrayrecord import (
   short,
   write_records,
 )
-from imagen_jax.data.checked import CLEANING, thread_pool, write_skipped
+from imagen_jax.data.checked import (
+  CLEANING,
+  retried,
+  thread_pool,
+  write_skipped,
+)
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
@@ -180,7 +185,7 @@ def _write_part(
 
   def attempt(i: int) -> dict[str, Any] | Exception:
     try:
-      return source.example(i)
+      return retried(source.example, i)
     except (BadSample, OSError) as error:
       return error
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 
 import ml_dtypes
@@ -213,6 +214,10 @@ def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
   part = out / 'part-00000.array_record'
   whole = part.read_bytes()
   part.write_bytes(whole[:-1])
+  source = ArrayRecordSource(out, 16)
+  with pytest.raises(DataError, match='part-00000.array_record'):
+    source[0]
+  part.unlink()
   with pytest.raises(DataError, match='part-00000.array_record'):
     ArrayRecordSource(out, 16)
   for place in range(0, 4):
@@ -228,6 +233,21 @@ def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
     lost = int(next(iter(source.bad)).split()[1])
     for i in range(4):
       assert found[i] == expected[i + (i == lost)]['caption']
+
+
+def test_a_start_looks_at_no_part(images, tmp_path, monkeypatch):
+  write(images, tmp_path / 'out', part_size=1)
+  asked, stat = [], os.stat
+
+  def counted(path, *args, **options):
+    asked.append(str(path))
+    return stat(path, *args, **options)
+
+  monkeypatch.setattr(os, 'stat', counted)
+  source = ArrayRecordSource(tmp_path / 'out', 16)
+  assert len(source) == 10
+  assert not [path for path in asked if 'part-' in path]
+  assert source[3] and [path for path in asked if 'part-00003' in path]
 
 
 def test_a_record_is_no_code(images, tmp_path):
