@@ -5,9 +5,9 @@
   mine/part-00000.json            its count, size, sha256 and skipped samples
   mine/dropped.jsonl              all skipped samples, with reasons
 
-A record is the length of its header (4 bytes), the header as JSON, the pixels
-as bytes, and the embeddings of the caption's tokens in bfloat16, without
-padding. It contains no code.
+A record is the length of its header (4 bytes), the header as JSON, the image as
+pixels or encoded (`encode` of dataset.json), and the embeddings of the
+caption's tokens in bfloat16, without padding. It contains no code.
 """
 
 import glob
@@ -24,13 +24,14 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
+from imagen_jax.data.encoding import RAW, Encoding
 from imagen_jax.data.records import Part, Records, wrong
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, resize_square
 from imagen_jax.io.files import AnyPath
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
 
 
@@ -69,6 +70,7 @@ class ArrayRecordSource(Checked):
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
     self.text_header = self.header['text']
+    self._encoding = _encoding(folders[0], self.header)
     parts: list[Part] = []
     for folder, header in zip(folders, self._headers):
       self._check(folder, header)
@@ -83,7 +85,7 @@ class ArrayRecordSource(Checked):
         f'{folder} was prepared at {header["size"]} pixels and {self.size} are '
         f'needed; prepare it again with imagen-prepare --size {self.size}.'
       )
-    for key in ('size', 'text'):
+    for key in ('size', 'text', 'encode', 'quality'):
       if header[key] != self.header[key]:
         raise DataError(
           f'{folder} was prepared with another {key} than the first set of '
@@ -109,7 +111,7 @@ class ArrayRecordSource(Checked):
     try:
       header, pixels, text = _unpack(record)
       side = self.header['size']
-      image = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
+      image = self._encoding.decode(pixels, side)
       example = {'image': image, 'caption': header['caption']}
       if not isinstance(example['caption'], str):
         raise TypeError('not text')
@@ -190,9 +192,13 @@ def _verify(file: pathlib.Path, count: int) -> None:
     )
 
 
-def pack(example: Mapping[str, Any], text: np.ndarray | None) -> bytes:
+def pack(
+  example: Mapping[str, Any],
+  text: np.ndarray | None,
+  encoding: Encoding = RAW,
+) -> bytes:
   """A record of an example and its caption's embeddings (or None)."""
-  pixels = np.ascontiguousarray(example['image']).tobytes()
+  pixels = encoding.encode(example['image'])
   header = {'caption': example['caption'], 'image': len(pixels)}
   head = json.dumps(header).encode()
   rows = b'' if text is None else np.ascontiguousarray(text).tobytes()
@@ -257,7 +263,7 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
   _check_keys(path / DATASET, header, size=int, count=int, parts=list)
-  _check_keys(path / DATASET, header, text=dict | None)
+  _check_keys(path / DATASET, header, text=dict | None, encode=str)
   for part in header['parts']:
     _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
   if header['text'] is not None:
@@ -265,6 +271,18 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
     types = dict.fromkeys(whole, int) | dict.fromkeys(text, str)
     _check_keys(path / DATASET, header['text'], **types)
   return header
+
+
+def _encoding(folder: pathlib.Path, header: Mapping[str, Any]) -> Encoding:
+  kind, quality = header['encode'], header.get('quality')
+  try:
+    return Encoding(kind, quality)
+  except (UsageError, TypeError) as error:
+    raise DataError(
+      f'{folder / DATASET}: images are encoded as {kind!r} of quality '
+      f'{quality!r}, which this version of imagen_jax does not read: upgrade, '
+      f'or {files.COPY_AGAIN}.'
+    ) from error
 
 
 def _check_keys(file: pathlib.Path, found: Any, **types: Any) -> None:
