@@ -405,7 +405,8 @@ def test_imagen_prepare_names_what_is_wrong(
   [
     ('size', '16'), ('count', None), ('parts', {}), ('parts', [3]),
     ('parts', [{}]), ('text', []), ('text', {'dim': 3}), ('name', 3),
-    ('bytes', '1'), ('encode', 3), ('encode', 'jxl'), ('quality', 50), ('count of a part', None), ('name', '../x'), ('name', '/x'),
+    ('bytes', '1'), ('count of a part', None), ('name', '../x'), ('name', '/x'),
+    ('encode', 3), ('encode', 'jxl'), ('quality', 50),
   ],
 )  # fmt: skip
 def test_a_header_with_other_types_or_files_elsewhere_is_refused(
