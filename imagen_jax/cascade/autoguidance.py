@@ -49,8 +49,7 @@ def find(
     UsageError: no stage of the folder has the name of one of the cascade's.
     ModelError: one cannot be read, or does not predict what that stage does.
   """
-  folder = pathlib.Path(path)
-  weak = {record.name: record for record in model_folder.find_stages(folder)}
+  weak = {record.name: record for record in model_folder.find_stages(path)}
   result = {}
   for record, stage in zip(records, ours):
     if stage.name not in weak:
@@ -61,19 +60,19 @@ def find(
     for name in 'resolution', 'low_resolution', 'prediction':
       if getattr(made, name) != getattr(stage, name):
         raise ModelError(
-          f'stage {stage.name} of {folder} has {name} {getattr(made, name)} '
+          f'stage {stage.name} of {path} has {name} {getattr(made, name)} '
           f'and that of the model {getattr(stage, name)}; autoguidance needs '
           'two models of the same stage.'
         )
     if other.text != record.text:
       raise ModelError(
-        f'stage {stage.name} of {folder} was trained with another text '
+        f'stage {stage.name} of {path} was trained with another text '
         'encoder or length than that of the model; autoguidance needs the same.'
       )
     result[stage.name] = other, made.net
   if not result:
     raise UsageError(
-      f'weak_model {folder} has the stages {", ".join(weak)}, and the model '
+      f'weak_model {path} has the stages {", ".join(weak)}, and the model '
       f'{", ".join(stage.name for stage in ours)}; a weaker stage has the name '
       'of the stage that it guides.',
       key='weak_model',

@@ -34,8 +34,8 @@ from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
 from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import bucket, model_folder
 from imagen_jax.io import images as image_io
-from imagen_jax.io import model_folder
 from imagen_jax.io.files import COPY_AGAIN
 from imagen_jax.io.paths import user_path
 from imagen_jax.nets.network import Network
@@ -73,9 +73,7 @@ def load(
   """
   path = model_folder.demo_path() if path is None else user_path(path)
   records = model_folder.find_stages(path, stages)
-  made = Cascade(
-    pathlib.Path(path), records, resolve_dtype(dtype), fsdp, devices
-  )
+  made = Cascade(bucket.at(path), records, resolve_dtype(dtype), fsdp, devices)
   if weak_model is not None:
     weak_model = user_path(weak_model)
     made.weak = autoguidance.find(weak_model, records, made.stages)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from imagen_jax.cli import errors
+from imagen_jax.io import bucket
 from imagen_jax.io.paths import user_path
 
 
@@ -56,7 +57,7 @@ def _main(argv: list[str]) -> None:
   runtime.start()
   from imagen_jax.training.experiment import Export, find_experiment
 
-  workdir, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
+  workdir, out = bucket.at(args.workdir), pathlib.Path(args.out)
   request = Export(
     workdir=workdir,
     out=out,

@@ -1,7 +1,6 @@
 """imagen-train: trains the model that a config describes."""
 
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ def _parser() -> errors.Parser:
     type=user_path,
     required=True,
     help='directory of the run: config.json, checkpoints/, metrics.jsonl, '
-    'samples/',
+    'samples/; a local path or gs://BUCKET/FOLDER',
   )
   parser.add_argument(
     '--dry_run',
@@ -54,7 +53,8 @@ def _parser() -> errors.Parser:
   parser.add_argument(
     '--force',
     action='store_true',
-    help='resume although the config or the data set has changed',
+    help='resume although the config or the data set has changed, or begin '
+    'anew although there are checkpoints, none of them usable',
   )
   runtime.add_process_flags(parser)
   return parser
@@ -64,10 +64,11 @@ def _main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   args = _parser().parse_args(argv)
   config = load_config(args.config, overrides)
-  check_folder(args.workdir, key='workdir')
+  workdir = check_folder(args.workdir, key='workdir', in_bucket=True)
   elsewhere = config.train.get('checkpoint_dir')
-  if elsewhere and '://' not in elsewhere:
-    check_folder(elsewhere, key='config.train.checkpoint_dir')
+  if elsewhere:
+    key = 'config.train.checkpoint_dir'
+    check_folder(elsewhere, key=key, in_bucket=True)
   runtime.start(split_cpu=True, processes=args)
 
   from imagen_jax.training.loop import train
@@ -75,7 +76,7 @@ def _main(argv: list[str]) -> int:
   with _agreed() if _together() else _alone() as should_stop:
     step = train(
       config,
-      pathlib.Path(args.workdir),
+      workdir,
       should_stop=should_stop,
       init_from=args.init_from,
       force=args.force,

@@ -287,7 +287,7 @@ def write_skipped(
   file: pathlib.Path, skipped: Iterable[tuple[str, str]]
 ) -> None:
   """Writes skipped samples as JSON Lines of `name` and `reason`."""
-  file.parent.mkdir(parents=True, exist_ok=True)
+  files.make_folder(file.parent)
   files.write_lines(file, [{'name': n, 'reason': r} for n, r in skipped])
 
 

@@ -1,11 +1,13 @@
 """Checkpoints of a training state: asynchronous, atomic, with digests.
 
-  checkpoints/300/state/…                        the arrays, by Orbax
-  checkpoints/300/manifest-00000-of-00001.json   digests, leaves, `extra`
+  checkpoints/300/state/…         the arrays, by Orbax
+  checkpoints/300/manifest.json   digests, leaves, `extra`
 
-A step is complete once its manifest exists; see `manifest.py`. A state is a
-tree of arrays of at least one element each (Orbax stores no empty ones); typed
-keys are restored as typed keys.
+A step is whole once its manifest exists. Process 0 writes it, after every
+process has written its part and digested its share of the files; see
+`manifest.py`. No step is removed before a newer one is whole. A state is a tree
+of arrays of at least one element each (Orbax stores no empty ones); typed keys
+are restored as typed keys.
 """
 
 import concurrent.futures
@@ -14,18 +16,17 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata import array_metadata_store
 
-from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import files, leaves, manifest
+from imagen_jax.errors import ImagenError, ModelError, UsageError
+from imagen_jax.io import bucket, files, hosts, leaves, manifest
 from imagen_jax.io.files import AnyPath
 
 _log = logging.getLogger(__name__)
@@ -57,17 +58,9 @@ class Checkpoints:
     """
     if keep_last < 1:
       raise UsageError(f'train.keep_last is {keep_last}; it is at least 1.')
-    if '://' not in str(directory):  # orbax takes no relative path
+    if not bucket.is_bucket(directory):  # orbax takes no relative path
       directory = os.path.abspath(directory)
-    try:
-      self.directory = epath.Path(directory)
-      self.directory.exists()
-    except (ImportError, KeyError) as error:  # of a bucket
-      raise UsageError(
-        f'train.checkpoint_dir is {directory}, which cannot be opened '
-        f'({error}); install what it needs, or give a local path.',
-        key='config.train.checkpoint_dir',
-      ) from error
+    self.directory = epath.Path(bucket.at(directory))
     self.keep_last = keep_last
     self.keep_every = keep_every
     self._bad: set[int] = set()
@@ -90,12 +83,20 @@ class Checkpoints:
   def __exit__(self, *_: object) -> None:
     self.close()
 
+  def steps(self) -> list[int]:
+    """Every step that has a directory, whole or not, in order."""
+    try:
+      names = [path.name for path in self.directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+      return []
+    return sorted(int(name) for name in names if name.isdecimal())
+
   def all_steps(self) -> list[int]:
-    """The complete steps, in order; digests are not checked."""
-    return [s for s in self._steps() if manifest.is_whole(self._path(s))]
+    """The whole steps, in order; digests are not checked."""
+    return [s for s in self.steps() if manifest.is_whole(self._path(s))]
 
   def latest_step(self) -> int | None:
-    """The newest complete step, or None."""
+    """The newest whole step, or None."""
     return max(self.all_steps(), default=None)
 
   def save(
@@ -142,9 +143,13 @@ class Checkpoints:
 
   def discard_after(self, step: int) -> None:
     """Removes the later steps, which a run resumed from `step` saves anew."""
-    for later in self._steps():
-      if later > step and jax.process_index() == 0:
-        self._remove(later)
+
+    def remove(_: Any) -> None:
+      for later in self.steps():
+        if later > step:
+          self._remove(later)
+
+    self._agree('discard', remove)
 
   def wait(self) -> None:
     """Waits until the last saved step and its manifest are on disk.
@@ -203,10 +208,6 @@ class Checkpoints:
     Raises:
       ModelError: no step is good, or the state has other leaves or shapes.
     """
-    if step is None and jax.process_count() > 1:
-      # One process may see a file before another does.
-      newest, _ = self._newest_good(None)
-      step = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
     step, body = self._newest_good(step)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract_state = jax.tree.map(
@@ -254,56 +255,68 @@ class Checkpoints:
   def _path(self, step: int) -> epath.Path:
     return self.directory / str(step)
 
-  def _steps(self) -> list[int]:
-    """Every step that has a directory, complete or not, in order."""
-    if not self.directory.is_dir():
-      return []
-    names = (path.name for path in self.directory.iterdir())
-    return sorted(int(name) for name in names if name.isdecimal())
+  def _agree(self, name: str, decide: Callable[[Any], Any]) -> Any:
+    """What process 0 finds, on every process."""
+    return hosts.agree(f'{self.directory}/{name}', lambda: None, decide)
 
   def _make_room(self, step: int) -> None:
     """Removes what a killed run left at this step; refuses an earlier step."""
-    later = [s for s in self.all_steps() if s >= step and s not in self._bad]
-    if later:
-      raise ModelError(
-        f'{self.directory} already holds step {later[-1]}, so step {step} '
-        'is not saved there: resume from it, or use another workdir.'
-      )
-    with self._saving(step):
-      self.directory.mkdir(parents=True, exist_ok=True)
-      if jax.process_index() == 0:
-        for path in self.directory.iterdir():
-          if '.orbax-checkpoint-tmp' in path.name:
-            path.rmtree()
-        self._remove(step)
+
+    def remove(_: Any) -> None:
+      with self._saving(step):
+        if not bucket.is_bucket(self.directory):
+          files.make_folder(self.directory)
+          for path in self.directory.iterdir():
+            if '.orbax-checkpoint-tmp' in path.name:
+              path.rmtree()
+        whole = self.all_steps()
+        later = [s for s in whole if s >= step and s not in self._bad]
+        if not later:
+          self._remove(step)
+      if later:
+        raise ModelError(
+          f'{self.directory} already holds step {later[-1]}, so step {step} '
+          'is not saved there: resume from it, or use another workdir.'
+        )
+
+    self._agree('room', remove)
+    self._bad.discard(step)
 
   def _remove(self, step: int) -> None:
     path = self._path(step)
-    if path.exists():
-      # Manifests first: a partly removed step must not look complete.
-      for name in path.glob('manifest-*'):
-        name.unlink()
-      path.rmtree()
+    # The manifest first: a partly removed step must not look whole.
+    for remove in (path / manifest.NAME).unlink, path.rmtree:
+      with contextlib.suppress(FileNotFoundError):
+        remove()
     self._bad.discard(step)
 
   def _finish(self, step: int, fields: Mapping[str, Any]) -> None:
     """In the background: commits, writes the manifest, removes old steps."""
     self._orbax.wait_until_finished()
-    first = jax.process_index() == 0
-    manifest.write(
-      self._path(step),
-      fields if first else {'step': fields['step']},
-      process=jax.process_index(),
-      processes=jax.process_count(),
-    )
-    if first:
-      good = [s for s in self.all_steps() if s not in self._bad]
-      keep = {step, *good[-self.keep_last :]}
-      if self.keep_every:
-        keep.update(s for s in good if s % self.keep_every == 0)
-      for old in self._steps():
-        if old not in keep:
-          self._remove(old)
+    path = self._path(step)
+    # One listing for all processes, and each digests its share.
+    names = self._agree('files', lambda _: list(files.tree(path)))
+
+    def commit(said: list[dict[str, files.Digest]]) -> None:
+      digests = {name: d for each in said for name, d in each.items()}
+      manifest.write(path, fields, digests)
+
+    share = hosts.shared(names)
+    hosts.agree(f'{path}', lambda: manifest.digests(path, share), commit)
+    if jax.process_index() == 0:
+      self._retire(step)
+
+  def _retire(self, step: int) -> None:
+    """Removes what is older than the steps to keep; `step` is whole."""
+    good = [s for s in self.all_steps() if s not in self._bad]
+    if step not in good:
+      raise OSError(f'step {step} was written and cannot be seen')
+    keep = {step, *good[-self.keep_last :]}
+    if self.keep_every:
+      keep.update(s for s in good if s % self.keep_every == 0)
+    for old in self.steps():
+      if old not in keep:
+        self._remove(old)
 
   # Reading and writing.
 
@@ -311,11 +324,15 @@ class Checkpoints:
   def _saving(self, step: int) -> Iterator[None]:
     try:
       yield
-    except (OSError, ValueError, RuntimeError) as error:
-      text = str(error).strip() or type(error).__name__
+    except Exception as error:
       # orbax buries the file system's error in a long message.
-      reason = files.storage_reason(error) or text.splitlines()[0][:200]
-      last = self.latest_step()
+      reason = files.storage_reason(error)
+      known = isinstance(error, (OSError, ValueError, RuntimeError))
+      if isinstance(error, ImagenError) or not (known or reason):
+        raise
+      text = str(error).strip() or type(error).__name__
+      reason = reason or text.splitlines()[0][:200]
+      last = self._last_whole()
       # orbax drops the writes that it had not started, without awaiting them.
       warnings.filterwarnings(
         'ignore', "coroutine 'async_serialize.* was never awaited"
@@ -325,6 +342,12 @@ class Checkpoints:
         + (f'step {last} is the last good one: ' if last is not None else '')
         + 'check space and permissions, then run the same command again.'
       ) from error
+
+  def _last_whole(self) -> int | None:
+    """`latest_step`, or None if even that fails."""
+    with contextlib.suppress(Exception):
+      return self.latest_step()
+    return None
 
   def _read(self, step: int, wanted: Any, restore_args: Any) -> Any:
     # Partial: branches without leaves need not agree.
@@ -341,18 +364,35 @@ class Checkpoints:
       raise
 
   def _verified(self, step: int) -> dict[str, Any]:
-    """Verifies a step and returns the first process's manifest."""
+    """Verifies a step, each process its share; returns the manifest.
+
+    Raises:
+      Damaged: on every process, also where another found the damage.
+    """
     path = self._path(step)
-    body = manifest.verify(path)[0]
-    if body['step'] != step:
-      raise manifest.Damaged(f'{path} is a copy of step {body["step"]}.')
+    body: dict[str, Any] = {}
+
+    def problem() -> str | None:
+      try:
+        body.update(manifest.read(path))
+        if body['step'] != step:
+          return f'{path} is a copy of step {body["step"]}.'
+        manifest.verify(path, hosts.shared(sorted(body['files'])))
+      except manifest.Damaged as error:
+        return str(error)
+      return None
+
+    first = lambda said: next(filter(None, said), None)
+    found = hosts.agree(f'{self.directory}/verify', problem, first)
+    if found:
+      raise manifest.Damaged(found)
     return body
 
   def _newest_good(self, step: int | None) -> tuple[int, dict[str, Any]]:
     self.wait()
     if step is not None:
       return step, self._verified(step)
-    steps = self._steps()
+    steps = self._agree('steps', lambda _: self.steps())
     for step in reversed(steps):
       try:
         return step, self._verified(step)

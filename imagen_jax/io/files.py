@@ -13,11 +13,13 @@ import pathlib
 import secrets
 import shutil
 import subprocess
+import tempfile
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
 
 from imagen_jax.errors import DataError, ImagenError, ModelError
+from imagen_jax.io import bucket
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -44,6 +46,8 @@ class Path(Protocol):
 
   def replace(self, target: Any, /) -> Any: ...
 
+  def mkdir(self, *, parents: bool, exist_ok: bool) -> Any: ...
+
   def unlink(self) -> None: ...
 
 
@@ -65,11 +69,18 @@ def replacing(
 
   The block writes a file there, or makes a directory; a directory cannot
   replace one that is not empty. If the block raises, what it wrote is removed.
+  In a bucket `path` is a file, which is written in a local folder and uploaded.
 
   Args:
     path: the final path; its directory is created if missing.
     error: raised instead of an `OSError`; None raises that itself.
   """
+  if bucket.is_bucket(path):
+    with tempfile.TemporaryDirectory() as folder:
+      local = pathlib.Path(folder, os.path.basename(os.fspath(path)))
+      yield local
+      bucket.at(path).write_bytes(local.read_bytes())
+    return
   path = pathlib.Path(path)
   temporary = _beside(path)
   try:
@@ -96,13 +107,16 @@ def replacing(
 
 def write_bytes(path: Path, data: bytes) -> None:
   """Writes a file atomically, on a file system or in a bucket."""
+  if bucket.is_bucket(str(path)):
+    with path.open('wb') as file:
+      file.write(data)
+    return
   temporary = _beside(path)
   try:
     with temporary.open('wb') as file:
       file.write(data)
       file.flush()
-      if hasattr(file, 'fileno'):  # a file system, not a bucket
-        os.fsync(file.fileno())
+      os.fsync(file.fileno())
     temporary.replace(path)
   except OSError as problem:
     problem.filename = problem.filename or str(path)
@@ -115,6 +129,20 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
   """Writes a text file in UTF-8."""
   write_bytes(path, text.encode('utf-8'))
+
+
+def append_text(path: Path, text: str) -> None:
+  """Adds to a text file; in a bucket, where no file grows, writes it again."""
+  if not bucket.is_bucket(str(path)):
+    with path.open('ab') as file:
+      file.write(text.encode('utf-8'))
+    return
+  try:
+    with path.open('rb') as file:
+      old = file.read()
+  except FileNotFoundError:
+    old = b''
+  write_bytes(path, old + text.encode('utf-8'))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -170,9 +198,9 @@ def read_json(
   Raises:
     error: the file is missing, not a JSON object, or of another version.
   """
-  path = pathlib.Path(path)
+  path = bucket.at(path)
   try:
-    value = parse_json(path.read_text(encoding='utf-8-sig'))
+    value = parse_json(path.read_bytes().decode('utf-8-sig'))
   except FileNotFoundError as problem:
     raise error(f'{path} does not exist; {missing or advice}.') from problem
   except (OSError, ValueError) as problem:
@@ -237,7 +265,7 @@ def read_lines(
     error: the file is missing or cannot be read.
   """
   try:
-    text = pathlib.Path(path).read_text(encoding='utf-8-sig', errors='replace')
+    text = bucket.at(path).read_bytes().decode('utf-8-sig', 'replace')
   except OSError as problem:
     raise error(
       f'{path} cannot be read ({problem}); {COPY_AGAIN}.'
@@ -247,6 +275,23 @@ def read_lines(
       row = dict(parse_json(line))
       if all(isinstance(row.get(k), t) for k, t in (fields or {}).items()):
         yield row
+
+
+def make_folder(path: Path) -> None:
+  """Makes a folder and its parents; a bucket has none."""
+  if not bucket.is_bucket(str(path)):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def tree(folder: AnyPath) -> dict[str, int]:
+  """{relative path: bytes} of all files below; of a bucket in one listing."""
+  if bucket.is_bucket(folder):
+    top = os.fspath(folder).partition('://')[2].rstrip('/') + '/'
+    found = bucket.filesystem(folder).find(os.fspath(folder), detail=True)
+    return {n.removeprefix(top): found[n]['size'] for n in sorted(found)}
+  top = pathlib.Path(folder)
+  inside = (path for path in sorted(top.rglob('*')) if path.is_file())
+  return {p.relative_to(top).as_posix(): p.stat().st_size for p in inside}
 
 
 def digest(path: Path) -> Digest:
@@ -259,7 +304,8 @@ def digest(path: Path) -> Digest:
 def storage_reason(error: BaseException | None) -> str | None:
   """The file system's error within a library's message, or None."""
   text = str(error)
-  return next((w for w in map(os.strerror, STORAGE) if w in text), None)
+  found = next((w for w in map(os.strerror, STORAGE) if w in text), None)
+  return found or (None if error is None else bucket.reason(error))
 
 
 def git_commit() -> str | None:

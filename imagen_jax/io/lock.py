@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 
 from imagen_jax.errors import UsageError
+from imagen_jax.io import bucket, bucket_lock
 from imagen_jax.io.files import AnyPath
 
 FILE = '.lock'
@@ -30,7 +31,7 @@ def locked(
   file that a killed process leaves does not count.
 
   Args:
-    folder: a local path.
+    folder: a local path, or a bucket's; see `bucket_lock` for how it waits.
     name: of the lock's file, which is removed at the end.
     wait: for another process to release it.
     key: of the error, see `UsageError`.
@@ -38,6 +39,10 @@ def locked(
   Raises:
     UsageError: another process holds the lock, or the path is that of a file.
   """
+  if bucket.is_bucket(folder):
+    with bucket_lock.locked(os.fspath(folder), name=name, key=key):
+      yield
+    return
   path = pathlib.Path(folder) / name
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +62,16 @@ def locked(
     os.close(file)
 
 
+def owner(folder: AnyPath, name: str = FILE) -> str | None:
+  """Who holds a folder's lock, as its file says; None if there is no file."""
+  try:
+    if bucket.is_bucket(folder):
+      return bucket_lock.owner(f'{os.fspath(folder).rstrip("/")}/{name}')
+    return (pathlib.Path(folder) / name).read_text(encoding='utf-8')
+  except OSError:
+    return None
+
+
 def _acquire(path: pathlib.Path, wait: bool, key: str | None) -> int:
   """The descriptor of the lock's file, which names its process."""
   while True:
@@ -64,10 +79,10 @@ def _acquire(path: pathlib.Path, wait: bool, key: str | None) -> int:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
-      owner = os.read(file, 200).decode('utf-8', 'replace') or 'another process'
+      holder = os.read(file, 200).decode('utf-8', 'replace') or 'another'
       os.close(file)
       raise UsageError(
-        f'{path.parent} is in use by {owner}; wait until it ends, or choose '
+        f'{path.parent} is in use by {holder}; wait until it ends, or choose '
         'another folder.',
         key=key,
       ) from error
@@ -76,8 +91,8 @@ def _acquire(path: pathlib.Path, wait: bool, key: str | None) -> int:
         raise
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file), path.stat()):
-        owner = f'process {os.getpid()} on {socket.gethostname()}'
+        holder = f'process {os.getpid()} on {socket.gethostname()}'
         os.truncate(file, 0)
-        os.write(file, owner.encode())
+        os.write(file, holder.encode())
         return file
     os.close(file)  # the last owner removed it between the two calls

@@ -23,7 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import files, safetensors
+from imagen_jax.io import bucket, files, safetensors
 from imagen_jax.io.files import AnyPath
 from imagen_jax.io.safetensors import Tensor
 
@@ -133,7 +133,7 @@ def load_config(workdir: AnyPath) -> dict[str, Any]:
   Raises:
     ModelError: it is missing, damaged or of another format.
   """
-  path = pathlib.Path(workdir) / 'config.json'
+  path = bucket.at(workdir) / 'config.json'
   record = files.read_json(path, version=FORMAT_VERSION)
   if not isinstance(record.get('config'), dict):
     raise ModelError(f'{path} holds no config; {files.COPY_AGAIN}.')
@@ -146,7 +146,7 @@ def load_stage(path: AnyPath) -> StageRecord:
   Raises:
     ModelError: it is neither, incomplete, or of another format.
   """
-  path = pathlib.Path(path)
+  path = bucket.at(path)
   exported = (path / RECORD).exists()
   file = path / (RECORD if exported else 'config.json')
   if not file.exists():
@@ -155,6 +155,11 @@ def load_stage(path: AnyPath) -> StageRecord:
       'model folder or a training workdir.'
     )
   record = files.read_json(file, version=FORMAT_VERSION)
+  if exported and bucket.is_bucket(path):
+    raise ModelError(
+      f'{path} is an exported stage in a bucket, where only training workdirs '
+      'are read; copy it to a local folder, such as with gcloud storage cp -r.'
+    )
   if exported and not (path / WEIGHTS).exists():
     raise ModelError(f'{path} has no {WEIGHTS}; {files.COPY_AGAIN}.')
   try:
@@ -212,7 +217,7 @@ def find_stages(
       upsample the images of the one before it.
     UsageError: a name is unknown.
   """
-  path = pathlib.Path(path)
+  path = bucket.at(path)
   if not path.is_dir():
     raise ModelError(
       f'there is no model folder {path}; check the path, or leave it out for '

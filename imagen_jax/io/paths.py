@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from imagen_jax.errors import UsageError
+from imagen_jax.io import bucket
 from imagen_jax.io.files import AnyPath
 
 
@@ -38,19 +39,30 @@ def cache_folder() -> pathlib.Path | None:
   return folder
 
 
-def check_folder(path: AnyPath, *, key: str | None = None) -> pathlib.Path:
-  """The folder at `path`, which exists or can be made; nothing is written.
+def check_folder(
+  path: AnyPath, *, key: str | None = None, in_bucket: bool = False
+) -> pathlib.Path:
+  """The folder at `path`, which exists or can be made; nothing is left there.
 
   A command calls it first, so that no work is lost at the end.
 
   Args:
     path: of a folder that will be written to.
     key: of the argument, for the error.
+    in_bucket: whether it may be in a bucket.
 
   Raises:
     UsageError: there is something else, or files cannot be written there.
   """
-  folder, problem = pathlib.Path(path), ''
+  if bucket.is_bucket(path):
+    if not in_bucket:
+      raise UsageError(
+        f'{path} is in a bucket; give a local folder and copy it there.',
+        key=key,
+      )
+    bucket.check(os.fspath(path), key=key)
+    return bucket.at(path)
+  folder, problem = bucket.at(path), ''
   try:
     folder.stat()
   except FileNotFoundError:

@@ -3,6 +3,7 @@
 import pathlib
 
 from imagen_jax.errors import ModelError
+from imagen_jax.io import bucket
 from imagen_jax.io.files import AnyPath
 from imagen_jax.io.model_folder import StageRecord, demo_path
 
@@ -57,7 +58,9 @@ def of_stage(path: AnyPath, record: StageRecord) -> pathlib.Path:
   Raises:
     ModelError: there is none.
   """
-  candidates = [pathlib.Path(path) / 'text', record.path.parent / 'text']
+  candidates = [bucket.at(path) / 'text', record.path.parent / 'text']
+  # A text encoder is read from a local folder.
+  candidates = [c for c in candidates if not bucket.is_bucket(c)]
   if configured := record.config['text']['path']:
     candidates.append(find(configured))
   for candidate in candidates:

@@ -1,6 +1,5 @@
 """Ends a run whose steps keep giving NaN or Inf."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from imagen_jax.data.source import Source
 from imagen_jax.errors import NumericError
+from imagen_jax.io import files
 from imagen_jax.training.state import TrainState
 
 
@@ -42,7 +42,7 @@ def check_finite(
     for number, index in seen
   ]
   file = workdir / f'bad_batches_{jax.process_index()}.jsonl'
-  file.write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
+  files.write_lines(file, rows)
   some = rows[-1]['samples']
   raise NumericError(
     f'the last {bad} steps up to step {step} gave NaN or Inf and were skipped; '

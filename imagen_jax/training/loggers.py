@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.errors import UsageError
+from imagen_jax.io import bucket, files
 
 Grid = UInt8[np.ndarray, 'h w 3']
 
@@ -94,15 +95,16 @@ class Wandb:
     import wandb
 
     self._wandb = wandb
-    workdir.mkdir(parents=True, exist_ok=True)
-    parts = workdir.resolve().parts[-3:]
+    files.make_folder(workdir)
+    local = not bucket.is_bucket(workdir)
+    parts = (workdir.resolve() if local else workdir).parts[-3:]
     self._run = wandb.init(
       project='imagen_jax',
       name='/'.join(parts),
       id='-'.join(parts),
       resume='allow',
       config=config,
-      dir=str(workdir),
+      dir=str(workdir) if local else None,
     )
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from imagen_jax import sharding
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.dtypes import pinned
-from imagen_jax.io import lock, model_folder
+from imagen_jax.io import bucket, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training import power_ema, report
@@ -37,13 +37,15 @@ def train(
 
   Args:
     config: of an experiment, such as `configs/imagen_base64.py`'s.
-    workdir: the run's directory: `config.json`, `checkpoints/`,
-      `metrics.jsonl`, `samples/`. A run of the same config in it is resumed.
+    workdir: the run's directory, local or gs://…: `config.json`,
+      `checkpoints/`, `metrics.jsonl`, `samples/`. A run of the same config in
+      it is resumed.
     should_stop: called after every step with its number; True saves and
       returns early. It must return the same on all processes.
     init_from: a training workdir or an exported stage whose EMA a new run
       starts from; a resumed run does not use it.
-    force: resume although the config or the data set has changed.
+    force: resume although the config or the data set has changed, and begin
+      anew where there are checkpoints and none is whole.
     dry_run: print what would run, write nothing, and return 0.
 
   Returns:
@@ -55,7 +57,7 @@ def train(
     ModelError: the text encoder or every checkpoint is unusable.
     NumericError: too many steps in a row were NaN or Inf.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = bucket.at(workdir)
   find_loggers(config.train.log_to)  # what is wrong there is said at the start
   experiment = make_experiment(config, workdir)
   program = make_program(experiment, experiment.mesh)
@@ -67,7 +69,7 @@ def train(
   warm = None if init_from is None else model_folder.load_stage(init_from)
   checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
   with (
-    _locked(workdir, checkpoint_dir),
+    workdirs.locked(workdir, checkpoint_dir),
     Checkpoints(
       checkpoint_dir,
       keep_last=config.train.keep_last,
@@ -75,23 +77,7 @@ def train(
     ) as checkpoints,
   ):
     _claim(experiment, workdir, warm, force)
-    return _run(program, checkpoints, workdir, warm, should_stop)
-
-
-@contextlib.contextmanager
-def _locked(
-  workdir: pathlib.Path, checkpoint_dir: str | pathlib.Path
-) -> Iterator[None]:
-  """Keeps other trainings out of the folders that this one writes to."""
-  folders = {workdir.resolve(): 'workdir'}
-  if '://' not in str(checkpoint_dir):  # a bucket has no locks
-    path = pathlib.Path(checkpoint_dir).resolve()
-    folders.setdefault(path, 'config.train.checkpoint_dir')
-  with contextlib.ExitStack() as stack:
-    if jax.process_index() == 0:
-      for folder, key in folders.items():
-        stack.enter_context(lock.locked(folder, key=key))
-    yield
+    return _run(program, checkpoints, workdir, warm, should_stop, force)
 
 
 def _run(
@@ -100,11 +86,12 @@ def _run(
   workdir: pathlib.Path,
   warm: StageRecord | None,
   should_stop: Callable[[int], bool],
+  force: bool,
 ) -> int:
   """Restores, trains and finishes; returns the number of the last step."""
   experiment = program.experiment
   frozen = experiment.load_frozen()
-  state, start = _first_state(program, checkpoints, warm)
+  state, start = _first_state(program, checkpoints, warm, force)
   with _snapshots(program, checkpoints, start) as snapshots:
     run = Run(program, frozen, checkpoints, snapshots, workdir, start)
     monitor = Monitor(run)
@@ -145,7 +132,7 @@ def _claim(
     workdir,
     experiment.config,
     experiment.text_record(),
-    fingerprint=source.fingerprint,
+    data={'fingerprint': source.fingerprint, 'length': len(source)},
     init_from=init_from,
     force=force,
   )
@@ -154,10 +141,13 @@ def _claim(
 
 
 def _first_state(
-  program: Program, checkpoints: Checkpoints, warm: StageRecord | None
+  program: Program,
+  checkpoints: Checkpoints,
+  warm: StageRecord | None,
+  force: bool,
 ) -> tuple[TrainState, int]:
   """(state, its step) of the newest good checkpoint or of a new run."""
-  if checkpoints.latest_step() is not None:
+  if workdirs.must_resume(checkpoints, program.experiment.config, force):
     state, _, step = checkpoints.restore(program.abstract_state())
     origin = f'resumes after step {step}'
   else:

@@ -89,8 +89,7 @@ class Metrics:
       row['tflops_per_device'] = float(f'{done / 1e12:.4g}')
       if self.peak:
         row['mfu_percent'] = round(100 * done / self.peak, 2)
-    with self.path.open('a', encoding='utf-8') as file:
-      file.write(json.dumps(row) + '\n')
+    files.append_text(self.path, json.dumps(row) + '\n')
     del row['step']
     for logger in self.loggers:
       logger.scalars(step, row)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.training import chips
@@ -124,8 +125,8 @@ class Monitor(contextlib.ExitStack):
       image_io.save_png(path.with_suffix('.png'), sample)
       self._metrics.image(step, sample)
     elif sample is not None:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.with_suffix('.txt').write_text(sample + '\n', encoding='utf-8')
+      files.make_folder(path.parent)
+      files.write_text(path.with_suffix('.txt'), sample + '\n')
 
 
 def _metrics(run: Run) -> Metrics:

@@ -1,16 +1,21 @@
 """A training directory and the config that its run was started with."""
 
+import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from imagen_jax.errors import UsageError
-from imagen_jax.io import files
+from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.io import bucket, files, hosts, lock, manifest
+from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.files import AnyPath
 from imagen_jax.io.model_folder import FORMAT_VERSION, load_config
 
 # Keys and sections that may change when a run is resumed: its results do not
@@ -36,6 +41,103 @@ FREE = (
   'train.profile_at',
   'train.log_to',
 )
+# Where each host of a job may have its own copy.
+PER_HOST = ('text.path', 'data.path', 'data.eval_path')
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path, checkpoint_dir: AnyPath) -> Iterator[None]:
+  """Keeps other trainings out of the folders that this one writes to.
+
+  Every process calls it; process 0 holds the locks, and the others look whether
+  they see them, so that a folder which is not shared is noticed at once.
+
+  Raises:
+    UsageError: another training is there, or a process sees another folder.
+  """
+  folders = {_resolved(workdir): 'workdir'}
+  folders.setdefault(_resolved(checkpoint_dir), 'config.train.checkpoint_dir')
+  with contextlib.ExitStack() as stack:
+
+    def acquire(_: Any) -> dict[str, str]:
+      for folder, key in folders.items():
+        stack.enter_context(lock.locked(folder, key=key))
+      return {key: lock.owner(folder) for folder, key in folders.items()}
+
+    owners = hosts.agree('lock', lambda: None, acquire)
+    if jax.process_count() > 1:
+      unseen = lambda: _unseen(folders, owners)
+      hosts.agree('locked', unseen, lambda said: _same_folders(said, folders))
+    yield
+
+
+def _resolved(path: AnyPath) -> pathlib.Path:
+  path = bucket.at(path)
+  return path if bucket.is_bucket(path) else path.resolve()
+
+
+def _unseen(
+  folders: Mapping[pathlib.Path, str], owners: Mapping[str, str]
+) -> list[str]:
+  """[this host, the keys of the folders in which process 0's lock is not]."""
+  missing = dict(folders)
+  for _ in range(10):  # a network file system may show a new file late
+    for folder, key in list(missing.items()):
+      if lock.owner(folder) == owners[key]:
+        del missing[folder]
+    if not missing:
+      break
+    time.sleep(0.5)
+  return [socket.gethostname(), *missing.values()]
+
+
+def _same_folders(
+  said: Sequence[Sequence[str]], folders: Mapping[pathlib.Path, str]
+) -> None:
+  """Raises a `UsageError` if a process does not see a folder's lock."""
+  for folder, key in folders.items():
+    blind = [
+      f'{i} on {host}' for i, (host, *keys) in enumerate(said) if key in keys
+    ]
+    if blind:
+      raise UsageError(
+        f'{folder} is not one folder for all processes: what process 0 writes '
+        f'there is not seen by process {", ".join(blind)}; give a path on a '
+        'shared disk, or gs://BUCKET/FOLDER.',
+        key=key,
+      )
+
+
+def must_resume(
+  checkpoints: Checkpoints, config: ConfigDict, force: bool
+) -> bool:
+  """Whether there is a checkpoint to resume from; the same on all processes.
+
+  A first save that was cut short is no reason to stop: at most one interval is
+  lost. Anything else that is not whole was damaged or removed by others.
+
+  Raises:
+    ModelError: there are checkpoints, none of them whole, and no `force`.
+  """
+
+  def decide(_: Any) -> bool:
+    steps = checkpoints.steps()
+    if not steps or checkpoints.latest_step() is not None:
+      return bool(steps)
+    first = steps[-1] <= config.train.checkpoint_every
+    if not (first or force):
+      raise ModelError(
+        f'{checkpoints.directory} holds no whole checkpoint: the steps '
+        f'{", ".join(map(str, steps))} lack their {manifest.NAME}; restore '
+        'them from a copy, begin in another workdir, or force it (--force) to '
+        'begin anew here.'
+      )
+    logging.getLogger(__name__).warning(
+      'no checkpoint is whole (%s): the run begins anew', steps
+    )
+    return False
+
+  return hosts.agree('resume', lambda: None, decide)
 
 
 def claim(
@@ -43,33 +145,52 @@ def claim(
   config: ConfigDict,
   text: Mapping | None,
   *,
-  fingerprint: str | None = None,
+  data: Mapping[str, Any] | None = None,
   init_from: Mapping[str, str] | None = None,
   force: bool = False,
 ) -> None:
   """Writes the config into a new workdir, or checks it against the stored one.
 
-  Every process calls it; process 0 writes.
+  Every process calls it; process 0 compares and writes.
 
   Args:
     workdir: the directory; it need not exist.
     config: the run's, complete.
     text: `dim`, `max_len` and `digest` of the text encoder, or None.
-    fingerprint: of the data set; None if the config determines it.
+    data: `fingerprint` (None if the config determines it) and `length` of the
+      data set.
     init_from: what a new run starts from; a resumed run keeps the stored one.
     force: accept another config or data set, and record it.
 
   Raises:
     UsageError: the workdir was started with another config, data set or text
-      encoder; the message names each key with both values.
+      encoder, or a process has another one than process 0; the message names
+      each key with both values.
   """
   record = {
     'format_version': FORMAT_VERSION,
     'config': json.loads(json.dumps(config.to_dict())),
     'text': text,
-    'data': {'fingerprint': fingerprint},
+    'data': data,
     'init_from': init_from,
   }
+
+  def compare(records: list[dict[str, Any]]) -> None:
+    for process, other in enumerate(records):
+      changed = _changes(record, other, PER_HOST)
+      if changed:
+        raise UsageError(
+          f'process {process} trains something else than process 0: '
+          f'{"; ".join(changed)}; start all processes with the same command, '
+          'files and versions.'
+        )
+    _write(workdir, record, force)
+
+  hosts.agree('claim', lambda: record, compare)
+
+
+def _write(workdir: pathlib.Path, record: dict[str, Any], force: bool) -> None:
+  """Process 0's part of `claim`, after all processes have agreed."""
   path = workdir / 'config.json'
   if path.exists():
     old = load_config(workdir)
@@ -84,9 +205,8 @@ def claim(
       )
     for change in changed:
       logging.getLogger(__name__).warning('forced: %s', change)
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, record)
+  files.make_folder(workdir)
+  files.write_json(path, record)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -96,11 +216,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     old: the contents of the workdir's config.json.
     new: what would replace them.
   """
-  before, after = _flat(old), _flat(new)
-  free = set(FREE)
-  decay = 'config.train.optimizer.decay'
-  if not before.get(decay) and not after.get(decay):
+  free, decay = set(FREE), 'config.train.optimizer.decay'
+  if not any(_flat(record).get(decay) for record in (old, new)):
     free.add('train.num_steps')  # a constant rate does not depend on it
+  return _changes(old, new, free)
+
+
+def _changes(
+  old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]
+) -> list[str]:
+  """'key was … and is now …' for each key that is not among the free ones."""
+  before, after = _flat(old), _flat(new)
   changed = []
   for key in sorted(before.keys() | after.keys()):
     name = key.removeprefix('config.')

@@ -21,7 +21,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import checkpoint, manifest
 from imagen_jax.io.checkpoint import Checkpoints
 
-MANIFEST = manifest.name(0, 1)
+MANIFEST = manifest.NAME
 
 
 @flax.struct.dataclass
@@ -234,29 +234,6 @@ def test_a_half_written_step_is_no_step(copy):
     assert checkpoints.latest_step() == 100
   _, _, step, warnings = restore(copy)
   assert step == 100 and '200' in warnings[0]
-
-
-def test_a_step_that_lacks_a_manifest_of_a_process_is_no_step(copy):
-  body = {'step': 200}
-  manifest.write(copy / '200', body, process=0, processes=2)
-  (copy / '200' / MANIFEST).unlink()
-  assert not manifest.is_whole(copy / '200')
-  manifest.write(copy / '200', body, process=1, processes=2)
-  assert manifest.is_whole(copy / '200')
-
-
-def test_each_process_digests_its_own_files_and_all_are_covered(tmp_path):
-  for name in ['a', 'x/ocdbt.process_1/d/b', 'x/meta/process_1', 'process_7']:
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text(name)
-  for process in range(2):
-    manifest.write(tmp_path, {}, process=process, processes=2)
-  first, second = (set(m['files']) for m in manifest.verify(tmp_path))
-  assert first == {'a', 'process_7'}
-  assert second == {'x/ocdbt.process_1/d/b', 'x/meta/process_1'}
-  (tmp_path / 'x/meta/process_1').write_text('?')
-  with pytest.raises(manifest.Damaged, match='process_1'):
-    manifest.verify(tmp_path)
 
 
 def test_when_no_step_is_good_the_directory_is_named(copy, tmp_path):

@@ -1,0 +1,162 @@
+"""Training in a bucket: saved, resumed, kept, read again."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import imagen_jax
+from imagen_jax.errors import ModelError
+from imagen_jax.io import bucket as buckets
+from imagen_jax.io import files, manifest
+from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.training import loop
+from imagen_jax.training.experiment import Export
+from imagen_jax.training.export import export_stage
+from tests import tiny_model
+
+
+@pytest.fixture(scope='module')
+def config(model):
+  config = tiny_model.config(sample_every=6, profile_at=1)
+  config.text.path = str(model / 'text')
+  return config
+
+
+@pytest.fixture(scope='module')
+def local(config, tmp_path_factory):
+  """The same run in a local folder."""
+  workdir = tmp_path_factory.mktemp('local') / 'base'
+  loop.train(config, workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def remote(bucket, config):
+  """A workdir in a bucket; the run was interrupted at step 4 and resumed."""
+  workdir = f'{bucket.url}/training/base'
+  assert loop.train(config, workdir, should_stop=lambda step: step == 4) == 4
+  assert loop.train(config, workdir) == 6
+  return workdir
+
+
+def state(workdir):
+  with Checkpoints(f'{workdir}/checkpoints') as checkpoints:
+    return checkpoints.restore_subtree('ema_params')[0]
+
+
+def losses(path):
+  return [row['loss'] for row in files.read_lines(path)]
+
+
+def test_a_run_in_a_bucket_is_the_local_one_to_the_bit(local, remote):
+  jax.tree.map(np.testing.assert_array_equal, state(remote), state(local))
+  metrics = buckets.at(remote) / 'metrics.jsonl'
+  assert losses(metrics) == losses(local / 'metrics.jsonl')
+
+
+def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(local, remote):
+  ours, theirs = (
+    {name.split('/')[0] for name in files.tree(folder)}
+    for folder in (remote, local)
+  )
+  assert ours == theirs
+  assert {'config.json', 'metrics.jsonl', 'samples', 'profile'} <= ours
+  assert files.tree(remote)['samples/step_0000006.png'] > 0
+
+
+def test_the_model_is_read_from_the_bucket(local, remote, tmp_path):
+  images = [
+    imagen_jax.load(str(path)).sample(['a'])['base'] for path in (local, remote)
+  ]
+  np.testing.assert_array_equal(*images)
+  out = tmp_path / 'model' / 'base'
+  export_stage(Export(workdir=buckets.at(remote), out=out))
+  assert (out / 'stage.json').exists()
+  record = json.loads((out / 'stage.json').read_text())
+  assert record['provenance']['training_seconds'] is not None
+
+
+def test_checkpoints_alone_may_be_in_a_bucket(bucket, config, local, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.train.update(sample_every=None, profile_at=None)
+  config.train.checkpoint_dir = f'{bucket.url}/elsewhere'
+  loop.train(config, tmp_path / 'w')
+  found = [name.split('/')[0] for name in files.tree(f'{bucket.url}/elsewhere')]
+  assert sorted(set(found)) == ['3', '6']
+  assert not (tmp_path / 'w/checkpoints').exists()
+
+
+# ---- Damage ----------------------------------------------------------------
+@pytest.fixture(scope='module')
+def steps(bucket):
+  """Checkpoints of steps 1 to 3 of which two are kept."""
+  where = f'{bucket.url}/steps'
+  tree = {'a': jnp.arange(3000.0), 'b': jnp.ones((3, 4))}
+  with Checkpoints(where, keep_last=2) as checkpoints:
+    for step in 1, 2, 3:
+      checkpoints.save(step, tree, {'data_step': step})
+    checkpoints.wait()
+    assert checkpoints.steps() == checkpoints.all_steps() == [2, 3]
+  return where, tree
+
+
+def test_any_changed_object_is_noticed_and_named(bucket, steps):
+  where, tree = steps
+  generator = random.Random(0)
+  objects = list(files.tree(f'{where}/3'))
+  with Checkpoints(where) as checkpoints:
+    for name in objects:
+      path = buckets.at(where) / '3' / name
+      whole = path.read_bytes()
+      raw, bit = bytearray(whole or b'?'), generator.randrange(8)
+      raw[generator.randrange(len(raw))] ^= 1 << bit
+      path.write_bytes(bytes(raw))
+      with pytest.raises(manifest.Damaged, match=path.name):
+        checkpoints.verify(3)
+      _, extra, step = checkpoints.restore(jax.eval_shape(lambda: tree))
+      assert (step, extra) == (2, {'data_step': 2})
+      path.write_bytes(whole)
+      checkpoints._bad.clear()
+    checkpoints.verify(3)
+
+
+def test_an_error_of_the_bucket_does_not_pass_for_a_missing_step(
+  steps, monkeypatch
+):
+  where, _ = steps
+
+  def fails(self):
+    raise OSError('Forbidden')
+
+  with Checkpoints(where) as checkpoints:
+    monkeypatch.setattr(type(checkpoints.directory), 'stat', fails)
+    with pytest.raises(OSError):
+      checkpoints.all_steps()
+
+
+# ---- Nothing whole ---------------------------------------------------------
+@pytest.mark.parametrize('force', [False, True])
+def test_a_run_whose_checkpoints_lost_their_manifests_is_not_begun_anew(
+  config, tmp_path, force
+):
+  config = config.copy_and_resolve_references()
+  config.train.update(sample_every=None, profile_at=None)
+  loop.train(config, tmp_path / 'w')
+  for step in '3', '6':
+    (tmp_path / 'w/checkpoints' / step / manifest.NAME).unlink()
+  if force:
+    assert loop.train(config, tmp_path / 'w', force=True) == 6
+    return
+  with pytest.raises(ModelError, match='3, 6'):
+    loop.train(config, tmp_path / 'w')
+
+
+def test_a_first_save_that_was_cut_short_is_made_again(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.train.update(sample_every=None, profile_at=None)
+  (tmp_path / 'w/checkpoints/3/state').mkdir(parents=True)
+  assert loop.train(config, tmp_path / 'w') == 6
