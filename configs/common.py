@@ -267,6 +267,8 @@ def data() -> dict[str, Any]:
     'kind': 'folder',
     # A directory; for tars a pattern such as 'shards/*.tar'.
     'path': placeholder(str),
+    # Of 'webdataset': the file of its index; None: tars.index beside the tars.
+    'index': placeholder(str),
     # Held-out data of the same kind, for the held-out loss; None: the source's
     # own split, if it has one.
     'eval_path': placeholder(str),

@@ -27,7 +27,7 @@ from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
 from imagen_jax.data.encoding import RAW, Encoding
 from imagen_jax.data.records import Part, Records, wrong
 from imagen_jax.errors import DataError, UsageError
-from imagen_jax.io import files
+from imagen_jax.io import bucket, files
 from imagen_jax.io.decode import BadSample, resize_square
 from imagen_jax.io.files import AnyPath
 
@@ -57,6 +57,7 @@ class ArrayRecordSource(Checked):
   """
 
   path_is = 'what imagen-prepare wrote'
+  in_bucket = True
 
   def __init__(
     self, path: AnyPath, size: int, *, max_bad: float = MAX_BAD
@@ -64,9 +65,7 @@ class ArrayRecordSource(Checked):
     super().__init__(path, size, max_bad=max_bad)
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
-    folders = [pathlib.Path(path)]
-    if not folders[0].exists():
-      folders = [*map(pathlib.Path, sorted(glob.glob(str(path))))] or folders
+    folders = _folders(path)
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
     self.text_header = self.header['text']
@@ -223,26 +222,50 @@ def _padded(
   return {'text': full, 'mask': np.arange(max_len) < len(rows)}
 
 
+def _folders(path: AnyPath) -> list[pathlib.Path]:
+  """The folders that a path or pattern names, on a disk or in a bucket."""
+  text = os.fspath(path)
+  if not bucket.is_bucket(text):
+    found = [] if os.path.exists(text) else sorted(glob.glob(text))
+    return [*map(pathlib.Path, found or [text])]
+  scheme = text.partition('://')[0]
+  if scheme != 'gs':
+    raise UsageError(
+      f'data.path {text}: prepared data are read from gs:// and from disks; '
+      'mount the bucket, or copy them.',
+      key='config.data.path',
+    )
+  found = [text]
+  if glob.has_magic(text):
+    names = sorted(bucket.filesystem(text).glob(text.rstrip('/')))
+    found = [f'{scheme}://{name}' for name in names] or found
+  return [bucket.at(folder) for folder in found]
+
+
 def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
   """A set's parts that hold records.
 
-  One listing finds those that are missing; a part's size is checked when it is
-  opened, since asking for 5,000 of them at each start takes minutes on a
-  network file system.
+  One listing finds those that are missing. A bucket's has the sizes too; on a
+  disk a part's size is checked when it is opened, since asking for 5,000 of
+  them at each start takes minutes on a network file system.
 
   Raises:
     DataError: one is missing, or outside the folder.
   """
-  there = {entry.name for entry in os.scandir(folder)}
+  url = os.fspath(folder)
+  there: Mapping[str, int | None]
+  if bucket.is_bucket(url):
+    there = files.tree(url)
+  else:
+    there = {entry.name: None for entry in os.scandir(folder)}
   for entry in header['parts']:
-    file = files.inside(folder, entry['name'])
-    if file is None:
+    if files.inside('', entry['name']) is None:
       raise DataError(
         f'{folder / DATASET} names a file outside its folder, '
         f'{entry["name"]!r}; {files.COPY_AGAIN}.'
       )
-    part = Part(str(file), entry['bytes'], entry['count'])
-    if entry['name'] not in there:
+    part = Part(f'{url}/{entry["name"]}', entry['bytes'], entry['count'])
+    if there.get(entry['name'], -1) not in (None, part.bytes):
       raise wrong(part)
     if part.count:
       yield part

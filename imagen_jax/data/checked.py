@@ -33,12 +33,13 @@ MAX_BAD = 0.01  # fraction of bad samples that a source tolerates
 MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
 # Version of `clean_caption`, recorded with stored embeddings.
 CLEANING = 'whitespace-1'
+LISTED = 10_000  # samples left out that a source keeps a list of
 TURN = 256  # samples checked between two updates of the progress
 EXAMPLES = 3  # names that a message lists per reason
 SUBSTITUTES = 100  # neighbours tried before giving up
 PAUSES = (0.1, 1, 4, 10)  # seconds before a failed read is repeated
 # What is said of a sample that could not be read this time.
-UNREADABLE = 'it cannot be read'
+UNREADABLE = 'it cannot be read now'
 # Errors of the file system that no repetition heals.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
@@ -73,6 +74,8 @@ class Checked(Source):
   needs: ClassVar[str] = ''
   bad: dict[str, str]
   unused: Mapping[str, str] = {}
+  # Numbers of further samples, of sets too large to list them all.
+  unlisted_bad = unlisted_small = 0
 
   def __init__(
     self,
@@ -95,12 +98,14 @@ class Checked(Source):
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
         f'{self.needs}'.strip()
       )
-    self._total = len(self) + len(skipped)
+    more = self.unlisted_bad + self.unlisted_small
+    self._total = len(self) + len(skipped) + more
     self._check_fraction()
     if self.skipped:
       _tell(
-        f'{self.where}: {len(self)} images are used and {len(self.skipped)} '
-        f'are skipped: {summary(self.skipped)}.'
+        f'{self.where}: {len(self)} images are used and '
+        f'{len(self.skipped) + more} are skipped: {summary(self.skipped)}'
+        f'{f", and {more} more" if more else ""}.'
       )
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
@@ -166,10 +171,11 @@ class Checked(Source):
     self._check_fraction()
 
   def _check_fraction(self) -> None:
-    if len(self.bad) > self.max_bad * self._total:
-      fraction = len(self.bad) / self._total
+    number = len(self.bad) + self.unlisted_bad
+    if number > self.max_bad * self._total:
+      fraction = number / self._total
       raise DataError(
-        f'{self.where}: {len(self.bad)} of {self._total} samples are bad, '
+        f'{self.where}: {number} of {self._total} samples are bad, '
         f'{fraction:.2%} where data.max_bad allows {self.max_bad:.2%}: '
         f'{summary(self.bad.items())}; repair or remove them, or raise '
         'data.max_bad.'

@@ -18,6 +18,7 @@ class Source(abc.ABC):
   Attributes:
     path_is: what `data.path` names, for the message if it is not set; None if
       the source needs no path.
+    in_bucket: whether that may be in a bucket, such as gs://bucket/folder.
     has_eval_split: whether split 'eval' holds images that 'train' does not.
     endless: whether it has no natural size, so that a user must choose one.
     skipped: ((name, reason), …) of the samples that are skipped.
@@ -27,6 +28,7 @@ class Source(abc.ABC):
   """
 
   path_is: typing.ClassVar[str | None] = None
+  in_bucket: typing.ClassVar[bool] = False
   has_eval_split: typing.ClassVar[bool] = False
   endless: typing.ClassVar[bool] = False
   skipped: typing.Sequence[tuple[str, str]] = ()

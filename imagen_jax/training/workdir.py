@@ -25,6 +25,7 @@ FREE = (
   'text.path',
   'text.trained_by',
   'data.path',
+  'data.index',
   'data.max_bad',
   'data.eval_path',
   'stage.sampling',
