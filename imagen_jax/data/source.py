@@ -20,6 +20,9 @@ class Source(abc.ABC):
       the source needs no path.
     in_bucket: whether that may be in a bucket, such as gs://bucket/folder.
     has_eval_split: whether split 'eval' holds images that 'train' does not.
+    parts, weights: the sources that this one mixes, each shuffled for itself,
+      and the fraction of each; its own examples are theirs, one part behind the
+      other. Empty: it mixes none.
     endless: whether it has no natural size, so that a user must choose one.
     skipped: ((name, reason), …) of the samples that are skipped.
     bad: {name: reason} of the samples that are damaged.
@@ -29,8 +32,10 @@ class Source(abc.ABC):
 
   path_is: typing.ClassVar[str | None] = None
   in_bucket: typing.ClassVar[bool] = False
-  has_eval_split: typing.ClassVar[bool] = False
+  has_eval_split: bool = False
   endless: typing.ClassVar[bool] = False
+  parts: 'typing.Sequence[Source]' = ()
+  weights: typing.Sequence[float] = ()
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
   text_header: typing.Mapping | None = None

@@ -16,6 +16,7 @@ KINDS = {
   'webdataset': 'imagen_jax.data.webdataset:WebDatasetSource',
   'tfds': 'imagen_jax.data.tfds:TfdsSource',
   'arrayrecord': 'imagen_jax.data.arrayrecord:ArrayRecordSource',
+  'mixture': 'imagen_jax.data.mixture:MixtureSource',
   'shapes': 'imagen_jax.worlds.shapes:ShapesSource',
   'emoji': 'imagen_jax.worlds.emoji:EmojiSource',
 }
