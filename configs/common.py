@@ -267,10 +267,13 @@ def data() -> dict[str, Any]:
   """The captioned images."""
   return {
     # 'folder', 'webdataset', 'arrayrecord' (what imagen-prepare writes),
-    # 'tfds', 'shapes', 'emoji', or a class of yours, 'my_module:MySource'.
+    # 'tfds', 'shapes', 'emoji', 'mixture' (of several of these), or a class of
+    # yours, 'my_module:MySource'.
     'kind': 'folder',
     # A directory; for tars a pattern such as 'shards/*.tar'.
     'path': placeholder(str),
+    # Of 'webdataset': the file of its index; None: tars.index beside the tars.
+    'index': placeholder(str),
     # Held-out data of the same kind, for the held-out loss; None: the source's
     # own split, if it has one.
     'eval_path': placeholder(str),
@@ -282,6 +285,8 @@ def data() -> dict[str, Any]:
     'flip': False,
     # Fraction of damaged images above which a run stops.
     'max_bad': 0.01,
+    # Of 'mixture': {name: a section like this one with a 'weight', such as
+    # {'kind': 'webdataset', 'path': 'shards/*.tar', 'weight': 0.75}}.
     # Of 'shapes': {category: fraction of the scenes}; None: its default.
     'mixture': None,
   }

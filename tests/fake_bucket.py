@@ -33,10 +33,11 @@ class Bucket:
 
 
 def environment(url):
-  """What gcsfs and tensorstore read to find a server instead of Google's."""
+  """What the libraries read to find a server instead of Google's."""
   return {
     'STORAGE_EMULATOR_HOST': url,
     'TENSORSTORE_GCS_HTTP_URL': url,
+    'CLOUD_STORAGE_EMULATOR_ENDPOINT': url,  # of ArrayRecord's reader
     'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x',
     'FSSPEC_GS_TOKEN': 'anon',
     'FSSPEC_GCS_TOKEN': 'anon',

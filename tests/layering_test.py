@@ -47,7 +47,7 @@ DOORS = {
   'transformers': {'text/'},
   'sentencepiece': {'text/', 'worlds/vocabulary.py', 'worlds/pretraining.py'},
   'tensorflow_datasets': {'data/tfds.py'},
-  'array_record': {'data/arrayrecord.py'},
+  'array_record': {'data/arrayrecord.py', 'data/records.py'},
   'grain': {'data/'},
   'optax': {'training/', 'worlds/network.py'},
 }

@@ -1,12 +1,10 @@
 """The training loss of a stage."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.conditioning import (
@@ -44,7 +42,9 @@ def loss(
     stage: the stage.
     params: its parameters.
     key: one key for the whole batch.
-    image: uint8 [B, R, R, 3] at the stage's resolution.
+    image: uint8 [B, R, R, 3] at the stage's resolution, or crops of such
+      images whose corners are multiples of the stage's factor. The means of
+      their boxes are then the crops of the low-resolution images.
     text: [B, L, D] embeddings of the captions.
     mask: [B, L] bool.
     t: [B] times; None samples them.
@@ -52,10 +52,9 @@ def loss(
   Returns:
     [B] float32, and a dict of [B]: t, logsnr, mse, weight.
   """
-  keys = {
-    name: jax.random.fold_in(key, i)
-    for i, name in enumerate(['drop', 'level', 'low', 'crop', 'loss', 'net'])
-  }
+  # 3 was that of the crops, which are now cut where the images are read.
+  numbers = {'drop': 0, 'level': 1, 'low': 2, 'loss': 4, 'net': 5}
+  keys = {name: jax.random.fold_in(key, i) for name, i in numbers.items()}
   batch = image.shape[0]
   x = image.astype(jnp.float32) / 127.5 - 1
   dropped = jax.random.bernoulli(keys['drop'], stage.cond_drop, (batch,))
@@ -63,9 +62,7 @@ def loss(
   extra: tuple[Image, AugLevel] | tuple[()] = ()
   weight = None
   if stage.low_resolution is not None:
-    low = box_downsample(x, stage.low_resolution)
-    if stage.crop is not None:
-      x, low = crop(keys['crop'], x, low, side=stage.crop)
+    low = box_downsample(x, x.shape[1] // stage.factor)
     level = stage.max_level * jax.random.uniform(keys['level'], (batch,))
     eps = jax.random.normal(keys['low'], low.shape)
     extra = (low_res_input(stage, eps, low, level), level)
@@ -118,32 +115,3 @@ def contrast_weight(low: LowRes, floor: float, size: int) -> PixelMask:
   weight = floor / (floor + contrast)
   factor = size // low.shape[1]
   return weight.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def crop(
-  key: jax.Array, x: Image, low: LowRes, *, side: int
-) -> tuple[
-  Float[Array, 'b {side} {side} c'], Float[Array, 'b low_side low_side c']
-]:
-  """The same random crop of images and their low-resolution versions.
-
-  Args:
-    key: one key for the whole batch.
-    x: [B, H, W, 3].
-    low: [B, h, w, 3], the same images, downsampled by an integer factor.
-    side: of the crop of `x`, a multiple of that factor.
-  """
-  factor = x.shape[1] // low.shape[1]
-  low_side = side // factor
-  corners = jax.random.randint(
-    key, (x.shape[0], 2), 0, low.shape[1] - low_side + 1
-  )
-
-  def cut(image: Array, corner: Array, size: int) -> Array:
-    start = (corner[0], corner[1], 0)
-    return jax.lax.dynamic_slice(image, start, (size, size, 3))
-
-  low = jax.vmap(functools.partial(cut, size=low_side))(low, corners)
-  corners = corners * factor
-  x = jax.vmap(functools.partial(cut, size=side))(x, corners)
-  return x, low

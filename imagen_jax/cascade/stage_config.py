@@ -145,6 +145,11 @@ def _check_values(config: Mapping[str, Any]) -> None:
       get('crop') is None or (get('crop') <= side and get('crop') % unit == 0),
       f'it is at most stage.resolution, {side}, and a multiple of {unit}',
     ),
+    (
+      'crop',
+      get('crop') is None or low is not None,
+      'it has no effect without stage.low_resolution; set it to None',
+    ),
     ('prediction', get('prediction') in PREDICTIONS, _one_of(PREDICTIONS)),
     ('weighting', weighting in weightings, _one_of(weightings)),
     ('min_snr_gamma', get('min_snr_gamma') > 0, 'it is positive'),

@@ -77,7 +77,19 @@ def _parser() -> errors.Parser:
     'own if left out',
   )
   add(
-    '--part_size', type=errors.positive, default=2048, help='images in one file'
+    '--encode',
+    default='raw',
+    help='how images are stored: raw (pixels), png (lossless), jpeg or webp',
+  )
+  add(
+    '--quality',
+    type=functools.partial(errors.positive, most=100),
+    help='of jpeg and webp, 95 if left out',
+  )
+  add(
+    '--part_size',
+    type=errors.positive,
+    help='images in one file; as many as take about 256 MB if left out',
   )
   return parser
 
@@ -87,10 +99,13 @@ def _main(argv: list[str]) -> None:
   check_folder(args.out, key='out')
   if args.max_len is not None and args.text is None:
     raise UsageError('has no effect without --text.', key='max_len')
+  from imagen_jax.data import encoding
   from imagen_jax.data import prepare as preparation
   from imagen_jax.data.checked import summary
   from imagen_jax.data.sources import find_source, make_source
 
+  quality = args.quality or encoding.QUALITY.get(args.encode)
+  encode = encoding.Encoding(args.encode, quality)
   if find_source(args.source).endless and args.num is None:
     raise UsageError(
       f'is needed, because source {args.source} is endless.', key='num'
@@ -108,12 +123,15 @@ def _main(argv: list[str]) -> None:
   header, dropped = preparation.prepare(
     source,
     args.out,
-    preparation.Recipe(args.size, settings, text, args.num, args.part_size),
+    preparation.Recipe(
+      args.size, settings, text, args.num, args.part_size or 0, encode
+    ),
     embed=embed,
   )
   size = sum(part['bytes'] for part in header['parts'])
   print(
-    f'{args.out}: {header["count"]} images of {args.size} pixels, '
+    f'{args.out}: {header["count"]} images of {args.size} pixels as '
+    f'{args.encode}{f" of quality {quality}" if quality else ""}, '
     f'{size / 1e6:.1f} MB in {len(header["parts"])} files'
     + (f', with embeddings of {text["max_len"]} positions' if text else '')
   )

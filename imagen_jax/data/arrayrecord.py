@@ -5,30 +5,33 @@
   mine/part-00000.json            its count, size, sha256 and skipped samples
   mine/dropped.jsonl              all skipped samples, with reasons
 
-A record is the length of its header (4 bytes), the header as JSON, the pixels
-as bytes, and the embeddings of the caption's tokens in bfloat16, without
-padding. It contains no code.
+A record is the length of its header (4 bytes), the header as JSON, the image as
+pixels or encoded (`encode` of dataset.json), and the embeddings of the
+caption's tokens in bfloat16, without padding. It contains no code.
 """
 
 import glob
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 from PIL import Image
 
 from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
-from imagen_jax.errors import DataError
-from imagen_jax.io import files
+from imagen_jax.data.encoding import RAW, Encoding
+from imagen_jax.data.records import Part, Records, wrong
+from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import bucket, files
 from imagen_jax.io.decode import BadSample, resize_square
 from imagen_jax.io.files import AnyPath
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
 
 
@@ -54,6 +57,7 @@ class ArrayRecordSource(Checked):
   """
 
   path_is = 'what imagen-prepare wrote'
+  in_bucket = True
 
   def __init__(
     self, path: AnyPath, size: int, *, max_bad: float = MAX_BAD
@@ -61,19 +65,16 @@ class ArrayRecordSource(Checked):
     super().__init__(path, size, max_bad=max_bad)
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
-    folders = [pathlib.Path(path)]
-    if not folders[0].exists():
-      folders = [*map(pathlib.Path, sorted(glob.glob(str(path))))] or folders
+    folders = _folders(path)
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
     self.text_header = self.header['text']
-    names: list[str] = []
+    self._encoding = _encoding(folders[0], self.header)
+    parts: list[Part] = []
     for folder, header in zip(folders, self._headers):
       self._check(folder, header)
-      names += _files(folder, header)
-    self._records = (
-      array_record_data_source.ArrayRecordDataSource(names) if names else ()
-    )
+      parts += _parts(folder, header)
+    self._records = Records(parts)
     return {}, []
 
   def _check(self, folder: pathlib.Path, header: Mapping[str, Any]) -> None:
@@ -83,7 +84,7 @@ class ArrayRecordSource(Checked):
         f'{folder} was prepared at {header["size"]} pixels and {self.size} are '
         f'needed; prepare it again with imagen-prepare --size {self.size}.'
       )
-    for key in ('size', 'text'):
+    for key in ('size', 'text', 'encode', 'quality'):
       if header[key] != self.header[key]:
         raise DataError(
           f'{folder} was prepared with another {key} than the first set of '
@@ -105,17 +106,17 @@ class ArrayRecordSource(Checked):
     return f'record {i}'
 
   def example(self, i: int) -> dict[str, Any]:
+    record = self._records[i]
     try:
-      record = self._records[i]
       header, pixels, text = _unpack(record)
       side = self.header['size']
-      image = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
+      image = self._encoding.decode(pixels, side)
       example = {'image': image, 'caption': header['caption']}
       if not isinstance(example['caption'], str):
         raise TypeError('not text')
       if self.header['text'] is not None:
         example |= _padded(text, **self.header['text'])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
       raise BadSample('its record is damaged') from error
     if side != self.size:
       example['image'] = resize_square(Image.fromarray(image), self.size)
@@ -190,9 +191,13 @@ def _verify(file: pathlib.Path, count: int) -> None:
     )
 
 
-def pack(example: Mapping[str, Any], text: np.ndarray | None) -> bytes:
+def pack(
+  example: Mapping[str, Any],
+  text: np.ndarray | None,
+  encoding: Encoding = RAW,
+) -> bytes:
   """A record of an example and its caption's embeddings (or None)."""
-  pixels = np.ascontiguousarray(example['image']).tobytes()
+  pixels = encoding.encode(example['image'])
   header = {'caption': example['caption'], 'image': len(pixels)}
   head = json.dumps(header).encode()
   rows = b'' if text is None else np.ascontiguousarray(text).tobytes()
@@ -217,26 +222,53 @@ def _padded(
   return {'text': full, 'mask': np.arange(max_len) < len(rows)}
 
 
-def _files(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[str]:
-  """A set's files in the reader's notation, name[0:count].
+def _folders(path: AnyPath) -> list[pathlib.Path]:
+  """The folders that a path or pattern names, on a disk or in a bucket."""
+  text = os.fspath(path)
+  if not bucket.is_bucket(text):
+    found = [] if os.path.exists(text) else sorted(glob.glob(text))
+    return [*map(pathlib.Path, found or [text])]
+  scheme = text.partition('://')[0]
+  if scheme != 'gs':
+    raise UsageError(
+      f'data.path {text}: prepared data are read from gs:// and from disks; '
+      'mount the bucket, or copy them.',
+      key='config.data.path',
+    )
+  found = [text]
+  if glob.has_magic(text):
+    names = sorted(bucket.filesystem(text).glob(text.rstrip('/')))
+    found = [f'{scheme}://{name}' for name in names] or found
+  return [bucket.at(folder) for folder in found]
+
+
+def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
+  """A set's parts that hold records.
+
+  One listing finds those that are missing. A bucket's has the sizes too; on a
+  disk a part's size is checked when it is opened, since asking for 5,000 of
+  them at each start takes minutes on a network file system.
 
   Raises:
-    DataError: one is missing or has another size.
+    DataError: one is missing, or outside the folder.
   """
-  for part in header['parts']:
-    file = files.inside(folder, part['name'])
-    if file is None:
+  url = os.fspath(folder)
+  there: Mapping[str, int | None]
+  if bucket.is_bucket(url):
+    there = files.tree(url)
+  else:
+    there = {entry.name: None for entry in os.scandir(folder)}
+  for entry in header['parts']:
+    if files.inside('', entry['name']) is None:
       raise DataError(
         f'{folder / DATASET} names a file outside its folder, '
-        f'{part["name"]!r}; {files.COPY_AGAIN}.'
+        f'{entry["name"]!r}; {files.COPY_AGAIN}.'
       )
-    if not file.exists() or file.stat().st_size != part['bytes']:
-      raise DataError(
-        f'{file} is missing or has another size than {DATASET} states; '
-        f'{files.COPY_AGAIN}.'
-      )
-    if part['count']:
-      yield f'{file}[0:{part["count"]}]'
+    part = Part(f'{url}/{entry["name"]}', entry['bytes'], entry['count'])
+    if there.get(entry['name'], -1) not in (None, part.bytes):
+      raise wrong(part)
+    if part.count:
+      yield part
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Any]:
@@ -254,7 +286,7 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
   _check_keys(path / DATASET, header, size=int, count=int, parts=list)
-  _check_keys(path / DATASET, header, text=dict | None)
+  _check_keys(path / DATASET, header, text=dict | None, encode=str)
   for part in header['parts']:
     _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
   if header['text'] is not None:
@@ -262,6 +294,18 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
     types = dict.fromkeys(whole, int) | dict.fromkeys(text, str)
     _check_keys(path / DATASET, header['text'], **types)
   return header
+
+
+def _encoding(folder: pathlib.Path, header: Mapping[str, Any]) -> Encoding:
+  kind, quality = header['encode'], header.get('quality')
+  try:
+    return Encoding(kind, quality)
+  except (UsageError, TypeError) as error:
+    raise DataError(
+      f'{folder / DATASET}: images are encoded as {kind!r} of quality '
+      f'{quality!r}, which this version of imagen_jax does not read: upgrade, '
+      f'or {files.COPY_AGAIN}.'
+    ) from error
 
 
 def _check_keys(file: pathlib.Path, found: Any, **types: Any) -> None:

@@ -8,11 +8,14 @@ order of the rest is the same on every host and at every start.
 
 import collections
 import concurrent.futures
+import errno
 import functools
 import logging
 import os
 import pathlib
+import resource
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -30,16 +33,23 @@ MAX_BAD = 0.01  # fraction of bad samples that a source tolerates
 MAX_CAPTION = 10_000  # characters; longer is a document, not a caption
 # Version of `clean_caption`, recorded with stored embeddings.
 CLEANING = 'whitespace-1'
+LISTED = 10_000  # samples left out that a source keeps a list of
 TURN = 256  # samples checked between two updates of the progress
 EXAMPLES = 3  # names that a message lists per reason
 SUBSTITUTES = 100  # neighbours tried before giving up
+PAUSES = (0.1, 1, 4, 10)  # seconds before a failed read is repeated
+# What is said of a sample that could not be read this time.
+UNREADABLE = 'it cannot be read now'
+# Errors of the file system that no repetition heals.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 class Checked(Source):
   """Random access to the samples that passed the check, {'image', 'caption'}.
 
-  A sample that fails later, because the disk fails or its file has changed, is
-  replaced by the next good one and counts as bad.
+  A sample that fails later, because its file has changed or the disk fails time
+  after time, is replaced by the next good one and counts as bad. It is tried
+  again whenever its turn comes.
 
   Subclasses have `scan`, `__len__`, `name`, and `read` or `example`.
 
@@ -64,6 +74,8 @@ class Checked(Source):
   needs: ClassVar[str] = ''
   bad: dict[str, str]
   unused: Mapping[str, str] = {}
+  # Numbers of further samples, of sets too large to list them all.
+  unlisted_bad = unlisted_small = 0
 
   def __init__(
     self,
@@ -86,12 +98,14 @@ class Checked(Source):
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
         f'{self.needs}'.strip()
       )
-    self._total = len(self) + len(skipped)
+    more = self.unlisted_bad + self.unlisted_small
+    self._total = len(self) + len(skipped) + more
     self._check_fraction()
     if self.skipped:
       _tell(
-        f'{self.where}: {len(self)} images are used and {len(self.skipped)} '
-        f'are skipped: {summary(self.skipped)}.'
+        f'{self.where}: {len(self)} images are used and '
+        f'{len(self.skipped) + more} are skipped: {summary(self.skipped)}'
+        f'{f", and {more} more" if more else ""}.'
       )
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
@@ -119,7 +133,7 @@ class Checked(Source):
       raise IndexError(f'sample {i} of {len(self)}')
     for j in range(int(i), int(i) + min(SUBSTITUTES, len(self))):
       try:
-        return self.example(j % len(self))
+        return retried(self.example, j % len(self))
       except (BadSample, OSError) as error:
         reason = str(error)
         self.note(self.name(j % len(self)), reason)
@@ -157,10 +171,11 @@ class Checked(Source):
     self._check_fraction()
 
   def _check_fraction(self) -> None:
-    if len(self.bad) > self.max_bad * self._total:
-      fraction = len(self.bad) / self._total
+    number = len(self.bad) + self.unlisted_bad
+    if number > self.max_bad * self._total:
+      fraction = number / self._total
       raise DataError(
-        f'{self.where}: {len(self.bad)} of {self._total} samples are bad, '
+        f'{self.where}: {number} of {self._total} samples are bad, '
         f'{fraction:.2%} where data.max_bad allows {self.max_bad:.2%}: '
         f'{summary(self.bad.items())}; repair or remove them, or raise '
         'data.max_bad.'
@@ -210,11 +225,11 @@ def survey(
 
   def one(key: Key) -> Found | BadSample:
     try:
-      return examine(key)
+      return retried(examine, key)
     except BadSample as error:
       return error
     except OSError as error:
-      return BadSample(f'it cannot be read ({error.strerror or error})')
+      return BadSample(f'{UNREADABLE} ({error.strerror or error})')
 
   good: dict[Key, Found] = {}
   bad: dict[Key, str] = {}
@@ -231,6 +246,30 @@ def survey(
       progress.add(len(turn))
   progress.close()
   return good, bad
+
+
+def retried(read: Callable[[Key], Found], key: Key) -> Found:
+  """`read(key)`, repeated if the disk, the network or a bucket fails.
+
+  Raises:
+    OSError: the last error.
+    DataError: the process has too many open files.
+  """
+  for pause in (*PAUSES, None):
+    try:
+      return read(key)
+    except OSError as error:
+      text = os.strerror(errno.EMFILE)
+      if error.errno == errno.EMFILE or text in str(error):
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise DataError(
+          f'this process may open no more than {allowed} files at once; raise '
+          f'the limit with `ulimit -n {max(4096, 4 * allowed)}`.'
+        ) from error
+      if pause is None or isinstance(error, _FINAL):
+        raise
+      time.sleep(pause)
+  raise AssertionError('unreachable')
 
 
 def thread_pool() -> concurrent.futures.ThreadPoolExecutor:

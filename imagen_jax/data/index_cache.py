@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from imagen_jax.data.checked import UNREADABLE
 from imagen_jax.io import files, paths
 
 VERSION = 2
@@ -27,13 +28,15 @@ def cached(
   """(int64 rows [n, columns], {name: what is wrong}) that `make` returns.
 
   They are taken from the cache if they were made with an equal `state`, a JSON
-  value such as the size and modification time of the files.
+  value such as the size and modification time of the files. What a disk that
+  failed left unread is not kept: it may be good.
   """
   found = load(kind, location)
   if found is None or found[0]['state'] != state:
     rows, bad = make()
     found = {'state': state, 'bad': bad}, np.array(rows, np.int64)
-    save(kind, location, *found)
+    if not any(reason.startswith(UNREADABLE) for reason in bad.values()):
+      save(kind, location, *found)
   header, table = found
   return table.reshape(-1, columns), header['bad']
 

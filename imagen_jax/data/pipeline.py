@@ -74,7 +74,7 @@ def batches(
   boundaries, so a source may be smaller than a batch.
 
   Args:
-    source: `__len__` and `__getitem__(i) -> dict`, safe to call from threads.
+    source: of the examples.
     order: seed, batch size, first step, and this host's part.
     augment: (example, numpy Generator) -> example, or None. Each example has
       its own generator, new in every epoch, the same on any host.
@@ -92,9 +92,7 @@ def batches(
   """
   if len(source) == 0:
     raise DataError('the data set has no images; check data.path.')
-  # A map for the index would give the random operations other seeds.
-  data = grain.MapDataset.source(_Numbered(source)).seed(order.seed)
-  data = data.shuffle().repeat(None)
+  data = _shuffled(source, order.seed)
   if augment is not None:
     data = data.random_map(augment)
   if transform is not None:
@@ -113,17 +111,36 @@ def batches(
   return iterator
 
 
-class _Numbered:
-  """A source whose examples hold their `index`."""
+def _shuffled(source: Source, seed: int) -> grain.MapDataset:
+  """An endless sequence: each epoch of a source, or of each part of a mixture.
 
-  def __init__(self, source: Source) -> None:
-    self._source = source
+  A mixture takes turns in a fixed pattern, so a batch has the parts' fractions
+  as nearly as whole numbers can.
+  """
+  if not source.parts:
+    # A map for the index would give the random operations other seeds.
+    data = grain.MapDataset.source(_Numbered(source)).seed(seed)
+    return data.shuffle().repeat(None)
+  parts, start = [], 0
+  for number, part in enumerate(source.parts):
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    one = grain.MapDataset.source(_Numbered(part, start)).seed(own)
+    parts.append(one.shuffle().repeat(None))
+    start += len(part)
+  return grain.MapDataset.mix(parts, source.weights).seed(seed)
+
+
+class _Numbered:
+  """A source whose examples hold their `index`, which begins at `start`."""
+
+  def __init__(self, source: Source, start: int = 0) -> None:
+    self._source, self._start = source, start
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, i: int) -> Example:
-    return self._source[i] | {'index': int(i)}
+    return self._source[i] | {'index': self._start + int(i)}
 
 
 class _HostRows(grain.MapDataset):
@@ -145,6 +162,27 @@ class _HostRows(grain.MapDataset):
     batch, row = divmod(index, self._order.rows)
     start = batch * self._order.batch_size + self._order.host * self._order.rows
     return self._parent[start + row]
+
+
+def crop(
+  example: Example, rng: np.random.Generator, *, side: int, unit: int
+) -> Example:
+  """Cuts a random square out of an image, for `batches(augment=…)` (2.5).
+
+  Only this part of an image goes to a device: a 16th of 1024², for 256².
+
+  Args:
+    example: with an `image` uint8 [H, W, 3].
+    rng: of the example.
+    side: of the square, in pixels.
+    unit: the square's corner is a multiple of it: with the upsampling factor,
+      the mean of each box of the crop is a pixel of the low-resolution image.
+  """
+  image = example['image']
+  spare = np.subtract(image.shape[:2], side) // unit
+  top, left = rng.integers(0, spare + 1) * unit
+  cut = image[top : top + side, left : left + side]
+  return example | {'image': np.ascontiguousarray(cut)}
 
 
 def flip(example: Example, rng: np.random.Generator) -> Example:

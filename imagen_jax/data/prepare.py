@@ -6,6 +6,7 @@ complete, so the same call resumes an interrupted one.
 
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,13 @@ from imagen_jax.data.arrayrecord import (
   short,
   write_records,
 )
-from imagen_jax.data.checked import CLEANING, thread_pool, write_skipped
+from imagen_jax.data.checked import (
+  CLEANING,
+  retried,
+  thread_pool,
+  write_skipped,
+)
+from imagen_jax.data.encoding import BYTES, RAW, Encoding
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError, UsageError
@@ -30,6 +37,8 @@ from imagen_jax.io.files import AnyPath
 
 DROPPED = 'dropped.jsonl'
 BATCH = 64  # samples read, and captions embedded, at a time
+PART = 256e6  # bytes of a part, if its size is not given
+TOKENS = 20  # of a caption, for that
 
 Embed = Callable[[Sequence[str]], Sequence[np.ndarray]]
 
@@ -43,20 +52,32 @@ class Recipe:
     settings: JSON-ready dict of all else that the set depends on.
     text: the header's entry on the embeddings; None for none.
     number: of samples to write, from the first; None writes all.
-    part_size: samples per part.
+    part_size: samples per part; 0: as many as take about `PART` bytes.
+    encoding: of the images.
   """
 
   size: int
   settings: Mapping[str, Any]
   text: Mapping[str, Any] | None = None
   number: int | None = None
-  part_size: int = 2048
+  part_size: int = 0
+  encoding: Encoding = RAW
+
+  def __post_init__(self) -> None:
+    if not self.part_size:
+      each = BYTES[self.encoding.kind] * self.size**2 + 200
+      if self.text is not None:
+        each += 2 * TOKENS * self.text['dim']
+      size = max(BATCH, int(PART / each) // BATCH * BATCH)
+      object.__setattr__(self, 'part_size', size)
 
   def header(self, number: int) -> dict[str, Any]:
     """The first entries of `dataset.json`, for `number` samples."""
     return {
       'format_version': FORMAT_VERSION,
       'size': self.size,
+      'encode': self.encoding.kind,
+      'quality': self.encoding.quality,
       'cleaning': CLEANING,
       'resizing': RESIZING,
       'text': self.text,
@@ -109,7 +130,8 @@ def _prepare(
     file = out / f'part-{len(parts):05d}.array_record'
     part = _finished(file)
     if part is None:
-      part = _write_part(file, source, indices, embed, progress)
+      work = _Part(source, indices, recipe.encoding, embed)
+      part = _write_part(file, work, progress)
     else:
       progress.add(len(indices))
     parts.append(part)
@@ -168,19 +190,27 @@ def _finished(file: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """What a part is made of."""
+
+  source: Source
+  indices: range
+  encoding: Encoding
+  embed: Embed | None
+
+
 def _write_part(
-  file: pathlib.Path,
-  source: Source,
-  indices: range,
-  embed: Embed | None,
-  progress: Progress,
+  file: pathlib.Path, work: _Part, progress: Progress
 ) -> dict[str, Any]:
   """Writes one part; its .json, which marks it as complete, comes last."""
+  source, indices, embed = work.source, work.indices, work.embed
+  pack_one = functools.partial(pack, encoding=work.encoding)
   dropped: list[tuple[str, str]] = []
 
   def attempt(i: int) -> dict[str, Any] | Exception:
     try:
-      return source.example(i)
+      return retried(source.example, i)
     except (BadSample, OSError) as error:
       return error
 
@@ -196,7 +226,7 @@ def _write_part(
           good.append(example)
       captions = [example['caption'] for example in good]
       texts = embed(captions) if embed and good else [None] * len(good)
-      yield from map(pack, good, texts)
+      yield from pool.map(pack_one, good, texts)
       progress.add(len(some))
 
   with thread_pool() as pool:

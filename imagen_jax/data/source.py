@@ -18,7 +18,11 @@ class Source(abc.ABC):
   Attributes:
     path_is: what `data.path` names, for the message if it is not set; None if
       the source needs no path.
+    in_bucket: whether that may be in a bucket, such as gs://bucket/folder.
     has_eval_split: whether split 'eval' holds images that 'train' does not.
+    parts, weights: the sources that this one mixes, each shuffled for itself,
+      and the fraction of each; its own examples are theirs, one part behind the
+      other. Empty: it mixes none.
     endless: whether it has no natural size, so that a user must choose one.
     skipped: ((name, reason), …) of the samples that are skipped.
     bad: {name: reason} of the samples that are damaged.
@@ -27,8 +31,11 @@ class Source(abc.ABC):
   """
 
   path_is: typing.ClassVar[str | None] = None
-  has_eval_split: typing.ClassVar[bool] = False
+  in_bucket: typing.ClassVar[bool] = False
+  has_eval_split: bool = False
   endless: typing.ClassVar[bool] = False
+  parts: 'typing.Sequence[Source]' = ()
+  weights: typing.Sequence[float] = ()
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
   text_header: typing.Mapping | None = None

@@ -1,12 +1,12 @@
 """Builds a source of captioned images from a config's `data` section."""
 
 import inspect
-import re
 from typing import Any
 
 from imagen_jax import kinds
 from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
+from imagen_jax.io import bucket
 from imagen_jax.io.decode import RESIZE
 from imagen_jax.io.paths import user_path
 
@@ -16,6 +16,7 @@ KINDS = {
   'webdataset': 'imagen_jax.data.webdataset:WebDatasetSource',
   'tfds': 'imagen_jax.data.tfds:TfdsSource',
   'arrayrecord': 'imagen_jax.data.arrayrecord:ArrayRecordSource',
+  'mixture': 'imagen_jax.data.mixture:MixtureSource',
   'shapes': 'imagen_jax.worlds.shapes:ShapesSource',
   'emoji': 'imagen_jax.worlds.emoji:EmojiSource',
 }
@@ -69,17 +70,18 @@ def make_source(
   if eval_path and not ('path' in known or takes_all):
     raise _without_effect('eval_path', None, eval_path, kind)
   if eval_path and split == 'eval':
-    options['path'] = eval_path
+    options |= {'path': eval_path, 'index': None}
   path = options.get('path')
   if cls.path_is is not None:
     if not path:
       raise UsageError(
         f'data.path is not set; it names {cls.path_is}.', key='config.data.path'
       )
-    if re.match(r'\w+://', str(path)):
+    if bucket.is_bucket(str(path)) and not cls.in_bucket:
       raise UsageError(
-        f'data.path {path} is not on a file system: mount it first (gcsfuse '
-        'BUCKET /mnt/data for gs://) or download it, and give the local path.',
+        f'data.path {path} is in a bucket, which data.kind={kind} does not '
+        'read: mount it first (gcsfuse BUCKET /mnt/data for gs://), download '
+        'it, or take webdataset or arrayrecord.',
         key='config.data.path',
       )
     options['path'] = user_path(path)

@@ -1,41 +1,28 @@
 """Webdataset tars, as img2dataset writes them: key.jpg, key.txt, key.json.
 
-A key may contain dots if both its image and its caption do (a.b.jpg, a.b.txt);
-an a.b.jpg or a.b.txt alone is another column of sample a, and ignored.
-
-A tar is read through an index of offsets, so any sample is one seek away and
-nothing is extracted, unpickled or piped through a shell. Building the index
-reads every image once, which finds the bad ones. The index is kept in the
-user's cache directory, with a checksum of each image to detect later changes.
+A tar is read through an index of offsets, so any sample is one read away, also
+in a bucket, and nothing is extracted, unpickled or piped through a shell. The
+index is made once, by imagen-index or by the first run, with a checksum of each
+image to detect later changes. Images are decoded when they are used.
 """
 
-import collections
-import glob
+import bisect
 import hashlib
 import os
-import pathlib
-import re
 import tarfile
 import zlib
-from collections.abc import Mapping
-from typing import IO
 
-import numpy as np
-
-from imagen_jax.data import index_cache
-from imagen_jax.data.checked import Checked, clean_caption, survey
+from imagen_jax.data import tar_index, tar_scan
+from imagen_jax.data.checked import LISTED, MAX_BAD, Checked
+from imagen_jax.data.tar_index import Tar
+from imagen_jax.data.tar_update import below, common_folder, open_index
 from imagen_jax.errors import DataError
-from imagen_jax.io import files
-from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
+from imagen_jax.io import ranges
+from imagen_jax.io.decode import BadSample
 from imagen_jax.io.files import AnyPath
+from imagen_jax.io.ranges import State
 
-MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
-MAX_TEXT = 2**20
-CAPTION_KEYS = ('caption', 'text')
-TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
-CUT = 'the tar is truncated there'
-# Columns of the index, which has one row per good sample.
-COLUMNS = 'image image_size text text_size is_json width height crc'.split()
+NEAR = 2**16  # bytes between image and caption that are read along
 
 
 class WebDatasetSource(Checked):
@@ -45,61 +32,114 @@ class WebDatasetSource(Checked):
 
   Args:
     path: a tar, a folder of tars, or a pattern such as 'shards/*.tar' or
-      'shards/{00000..00099}.tar'; the others are `Checked`'s.
+      'gs://bucket/{00000..00099}.tar'.
+    index: the index's file; None: tars.index in the common folder of the tars,
+      or in the user's cache directory if that cannot be written to. It is made
+      if it is missing, and renewed if tars have changed, unless imagen-index
+      made it.
+    size, resize, max_bad: see `Checked`.
 
   Attributes:
     shards: the tars, sorted by name.
-    tars: the same, relative to their common folder.
+    tars: the same, as the index has them.
 
   Raises:
-    DataError: there is no tar, a file is not a tar, no image is usable, or too
-      many are bad.
+    DataError: there is no tar, a file is not a tar, no image is usable, too
+      many are bad, or the index is not of these tars.
   """
 
   path_is = "tars, such as 'shards/*.tar'"
+  in_bucket = True
 
   needs = 'Its tars need images with a .txt or .json of the same name.'
 
+  def __init__(
+    self,
+    path: AnyPath,
+    size: int,
+    *,
+    index: AnyPath | None = None,
+    resize: str = 'area',
+    max_bad: float = MAX_BAD,
+  ) -> None:
+    self._where = None if index is None else os.fspath(index)
+    super().__init__(path, size, resize=resize, max_bad=max_bad)
+
   def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
-    self.shards = find_shards(path)
-    bad: dict[str, str] = {}
-    small: list[str] = []
-    rows: list[np.ndarray] = []
-    root = os.path.commonpath([os.path.dirname(s) for s in self.shards])
-    self.tars = [os.path.relpath(shard, root or '.') for shard in self.shards]
-    for number, (shard, tar) in enumerate(zip(self.shards, self.tars)):
-      found, wrong = _index(shard)
-      bad |= {f'{tar}/{key}': reason for key, reason in wrong.items()}
-      large = found[:, 5:7].min(axis=1) >= self.size
-      small += [f'{tar}{_member(shard, row[0])}' for row in found[~large]]
-      rows.append(np.insert(found[large], 0, number, axis=1))
-    self.rows = np.concatenate(rows)
+    found = find_tars(path)
+    root = common_folder(found)
+    self.shards = tuple(found)
+    names = {below(root, shard): shard for shard in found}
+    self._index = open_index(root, found, self._where)
+    self.tars = [self._index.tars[name] for name in names]
+    self._shards = [names[tar.name] for tar in self.tars]
+    self._starts = [tar.start for tar in self.tars]
+    self._rows = tar_index.Selected(self._index, self.tars, self.size)
+    bad = {}
+    if sum(tar.bad for tar in self.tars):
+      for name, key, reason in self._index.bad():
+        if name in names and len(bad) < LISTED:
+          bad[f'{name}/{key}'] = reason
+    self.unlisted_bad = sum(tar.bad for tar in self.tars) - len(bad)
+    small = [self._name(row) for row in self._rows.examples]
+    self.unlisted_small = self._rows.small - len(small)
     return bad, small
 
   def __len__(self) -> int:
-    return len(self.rows)
+    return len(self._rows)
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the index: all offsets, and every image's checksum."""
-    return hashlib.sha256(self.rows.tobytes()).hexdigest()
+    """sha256 of all offsets and images' checksums, and of what is selected."""
+    text = ' '.join([*(tar.digest for tar in self.tars), str(len(self))])
+    return hashlib.sha256(text.encode()).hexdigest()
 
   def name(self, i: int) -> str:
-    shard, offset = self.rows[i][:2]
-    return f'{self.tars[shard]}{_member(self.shards[shard], offset)}'
+    return self._name(self._rows[i])
+
+  def _name(self, row: int) -> str:
+    """The name of a row's image, from its header of 512 bytes in the tar."""
+    tar, shard = self._tar(row)
+    offset = int(self._index.rows[row]['image'])
+    try:
+      header = ranges.read(shard, offset - 512, 512)
+      member = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
+      return f'{tar.name}/{member}'
+    except (OSError, tarfile.TarError):
+      return f'{tar.name} at byte {offset}'
+
+  def _tar(self, row: int) -> tuple[Tar, str]:
+    number = bisect.bisect_right(self._starts, row) - 1
+    return self.tars[number], self._shards[number]
 
   def read(self, i: int) -> tuple[bytes, str]:
-    shard, image, image_size, text, text_size, is_json, *_, crc = self.rows[i]
-    with open(self.shards[shard], 'rb') as file:
-      data = _read_at(file, image, image_size)
-      caption = _caption(_read_at(file, text, text_size), is_json)
+    row = self._rows[i]
+    _, shard = self._tar(row)
+    image, text, size, length, crc, is_json = self._index.rows[row].item()
+    data, said = _read_both(shard, (image, size), (text, length))
     if zlib.crc32(data) != crc:
       raise BadSample('it has changed since it was indexed')
-    return data, caption
+    return data, tar_scan.caption(said, is_json)
 
 
-def find_shards(path: AnyPath) -> tuple[str, ...]:
-  """The tars that a path or pattern matches, as a sorted tuple of names.
+def _read_both(
+  shard: str, one: tuple[int, int], other: tuple[int, int]
+) -> tuple[bytes, bytes]:
+  """Two parts (offset, size) of a file, by one read if they are close."""
+  start = min(one[0], other[0])
+  stop = max(one[0] + one[1], other[0] + other[1])
+  if stop - start <= one[1] + other[1] + NEAR:
+    data = ranges.read(shard, start, stop - start)
+    parts = [data[o - start : o - start + size] for o, size in (one, other)]
+  else:
+    parts = [ranges.read(shard, offset, size) for offset, size in (one, other)]
+  return (
+    tar_scan.whole(parts[0], one[1]), tar_scan.whole(parts[1], other[1])
+  )  # fmt: skip
+
+
+def find_tars(path: AnyPath) -> dict[str, State | None]:
+  """{tar: its state} that a path or pattern matches, sorted; see `ranges.find`.
 
   Raises:
     DataError: there are none.
@@ -110,170 +150,10 @@ def find_shards(path: AnyPath) -> tuple[str, ...]:
       f'{path} would run a shell command, which imagen_jax never does; '
       'download the tars and give their path.'
     )
-  if os.path.isdir(path):
-    pattern = os.path.join(glob.escape(path), '**', '*.tar')
-    found = glob.glob(pattern, recursive=True)
-  else:
-    found = [
-      name
-      for pattern in _braces(path)
-      for name in ([pattern] if os.path.exists(pattern) else glob.glob(pattern))
-    ]
-  found = sorted(set(found))
+  found = ranges.find(path, '.tar')
   if not found:
     raise DataError(
       f'there is no tar at {path}; give a tar, a folder of tars, or a quoted '
       "pattern such as 'shards/*.tar'."
     )
-  return tuple(found)
-
-
-def _braces(pattern: str) -> list[str]:
-  """'a{00..02}' -> a00, a01, a02, as a shell would."""
-  match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
-  if not match:
-    return [pattern]
-  first, last = match.groups()
-  numbers = range(int(first), int(last) + 1)
-  head, tail = pattern[: match.start()], pattern[match.end() :]
-  return [
-    name
-    for number in numbers
-    for name in _braces(f'{head}{number:0{len(first)}d}{tail}')
-  ]
-
-
-def _index(shard: str) -> tuple[np.ndarray, dict[str, str]]:
-  """(int64 rows [n, len(COLUMNS)], {key: what is wrong}) of one tar."""
-  stat = os.stat(shard)
-
-  def examine(sample: Mapping[str, tuple[int, int]]) -> list[int]:
-    image = [sample[s] for s in SUFFIXES if s in sample]
-    text = [(sample[s], s == '.json') for s in TEXTS if s in sample]
-    if not image:
-      raise BadSample('it has no image')
-    if not text:
-      raise BadSample('it has no caption')
-    (offset, size), ((where, length), is_json) = image[0], text[0]
-    with open(shard, 'rb') as file:
-      data = _read_at(file, offset, size)
-      _caption(_read_at(file, where, length), is_json)
-    sides = inspect(data)
-    return [offset, size, where, length, is_json, *sides, zlib.crc32(data)]
-
-  def make() -> tuple[list[list[int]], dict[str, str]]:
-    samples, bad = _members(shard, stat.st_size)
-    keys = [key for key in samples if key not in bad]
-    found, wrong = survey(
-      keys, lambda key: examine(samples[key]), f'indexing {shard}'
-    )
-    return list(found.values()), bad | wrong
-
-  location = pathlib.Path(shard).resolve()
-  state = [stat.st_size, stat.st_mtime_ns]
-  return index_cache.cached('tar', location, state, len(COLUMNS), make)
-
-
-def _members(
-  shard: str, size: int
-) -> tuple[dict[str, dict[str, tuple[int, int]]], dict[str, str]]:
-  """({key: {suffix: (offset, size)}}, {key: what is wrong}), from tar headers.
-
-  A key is a member's name up to its last dot.
-  """
-  samples: dict[str, dict[str, tuple[int, int]]] = {}
-  copies: collections.Counter[tuple[str, str]] = collections.Counter()
-  bad: dict[str, str] = {}
-  last = None
-
-  def column(key: str) -> bool:
-    """Whether a key is 'sample.column', as the names of the others show."""
-    start, found = key.rfind('/') + 1, samples[key].keys()
-    starts = [key[:i] for i, c in enumerate(key) if c == '.' and i > start]
-    pair = found & set(SUFFIXES) and found & set(TEXTS)
-    return not pair and any(k in samples or k in bad for k in starts)
-
-  try:
-    # 'r:' rejects compressed tars, which have no random access.
-    with tarfile.open(shard, 'r:', errorlevel=0) as tar:
-      for member in tar:
-        if member.isdir():
-          continue
-        key, suffix = os.path.splitext(member.name.lstrip('/'))
-        last, suffix = key, suffix.lower()
-        problem = _problem(member, size)
-        if problem is None and (
-          suffix not in (*SUFFIXES, *TEXTS) or files.is_hidden(member.name)
-        ):
-          continue  # other columns, such as key.npy, are ignored
-        if problem is None and suffix in samples.get(key, {}):
-          copies[key, suffix] += 1
-          again = copies[key, suffix]
-          key += ' (repeated)' if again == 1 else f' (repeated {again})'
-          problem = 'another sample has its key'
-        if problem:
-          bad[key] = problem
-        else:
-          place = member.offset_data, member.size
-          samples.setdefault(key, {})[suffix] = place
-        vars(tar)['members'].clear()  # tarfile would keep all members in memory
-      # tarfile takes a broken header for the end; a real end is zeros or EOF.
-      tar.fileobj.seek(tar.offset)
-      if tar.fileobj.read(512).strip(b'\0'):
-        bad[f'after {last}'] = 'the tar is damaged there'
-  except tarfile.TarError as error:
-    if last is None:
-      raise DataError(
-        f'{shard} is not an uncompressed tar ({error}); download it again, or '
-        'decompress it.'
-      ) from error
-    if bad.get(last) != CUT:
-      bad[f'after {last}'] = 'the tar is damaged there'
-  return {k: v for k, v in samples.items() if not column(k)}, bad
-
-
-def _problem(member: tarfile.TarInfo, size: int) -> str | None:
-  """Why a member is not usable, or None."""
-  if files.inside('', member.name) is None:
-    return 'its name points outside the tar'
-  if not member.isreg() or member.issparse():
-    return 'it is a link or another special file'
-  if member.size > MAX_MEMBER:
-    return f'it is larger than {MAX_MEMBER // 2**20} MB'
-  if member.offset_data + member.size > size:
-    return CUT
-  return None
-
-
-def _member(shard: str, offset: int) -> str:
-  """'/member', from the member's header, 512 bytes before its data."""
-  try:
-    with open(shard, 'rb') as file:
-      header = _read_at(file, offset - 512, 512)
-    return f'/{tarfile.TarInfo.frombuf(header, "utf-8", "replace").name}'
-  except (OSError, BadSample, tarfile.TarError):
-    return f' at byte {offset}'
-
-
-def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
-  file.seek(int(offset))
-  data = file.read(int(size))
-  if len(data) < size:
-    raise BadSample(CUT)
-  return data
-
-
-def _caption(data: bytes, is_json: bool) -> str:
-  if len(data) > MAX_TEXT:
-    raise BadSample('its caption is longer than a megabyte')
-  if is_json:
-    try:
-      record = files.parse_json(data)
-      data = next(record[key] for key in CAPTION_KEYS if record.get(key))
-    except (ValueError, TypeError, AttributeError) as error:
-      raise BadSample('its .json is broken') from error
-    except StopIteration:
-      raise BadSample('it has no caption') from None
-    if not isinstance(data, str):
-      raise BadSample('its caption is not text')
-  return clean_caption(data)
+  return found

@@ -35,6 +35,8 @@ KINDS = {
 }
 
 Tree = Any  # a pytree of arrays, or of their shapes
+# (example, its own generator) -> example
+Augment = Callable[[dict, np.random.Generator], dict]
 Preview = np.ndarray | str  # a grid uint8 [H, W, 3], or lines of text
 
 
@@ -211,9 +213,12 @@ class Experiment(abc.ABC):
     data.pop('flip')  # see `augmentation`
     return make_source(**data, size=self.resolution, split=split)
 
-  def augmentation(self) -> Callable[[dict, np.random.Generator], dict] | None:
-    """Random augmentation of training examples, before `example`, or None."""
-    return flip if self.config.data.flip else None
+  def augmentation(self, split: str) -> Augment | None:
+    """What is random about the examples of a split, or None.
+
+    Its result goes to `example`.
+    """
+    return flip if self.config.data.flip and split == 'train' else None
 
   def has_eval_split(self) -> bool:
     """Whether the eval split differs from the training split."""

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from imagen_jax.training.experiment import Experiment
 
 def train_batches(experiment: Experiment, start_step: int) -> Iterator[dict]:
   """This process's part of the batches after step `start_step`."""
-  return _batches(experiment, 'train', start_step, experiment.augmentation())
+  return _batches(experiment, 'train', start_step)
 
 
 class Ahead:
@@ -56,7 +56,7 @@ def eval_batches(experiment: Experiment) -> Iterator[dict]:
 
 
 def _batches(
-  experiment: Experiment, split: str, start_step: int = 0, augment: Any = None
+  experiment: Experiment, split: str, start_step: int = 0
 ) -> Iterator[dict]:
   order = Order(
     seed=experiment.config.seed,
@@ -66,7 +66,12 @@ def _batches(
     num_hosts=jax.process_count(),
   )
   source = experiment.source(split)
-  return batches(source, order, augment=augment, transform=experiment.example)
+  return batches(
+    source,
+    order,
+    augment=experiment.augmentation(split),
+    transform=experiment.example,
+  )
 
 
 def split_index(batch: dict) -> tuple[dict, np.ndarray]:

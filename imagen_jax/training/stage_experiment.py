@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from imagen_jax import sharding
 from imagen_jax.cascade import objective, sampling, settings, stage_config
 from imagen_jax.cascade import stage as stages
+from imagen_jax.data.pipeline import crop
 from imagen_jax.diffusion.loss import times
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
@@ -23,6 +24,7 @@ from imagen_jax.text.encoder import (
   load_text_encoder,
 )
 from imagen_jax.training.experiment import (
+  Augment,
   Experiment,
   Export,
   Preview,
@@ -112,7 +114,7 @@ class StageExperiment(Experiment):
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shape, length = jax.ShapeDtypeStruct, self.config.text.max_len
-    side = self.resolution
+    side = self.stage.crop or self.resolution
     spec = {
       'image': shape((batch_size, side, side, 3), jnp.uint8),
       'mask': shape((batch_size, length), bool),
@@ -149,6 +151,15 @@ class StageExperiment(Experiment):
       'max_len': self.config.text.max_len,
       'digest': self.text.digest,
     }
+
+  def augmentation(self, split: str) -> Augment | None:
+    flipped = super().augmentation(split)
+    if self.stage.crop is None:
+      return flipped
+    cut = functools.partial(crop, side=self.stage.crop, unit=self.stage.factor)
+    if flipped is None:
+      return cut
+    return lambda example, rng: flipped(cut(example, rng), rng)
 
   def example(self, example: dict) -> dict:
     if self.cached_text:

@@ -28,6 +28,7 @@ FREE = (
   'text.path',
   'text.trained_by',
   'data.path',
+  'data.index',
   'data.max_bad',
   'data.eval_path',
   'stage.sampling',
@@ -281,6 +282,10 @@ def _changes(
   changed = []
   for key in sorted(before.keys() | after.keys()):
     name = key.removeprefix('config.')
+    if name.startswith('data.mixture.'):  # a part's keys are as free
+      section, _, key_of_part = name.rpartition('.')
+      if section != 'data.mixture' and f'data.{key_of_part}' in free:
+        continue
     parts = name.split('.')
     if any('.'.join(parts[:i]) in free for i in range(1, len(parts) + 1)):
       continue

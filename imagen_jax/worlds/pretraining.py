@@ -27,7 +27,7 @@ from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import PAD, VOCABULARY, load_tokenizer
 from imagen_jax.text.weights import save_folder
-from imagen_jax.training.experiment import Experiment, Export, Tree
+from imagen_jax.training.experiment import Augment, Experiment, Export, Tree
 from imagen_jax.training.export import provenance, trained_params
 from imagen_jax.training.state import TrainState
 from imagen_jax.typing import Array
@@ -133,7 +133,10 @@ class TextExperiment(Experiment):
       )
     }
 
-  def augmentation(self) -> Callable[[dict, np.random.Generator], dict]:
+  def augmentation(self, split: str) -> Augment | None:
+    if split != 'train':
+      return None
+
     def choose(example: dict, rng: np.random.Generator) -> dict:
       seed = int(rng.integers(2**63))
       item = self.tasks.item(random.Random(seed), example['scene'])

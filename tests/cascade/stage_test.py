@@ -66,6 +66,7 @@ def build(name='base', dtype='float32', **changes):
     {'low_resolution': 8},
     {'low_resolution': 3},
     {'crop': 9},
+    {'crop': 4},
     {'low_resolution': 2, 'crop': 6},
     {'net': tiny_model.UNET | {'channels': -5}, 'init': True},
     {'net': tiny_model.UNET | {'remat': 'maybe'}, 'init': True},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 
 import ml_dtypes
@@ -110,6 +111,42 @@ def test_a_smaller_size_is_the_box_mean(images, tmp_path):
     ArrayRecordSource(tmp_path / 'out', 32)
 
 
+@pytest.mark.parametrize('kind', ['raw', 'png', 'jpeg', 'webp'])
+def test_encoded_images_come_back_as_good_as_their_quality(
+  tmp_path, kind, capsys
+):
+  folder, out = tmp_path / 'images', tmp_path / 'out'
+  folder.mkdir()
+  y, x = np.mgrid[:64, :64]
+  smooth = np.stack([2 * x, 3 * y, x + y], -1).astype(np.uint8)
+  Image.fromarray(smooth).save(folder / '0.png')
+  (folder / '0.txt').write_text('a gradient')
+  command = ['--source', 'folder', '--path', str(folder), '--size', '64']
+  command += ['--encode', kind, '--out', str(out)]
+  assert command_line.main(command) == 0
+  stored = ArrayRecordSource(out, 64)
+  image = stored[0]['image']
+  error = np.abs(image.astype(int) - smooth)
+  assert error.max() == 0 if kind in ('raw', 'png') else error.mean() < 2
+  assert (len(stored._records[0]) > 64 * 64 * 3) == (kind == 'raw')
+  assert ArrayRecordSource(out, 32)[0]['image'].shape == (32, 32, 3)
+  again = [*command, '--quality', '80']
+  assert command_line.main(again) == 2
+  named = 'quality' if kind in ('jpeg', 'webp') else '--quality'
+  assert named in capsys.readouterr().err
+
+
+def test_a_part_has_a_few_hundred_megabytes_by_default():
+  text = TEXT | {'dim': 4096}
+  for size, each, given in [
+    (64, 64**2 * 3, None), (256, 256**2 * 3, None), (1024, 1024**2 * 3, None),
+    (64, 64**2 * 3 + 20 * 4096 * 2, text),
+  ]:  # fmt: skip
+    part_size = Recipe(size, {}, given).part_size
+    assert 150e6 < part_size * each < 300e6
+  assert Recipe(64, {}, part_size=7).part_size == 7
+
+
 def test_embeddings_are_stored_ragged_and_come_back_padded(images, tmp_path):
   write(images, tmp_path / 'out', text=True)
   example = ArrayRecordSource(tmp_path / 'out', 16)[7]
@@ -213,6 +250,10 @@ def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
   part = out / 'part-00000.array_record'
   whole = part.read_bytes()
   part.write_bytes(whole[:-1])
+  source = ArrayRecordSource(out, 16)
+  with pytest.raises(DataError, match='part-00000.array_record'):
+    source[0]
+  part.unlink()
   with pytest.raises(DataError, match='part-00000.array_record'):
     ArrayRecordSource(out, 16)
   for place in range(0, 4):
@@ -230,6 +271,21 @@ def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
       assert found[i] == expected[i + (i == lost)]['caption']
 
 
+def test_a_start_looks_at_no_part(images, tmp_path, monkeypatch):
+  write(images, tmp_path / 'out', part_size=1)
+  asked, stat = [], os.stat
+
+  def counted(path, *args, **options):
+    asked.append(str(path))
+    return stat(path, *args, **options)
+
+  monkeypatch.setattr(os, 'stat', counted)
+  source = ArrayRecordSource(tmp_path / 'out', 16)
+  assert len(source) == 10
+  assert not [path for path in asked if 'part-' in path]
+  assert source[3] and [path for path in asked if 'part-00003' in path]
+
+
 def test_a_record_is_no_code(images, tmp_path):
   write(images, tmp_path / 'out')
   record = ArrayRecordSource(tmp_path / 'out', 16)._records[0]
@@ -245,7 +301,7 @@ def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
   write(images, out)
   text = (out / 'dataset.json').read_text()
   (out / 'dataset.json').write_text(
-    text.replace('"format_version": 1', '"format_version": 9', 1)
+    text.replace('"format_version": 2', '"format_version": 9', 1)
   )
   with pytest.raises(DataError, match='dataset.json'):
     ArrayRecordSource(out, 16)
@@ -350,6 +406,7 @@ def test_imagen_prepare_names_what_is_wrong(
     ('size', '16'), ('count', None), ('parts', {}), ('parts', [3]),
     ('parts', [{}]), ('text', []), ('text', {'dim': 3}), ('name', 3),
     ('bytes', '1'), ('count of a part', None), ('name', '../x'), ('name', '/x'),
+    ('encode', 3), ('encode', 'jxl'), ('quality', 50),
   ],
 )  # fmt: skip
 def test_a_header_with_other_types_or_files_elsewhere_is_refused(

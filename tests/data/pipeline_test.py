@@ -13,13 +13,14 @@ from PIL import Image
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.pipeline import Order, batches, flip
 from imagen_jax.data.prepare import Recipe, prepare
+from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 
 NUM = 10
 
 
-class Numbers:
+class Numbers(Source):
   """One-pixel images whose colour and caption encode their number."""
 
   def __init__(self, num=NUM):
@@ -168,7 +169,7 @@ def test_every_source_gives_one_order_on_any_number_of_hosts(
   np.testing.assert_array_equal(found[1], expected[1])
 
 
-class Sided:
+class Sided(Source):
   """Images dark on the left; half of the captions mention left or right."""
 
   def __len__(self):

@@ -1,8 +1,10 @@
 """WebDataset tars from untrusted sources, with the defects of real ones."""
 
+import errno
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data import webdataset
+from imagen_jax.cli import index as command_line
+from imagen_jax.data import checked, tar_index, tar_scan, tar_update
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.data.sources import make_source
 from imagen_jax.data.webdataset import WebDatasetSource
-from imagen_jax.errors import DataError, UsageError
+from imagen_jax.errors import DataError
+from imagen_jax.io import ranges
 
 
 @pytest.fixture(autouse=True)
@@ -142,14 +146,11 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
   tmp_path, caplog
 ):
   image = encoded(pixels())
-  jpeg = encoded(pixels(0, 64, 64), 'JPEG')
   members = good(300) + [
     ('empty.png', b''),
     ('empty.txt', b'a'),
     ('html.jpg', b'<!DOCTYPE html>'),
     ('html.txt', b'a'),
-    ('cut.jpg', jpeg[: len(jpeg) // 2]),
-    ('cut.txt', b'a'),
     ('line.png', encoded(pixels(0, 1, 500))),
     ('line.txt', b'a'),
     ('mute.png', image),
@@ -187,16 +188,16 @@ def test_a_broken_sample_of_any_kind_is_left_out_and_named_once(
   assert len(caplog.messages) == 1
   reasons = {k.removeprefix('a.tar/'): v for k, v in source.skipped}
   assert reasons.keys() == {
-    'empty', 'html', 'cut', 'line', 'mute', 'blank', 'long', 'latin', 'nul',
+    'empty', 'html', 'line', 'mute', 'blank', 'long', 'latin', 'nul',
     'broken', 'half', 'number', 'text', '00007 (repeated)', '../up', 'root',
     'link', 'device',
   }  # fmt: skip
   for one, other in ('latin', 'half'), ('../up', 'root'), ('link', 'device'):
     assert reasons[one] == reasons.pop(other)
-  assert len(set(reasons.values())) == len(reasons) == 15
+  assert len(set(reasons.values())) == len(reasons) == 14
   write_skipped(tmp_path / 'new' / 'bad.jsonl', source.skipped)
   lines = (tmp_path / 'new' / 'bad.jsonl').read_text().splitlines()
-  assert len(lines) == 18
+  assert len(lines) == 17
   assert set(json.loads(lines[0])) == {'name', 'reason'}
   with pytest.raises(DataError):
     WebDatasetSource(tmp_path, 16)
@@ -224,7 +225,7 @@ def test_odd_but_whole_images_are_read(tmp_path):
 
 
 def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
-  monkeypatch.setattr(webdataset, 'MAX_MEMBER', 10_000)
+  monkeypatch.setattr(tar_scan, 'MAX_MEMBER', 10_000)
   members = good(1) + [('big.png', bytes(10_001)), ('big.txt', b'a')]
   source = WebDatasetSource(write(tmp_path / 'a.tar', members), 16, max_bad=1)
   assert [name for name, _ in source.skipped] == ['a.tar/big']
@@ -262,13 +263,11 @@ def test_a_file_that_is_not_a_tar_is_named(tmp_path, data):
     WebDatasetSource(tmp_path, 16)
 
 
-def test_missing_tars_shell_commands_and_buckets_are_refused(tmp_path):
+def test_missing_tars_and_shell_commands_are_refused(tmp_path):
   with pytest.raises(DataError):
     WebDatasetSource(tmp_path / '*.tar', 16)
   with pytest.raises(DataError):
     WebDatasetSource('pipe:touch /tmp/no', 16)
-  with pytest.raises(UsageError, match='data.path'):
-    make_source(kind='webdataset', path='gs://bucket/{0..9}.tar', size=16)
 
 
 def test_a_set_without_captions_is_refused(tmp_path):
@@ -277,27 +276,173 @@ def test_a_set_without_captions_is_refused(tmp_path):
     WebDatasetSource(tar, 16)
 
 
-def test_the_index_is_kept_outside_and_remade_when_the_tar_changes(
+def test_the_index_lies_beside_the_tars_and_follows_their_changes(
+  tmp_path, monkeypatch
+):
+  tar = write(tmp_path / 'a.tar', good(3))
+  assert len(WebDatasetSource(tar, 16)) == 3
+  assert {f.name for f in tmp_path.iterdir()} == {'a.tar', 'tars.index'}
+  with monkeypatch.context() as m:
+    m.setattr(tar_update, 'scan', None)  # raises if called
+    assert len(WebDatasetSource(tar, 16)) == 3
+  write(tar, good(4))
+  write(tmp_path / 'b.tar', good(2))
+  scanned, scan = [], tar_update.scan
+  monkeypatch.setattr(
+    tar_update, 'scan', lambda p, n, t: scanned.append(n) or scan(p, n, t)
+  )
+  assert len(WebDatasetSource(tar, 16)) == 4
+  assert len(WebDatasetSource(tmp_path, 16)) == 6
+  assert len(WebDatasetSource(tmp_path / 'b.tar', 16)) == 2
+  assert scanned == ['a.tar', 'b.tar']
+
+
+def test_the_cache_has_the_index_of_tars_beside_which_it_cannot_be(
   tmp_path, own_cache, monkeypatch
 ):
   tar = write(tmp_path / 'a.tar', good(3))
-  tmp_path.chmod(0o555)
-  WebDatasetSource(tar, 16)
-  assert list(tmp_path.iterdir()) == [tar]
-  assert len(list((own_cache / 'imagen_jax' / 'index').iterdir())) == 1
-  tmp_path.chmod(0o755)
-  with monkeypatch.context() as m:
-    m.setattr(webdataset, '_members', None)  # raises if called
+  (tmp_path / 'tars.index').mkdir()  # in the way
+  (tmp_path / 'tars.index' / 'x').touch()
+  for _ in range(2):
     assert len(WebDatasetSource(tar, 16)) == 3
-  write(tar, good(4))
-  assert len(WebDatasetSource(tar, 16)) == 4
+    monkeypatch.setattr(tar_update, 'scan', None)
+  assert len(list((own_cache / 'imagen_jax' / 'index').iterdir())) == 1
+
+
+@pytest.mark.parametrize('damage', ['cut', 'replaced', 'empty'])
+def test_a_damaged_index_is_made_again(tmp_path, damage):
+  tar = write(tmp_path / 'a.tar', good(3))
+  before = [e['caption'] for e in WebDatasetSource(tar, 16)]
+  index = tmp_path / 'tars.index'
+  data = index.read_bytes()
+  index.write_bytes(
+    {'cut': data[:-1], 'replaced': b'{}' * 99, 'empty': b''}[damage]
+  )
+  assert [e['caption'] for e in WebDatasetSource(tar, 16)] == before
+  assert index.read_bytes() == data
+
+
+def test_imagen_index_is_shared_out_and_merged(tmp_path, capsys, monkeypatch):
+  shards = tmp_path / 'shards'
+  (shards / 'x').mkdir(parents=True)
+  for i in range(5):
+    name = f'{i}.tar' if i % 2 else f'x/{i}.tar'
+    write(shards / name, good(i + 1) + [(f'only-{i}.txt', b'a')])
+  alone = WebDatasetSource(shards, 16, max_bad=1)
+  command = ['--path', str(shards), '--workers', '1']
+  parts = [str(tmp_path / f'{i}.index') for i in range(3)]
+  for i, part in enumerate(parts):
+    assert command_line.main([*command, '--part', f'{i}/3', '--out', part]) == 0
+  capsys.readouterr()
+  whole = str(tmp_path / 'whole.index')
+  assert command_line.main([*command, '--merge', *parts, '--out', whole]) == 0
+  assert '15 samples in 5 tars; 5 are left out' in capsys.readouterr().out
+  monkeypatch.setattr(tar_update, 'scan', None)
+  merged = WebDatasetSource(shards, 16, max_bad=1, index=whole)
+  assert merged.fingerprint == alone.fingerprint
+  for i in range(15):
+    assert merged.name(i) == alone.name(i)
+    assert merged[i]['caption'] == alone[i]['caption']
+  assert merged.skipped == alone.skipped
+  assert command_line.main([*command, '--merge', *parts[:2]]) == 3
+  assert command_line.main([*command, '--part', '3/3', '--out', whole]) == 2
+  assert command_line.main([*command, '--part', '0/3']) == 2
+
+
+def test_an_index_of_imagen_index_is_never_silently_made_again(tmp_path):
+  tar = write(tmp_path / 'a.tar', good(3))
+  assert command_line.main(['--path', str(tmp_path), '--workers', '1']) == 0
+  os.utime(tar, (1, 1))  # as a copy has it
+  assert len(WebDatasetSource(tmp_path, 16)) == 3
+  write(tmp_path / 'b.tar', good(1))
+  for index in None, str(tmp_path / 'tars.index'):
+    with pytest.raises(DataError, match='imagen-index'):
+      WebDatasetSource(tmp_path, 16, index=index)
+
+
+def test_images_are_decoded_when_they_are_used(tmp_path):
+  members = good(3)
+  jpeg = encoded(pixels(0, 64, 64), 'JPEG')
+  members[2] = '00001.jpg', jpeg[: len(jpeg) // 2]
+  write(tmp_path / 'a.tar', members)
+  source = WebDatasetSource(tmp_path, 16, max_bad=0.5)
+  assert len(source) == 3 and not source.bad
+  np.testing.assert_array_equal(source[1]['image'], pixels(2))
+  assert list(source.bad) == ['a.tar/00001.jpg']
+
+
+def test_small_images_are_left_out_and_counted(tmp_path, monkeypatch):
+  monkeypatch.setattr(tar_index.Selected, 'EXAMPLES', 2)
+  members = []
+  for i in range(10):
+    side = 16 if i % 2 else 12
+    members += [(f'{i}.png', encoded(pixels(i, side, 20))), (f'{i}.txt', b'a')]
+  write(tmp_path / 'a.tar', members)
+  source = WebDatasetSource(tmp_path, 16)
+  names = [source.name(i) for i in range(len(source))]
+  assert names == [f'a.tar/{i}.png' for i in (1, 3, 5, 7, 9)]
+  assert [name for name, _ in source.skipped] == ['a.tar/0.png', 'a.tar/2.png']
+  assert source.unlisted_small == 3
+  other = WebDatasetSource(tmp_path, 12)
+  assert len(other) == 10 and other.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize('block, chunk', [(8, 16), (64, 128)])
+def test_the_selection_is_that_of_a_list(tmp_path, monkeypatch, block, chunk):
+  monkeypatch.setattr(tar_index.Selected, 'BLOCK', block)
+  monkeypatch.setattr(tar_index.Selected, 'CHUNK', chunk)
+  rng = np.random.default_rng(0)
+  found = []
+  for i in range(9):
+    count = int(rng.integers(0, 30))
+    sides = rng.integers(1, 9, count).astype(tar_index.SIDE)
+    tar = tar_index.Tar(f'{i}', 1, None)
+    found.append(
+      tar_index.Found(tar, np.zeros(count, tar_index.ROW), sides, {})
+    )
+  tar_index.write(tmp_path / 'x.index', found)
+  index = tar_index.Index(tmp_path / 'x.index')
+  used = [index.tars[name] for name in '124578']
+  all_sides = np.concatenate([one.sides for one in found])
+  expected = [
+    row
+    for tar in used
+    for row in range(tar.start, tar.start + tar.count)
+    if all_sides[row] >= 4
+  ]
+  selected = tar_index.Selected(index, used, 4)
+  assert [selected[i] for i in range(len(selected))] == expected
+  assert selected.small == sum(tar.count for tar in used) - len(expected)
+  with pytest.raises(IndexError):
+    selected[len(selected)]
+
+
+def test_a_disk_that_fails_while_indexing_leaves_no_index(
+  tmp_path, monkeypatch
+):
+  tar = write(tmp_path / 'a.tar', good(3))
+  monkeypatch.setattr(checked, 'PAUSES', (0,))
+  failed = []
+
+  def broken(path, start, size):
+    failed.append(start)
+    raise OSError(errno.EIO, 'Input/output error')
+
+  with monkeypatch.context() as m:
+    m.setattr(ranges, 'read', broken)
+    with pytest.raises(DataError, match='00000'):
+      WebDatasetSource(tar, 16)
+  assert len(failed) == 6  # each of three samples, twice
+  assert list(tmp_path.iterdir()) == [tar]
+  source = WebDatasetSource(tar, 16)
+  assert len(source) == 3 and not source.bad
 
 
 def test_a_flipped_bit_after_indexing_is_noticed(tmp_path):
   tar = write(tmp_path / 'a.tar', good(3))
   source = WebDatasetSource(tar, 16, max_bad=0.5)
   data = bytearray(tar.read_bytes())
-  data[source.rows[1][1] + 200] ^= 1
+  data[int(source._index.rows[1]['image']) + 200] ^= 1
   tar.write_bytes(data)
   np.testing.assert_array_equal(source[1]['image'], pixels(2))
   assert source.bad == {

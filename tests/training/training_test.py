@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -22,7 +23,9 @@ from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.training import loop, power_ema
 from imagen_jax.training import program as program_module
+from imagen_jax.training.experiment import make_experiment
 from imagen_jax.training.guard import check_finite
+from imagen_jax.training.input import eval_batches, split_index, train_batches
 from imagen_jax.training.optimizer import learning_rate, matrix_axes, optimizer
 from imagen_jax.training.program import train_step
 from imagen_jax.training.stage_experiment import StageExperiment
@@ -374,22 +377,38 @@ def test_adafactor_factors_the_kernels_of_attentions():
   assert jax.tree.map(jnp.shape, updates) == shapes
 
 
-def test_crops_of_both_images_show_the_same_place(model):
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_crops_of_both_images_show_the_same_place(model, split):
   encoder = load_text_encoder(model / 'text')
   config = tiny_model.config('sr1')
+  config.stage.crop, config.data.flip = 8, False
+  made = StageExperiment(config, text=encoder, cached_text=False)
+  cut = made.augmentation(split)
+  whole = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+  low = conditioning.box_downsample(whole[None].astype(np.float32), 8)[0]
+  places = set()
+  for i in range(60):
+    part = cut({'image': whole}, np.random.default_rng(i))['image']
+    assert part.shape == made.batch_spec(1)['image'].shape[1:] == (8, 8, 3)
+    mine = conditioning.box_downsample(part[None].astype(np.float32), 4)[0]
+    places |= {
+      (y, x)
+      for y, x in itertools.product(range(5), repeat=2)
+      if (low[y : y + 4, x : x + 4] == mine).all()
+      and (whole[2 * y : 2 * y + 8, 2 * x : 2 * x + 8] == part).all()
+    }
+  assert len(places) > 15  # of 25
+
+
+def test_only_crops_go_to_the_devices(model):
+  config = tiny_model.config('sr1')
   config.stage.crop = 8
-  made = tiny_model.build(config, encoder)
-  place = np.arange(16.0)
-  x = np.stack(np.broadcast_arrays(place[:, None], place, 0.0), -1)[None]
-  x = np.repeat(x, 6, 0)
-  low = conditioning.box_downsample(x, 8)
-  key = jax.random.key(0)
-  x_cut, low_cut = objective.crop(
-    key, jnp.asarray(x), jnp.asarray(low), side=made.crop
-  )
-  assert x_cut.shape == (6, 8, 8, 3) and low_cut.shape == (6, 4, 4, 3)
-  np.testing.assert_allclose(conditioning.box_downsample(x_cut, 4), low_cut)
-  assert len(np.unique(x_cut[:, 0, 0, 0])) > 1
+  config.text.path = str(model / 'text')
+  made = make_experiment(config)
+  for batches in train_batches(made, 0), eval_batches(made):
+    batch, _ = split_index(next(batches))
+    spec = made.batch_spec(config.train.batch_size)
+    assert jax.tree.map(jax.typeof, batch) == jax.tree.map(jax.typeof, spec)
 
 
 def test_low_resolution_noise_is_added_before_upsampling(model):
@@ -473,7 +492,7 @@ def test_a_contrast_floor_makes_a_faint_thing_count(model):
   assert plain[1] > 99 * plain[0]  # (200 / 20)²
   assert weighed[1] < 3 * weighed[0]
   assert weighed[0] < plain[0]
-  config.stage.crop = 8
+  squares = squares[:, 4:12, 4:12]  # a crop
   assert (losses(1e-4) < losses(None)).all()
 
 

@@ -226,7 +226,7 @@ def test_the_emoji_captions_have_an_encoder_too(emoji_run):
   tokenizer = load_text_encoder(workdir / 'export').tokenizer
   assert len(tokenizer.pieces('an octopus below two palm trees')) == 6
   made, rng = pretraining.TextExperiment(config), np.random.default_rng(0)
-  source, choose = made.source('train'), made.augmentation()
+  source, choose = made.source('train'), made.augmentation('train')
   spec = made.batch_spec(1)
   for i in range(100):
     row = made.example(choose(source[i], rng))

@@ -1,0 +1,84 @@
+"""How the images of a prepared set are stored: as pixels, or compressed."""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from imagen_jax.errors import UsageError
+from imagen_jax.io.decode import BadSample, decode
+
+# Pillow's options. Chroma is not subsampled in JPEG, which costs a quarter of
+# the bytes and gains 4 dB; WebP cannot but subsample it.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+  'png': {},
+  'jpeg': {'subsampling': 0},
+  'webp': {},
+}
+KINDS = ('raw', *OPTIONS)
+QUALITY = {'jpeg': 95, 'webp': 95}  # the defaults of the lossy ones
+# Bytes a pixel, at most, in photographs of 64 pixels and more (docs/data.md).
+BYTES = {'raw': 3.0, 'png': 2.1, 'jpeg': 1.1, 'webp': 0.6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+  """The format of stored images.
+
+  Attributes:
+    kind: 'raw' (the pixels), 'png' (lossless), 'jpeg' or 'webp'.
+    quality: of JPEG or WebP, from 1 to 100; None for the others.
+
+  Raises:
+    UsageError: there is no such kind, or no such quality.
+  """
+
+  kind: str = 'raw'
+  quality: int | None = None
+
+  def __post_init__(self) -> None:
+    if self.kind not in KINDS:
+      raise UsageError(
+        f'there is no encoding {self.kind!r}; it can be {", ".join(KINDS)}.',
+        key='encode',
+      )
+    if self.quality is not None and self.kind not in QUALITY:
+      raise UsageError(
+        f'has no effect on {self.kind}, which is lossless.', key='quality'
+      )
+    if self.kind in QUALITY and not 1 <= (self.quality or 0) <= 100:
+      raise UsageError(
+        f'is {self.quality}; it must be from 1 to 100.', key='quality'
+      )
+
+  def encode(self, image: UInt8[np.ndarray, 'h w 3']) -> bytes:
+    """An image as bytes."""
+    if self.kind == 'raw':
+      return np.ascontiguousarray(image).tobytes()
+    out, options = io.BytesIO(), dict(OPTIONS[self.kind])
+    if self.quality is not None:
+      options['quality'] = self.quality
+    Image.fromarray(image).save(out, self.kind, **options)
+    return out.getvalue()
+
+  def decode(
+    self, data: bytes | memoryview, side: int
+  ) -> UInt8[np.ndarray, '{side} {side} 3']:
+    """A square image of that side, from bytes.
+
+    Raises:
+      ValueError, BadSample: they are not such an image.
+    """
+    if self.kind == 'raw':
+      return np.frombuffer(data, np.uint8).reshape(side, side, 3)
+    image = decode(bytes(data), side)
+    if image.shape != (side, side, 3):
+      raise BadSample(f'it is not {side} pixels wide and high')
+    return image
+
+
+RAW = Encoding()

@@ -1,0 +1,293 @@
+"""The index of a set of tars: where each image and caption lies.
+
+It is one file, written once and mapped into the memory of every process, which
+so share it: 31 bytes a sample. Its parts are the rows, the shorter sides of
+the images, JSON Lines of what is wrong, and a footer with the tars.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+
+from imagen_jax.errors import DataError
+from imagen_jax.io import bucket, files, paths
+from imagen_jax.io.files import AnyPath
+
+NAME = 'tars.index'  # beside the tars
+MAGIC = b'imagen-tars-1\n\n\n'  # 16 bytes, at both ends
+ROW = np.dtype(
+  [
+    ('image', '<u8'),  # offset in its tar
+    ('text', '<u8'),
+    ('image_size', '<u4'),
+    ('text_size', '<u4'),
+    ('crc', '<u4'),  # of the image
+    ('is_json', 'u1'),  # whether the text is the sample's .json
+  ]
+)
+SIDE = np.dtype('<u2')
+AGAIN = 'remove it and run the command again, or make it with imagen-index'
+
+
+@dataclasses.dataclass(frozen=True)
+class Tar:
+  """A tar of an index.
+
+  Attributes:
+    name: its path below the folder of the set.
+    bytes: its size.
+    time: of its last change in ns, or its generation in a bucket; None: a tar
+      of the same size counts as the same, such as a copy.
+    start: number of its first row.
+    count: number of its rows.
+    bad: number of its samples that are left out.
+    digest: of its rows.
+  """
+
+  name: str
+  bytes: int
+  time: int | None
+  start: int = 0
+  count: int = 0
+  bad: int = 0
+  digest: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What is in a tar.
+
+  Attributes:
+    tar: which.
+    rows: [n] of type `ROW`.
+    sides: [n], the images' shorter sides in pixels.
+    bad: {key: what is wrong} of the samples that are left out.
+  """
+
+  tar: Tar
+  rows: np.ndarray
+  sides: np.ndarray
+  bad: Mapping[str, str]
+
+
+class Index:
+  """An index file, of which only what is used comes into memory.
+
+  Args:
+    path: of a local file.
+
+  Attributes:
+    tars: {name: `Tar`}, in order of names.
+    rows: [n] of type `ROW`, mapped.
+
+  Raises:
+    DataError: it is missing, damaged, or no index.
+  """
+
+  def __init__(self, path: AnyPath) -> None:
+    self.path = os.fspath(path)
+    try:
+      with open(self.path, 'rb') as file:
+        footer = _read_footer(file)
+      self.tars = {t['name']: Tar(**t) for t in footer['tars']}
+      count = sum(tar.count for tar in self.tars.values())
+      self._sides = len(MAGIC) + count * ROW.itemsize
+      self._bad = self._sides + count * SIDE.itemsize, int(footer['bad'])
+      self.rows = np.zeros(0, ROW)
+      if count:
+        self.rows = np.memmap(self.path, ROW, 'r', len(MAGIC), (count,))
+    except FileNotFoundError as error:
+      raise DataError(f'{path} does not exist; {AGAIN}.') from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+      raise DataError(
+        f'{path} cannot be read as an index of tars ({error}); {AGAIN}.'
+      ) from error
+
+  def __reduce__(self) -> tuple:
+    return Index, (self.path,)  # not the rows themselves
+
+  def sides(self, start: int, stop: int) -> np.ndarray:
+    """The shorter sides of the images of some rows, read and not mapped."""
+    where = self._sides + start * SIDE.itemsize
+    return np.fromfile(self.path, SIDE, stop - start, offset=where)
+
+  def bad(self) -> Iterator[tuple[str, str, str]]:
+    """(tar, key, what is wrong) of the samples that are left out."""
+    start, size = self._bad
+    with open(self.path, 'rb') as file:
+      file.seek(start)
+      while size > 0 and (line := file.readline()):
+        size -= len(line)
+        yield tuple(json.loads(line))
+
+  def found(self, name: str, bad: Mapping[str, str]) -> Found:
+    """What is in a tar, of which `bad` is left out."""
+    tar = self.tars[name]
+    stop = tar.start + tar.count
+    rows, sides = self.rows[tar.start : stop], self.sides(tar.start, stop)
+    return Found(tar, rows, sides, bad)
+
+
+def _read_footer(file: IO[bytes]) -> dict[str, Any]:
+  end = file.seek(-(len(MAGIC) + 8), os.SEEK_END)
+  (size,) = struct.unpack('<Q', file.read(8))
+  whole = file.read() == MAGIC and size < end
+  file.seek(end - size if whole else 0)
+  footer = files.parse_json(file.read(size)) if whole else None
+  if not isinstance(footer, dict):
+    raise ValueError('it is cut short, or something else')
+  return footer
+
+
+def write(path: AnyPath, found: Iterable[Found]) -> None:
+  """Writes an index; a file appears when it is complete.
+
+  Args:
+    path: of the file, on a disk or in a bucket.
+    found: in order of the tars' names.
+  """
+  tars: list[dict[str, Any]] = []
+  sides, bad, start = [], [], 0
+  with files.replacing(path) as temporary, temporary.open('wb') as file:
+    file.write(MAGIC)
+    for one in found:
+      data = np.ascontiguousarray(one.rows, ROW).tobytes()
+      file.write(data)
+      sides.append(one.sides.astype(SIDE))
+      digest = hashlib.sha256(data + sides[-1].tobytes()).hexdigest()
+      count, name = len(one.rows), one.tar.name
+      bad += [json.dumps([name, *entry]) + '\n' for entry in one.bad.items()]
+      tar = dataclasses.replace(
+        one.tar, start=start, count=count, bad=len(one.bad), digest=digest
+      )
+      tars.append(dataclasses.asdict(tar))
+      start += count
+    for some in sides:
+      file.write(some.tobytes())
+    lines = ''.join(bad).encode()
+    footer = json.dumps({'tars': tars, 'bad': len(lines)}).encode()
+    file.write(lines + footer + struct.pack('<Q', len(footer)) + MAGIC)
+
+
+def merge(
+  indexes: Iterable[Index], fresh: Mapping[str, Found] | None = None
+) -> Iterator[Found]:
+  """The parts of several indexes, in order; of equal names, the last's.
+
+  Args:
+    indexes: the indexes.
+    fresh: {name: what is in that tar}, which comes after them.
+  """
+  chosen: dict[str, Index | Found] = {}
+  bad: dict[str, dict[str, str]] = {}
+  for index in indexes:
+    chosen |= dict.fromkeys(index.tars, index)
+    bad |= {name: {} for name in index.tars}
+    for name, key, reason in index.bad():
+      bad[name][key] = reason
+  chosen |= fresh or {}
+  for name, one in sorted(chosen.items(), key=lambda item: item[0]):
+    yield one if isinstance(one, Found) else one.found(name, bad[name])
+
+
+class Selected:
+  """The rows of some tars whose images are large enough, numbered from 0.
+
+  A bit a row and a count a block: 6 MB of 50 million, where a list of their
+  numbers would be 400 MB in every process.
+
+  Args:
+    index: the `Index`.
+    tars: those to use.
+    size: the least shorter side of an image.
+
+  Attributes:
+    small: number of rows whose images are too small.
+    examples: the first of these rows.
+  """
+
+  BLOCK, CHUNK, EXAMPLES = 2**12, 2**22, 100
+
+  def __init__(self, index: Index, tars: Iterable[Tar], size: int) -> None:
+    total, spans = len(index.rows), [*_spans(tars)]
+    self._bits = np.zeros(-(-total // self.BLOCK) * self.BLOCK // 8, np.uint8)
+    self.small, self.examples = 0, list[int]()
+    for start in range(0, total, self.CHUNK):
+      stop = min(start + self.CHUNK, total)
+      used = np.zeros(stop - start, bool)
+      for first, last in spans:
+        used[max(first - start, 0) : max(last - start, 0)] = True
+      large = index.sides(start, stop) >= size
+      packed = np.packbits(used & large)
+      self._bits[start // 8 : start // 8 + len(packed)] = packed
+      small = np.flatnonzero(used & ~large)
+      self.small += len(small)
+      room = self.EXAMPLES - len(self.examples)
+      self.examples += [start + int(row) for row in small[:room]]
+    blocks = np.bitwise_count(self._bits).reshape(-1, self.BLOCK // 8)
+    self._ends = blocks.sum(1, dtype=np.int64).cumsum()
+
+  def __len__(self) -> int:
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  def __getitem__(self, i: int) -> int:
+    """The row of number `i`."""
+    if not 0 <= i < len(self):
+      raise IndexError(i)
+    block = int(np.searchsorted(self._ends, i, 'right'))
+    before = int(self._ends[block - 1]) if block else 0
+    width = self.BLOCK // 8
+    bits = np.unpackbits(self._bits[block * width : (block + 1) * width])
+    return block * self.BLOCK + int(np.flatnonzero(bits)[i - before])
+
+
+def _spans(tars: Iterable[Tar]) -> Iterator[tuple[int, int]]:
+  """(first row, end) of runs of tars that follow each other."""
+  start = stop = 0
+  for tar in tars:
+    if tar.start != stop:
+      yield start, stop
+      start = tar.start
+    stop = tar.start + tar.count
+  yield start, stop
+
+
+def local(path: AnyPath) -> str:
+  """The path of an index on a disk: its own, or that of a copy of an object.
+
+  An object cannot be mapped, so each host copies it, once, into the cache.
+  """
+  path = os.fspath(path)
+  if not bucket.is_bucket(path):
+    return path
+  system = bucket.filesystem(path)
+  info = system.info(path)
+  state = [path, info['size'], info.get('generation'), info.get('etag')]
+  copy = in_cache(json.dumps(state))
+  if not copy.exists():
+    with files.replacing(copy, error=DataError) as temporary:
+      system.get_file(path, str(temporary))
+  return str(copy)
+
+
+def in_cache(what: str) -> pathlib.Path:
+  """The file for an index in the user's cache directory.
+
+  Raises:
+    DataError: there is no such directory.
+  """
+  base = paths.cache_folder()
+  if base is None:
+    raise DataError(
+      'there is no cache directory for an index of tars: set XDG_CACHE_HOME to '
+      'one, or data.index to a file.'
+    )
+  name = hashlib.sha256(what.encode()).hexdigest()[:24]
+  return base / 'index' / f'{name}.index'

@@ -1,0 +1,197 @@
+"""What is in a tar: its samples, found once, for the index.
+
+A key may contain dots if both its image and its caption do (a.b.jpg, a.b.txt);
+an a.b.jpg or a.b.txt alone is another column of sample a, and ignored.
+
+Every byte of a tar is read once, for checksums and captions. Of an image only
+the header is looked at; whether it decodes is found at its first use.
+"""
+
+import collections
+import contextlib
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from imagen_jax.data.checked import UNREADABLE, clean_caption, survey
+from imagen_jax.data.tar_index import ROW, SIDE, Found, Tar
+from imagen_jax.errors import DataError
+from imagen_jax.io import bucket, files, ranges
+from imagen_jax.io.decode import SUFFIXES, BadSample, opened
+
+MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
+MAX_TEXT = 2**20
+CAPTION_KEYS = ('caption', 'text')
+TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
+CUT = 'the tar is truncated there'
+WIDEST = np.iinfo(SIDE).max
+
+
+def scan(path: str, name: str, time: int | None = None) -> Found:
+  """Finds the samples of a tar, on a disk or in a bucket.
+
+  Args:
+    path: of the tar.
+    name: its path below the folder of the set.
+    time: see `Tar`.
+
+  Raises:
+    DataError: it is no tar, or a part of it cannot be read now.
+  """
+  with _on_disk(path) as shard:
+    size = os.stat(shard).st_size
+    samples, bad = _members(shard, size, path)
+    good, wrong = survey(
+      [key for key in samples if key not in bad],
+      lambda key: _examine(shard, samples[key]),
+      f'indexing {path}',
+    )
+  unread = [key for key, why in wrong.items() if why.startswith(UNREADABLE)]
+  if unread:
+    raise DataError(
+      f'{path}, sample {unread[0]}: {wrong[unread[0]]}; check the disk and the '
+      'network, and run the command again.'
+    )
+  rows = np.array([row for row, _ in good.values()], ROW)
+  sides = np.array([side for _, side in good.values()], SIDE)
+  return Found(Tar(name, size, time), rows, sides, bad | wrong)
+
+
+@contextlib.contextmanager
+def _on_disk(path: str) -> Iterator[str]:
+  """A file that holds the tar: itself, or a copy for as long as is needed."""
+  if not bucket.is_bucket(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = os.path.join(folder, 'tar')
+    try:
+      bucket.filesystem(path).get_file(path, copy)
+    except Exception as error:
+      raise DataError(
+        f'{path} cannot be read ({bucket.reason(error) or error}); check that '
+        'it exists and that this machine may read it.'
+      ) from error
+    yield copy
+
+
+def _examine(
+  shard: str, sample: Mapping[str, tuple[int, int]]
+) -> tuple[tuple, int]:
+  """(the row, the image's shorter side) of a sample.
+
+  Raises:
+    BadSample: it has no image or caption, or one that is none.
+  """
+  image = [sample[s] for s in SUFFIXES if s in sample]
+  text = [(sample[s], s == '.json') for s in TEXTS if s in sample]
+  if not image:
+    raise BadSample('it has no image')
+  if not text:
+    raise BadSample('it has no caption')
+  (offset, size), ((where, length), is_json) = image[0], text[0]
+  data = whole(ranges.read(shard, offset, size), size)
+  caption(whole(ranges.read(shard, where, length), length), is_json)
+  with opened(data) as header:
+    side = min(header.size)
+  crc = zlib.crc32(data)
+  return (offset, where, size, length, crc, is_json), min(side, WIDEST)
+
+
+def whole(data: bytes, size: int) -> bytes:
+  """The data, if there are as many as there should be."""
+  if len(data) < size:
+    raise BadSample(CUT)
+  return data
+
+
+def _members(
+  shard: str, size: int, where: str
+) -> tuple[dict[str, dict[str, tuple[int, int]]], dict[str, str]]:
+  """({key: {suffix: (offset, size)}}, {key: what is wrong}), from tar headers.
+
+  A key is a member's name up to its last dot.
+  """
+  samples: dict[str, dict[str, tuple[int, int]]] = {}
+  copies: collections.Counter[tuple[str, str]] = collections.Counter()
+  bad: dict[str, str] = {}
+  last = None
+
+  def column(key: str) -> bool:
+    """Whether a key is 'sample.column', as the names of the others show."""
+    start, found = key.rfind('/') + 1, samples[key].keys()
+    starts = [key[:i] for i, c in enumerate(key) if c == '.' and i > start]
+    pair = found & set(SUFFIXES) and found & set(TEXTS)
+    return not pair and any(k in samples or k in bad for k in starts)
+
+  try:
+    # 'r:' rejects compressed tars, which have no random access.
+    with tarfile.open(shard, 'r:', errorlevel=0) as tar:
+      for member in tar:
+        if member.isdir():
+          continue
+        key, suffix = os.path.splitext(member.name.lstrip('/'))
+        last, suffix = key, suffix.lower()
+        problem = _problem(member, size)
+        if problem is None and (
+          suffix not in (*SUFFIXES, *TEXTS) or files.is_hidden(member.name)
+        ):
+          continue  # other columns, such as key.npy, are ignored
+        if problem is None and suffix in samples.get(key, {}):
+          copies[key, suffix] += 1
+          again = copies[key, suffix]
+          key += ' (repeated)' if again == 1 else f' (repeated {again})'
+          problem = 'another sample has its key'
+        if problem:
+          bad[key] = problem
+        else:
+          place = member.offset_data, member.size
+          samples.setdefault(key, {})[suffix] = place
+        vars(tar)['members'].clear()  # tarfile would keep all members in memory
+      # tarfile takes a broken header for the end; a real end is zeros or EOF.
+      tar.fileobj.seek(tar.offset)
+      if tar.fileobj.read(512).strip(b'\0'):
+        bad[f'after {last}'] = 'the tar is damaged there'
+  except tarfile.TarError as error:
+    if last is None:
+      raise DataError(
+        f'{where} is not an uncompressed tar ({error}); download it again, or '
+        'decompress it.'
+      ) from error
+    if bad.get(last) != CUT:
+      bad[f'after {last}'] = 'the tar is damaged there'
+  return {k: v for k, v in samples.items() if not column(k)}, bad
+
+
+def _problem(member: tarfile.TarInfo, size: int) -> str | None:
+  """Why a member is not usable, or None."""
+  if files.inside('', member.name) is None:
+    return 'its name points outside the tar'
+  if not member.isreg() or member.issparse():
+    return 'it is a link or another special file'
+  if member.size > MAX_MEMBER:
+    return f'it is larger than {MAX_MEMBER // 2**20} MB'
+  if member.offset_data + member.size > size:
+    return CUT
+  return None
+
+
+def caption(data: bytes, is_json: bool) -> str:
+  """The caption of a sample's .txt or .json; raises BadSample."""
+  if len(data) > MAX_TEXT:
+    raise BadSample('its caption is longer than a megabyte')
+  if is_json:
+    try:
+      record = files.parse_json(data)
+      data = next(record[key] for key in CAPTION_KEYS if record.get(key))
+    except (ValueError, TypeError, AttributeError) as error:
+      raise BadSample('its .json is broken') from error
+    except StopIteration:
+      raise BadSample('it has no caption') from None
+    if not isinstance(data, str):
+      raise BadSample('its caption is not text')
+  return clean_caption(data)
