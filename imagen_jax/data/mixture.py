@@ -144,8 +144,12 @@ def _checked(mixture: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     )
   for name, section in mixture.items():
     weight = section.get('weight') if isinstance(section, Mapping) else None
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not 0 < weight < math.inf or 'kind' not in section:
+    if not (
+      isinstance(weight, (int, float))
+      and not isinstance(weight, bool)
+      and 0 < weight < math.inf
+      and 'kind' in section
+    ):
       raise UsageError(
         f'data.mixture.{name} is {section!r}; with data.kind=mixture it is a '
         'section with kind, path and a weight above 0.',

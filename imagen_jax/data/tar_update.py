@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from imagen_jax.data import tar_index
 from imagen_jax.data.progress import Progress
@@ -17,14 +17,14 @@ from imagen_jax.io.ranges import State
 SAVE = 600  # seconds between two saves of an index that is being made
 
 
-def common_folder(tars: Mapping[str, object]) -> str:
+def common_folder(tars: Iterable[str]) -> str:
   """The folder that all tars are in, at any depth."""
   heads = [tar.rpartition('/')[0] for tar in tars]
   scheme = heads[0].partition('://')[0]
-  if bucket.is_bucket(next(iter(tars))):
+  if bucket.is_bucket(heads[0]):
     rests = [head.partition('://')[2] for head in heads]
     return f'{scheme}://{os.path.commonpath(rests)}'
-  return os.path.commonpath([*map(os.path.dirname, tars)]) or '.'
+  return os.path.commonpath(heads) or '.'
 
 
 def below(root: str, tar: str) -> str:

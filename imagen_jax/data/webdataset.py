@@ -75,7 +75,7 @@ class WebDatasetSource(Checked):
     self._shards = [names[tar.name] for tar in self.tars]
     self._starts = [tar.start for tar in self.tars]
     self._rows = tar_index.Selected(self._index, self.tars, self.size)
-    bad = {}
+    bad: dict[str, str] = {}
     if sum(tar.bad for tar in self.tars):
       for name, key, reason in self._index.bad():
         if name in names and len(bad) < LISTED:
