@@ -199,8 +199,9 @@ class Peers:
 
   def check_stop(self, step: int) -> None:
     """`check`, after a step that is the one of another's `stop_after`."""
-    if self.stops_after(step) and self._stop.process != self._me:
-      raise PeerError(self._stop)
+    stop = self._stop
+    if stop and stop.after == step and stop.process != self._me:
+      raise PeerError(stop)
 
   def abort(self, sentence: str, exit_code: int = 1) -> None:
     """Ends this process, then the others; what hangs here is left behind.
@@ -307,8 +308,11 @@ class Peers:
     # Not jax.process_index, which starts the devices.
     return self._job.process_id if self._job else 0
 
-  def _failure_of(self, *fields: Any, after: int | None = None) -> Failure:
-    return Failure(self._me, socket.gethostname(), *fields, after=after)
+  def _failure_of(
+    self, sentence: str, exit_code: int, *, after: int | None = None
+  ) -> Failure:
+    host = socket.gethostname()
+    return Failure(self._me, host, sentence, exit_code, after)
 
   def _say(self, name: str, failure: Failure) -> None:
     """Writes a failure, unless there is one: the first is the cause."""
