@@ -81,8 +81,9 @@ def _main(argv: list[str]) -> int:
   from imagen_jax.training.peers import Peers
   from imagen_jax.training.watchdog import Watchdog
 
-  known = not isinstance(config, ImagenError)
-  limit = config.train.startup_seconds if known else JOIN_SECONDS
+  limit = JOIN_SECONDS
+  if not isinstance(config, ImagenError):
+    limit = config.train.startup_seconds
   with Peers(errors.outcome, joins=together) as job:
     with Watchdog(limit, end=job.abort) as alive:
       alive.phase('finding the devices and the other processes')

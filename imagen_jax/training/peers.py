@@ -123,17 +123,22 @@ class Peers:
     Raises:
       PeerError: another process had failed before; what is raised here is
         often only the end of a collective with it.
+      ImagenError: in the place of an error of jax, if another process is gone
+        without a word.
     """
     if isinstance(error, PeerError):
       self._failure = error.failure
     if self._client is None or isinstance(error, PeerError):
       return
+    gone = _gone(error)
     if self._failure is None:
-      sentence, code = self._describe(error)
+      sentence, code = self._describe(gone or error)
       self._say('failed', self._failure_of(sentence, code))
       self._look()
     if self._failure is not None and self._failure.process != self._me:
       raise PeerError(self._failure) from error
+    if gone:
+      raise gone from error
 
   @contextlib.contextmanager
   def told(
@@ -194,8 +199,9 @@ class Peers:
 
   def check_stop(self, step: int) -> None:
     """`check`, after a step that is the one of another's `stop_after`."""
-    if self.stops_after(step) and self._stop.process != self._me:
-      raise PeerError(self._stop)
+    stop = self._stop
+    if stop and stop.after == step and stop.process != self._me:
+      raise PeerError(stop)
 
   def abort(self, sentence: str, exit_code: int = 1) -> None:
     """Ends this process, then the others; what hangs here is left behind.
@@ -302,8 +308,11 @@ class Peers:
     # Not jax.process_index, which starts the devices.
     return self._job.process_id if self._job else 0
 
-  def _failure_of(self, *fields: Any, after: int | None = None) -> Failure:
-    return Failure(self._me, socket.gethostname(), *fields, after=after)
+  def _failure_of(
+    self, sentence: str, exit_code: int, *, after: int | None = None
+  ) -> Failure:
+    host = socket.gethostname()
+    return Failure(self._me, host, sentence, exit_code, after)
 
   def _say(self, name: str, failure: Failure) -> None:
     """Writes a failure, unless there is one: the first is the cause."""
@@ -319,6 +328,19 @@ class Peers:
     except jax.errors.JaxRuntimeError:  # process 0 is gone: jax ends this one
       return {}
     return {key.rpartition('/')[2]: value for key, value in found}
+
+
+def _gone(error: BaseException) -> ImagenError | None:
+  """The error to show where a collective failed with a process that is gone."""
+  if not isinstance(error, jax.errors.JaxRuntimeError):
+    return None
+  reason = str(error).splitlines()[0][-200:]
+  if 'by peer' not in reason:
+    return None
+  return ImagenError(
+    f'another process of the job is gone ({reason}); look at its output, then '
+    'run the same command again, which resumes from the last checkpoint.'
+  )
 
 
 def _exit_in(seconds: float, code: int) -> None:

@@ -1,7 +1,9 @@
 """A command in an environment that was set up for something else."""
 
 import argparse
+import faulthandler
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 
 import imagen_jax
 from imagen_jax import dtypes
-from imagen_jax.cli import runtime
+from imagen_jax.cli import runtime, train
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.training import loop
 
@@ -76,7 +78,8 @@ def test_training_as_a_library_has_the_types_of_the_command(monkeypatch):
   jax.config.update('jax_enable_x64', True)
   try:
     with pytest.raises(TypeError, match='float32'):
-      loop.train(ConfigDict({'train': {'log_to': ''}}), 'w')
+      off = {'startup_seconds': 0.0, 'hang_seconds': 0.0}
+      loop.train(ConfigDict({'train': {'log_to': ''} | off}), 'w')
   finally:
     jax.config.update('jax_enable_x64', False)
 
@@ -153,3 +156,12 @@ def test_xla_s_own_caches_are_off_where_programs_are_in_a_bucket(
     assert bool(getattr(jax.config, name)) == xla
   finally:
     jax.config.update(name, before)
+
+
+def test_sigusr1_prints_all_stacks_and_the_training_continues(capfd):
+  assert train.main(['--no_such_flag']) == 2
+  try:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert 'runtime_test.py' in capfd.readouterr().err
+  finally:
+    faulthandler.unregister(signal.SIGUSR1)
