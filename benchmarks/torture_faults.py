@@ -67,6 +67,8 @@ def main():
     before(Checkpoints, '_make_room', at_step, error(full))
   elif kind == 'config':
     before(cli, 'load_config', lambda *_: True, error(UsageError('no config.')))
+  elif kind == 'kill':
+    before(Monitor, 'after', at_step, lambda: os.kill(os.getpid(), 9))
   elif kind == 'step':
     before(Monitor, 'after', at_step, stop)
   else:

@@ -123,17 +123,22 @@ class Peers:
     Raises:
       PeerError: another process had failed before; what is raised here is
         often only the end of a collective with it.
+      ImagenError: in the place of an error of jax, if another process is gone
+        without a word.
     """
     if isinstance(error, PeerError):
       self._failure = error.failure
     if self._client is None or isinstance(error, PeerError):
       return
+    gone = _gone(error)
     if self._failure is None:
-      sentence, code = self._describe(error)
+      sentence, code = self._describe(gone or error)
       self._say('failed', self._failure_of(sentence, code))
       self._look()
     if self._failure is not None and self._failure.process != self._me:
       raise PeerError(self._failure) from error
+    if gone:
+      raise gone from error
 
   @contextlib.contextmanager
   def told(
@@ -319,6 +324,19 @@ class Peers:
     except jax.errors.JaxRuntimeError:  # process 0 is gone: jax ends this one
       return {}
     return {key.rpartition('/')[2]: value for key, value in found}
+
+
+def _gone(error: BaseException) -> ImagenError | None:
+  """The error to show where a collective failed with a process that is gone."""
+  if not isinstance(error, jax.errors.JaxRuntimeError):
+    return None
+  reason = str(error).splitlines()[0][-200:]
+  if 'by peer' not in reason:
+    return None
+  return ImagenError(
+    f'another process of the job is gone ({reason}); look at its output, then '
+    'run the same command again, which resumes from the last checkpoint.'
+  )
 
 
 def _exit_in(seconds: float, code: int) -> None:

@@ -1,6 +1,8 @@
 """A command in an environment that was set up for something else."""
 
+import faulthandler
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from ml_collections import ConfigDict
 
 import imagen_jax
 from imagen_jax import dtypes
-from imagen_jax.cli import runtime
+from imagen_jax.cli import runtime, train
 from imagen_jax.errors import UsageError
 from imagen_jax.training import loop
 
@@ -75,7 +77,8 @@ def test_training_as_a_library_has_the_types_of_the_command(monkeypatch):
   jax.config.update('jax_enable_x64', True)
   try:
     with pytest.raises(TypeError, match='float32'):
-      loop.train(ConfigDict({'train': {'log_to': ''}}), 'w')
+      off = {'startup_seconds': 0.0, 'hang_seconds': 0.0}
+      loop.train(ConfigDict({'train': {'log_to': ''} | off}), 'w')
   finally:
     jax.config.update('jax_enable_x64', False)
 
@@ -111,3 +114,12 @@ def test_a_platform_that_is_not_there_is_a_usage_error():
   env = os.environ | {'JAX_PLATFORMS': 'abacus'}
   out = subprocess.run(command, env=env, capture_output=True, text=True)
   assert out.returncode == 2 and out.stderr.count('\n') == 1, out.stderr
+
+
+def test_sigusr1_prints_all_stacks_and_the_training_continues(capfd):
+  assert train.main(['--no_such_flag']) == 2
+  try:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert 'runtime_test.py' in capfd.readouterr().err
+  finally:
+    faulthandler.unregister(signal.SIGUSR1)

@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from imagen_jax.errors import DataError, ModelError
+from imagen_jax.errors import DataError, ImagenError, ModelError
 from imagen_jax.training import peers
 
 
@@ -71,6 +71,15 @@ def test_the_first_error_is_the_cause_of_those_that_follow(pair):
   with pytest.raises(peers.PeerError) as caught:
     other.raise_for(RuntimeError('a collective was aborted'))
   assert caught.value.exit_code == ModelError.exit_code
+
+
+def test_a_process_that_was_killed_is_no_bug_of_the_others(pair):
+  (one, _), _ = pair
+  one.raise_for(jax.errors.JaxRuntimeError('INTERNAL: a bug'))
+  one._failure, one._job.client.entries = None, {}
+  with pytest.raises(ImagenError) as caught:
+    one.raise_for(jax.errors.JaxRuntimeError('Connection reset by peer'))
+  assert caught.value.exit_code == 1
 
 
 def test_a_process_that_hangs_is_ended_but_not_in_a_save_with_the_failed_one(
