@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import threading
 import types
 
 import jax
@@ -155,14 +156,16 @@ def test_a_step_begins_once_the_one_two_before_has_ended(
     return dataclasses.replace(made, step=step)
 
   def waited(x):
+    here = threading.current_thread() is threading.main_thread()
     for number, values in enumerate(results, 1):
-      if x is values:
+      if here and x is values:  # not `Pace`, which waits for every step
         events.append(('ended', number))
     return wait(x)
 
   monkeypatch.setattr(loop, 'make_program', program)
   monkeypatch.setattr(jax, 'block_until_ready', waited)
   monkeypatch.setattr(program_module.Program, 'flops', 1.0)
+  monkeypatch.setattr(program_module.Program, 'model_flops', 1.0)
   loop.train(run[0], tmp_path / 'w')
   for n in range(3, 7):
     assert events.index(('ended', n - 2)) < events.index(('begins', n))
