@@ -257,6 +257,7 @@ def _spread(leaf: jax.ShapeDtypeStruct, min_bytes: int) -> jax.ShapeDtypeStruct:
 
 def replace(tree: Any, abstract_tree: Any) -> Any:
   """The arrays with the shardings of `abstract_tree`."""
+  structure: Any
   leaves, structure = jax.tree.flatten(tree)
   wanted = [x.sharding for x in structure.flatten_up_to(abstract_tree)]
   moved = [i for i, s in enumerate(wanted) if leaves[i].sharding != s]

@@ -62,7 +62,7 @@ class _Lock:
 
   def __init__(self, path: str):
     self._path, self._bucket = path, bucket.filesystem(path)
-    self._body = {
+    self._body: dict[str, Any] = {
       'owner': f'process {os.getpid()} on {socket.gethostname()}',
       'token': secrets.token_hex(8),
       'machine': _machine(),

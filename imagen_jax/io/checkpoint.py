@@ -80,7 +80,8 @@ class Checkpoints:
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_of_a_thread)
     me = jax.process_index()
-    self._rank, self._count = (0, 1) if alone else (me, jax.process_count())
+    self._rank: int = 0 if alone else me
+    self._count: int = 1 if alone else jax.process_count()
     self._hosts_agree = hosts.alone if alone else hosts.agree
     options = ocp.options.MultiprocessingOptions()
     if alone:

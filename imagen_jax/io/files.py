@@ -286,9 +286,9 @@ def make_folder(path: Path) -> None:
 def tree(folder: AnyPath) -> dict[str, int]:
   """{relative path: bytes} of all files below; of a bucket in one listing."""
   if bucket.is_bucket(folder):
-    top = os.fspath(folder).partition('://')[2].rstrip('/') + '/'
+    start = os.fspath(folder).partition('://')[2].rstrip('/') + '/'
     found = bucket.filesystem(folder).find(os.fspath(folder), detail=True)
-    return {n.removeprefix(top): found[n]['size'] for n in sorted(found)}
+    return {n.removeprefix(start): found[n]['size'] for n in sorted(found)}
   top = pathlib.Path(folder)
   inside = (path for path in sorted(top.rglob('*')) if path.is_file())
   return {p.relative_to(top).as_posix(): p.stat().st_size for p in inside}

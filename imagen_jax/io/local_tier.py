@@ -6,6 +6,7 @@ from the newest step that is whole on all of them, in this tier or in the shared
 checkpoints; a machine that was replaced has none here.
 """
 
+import functools
 import logging
 import shutil
 from collections.abc import Sequence
@@ -67,8 +68,9 @@ class LocalTier:
     steps = hosts.agree('local', self._checkpoints.all_steps, common)
     for step in reversed(steps):
       found = self._read(abstract_state, step)
-      if hosts.agree(f'local step {step}', lambda f=found: f is not None, all):
-        assert found is not None
+      usable = found is not None
+      say = functools.partial(bool, usable)
+      if hosts.agree(f'local step {step}', say, all) and found is not None:
         return *found, step
     return None
 

@@ -67,7 +67,7 @@ def locked(workdir: pathlib.Path, checkpoint_dir: AnyPath) -> Iterator[None]:
   folders.setdefault(_resolved(checkpoint_dir), 'config.train.checkpoint_dir')
   with contextlib.ExitStack() as stack:
 
-    def acquire(_: Any) -> dict[str, str]:
+    def acquire(_: Any) -> dict[str, str | None]:
       for folder, key in folders.items():
         stack.enter_context(lock.locked(folder, key=key))
       return {key: lock.owner(folder) for folder, key in folders.items()}
@@ -85,7 +85,7 @@ def _resolved(path: AnyPath) -> pathlib.Path:
 
 
 def _unseen(
-  folders: Mapping[pathlib.Path, str], owners: Mapping[str, str]
+  folders: Mapping[pathlib.Path, str], owners: Mapping[str, str | None]
 ) -> list[str]:
   """[this host, the keys of the folders in which process 0's lock is not]."""
   missing = dict(folders)
