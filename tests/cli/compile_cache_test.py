@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-fake_bucket = pytest.importorskip('tests.fake_bucket')
+from tests import fake_bucket
 
 # A program over the devices of all processes; prints whether it was found.
 CODE = """
