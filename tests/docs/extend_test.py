@@ -64,9 +64,8 @@ def test_a_network_of_the_users_own_predicts_0_at_the_start(folder):
   level, text = jnp.zeros(2), jnp.ones((2, 5, 16))
   mask = jnp.ones((2, 5), bool)
   for extra in ((), (z, level)):
-    out, _ = net.init_with_output(
-      jax.random.key(0), z, level, text, mask, *extra
-    )
+    run = jax.jit(net.init_with_output)
+    out, _ = run(jax.random.key(0), z, level, text, mask, *extra)
     np.testing.assert_array_equal(out, np.zeros(z.shape))
 
 

@@ -90,7 +90,7 @@ def test_a_run_ends_before_it_saves_a_state_whose_replicas_differ(
     steps.append(step)
     if step == 4:
       leaves, tree = jax.tree.flatten(state)
-      leaves[-3] = flipped(leaves[-3], mesh.devices[5, 0], 3)
+      leaves[-3] = flipped(leaves[-3], mesh.devices[1, 0], 3)
       state = jax.tree.unflatten(tree, leaves)
     check(state, mesh, step)
 

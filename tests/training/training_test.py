@@ -225,14 +225,14 @@ def test_sampling_a_workdir_uses_its_ema(run, model, tmp_path):
 def step(model):
   """(jitted step, state, batch, text encoder's parameters)."""
   encoder = load_text_encoder(model / 'text')
-  made = StageExperiment(tiny_model.config('sr1'), text=encoder)
+  made = StageExperiment(tiny_model.config(), text=encoder)
   tx = optimizer(1e-2)
   state = init_state(tiny_model.random_params(made.stage), tx, [0.1])
   fn = make_train_step(
     made.loss, tx, seed=0, ema_limit=0.9, condition=made.condition
   )
   ids, mask, _ = encoder.tokenize(['a red circle'] * 4, max_len=12)
-  image = np.full((4, 16, 16, 3), [250, 20, 20], np.uint8)
+  image = np.full((4, 8, 8, 3), [250, 20, 20], np.uint8)
   batch = {'image': image, 'ids': ids, 'mask': mask}
   return jax.jit(fn), state, batch, encoder.params
 
