@@ -14,6 +14,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
+from imagen_jax.io import bucket
 from imagen_jax.io.paths import user_path
 
 
@@ -153,7 +154,7 @@ def _main(argv: list[str]) -> None:
     if args.follow is not None:
       from imagen_jax.cli.follow import follow
 
-      follow(pathlib.Path(args.follow), config, _Console())
+      follow(bucket.at(args.follow, key='follow'), config, _Console())
       return
     from imagen_jax.evaluation import run
 
@@ -181,6 +182,11 @@ def _check_follow(args: argparse.Namespace, given: set[str]) -> None:
         key=flag,
       )
   if 'out' not in given:
+    if bucket.is_bucket(args.follow):
+      raise UsageError(
+        'is needed for a run in a bucket: a folder here, for the scores.',
+        key='out',
+      )
     args.out = str(pathlib.Path(args.follow) / 'scores')
 
 

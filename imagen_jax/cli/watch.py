@@ -2,17 +2,15 @@
 
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imagen_jax.cli import errors
 from imagen_jax.errors import UsageError
 from imagen_jax.io.paths import user_path
-
-if TYPE_CHECKING:
-  from etils import epath
 
 COLUMNS = (
   *('run', 'step', 'loss', 'images/s', 'MFU', 'goodput', 'left'),
@@ -41,9 +39,9 @@ def _main(argv: list[str]) -> None:
   )
   args = parser.parse_args(argv)
 
-  from etils import epath
+  from imagen_jax.io import bucket
 
-  folders = [epath.Path(path) for path in args.workdirs]
+  folders = [bucket.at(path, key='workdirs') for path in args.workdirs]
   for folder in folders:
     if not (folder / 'config.json').exists():
       raise UsageError(
@@ -59,13 +57,13 @@ def _main(argv: list[str]) -> None:
     time.sleep(args.every)
 
 
-def look(workdir: 'epath.Path') -> dict[str, str]:
+def look(workdir: pathlib.Path) -> dict[str, str]:
   """The state of one run: {one of `COLUMNS`: text}.
 
   Raises:
-    ModelError: its config.json cannot be read.
+    ModelError: its config.json or goodput.json cannot be read.
   """
-  from imagen_jax.io import model_folder
+  from imagen_jax.io import files, model_folder
   from imagen_jax.training import ledger
 
   train = model_folder.load_config(workdir)['config']['train']
@@ -73,7 +71,7 @@ def look(workdir: 'epath.Path') -> dict[str, str]:
   step, rate = last.get('step', 0), last.get('images_per_sec')
   account, goodput, seen = workdir / ledger.FILE, None, NONE
   if account.exists():  # newer than the last line, and there before the first
-    record = json.loads(account.read_text())
+    record = files.read_json(account, version=ledger.FORMAT_VERSION)
     goodput = ledger.goodput(record['seconds'])
     seen = ledger.duration(max(0, time.time() - record['time'])) + ' ago'
   left = (total - step) * train['batch_size'] / rate if rate else None
@@ -90,7 +88,7 @@ def look(workdir: 'epath.Path') -> dict[str, str]:
   }
 
 
-def last_line(path: 'epath.Path') -> dict[str, Any]:
+def last_line(path: pathlib.Path) -> dict[str, Any]:
   """The last whole line of metrics; {} if there is none yet."""
   if not path.exists():
     return {}
@@ -118,13 +116,11 @@ def table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield '  '.join(line)
 
 
-def _checkpoint(workdir: 'epath.Path', elsewhere: str | None) -> str:
+def _checkpoint(workdir: pathlib.Path, elsewhere: str | None) -> str:
   """The newest complete step."""
-  from etils import epath
+  from imagen_jax.io import bucket, manifest
 
-  from imagen_jax.io import manifest
-
-  folder = epath.Path(elsewhere or workdir / 'checkpoints')
+  folder = bucket.at(elsewhere or workdir / 'checkpoints')
   names = [p.name for p in folder.iterdir()] if folder.exists() else []
   steps = sorted((int(n) for n in names if n.isdecimal()), reverse=True)
   whole = (s for s in steps if manifest.is_whole(folder / str(s)))

@@ -8,6 +8,7 @@ each, and a digest of the manifest itself. A directory without it is incomplete.
 import concurrent.futures
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def write(
   files.write_text(directory / NAME, text)
 
 
-def is_whole(directory: epath.Path) -> bool:
+def is_whole(directory: epath.Path | pathlib.Path) -> bool:
   """Whether the manifest exists; it is not read.
 
   Raises:

@@ -24,7 +24,8 @@ def workdir(tmp_path, monkeypatch):
   lines = [json.dumps(ROW | {'step': step}) for step in range(1, 401)]
   (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n{"step": 401, ')
   seconds = dict.fromkeys(ledger.PARTS, 0.0) | {'step': 90.0, 'down': 10.0}
-  account = {'time': 1000.0, 'seconds': seconds}
+  account = {'format_version': ledger.FORMAT_VERSION, 'time': 1000.0}
+  account['seconds'] = seconds
   (folder / ledger.FILE).write_text(json.dumps(account))
   for step in (200, 400):  # the second is being written
     (folder / 'checkpoints' / str(step)).mkdir()

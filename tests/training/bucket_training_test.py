@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import imagen_jax
+from imagen_jax.cli import evaluate, watch
 from imagen_jax.errors import ModelError
 from imagen_jax.io import bucket as buckets
 from imagen_jax.io import files, manifest
@@ -78,6 +79,18 @@ def test_the_model_is_read_from_the_bucket(local, remote, tmp_path):
   assert (out / 'stage.json').exists()
   record = json.loads((out / 'stage.json').read_text())
   assert record['provenance']['training_seconds'] is not None
+
+
+def test_a_run_in_a_bucket_is_watched_and_followed(remote, tmp_path, capsys):
+  assert watch.main(['--once', remote]) == 0
+  line = capsys.readouterr().out.splitlines()[-1].split()
+  assert line[:2] == [remote, '6/6'] and line[-2:] == ['6', 'finished']
+  asked = ['--suite', 'shapes', '--follow', remote]
+  assert evaluate.main(asked) == 2  # the report would go there
+  few = ['--categories', 'single', '--num', '1', '--steps', '1']
+  assert evaluate.main([*asked, *few, '--out', str(tmp_path)]) == 0
+  steps = [r['step'] for r in files.read_lines(tmp_path / 'scores.jsonl')]
+  assert steps == [6, 4]  # the newest first
 
 
 def test_checkpoints_alone_may_be_in_a_bucket(bucket, config, local, tmp_path):
