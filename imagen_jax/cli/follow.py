@@ -78,8 +78,7 @@ def _score(
   folder = out / f'step_{step:07d}'
   done = dataclasses.replace(config, model=model, out=folder)
   scores = run.evaluate(done, listener).scores
-  with (out / FILE).open('a', encoding='utf-8') as file:
-    file.write(json.dumps({'step': step, **scores}) + '\n')
+  files.append_text(out / FILE, json.dumps({'step': step, **scores}) + '\n')
   shutil.rmtree(model)
   return True
 

@@ -54,7 +54,11 @@ def _parser() -> errors.Parser:
     help='file to write, which data.index then names; tars.index in the common '
     'folder of the tars if left out, where training finds it',
   )
-  add('--part', type=_share, help='I/N: index only every Nth tar, from the Ith')
+  add(
+    '--part',
+    type=_share,
+    help='I/N, with I from 0 to N-1: index every Nth tar only, from tar I',
+  )
   add('--merge', type=user_path, nargs='+', help='join these indexes of parts')
   add(
     '--workers',

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 MAIN = {
   **{f'{name}.py': name for name in ('train', 'sample', 'evaluate', 'plan')},
-  **{f'imagen-{name}': name for name in ('prepare', 'export', 'watch')},
+  **{f'imagen-{n}': n for n in ('prepare', 'index', 'export', 'watch')},
 }
 BLOCK = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.M | re.S)
 COMMAND = re.compile(rf'(?:^|[ ;])({"|".join(map(re.escape, MAIN))}) (--.*)')
@@ -57,7 +57,6 @@ def test_flags_and_config_keys_of_the_commands_exist(page):
       load_config(config, [o.replace('SEED', '0') for o in overrides])
 
 
-def test_the_readme_has_commands_of_every_kind():
-  assert {name for name, _ in commands(ROOT / 'README.md')} == set(
-    MAIN.values()
-  )
+def test_the_readme_has_commands_of_every_kind_but_that_for_large_data():
+  found = {name for name, _ in commands(ROOT / 'README.md')}
+  assert found == {*MAIN.values()} - {'index'}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def run(text, tmp_path, **env):
   return subprocess.run(
     ['bash'], input=text, text=True, env=env, cwd=tmp_path, capture_output=True
   )
+
+
+def test_the_commands_in_the_docs_print_a_job(launch, capsys):
+  docs = HERE.parents[1] / 'docs'
+  text = (docs / 'tpu.md').read_text() + (docs / 'gpu.md').read_text()
+  found = re.findall(r'^python scripts/launch\.py ([^>]*) >', text, re.M)
+  assert len(found) == 3
+  for command in found:
+    assert launch.main(shlex.split(command.replace('\\\n', ' '))) == 0
+    assert 'train.py' in capsys.readouterr().out
 
 
 # ---- SLURM -----------------------------------------------------------------
