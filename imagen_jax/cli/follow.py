@@ -10,8 +10,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.evaluation import run
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.listener import Listener
-from imagen_jax.io import files, model_folder, text_folder
-from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io import bucket, files, manifest, model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training.experiment import Export, find_experiment
 
@@ -53,7 +52,7 @@ def follow(
     done = {row['step'] for row in rows}
     steps = _steps(record)
     if left := [step for step in steps if step not in done]:
-      if not _score(record, left[-1], config, listener):
+      if not _score(record, left[0], config, listener):
         continue
     elif max(done, default=-1) >= _num_steps(workdir):
       return
@@ -97,10 +96,10 @@ def _export(record: StageRecord, step: int, model: pathlib.Path) -> None:
 
 
 def _steps(record: StageRecord) -> list[int]:
-  """The run's complete checkpoints, in order."""
+  """The run's complete checkpoints, the newest first."""
   elsewhere = record.config['train']['checkpoint_dir']
-  with Checkpoints(elsewhere or record.path / 'checkpoints') as checkpoints:
-    return checkpoints.all_steps()
+  folder = bucket.at(elsewhere or record.path / 'checkpoints')
+  return [*manifest.whole_steps(folder)]
 
 
 def _num_steps(workdir: pathlib.Path) -> int:

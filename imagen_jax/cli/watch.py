@@ -121,10 +121,7 @@ def _checkpoint(workdir: pathlib.Path, elsewhere: str | None) -> str:
   from imagen_jax.io import bucket, manifest
 
   folder = bucket.at(elsewhere or workdir / 'checkpoints')
-  names = [p.name for p in folder.iterdir()] if folder.exists() else []
-  steps = sorted((int(n) for n in names if n.isdecimal()), reverse=True)
-  whole = (s for s in steps if manifest.is_whole(folder / str(s)))
-  return str(next(whole, NONE))
+  return str(next(manifest.whole_steps(folder), NONE))
 
 
 def _number(value: Any, form: str) -> str:

@@ -9,7 +9,7 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -63,6 +63,21 @@ def is_whole(directory: epath.Path | pathlib.Path) -> bool:
     return True
   except (FileNotFoundError, NotADirectoryError):
     return False
+
+
+def steps(directory: epath.Path | pathlib.Path) -> list[int]:
+  """The numbers of a directory's folders, in order, whole or not."""
+  try:
+    names = [path.name for path in directory.iterdir()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def whole_steps(directory: epath.Path | pathlib.Path) -> Iterator[int]:
+  """Those that are whole, the newest first; digests are not checked."""
+  numbers = reversed(steps(directory))
+  return (n for n in numbers if is_whole(directory / str(n)))
 
 
 def verify(directory: epath.Path, names: Iterable[str] | None = None) -> None:

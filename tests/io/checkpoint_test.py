@@ -18,7 +18,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import checkpoint, manifest
+from imagen_jax.io import manifest, steps
 from imagen_jax.io.checkpoint import Checkpoints
 
 MANIFEST = manifest.NAME
@@ -89,7 +89,7 @@ def files(directory):
 
 
 def restore(directory, **options):
-  with mock.patch.object(checkpoint._log, 'warning') as warning:
+  with mock.patch.object(steps._log, 'warning') as warning:
     with Checkpoints(directory) as checkpoints:
       result = checkpoints.restore(jax.eval_shape(lambda: fresh()), **options)
   return *result, [c.args[0] % c.args[1:] for c in warning.mock_calls]
