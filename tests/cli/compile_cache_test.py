@@ -1,12 +1,12 @@
 """Compiled programs in a bucket, between runs of two processes."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import torture_runs
 from tests import fake_bucket
 
 # A program over the devices of all processes; prints whether it was found.
@@ -32,13 +32,8 @@ print('hits', sum(name.endswith('/cache_hits') for name in events))
 
 def run(url):
   """What each of two processes prints."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  flags = [
-    f'--coordinator=127.0.0.1:{port}',
-    '--num_processes=2',
-  ]
+  port = torture_runs.free_port()
+  flags = [f'--coordinator=127.0.0.1:{port}', '--num_processes=2']
   environment = {'JAX_COMPILATION_CACHE_DIR': url, 'JAX_PLATFORMS': 'cpu'}
   jobs = [
     subprocess.Popen(

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -142,10 +141,7 @@ def test_two_processes_one_killed_under_supervisors_end_bit_equal(
   more = ['--config.train.checkpoint_every=7']
   for job in runs.start(whole, 40, *more, devices=1, processes=2):
     assert job.wait(timeout=300) == 0
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    more += [f'--coordinator=127.0.0.1:{free.getsockname()[1]}']
-  more += ['--num_processes=2']
+  more += [f'--coordinator=127.0.0.1:{runs.free_port()}', '--num_processes=2']
   jobs = [
     subprocess.Popen(
       [*COMMAND, '--backoff=1', '--']
