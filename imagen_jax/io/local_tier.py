@@ -6,6 +6,7 @@ from the newest step that is whole on all of them, in this tier or in the shared
 checkpoints; a machine that was replaced has none here.
 """
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -82,6 +83,8 @@ class LocalTier:
     """Removes this process's folder, once the run has finished."""
     self._checkpoints.wait()
     shutil.rmtree(self._checkpoints.directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process is still in it
+      self._checkpoints.directory.parent.rmdir()
 
   def _read(
     self, abstract_state: Any, step: int
