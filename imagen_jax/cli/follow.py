@@ -1,7 +1,6 @@
 """evaluate.py --follow: scores the checkpoints of a run as they appear."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import time
@@ -10,7 +9,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.evaluation import run
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.listener import Listener
-from imagen_jax.io import bucket, files, manifest, model_folder, text_folder
+from imagen_jax.io import files, manifest, model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.training.experiment import Export, find_experiment
 
@@ -77,7 +76,7 @@ def _score(
   folder = out / f'step_{step:07d}'
   done = dataclasses.replace(config, model=model, out=folder)
   scores = run.evaluate(done, listener).scores
-  files.append_text(out / FILE, json.dumps({'step': step, **scores}) + '\n')
+  files.append_line(out / FILE, {'step': step, **scores})
   shutil.rmtree(model)
   return True
 
@@ -97,8 +96,7 @@ def _export(record: StageRecord, step: int, model: pathlib.Path) -> None:
 
 def _steps(record: StageRecord) -> list[int]:
   """The run's complete checkpoints, the newest first."""
-  elsewhere = record.config['train']['checkpoint_dir']
-  folder = bucket.at(elsewhere or record.path / 'checkpoints')
+  folder = model_folder.checkpoint_folder(record.path, record.config)
   return [*manifest.whole_steps(folder)]
 
 

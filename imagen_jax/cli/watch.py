@@ -63,10 +63,14 @@ def look(workdir: pathlib.Path) -> dict[str, str]:
   Raises:
     ModelError: its config.json or goodput.json cannot be read.
   """
-  from imagen_jax.io import files, model_folder
+  from imagen_jax.io import files, manifest, model_folder
   from imagen_jax.training import ledger
 
-  train = model_folder.load_config(workdir)['config']['train']
+  config = model_folder.load_config(workdir)['config']
+  train, folder = (
+    config['train'],
+    model_folder.checkpoint_folder(workdir, config),
+  )
   last, total = last_line(workdir / 'metrics.jsonl'), train['num_steps']
   step, rate = last.get('step', 0), last.get('images_per_sec')
   account, goodput, seen = workdir / ledger.FILE, None, NONE
@@ -83,7 +87,7 @@ def look(workdir: pathlib.Path) -> dict[str, str]:
     'MFU': _number(last.get('mfu_percent'), '{:.1f} %'),
     'goodput': _number(goodput, '{:.1f} %'),
     'left': NONE if left is None else ledger.duration(left),
-    'checkpoint': _checkpoint(workdir, train['checkpoint_dir']),
+    'checkpoint': str(next(manifest.whole_steps(folder), NONE)),
     'last seen': FINISHED if step >= total else seen,
   }
 
@@ -114,14 +118,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     line = [first.ljust(widths[0])]
     line += [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
     yield '  '.join(line)
-
-
-def _checkpoint(workdir: pathlib.Path, elsewhere: str | None) -> str:
-  """The newest complete step."""
-  from imagen_jax.io import bucket, manifest
-
-  folder = bucket.at(elsewhere or workdir / 'checkpoints')
-  return str(next(manifest.whole_steps(folder), NONE))
 
 
 def _number(value: Any, form: str) -> str:

@@ -131,18 +131,19 @@ def write_text(path: Path, text: str) -> None:
   write_bytes(path, text.encode('utf-8'))
 
 
-def append_text(path: Path, text: str) -> None:
-  """Adds to a text file; in a bucket, where no file grows, writes it again."""
+def append_line(path: Path, value: Any) -> None:
+  """Adds a JSON value to JSON Lines; a bucket's file is written again."""
+  line = f'{json.dumps(value)}\n'.encode()
   if not bucket.is_bucket(str(path)):
     with path.open('ab') as file:
-      file.write(text.encode('utf-8'))
+      file.write(line)
     return
   try:
     with path.open('rb') as file:
       old = file.read()
   except FileNotFoundError:
     old = b''
-  write_bytes(path, old + text.encode('utf-8'))
+  write_bytes(path, old + line)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -290,8 +291,8 @@ def tree(folder: AnyPath) -> dict[str, int]:
     found = bucket.filesystem(folder).find(os.fspath(folder), detail=True)
     return {n.removeprefix(start): found[n]['size'] for n in sorted(found)}
   top = pathlib.Path(folder)
-  inside = (path for path in sorted(top.rglob('*')) if path.is_file())
-  return {p.relative_to(top).as_posix(): p.stat().st_size for p in inside}
+  below = (path for path in sorted(top.rglob('*')) if path.is_file())
+  return {p.relative_to(top).as_posix(): p.stat().st_size for p in below}
 
 
 def digest(path: Path) -> Digest:

@@ -140,6 +140,14 @@ def load_config(workdir: AnyPath) -> dict[str, Any]:
   return record
 
 
+def checkpoint_folder(
+  workdir: AnyPath, config: Mapping[str, Any]
+) -> pathlib.Path:
+  """Where a run of a config keeps its checkpoints."""
+  folder = config['train']['checkpoint_dir'] or f'{workdir}/checkpoints'
+  return bucket.at(folder, key='config.train.checkpoint_dir')
+
+
 def load_stage(path: AnyPath) -> StageRecord:
   """The `StageRecord` of one directory, exported stage or training workdir.
 
@@ -333,8 +341,7 @@ def _checkpoints(record: StageRecord) -> 'Checkpoints':
   # Orbax takes a third of a second to import; exported stages do not need it.
   from imagen_jax.io.checkpoint import Checkpoints
 
-  elsewhere = record.config['train']['checkpoint_dir']
-  return Checkpoints(elsewhere or record.path / 'checkpoints')
+  return Checkpoints(checkpoint_folder(record.path, record.config))
 
 
 def _is_stage(path: pathlib.Path) -> bool:

@@ -71,10 +71,9 @@ def trained_params(
     UsageError: see `power_ema.reconstruct`.
     ModelError: no checkpoint is good, or the run has no snapshots.
   """
-  train = config['train']
-  directory = train['checkpoint_dir'] or request.workdir / 'checkpoints'
+  directory = model_folder.checkpoint_folder(request.workdir, config)
   if request.ema is not None:
-    lengths = train.get('ema_lengths')
+    lengths = config['train'].get('ema_lengths')
     return power_ema.reconstruct(directory, lengths, request.ema, request.step)
   part = {'ema': 'ema_params', 'raw': 'params'}[request.weights]
   with Checkpoints(directory) as checkpoints:

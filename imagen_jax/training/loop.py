@@ -82,7 +82,7 @@ def train(
     if dry_run:
       return 0
     warm = None if init_from is None else model_folder.load_stage(init_from)
-    checkpoint_dir = config.train.checkpoint_dir or workdir / 'checkpoints'
+    checkpoint_dir = model_folder.checkpoint_folder(workdir, config)
     with (
       workdirs.locked(workdir, checkpoint_dir),
       ledger,

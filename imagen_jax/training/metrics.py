@@ -1,7 +1,6 @@
 """Metrics as JSON lines, and one progress line per logged step."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -58,8 +57,8 @@ class Metrics:
     self.start(self.start_step)
     if self.write and self.path.exists():
       rows = files.read_lines(self.path, fields={'step': int})
-      kept = (json.dumps(row) for row in rows if row['step'] <= self.start_step)
-      files.write_text(self.path, ''.join(f'{line}\n' for line in kept))
+      kept = (row for row in rows if row['step'] <= self.start_step)
+      files.write_lines(self.path, kept)
 
   def __enter__(self) -> Self:
     return self
@@ -102,7 +101,7 @@ class Metrics:
     row['goodput_percent'] = round(ledgers.goodput(self._spent), 2)
     row |= {f'seconds_{part}': value for part, value in self._spent.items()}
     row['time'] = round(time.time(), 3)
-    files.append_text(self.path, json.dumps(row) + '\n')
+    files.append_line(self.path, row)
     self.ledger.write()
     del row['step']
     for logger in self.loggers:

@@ -22,7 +22,7 @@ def folder(bucket, request):
 def test_a_file_is_written_read_and_grows(folder):
   path = buckets.at(folder) / 'a' / 'b.jsonl'
   for number in range(3):
-    files.append_text(path, json.dumps({'step': number}) + '\n')
+    files.append_line(path, {'step': number})
   assert [row['step'] for row in files.read_lines(path)] == [0, 1, 2]
   with files.replacing(f'{folder}/c') as temporary:
     temporary.write_bytes(b'12345')
