@@ -276,6 +276,8 @@ def test_an_unknown_key_is_named_with_the_nearest(given, key, near):
     ({'train': 3}, 'train', None),
     ({'data': 3}, 'data', None),
     ({'seed': {'a': 1}}, 'seed', int),
+    ({'data': {'mixture': {'a': {'path': 3}}}}, 'data.mixture.a.path', str),
+    ({'data': {'mixture': {'a.b': {'path': 'c'}}}}, 'a.b', None),
   ],
 )
 def test_a_value_of_another_type_names_the_expected_one(given, key, expected):
@@ -458,6 +460,7 @@ def test_the_ends_of_a_range_belong_to_it_where_they_make_sense(here):
   [
     {'train': {'num_steps': -5}},
     {'train': {'ema_decay': 2}},
+    {'data': {'mixture': {'a': {'max_bad': 1.5}}}},
     {'train': {'batch_size': None}},
     {'train': {'optimizer': {'learning_rate': float('nan')}}},
     {'stage': {'net': {'kind': 'unet', 'dropout': float('nan')}}},
