@@ -98,6 +98,15 @@ def test_a_full_disk_or_memory_is_a_sentence(error, words, capfd):
   assert words in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(('status', 'code'), [(403, 2), (429, 1)])
+def test_a_bucket_that_may_answer_later_is_no_mistake(status, code, capfd):
+  kind = type('HttpError', (Exception,), {'__module__': 'gcsfs.retry'})
+  error = kind('no')
+  error.code = status
+  assert ends(error) == code
+  assert 'bucket' in capfd.readouterr().err
+
+
 def test_a_pipe_that_closes_ends_the_command_quietly():
   code = (
     'from imagen_jax.cli.errors import run; import sys\n'
