@@ -271,11 +271,33 @@ def _write(workdir: pathlib.Path, record: dict[str, Any], force: bool) -> str:
         'resume all the same.',
         key='force',
       )
+    if not force:
+      _check_moved(workdir, old, record)
     for change in changed:
       logging.getLogger(__name__).warning('forced: %s', change)
   files.make_folder(workdir)
   files.write_json(path, record)
   return record['run']
+
+
+def _check_moved(
+  workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+  """Refuses to begin a run anew because its checkpoints are elsewhere."""
+  key = 'config.train.checkpoint_dir'
+  before, now = (
+    bucket.at(_flat(record).get(key) or workdir / 'checkpoints')
+    for record in (old, new)
+  )
+  has_steps = lambda folder: (
+    folder.exists() and any(p.name.isdecimal() for p in folder.iterdir())
+  )
+  if before != now and has_steps(before) and not has_steps(now):
+    raise UsageError(
+      f'the checkpoints of this run are in {before} and none is in {now}; copy '
+      'them there, or force it to begin anew.',
+      key=key,
+    )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
