@@ -23,7 +23,7 @@ import re
 import shlex
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from imagen_jax.cli import errors, supervise
@@ -48,6 +48,20 @@ NEEDED = {
   'sky': (),
   'slurm': (),
 }
+# The other flags, and where they have an effect.
+SOMEWHERE = {
+  'topology': ('tpu', 'gke', 'xpk', 'sky'),
+  'slices': ('tpu', 'gke', 'xpk'),
+  'spot': ('tpu', 'gke', 'sky'),  # of xpk, the cluster is
+  'zone': ('tpu', 'xpk'),
+  'image': ('gke', 'xpk'),
+  'cluster': ('xpk',),
+  'nodes': ('sky', 'slurm'),
+  'gpus': ('sky', 'slurm'),
+  'gpu': ('sky',),
+  'cpus': ('slurm',),
+  'time': ('slurm',),
+}
 # How the processes of SkyPilot's GPU machines find each other, one on each.
 SKY_PROCESSES = (
   '--coordinator "$(echo "$SKYPILOT_NODE_IPS" | head -n 1):7777"',
@@ -70,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
   split = argv.index('--') if '--' in argv else len(argv)
   argv, more = argv[:split], argv[split + 1 :]
-  args = _parser().parse_args(argv)
+  parser = _parser()
+  args = parser.parse_args(argv)
+  _check_given(args, parser.given(argv))
   print(render(args, more), end='')
 
 
@@ -158,11 +174,18 @@ def _check(args: argparse.Namespace) -> None:
       'gs://BUCKET/NAME.',
       key='workdir',
     )
-  if args.slices > 1 and args.where not in ('tpu', 'gke', 'xpk'):
-    raise UsageError(
-      f'{args.where} cannot connect slices to one job; use tpu, gke or xpk.',
-      key='slices',
-    )
+
+
+def _check_given(args: argparse.Namespace, given: Collection[str]) -> None:
+  """Refuses flags that have no effect on this job."""
+  for key, places in SOMEWHERE.items():
+    of_gpus = args.topology and key in ('nodes', 'gpus', 'gpu')
+    if key in given and (of_gpus or args.where not in places):
+      raise UsageError(
+        f'has no effect on a job of {args.where}'
+        f'{" with --topology" if args.where in places else ""}; leave it out.',
+        key=key,
+      )
 
 
 def _machines(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,11 +54,17 @@ def complete(
     own_source=':' in str(last.get('data.kind', source)),
   )
   with config.unlocked(), config.ignore_type():
-    _merge(config, given, '', keys, file)
+    try:
+      _merge(config, given, '', keys, file)
+    except ValueError as error:  # a name with a dot, in a section of any names
+      raise UsageError(f'{file}: {error}') from error
     for key, text in changes:
       _override(config, key, text, keys)
   for key, value in _flat(config).items():
-    _check_range(key, value, keys, '' if key in last else file)
+    where, plain = '' if key in last else file, _plain(key)
+    if plain != key and plain in keys.types:
+      keys.checked(key, value, where, of=plain)
+    _check_range(key, value, keys, where)
   return config.lock()
 
 
@@ -97,14 +104,23 @@ class _Keys:
     """Whether a key may be None."""
     return self.known.get(key) is None or key in common.NULLABLE
 
-  def checked(self, key: str, value: Any, file: str = '') -> Any:
-    """A value as its key's type; int is accepted for float, list for tuple."""
-    kind = self.types[key]
+  def checked(
+    self, key: str, value: Any, file: str = '', *, of: str | None = None
+  ) -> Any:
+    """A value as its key's type; int is accepted for float, list for tuple.
+
+    Args:
+      key: its name.
+      value: what it is set to.
+      file: see `_error`.
+      of: the known key that has the type; None: `key` itself.
+    """
+    kind = self.types[of or key]
     if kind is float and type(value) is int:
       return float(value)
     if kind is tuple and isinstance(value, list):
       return tuple(value)
-    if self.nullable(key) if value is None else type(value) is kind:
+    if self.nullable(of or key) if value is None else type(value) is kind:
       return value
     wanted = TYPES.get(kind, 'None')
     raise _error(key, f'is {value!r}; it must be {wanted}.', file)
@@ -132,6 +148,11 @@ class _Keys:
     ends = [k for k in self.known if k.split('.')[-1] == last]
     near = did_you_mean(ends[0] if ends else key, self.known)
     return _error(key, f'is no key of a config{near}', file)
+
+
+def _plain(key: str) -> str:
+  """The key that describes another: data.max_bad that of a mixture's part."""
+  return re.sub(r'^data\.mixture\.[^.]+\.', 'data.', key)
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -223,7 +244,7 @@ def _check_range(key: str, value: Any, keys: _Keys, file: str) -> None:
       if key in common.RANGES and not isinstance(part, (int, float)):
         raise _error(key, f'has {part!r}; it must be {TYPES[float]}.', file)
       _check_range(key, part, keys, file)
-  interval = common.RANGES.get(key, '(-inf, inf)')
+  interval = common.RANGES.get(_plain(key), '(-inf, inf)')
   if not isinstance(value, (int, float)):
     free = value is None and key in common.NULLABLE
     if key in common.RANGES and key not in keys.known and not free:

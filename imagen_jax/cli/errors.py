@@ -80,7 +80,7 @@ def _run(
     if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
       raise
     print('error: ' + ' '.join(sentence.splitlines()), file=sys.stderr)
-    return getattr(error, 'exit_code', UsageError.exit_code)
+    return _exit_code(error)
 
 
 def outcome(error: BaseException) -> tuple[str, int]:
@@ -91,7 +91,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
   if sentence is None:
     text = ' '.join(str(error).split())[:500]
     return f'{type(error).__name__}: {text}', 1
-  return sentence, getattr(error, 'exit_code', UsageError.exit_code)
+  return sentence, _exit_code(error)
 
 
 def _open_streams() -> None:
@@ -126,6 +126,13 @@ def _unraisable(problem: Any) -> None:
   """
   if str(problem.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(problem)
+
+
+def _exit_code(error: BaseException) -> int:
+  """The exit code of an error that has a sentence."""
+  if isinstance(error, ImagenError):
+    return error.exit_code
+  return bucket.kind_of(error, UsageError).exit_code
 
 
 def _sentence(error: BaseException, flags: Mapping[str, str]) -> str | None:

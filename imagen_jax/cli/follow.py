@@ -11,6 +11,7 @@ from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.io import files, manifest, model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.io.paths import check_folder
 from imagen_jax.training.experiment import Export, find_experiment
 
 POLL = 30.0  # seconds between two looks at the checkpoints
@@ -35,6 +36,7 @@ def follow(
     UsageError: the folder is not that of a training.
     UsageError, DataError, ModelError: see `run.evaluate`.
   """
+  check_folder(config.out, key='out')  # before a checkpoint is waited for
   record = model_folder.load_stage(workdir)
   if record.weights is not None:
     raise UsageError(

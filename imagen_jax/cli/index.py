@@ -82,6 +82,7 @@ def _main(argv: list[str]) -> None:
   root = tar_update.common_folder(tars)
   names = {tar_update.below(root, tar): tar for tar in tars}
   out = args.out or f'{root}/{tar_index.NAME}'
+  tar_index.check_place(out, key='out')
   if args.merge:
     found = _merged(args, names)
   else:

@@ -67,10 +67,8 @@ def look(workdir: pathlib.Path) -> dict[str, str]:
   from imagen_jax.training import ledger
 
   config = model_folder.load_config(workdir)['config']
-  train, folder = (
-    config['train'],
-    model_folder.checkpoint_folder(workdir, config),
-  )
+  train = config['train']
+  folder = model_folder.checkpoint_folder(workdir, config)
   last, total = last_line(workdir / 'metrics.jsonl'), train['num_steps']
   step, rate = last.get('step', 0), last.get('images_per_sec')
   account, goodput, seen = workdir / ledger.FILE, None, NONE

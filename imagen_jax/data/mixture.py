@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,8 @@ class MixtureSource(Source):
 
   Raises:
     UsageError: a section is invalid.
-    DataError: a part is unusable, or only some have embeddings of one encoder.
+    DataError: a part is empty or unusable, or only some parts have embeddings
+      of one encoder.
   """
 
   def __init__(
@@ -62,6 +64,8 @@ class MixtureSource(Source):
     self._ends = [*itertools.accumulate(map(len, self.parts))]
     self.text_header = self.parts[0].text_header
     for name, part in zip(names, self.parts):
+      if not len(part):
+        raise DataError(f'data.mixture.{name} has no images; check its path.')
       if part.text_header != self.text_header:
         raise DataError(
           f'data.mixture.{name} and {names[0]} differ in the embeddings that '
@@ -143,6 +147,12 @@ def _checked(mixture: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
       key='config.data.mixture',
     )
   for name, section in mixture.items():
+    if not re.fullmatch(r'[\w-]+', str(name)):
+      raise UsageError(
+        f'data.mixture has a part {name!r}; a name is letters, digits, _ and '
+        '-.',
+        key='config.data.mixture',
+      )
     weight = section.get('weight') if isinstance(section, Mapping) else None
     if not (
       isinstance(weight, (int, float))
@@ -165,6 +175,12 @@ def _make(
   from imagen_jax.data.sources import make_source
 
   options = {k: v for k, v in section.items() if k != 'weight'}
+  for key in ('size', 'split'):
+    if key in options:
+      raise UsageError(
+        f'data.mixture.{name}.{key} is not of a part: the run determines it.',
+        key=f'config.data.mixture.{name}.{key}',
+      )
   try:
     source = make_source(**options, size=size, split=split)
   except UsageError as error:
@@ -172,4 +188,10 @@ def _make(
     raise UsageError(
       f'data.mixture.{name}: {error}', key=f'config.data.mixture.{name}.{key}'
     ) from error
+  if source.parts:
+    raise UsageError(
+      f'data.mixture.{name} is a mixture itself; list its parts beside the '
+      'others, with their fractions of the whole as weights.',
+      key=f'config.data.mixture.{name}.kind',
+    )
   return source, source.has_eval_split or bool(options.get('eval_path'))

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files, paths
 from imagen_jax.io.files import AnyPath
 
@@ -33,7 +33,7 @@ ROW = np.dtype(
   ]
 )
 SIDE = np.dtype('<u2')
-AGAIN = 'remove it and run the command again, or make it with imagen-index'
+AGAIN = 'give the file of an index, or make it again with imagen-index'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,33 @@ def _read_footer(file: IO[bytes]) -> dict[str, Any]:
   if not isinstance(footer, dict):
     raise ValueError('it is cut short, or something else')
   return footer
+
+
+def check_place(path: AnyPath, *, key: str) -> None:
+  """Checks that an index can be written, before hours of work.
+
+  Args:
+    path: of its file, on a disk or in a bucket.
+    key: of the error, see `UsageError`.
+
+  Raises:
+    UsageError: there is something else, such as one of the tars, or files
+      cannot be written there.
+  """
+  place = bucket.at(path, key=key)
+  paths.check_folder(place.parent, key=key, in_bucket=True)
+  if not place.exists():
+    return
+  head = b''
+  if place.is_file():
+    with place.open('rb') as file:
+      head = file.read(len(MAGIC))
+  if head != MAGIC:
+    raise UsageError(
+      f'{path} is there and no index of tars, so it is not written over; give '
+      'another file, or remove it.',
+      key=key,
+    )
 
 
 def write(path: AnyPath, found: Iterable[Found]) -> None:

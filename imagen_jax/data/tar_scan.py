@@ -72,7 +72,7 @@ def _on_disk(path: str) -> Iterator[str]:
     try:
       bucket.filesystem(path).get_file(path, copy)
     except Exception as error:
-      raise DataError(
+      raise bucket.kind_of(error, DataError)(
         f'{path} cannot be read ({bucket.reason(error) or error}); check that '
         'it exists and that this machine may read it.'
       ) from error

@@ -100,6 +100,8 @@ class _Set:
 
   def _renew(self, old: Index | None, names: list[str]) -> str:
     """Scans tars, and writes them and the others of the old index."""
+    if self.where is not None:
+      tar_index.check_place(self.where, key='config.data.index')
     fresh: dict[str, Found] = {}
     kept = [] if old is None else [old]
     progress = Progress(f'indexing {self.root}: tars', len(names))

@@ -10,12 +10,13 @@ import pathlib
 import secrets
 from typing import Any
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import ImagenError, UsageError
 
 NO_LOGIN = 'no credentials were found, or they are not valid'
 DENIED = 'permission is denied'
 QUOTA = 'the quota of requests is used up'
 UNREACHABLE = 'the server cannot be reached'
+PASSING = (QUOTA, UNREACHABLE)  # another attempt may succeed
 _CODES = {401: NO_LOGIN, 403: DENIED, 429: QUOTA}
 # {in an error's type or text: what it means}
 _WORDS = {
@@ -101,11 +102,22 @@ def reason(error: BaseException) -> str | None:
   return _CODES.get(code) if code in _CODES else next(words, None)
 
 
+def kind_of(
+  error: BaseException, lasting: type[ImagenError]
+) -> type[ImagenError]:
+  """`lasting`, or `ImagenError` for what another attempt may not meet again.
+
+  Its exit code is one that a supervisor restarts after.
+  """
+  return ImagenError if reason(error) in PASSING else lasting
+
+
 def check(path: str, *, key: str | None = None) -> None:
   """Writes and removes an object, so that no work is lost later.
 
   Raises:
     UsageError: there is no such bucket, no permission, or no credentials.
+    ImagenError: the server does not answer now.
   """
   where = f'{path.rstrip("/")}/.{secrets.token_hex(8)}.probe'
   system = filesystem(path, key=key)
@@ -122,6 +134,10 @@ def check(path: str, *, key: str | None = None) -> None:
     problem = reason(error)
     if problem is None and not isinstance(error, OSError):
       raise
+    if problem in PASSING:
+      raise ImagenError(
+        f'{path} cannot be written now ({problem}); run the same command again.'
+      ) from error
     raise UsageError(
       f'{path} cannot be written ({problem or error}); log in with `gcloud '
       'auth application-default login`, or let the account of this machine '

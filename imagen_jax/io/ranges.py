@@ -99,7 +99,7 @@ def _find_objects(path: str, suffix: str) -> dict[str, State | None]:
   try:
     listed = system.find(top, detail=True)
   except Exception as error:
-    raise DataError(
+    raise bucket.kind_of(error, DataError)(
       f'{path} cannot be listed ({bucket.reason(error) or error}); check the '
       'name of the bucket, and that this machine may read it.'
     ) from error

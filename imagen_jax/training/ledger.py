@@ -56,8 +56,10 @@ class Ledger:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.write()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    # On a full disk, the error of the run and not that of this file is shown.
+    with contextlib.suppress(*() if kind is None else (Exception,)):
+      self.write()
 
   def resume(
     self, path: pathlib.Path | None, kept: Mapping[str, float]

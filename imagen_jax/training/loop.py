@@ -94,7 +94,7 @@ def train(
       job.told(busy=lambda: checkpoints.saving, where=alive.where),
     ):
       run = _claim(experiment, workdir, warm, force)
-      local = workdirs.local_tier(config, run)
+      local = workdirs.local_tier(config, workdir, run)
       with local or contextlib.nullcontext():
         tiers = checkpoints, local
         made = _Made(program, tiers, workdir, warm, force, alive, ledger)

@@ -1,6 +1,7 @@
 """A training directory and the config that its run was started with."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import pathlib
@@ -20,6 +21,7 @@ from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.files import AnyPath
 from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.io.model_folder import FORMAT_VERSION, load_config
+from imagen_jax.io.paths import check_folder
 
 # Keys and sections that may change when a run is resumed: its results do not
 # depend on them.
@@ -116,12 +118,30 @@ def _same_folders(
       )
 
 
-def local_tier(config: ConfigDict, run: str) -> LocalTier | None:
-  """Where a run saves on this host's own disk; None if it does not."""
+def local_tier(
+  config: ConfigDict, workdir: pathlib.Path, run: str
+) -> LocalTier | None:
+  """Where a run saves on this host's own disk; None if it does not.
+
+  A copy of a workdir has the same `run` and is another training, so the folder
+  depends on both.
+
+  Raises:
+    UsageError: `train.local_checkpoint_dir` cannot be used, or is not used.
+  """
+  given = config.train.local_checkpoint_dir
+  key = 'config.train.local_checkpoint_dir'
   if not config.train.local_checkpoint_every:
+    if given:
+      raise UsageError(
+        f'train.local_checkpoint_dir={given} has no effect without '
+        'train.local_checkpoint_every.',
+        key=key,
+      )
     return None
-  parent = config.train.local_checkpoint_dir or tempfile.gettempdir()
-  return LocalTier(pathlib.Path(parent) / 'imagen_jax', run)
+  parent = check_folder(given or tempfile.gettempdir(), key=key)
+  where = hashlib.sha256(str(_resolved(workdir)).encode()).hexdigest()[:8]
+  return LocalTier(parent / 'imagen_jax', f'{run}-{where}')
 
 
 def newest_state(
@@ -251,11 +271,33 @@ def _write(workdir: pathlib.Path, record: dict[str, Any], force: bool) -> str:
         'resume all the same.',
         key='force',
       )
+    if not force:
+      _check_moved(workdir, old, record)
     for change in changed:
       logging.getLogger(__name__).warning('forced: %s', change)
   files.make_folder(workdir)
   files.write_json(path, record)
   return record['run']
+
+
+def _check_moved(
+  workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+  """Refuses to begin a run anew because its checkpoints are elsewhere."""
+  key = 'config.train.checkpoint_dir'
+  before, now = (
+    bucket.at(_flat(record).get(key) or workdir / 'checkpoints')
+    for record in (old, new)
+  )
+  has_steps = lambda folder: (
+    folder.exists() and any(p.name.isdecimal() for p in folder.iterdir())
+  )
+  if before != now and has_steps(before) and not has_steps(now):
+    raise UsageError(
+      f'the checkpoints of this run are in {before} and none is in {now}; copy '
+      'them there, or force it to begin anew.',
+      key=key,
+    )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

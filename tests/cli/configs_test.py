@@ -98,6 +98,15 @@ def test_a_full_disk_or_memory_is_a_sentence(error, words, capfd):
   assert words in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(('status', 'code'), [(403, 2), (429, 1)])
+def test_a_bucket_that_may_answer_later_is_no_mistake(status, code, capfd):
+  kind = type('HttpError', (Exception,), {'__module__': 'gcsfs.retry'})
+  error = kind('no')
+  error.code = status
+  assert ends(error) == code
+  assert 'bucket' in capfd.readouterr().err
+
+
 def test_a_pipe_that_closes_ends_the_command_quietly():
   code = (
     'from imagen_jax.cli.errors import run; import sys\n'
@@ -276,6 +285,8 @@ def test_an_unknown_key_is_named_with_the_nearest(given, key, near):
     ({'train': 3}, 'train', None),
     ({'data': 3}, 'data', None),
     ({'seed': {'a': 1}}, 'seed', int),
+    ({'data': {'mixture': {'a': {'path': 3}}}}, 'data.mixture.a.path', str),
+    ({'data': {'mixture': {'a.b': {'path': 'c'}}}}, 'a.b', None),
   ],
 )
 def test_a_value_of_another_type_names_the_expected_one(given, key, expected):
@@ -458,6 +469,7 @@ def test_the_ends_of_a_range_belong_to_it_where_they_make_sense(here):
   [
     {'train': {'num_steps': -5}},
     {'train': {'ema_decay': 2}},
+    {'data': {'mixture': {'a': {'max_bad': 1.5}}}},
     {'train': {'batch_size': None}},
     {'train': {'optimizer': {'learning_rate': float('nan')}}},
     {'stage': {'net': {'kind': 'unet', 'dropout': float('nan')}}},

@@ -107,3 +107,8 @@ def test_flags_that_contradict_it_are_refused(stopped, capsys, flag):
 def test_a_stage_that_does_not_change_is_refused(model, capsys):
   assert run('--follow', model / 'base', *FAST) == 2
   assert '--follow' in capsys.readouterr().err
+
+
+def test_a_folder_for_the_scores_is_checked_first(tmp_path):
+  (tmp_path / 'file').touch()
+  assert run('--follow', tmp_path, '--out', tmp_path / 'file', *FAST) == 2

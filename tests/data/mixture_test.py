@@ -128,6 +128,9 @@ def test_held_out_images_are_those_of_the_parts_that_have_some():
     ({'weight': 0}, '.few'), ({'weight': True}, '.few'),
     ({'weight': '1'}, '.few'), ({'weight': float('inf')}, '.few'),
     ({'path': None}, '.few.path'),
+    ({'size': 2}, '.few.size'), ({'split': 'eval'}, '.few.split'),
+    ({'kind': 'mixture', 'mixture': {'x': section('x', 3, 1)}, 'path': None,
+      'num': None}, '.few.kind'),
     ({'kind': 'fewer'}, '.few.kind'), ({'flop': 1}, '.few.flop'), (None, ''),
   ],
 )  # fmt: skip
@@ -137,6 +140,16 @@ def test_a_section_that_is_wrong_is_named(change, key):
   with pytest.raises(UsageError) as error:
     make(mixture)
   assert error.value.key == f'config.data.mixture{key}'
+
+
+def test_a_name_that_messages_cannot_hold_is_refused():
+  with pytest.raises(UsageError):
+    make({'a: b': MIXTURE['few']})
+
+
+def test_a_part_without_images_is_named():
+  with pytest.raises(DataError, match='few'):
+    make(MIXTURE | {'few': section('b', 0, 1)})
 
 
 def test_parts_of_which_some_have_embeddings_are_refused():

@@ -17,7 +17,7 @@ from imagen_jax.data import checked, tar_index, tar_scan, tar_update
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.data.sources import make_source
 from imagen_jax.data.webdataset import WebDatasetSource
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import ranges
 
 
@@ -347,6 +347,23 @@ def test_imagen_index_is_shared_out_and_merged(tmp_path, capsys, monkeypatch):
   assert command_line.main([*command, '--merge', *parts[:2]]) == 3
   assert command_line.main([*command, '--part', '3/3', '--out', whole]) == 2
   assert command_line.main([*command, '--part', '0/3']) == 2
+
+
+@pytest.mark.parametrize('out', ['shards/a.tar', 'folder', 'notes.txt/x'])
+def test_an_index_is_written_over_nothing_else(tmp_path, monkeypatch, out):
+  monkeypatch.chdir(tmp_path)
+  for folder in 'shards', 'folder':
+    (tmp_path / folder).mkdir()
+  (tmp_path / 'notes.txt').write_text('mine')
+  tar = write(tmp_path / 'shards/a.tar', good(3))
+  data = tar.read_bytes()
+  monkeypatch.setattr(tar_scan, 'scan', None)  # found before all the work
+  monkeypatch.setattr(tar_update, 'scan', None)
+  assert command_line.main(['--path', 'shards', '--out', out]) == 2
+  with pytest.raises(UsageError) as caught:
+    WebDatasetSource('shards', 16, index=out)
+  assert caught.value.key == 'config.data.index'
+  assert tar.read_bytes() == data
 
 
 def test_an_index_of_imagen_index_is_never_silently_made_again(tmp_path):

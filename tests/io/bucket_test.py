@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from imagen_jax.errors import UsageError
+from imagen_jax.cli import supervise
+from imagen_jax.data import tar_scan
+from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import bucket as buckets
-from imagen_jax.io import bucket_lock, files, lock, paths
+from imagen_jax.io import bucket_lock, files, lock, paths, ranges
 
 
 @pytest.fixture
@@ -94,6 +96,33 @@ def test_a_bucket_that_refuses_says_why(monkeypatch, status, reason):
     with pytest.raises(UsageError, match=reason):
       buckets.check('gs://bucket/x')
     server.shutdown()
+
+
+class Silent:
+  """A file system whose server does not answer."""
+
+  def __getattr__(self, name):
+    def fail(*_, **__):
+      raise type('ClientConnectorError', (OSError,), {})('no route')
+
+    return fail
+
+
+@pytest.mark.parametrize(
+  'use',
+  [
+    lambda path: buckets.check(path),
+    lambda path: ranges.find(f'{path}/*.tar', '.tar'),
+    lambda path: tar_scan.scan(f'{path}/a.tar', 'a.tar'),
+  ],
+)
+def test_a_server_that_does_not_answer_is_worth_another_attempt(
+  monkeypatch, use
+):
+  monkeypatch.setattr(buckets, '_filesystem', lambda scheme: Silent())
+  with pytest.raises(ImagenError) as caught:
+    use('gs://bucket/x')
+  assert caught.value.exit_code not in supervise.FINAL
 
 
 # ---- Locks -----------------------------------------------------------------

@@ -241,7 +241,8 @@ def test_xpk_gets_the_same_job(launch, capsys, stubs, tmp_path):
 def test_a_managed_job_has_its_schema_and_is_supervised(
   launch, capsys, stubs, tmp_path, options, accelerator
 ):
-  text = rendered(launch, capsys, 'sky', '--nodes', '2', '--spot', *options)
+  machines = options or ['--nodes', '2']
+  text = rendered(launch, capsys, 'sky', '--spot', *machines)
   made = yaml.safe_load(text)
   jsonschema.validate(made, SCHEMAS['skypilot'])
   assert made['resources']['accelerators'] == accelerator
@@ -275,6 +276,10 @@ def test_a_managed_job_has_its_schema_and_is_supervised(
     (['sky', '--slices', '2'], '--slices'),
     (['tpu', '--zone', 'z', '--topology', 'v9:2x2'], "chip 'v9'"),
     (['slurm', '--node', '3'], '--nodes'),
+    (['slurm', '--spot'], '--spot'),
+    (['slurm', '--topology', 'v5e:4x4'], '--topology'),
+    (['tpu', *TPU, '--gpus', '8'], '--gpus'),
+    (['sky', *TPU[:2], '--nodes', '2'], '--nodes'),
     (['slurm', '--name', 'My_Job'], '--name'),
     (['tpu', *TPU, '--workdir', '/mnt/runs'], '--workdir'),
   ],

@@ -10,11 +10,11 @@ import pytest
 
 import imagen_jax
 from imagen_jax.cli import evaluate, watch
-from imagen_jax.errors import ModelError
+from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import bucket as buckets
 from imagen_jax.io import files, manifest
 from imagen_jax.io.checkpoint import Checkpoints
-from imagen_jax.training import loop
+from imagen_jax.training import loop, workdir
 from imagen_jax.training.experiment import Export
 from imagen_jax.training.export import export_stage
 from tests import tiny_model
@@ -200,6 +200,31 @@ def test_a_killed_run_goes_on_from_the_hosts_own_disk(
   )
   assert losses(tmp_path / 'w/metrics.jsonl') == losses(local / 'metrics.jsonl')
   assert not [*(tmp_path / 'ram').glob('*/*')]  # the run has finished
+
+
+def test_a_copy_of_a_workdir_has_local_checkpoints_of_its_own(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.train.update(local_checkpoint_every=1)
+  config.train.local_checkpoint_dir = str(tmp_path)
+  state = {'w': jnp.zeros(3)}
+  with workdir.local_tier(config, tmp_path / 'w', 'run') as tier:
+    tier.save(5, state, {})
+    with workdir.local_tier(config, tmp_path / 'copy', 'run') as other:
+      assert other.restore(state, after=0) is None
+      other.save(4, state, {})
+      other.clear()
+    assert tier.restore(state, after=0)[2] == 5
+
+
+def test_a_local_folder_that_cannot_be_used_is_refused(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  (tmp_path / 'file').touch()
+  for every, folder in (1, f'{tmp_path}/file'), (1, 'gs://b/x'), (None, '/tmp'):
+    config.train.local_checkpoint_every = every
+    config.train.local_checkpoint_dir = folder
+    with pytest.raises(UsageError) as caught:
+      workdir.local_tier(config, tmp_path / 'w', 'run')
+    assert caught.value.key == 'config.train.local_checkpoint_dir'
 
 
 def test_a_damaged_local_step_gives_way_to_the_one_before(tmp_path):

@@ -256,3 +256,12 @@ def test_flops_of_a_model_do_not_depend_on_rematerialization():
   assert flops(again) > 1.15 * flops(plain)
   assert flops(without_remat(again)) == pytest.approx(flops(plain), rel=0.01)
   assert without_remat(again)(*inputs) == again(*inputs)
+
+
+def test_the_error_of_a_run_is_not_replaced_by_one_of_its_ledger(tmp_path):
+  (tmp_path / 'run').mkdir()
+  with pytest.raises(ModelError), Ledger() as ledger:
+    ledger.resume(tmp_path / 'run' / ledgers.FILE, {})
+    (tmp_path / 'run' / ledgers.FILE).unlink()
+    (tmp_path / 'run').rmdir()
+    raise ModelError('the disk is full.')

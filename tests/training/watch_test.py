@@ -344,3 +344,17 @@ def test_the_peak_of_a_device_is_found_by_its_name():
   assert chips.find_peak('TPU v5') == chips.CHIPS['v5p'].flops
   assert chips.find_peak('NVIDIA H100 80GB HBM3') == chips.CHIPS['h100'].flops
   assert chips.find_peak('cpu') is None
+
+
+def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(
+  tmp_path,
+):
+  config = tiny_model.config()
+  workdir.claim(tmp_path / 'w', config, None)
+  (tmp_path / 'w/checkpoints/3').mkdir(parents=True)
+  config.train.checkpoint_dir = str(tmp_path / 'new')
+  with pytest.raises(UsageError) as error:
+    workdir.claim(tmp_path / 'w', config, None)
+  assert error.value.key == 'config.train.checkpoint_dir'
+  (tmp_path / 'new/3').mkdir(parents=True)  # copied
+  workdir.claim(tmp_path / 'w', config, None)
