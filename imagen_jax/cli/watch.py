@@ -63,7 +63,7 @@ def look(workdir: pathlib.Path) -> dict[str, str]:
   Raises:
     ModelError: its config.json or goodput.json cannot be read.
   """
-  from imagen_jax.io import files, manifest, model_folder
+  from imagen_jax.io import manifest, model_folder
   from imagen_jax.training import ledger
 
   config = model_folder.load_config(workdir)['config']
@@ -73,7 +73,7 @@ def look(workdir: pathlib.Path) -> dict[str, str]:
   step, rate = last.get('step', 0), last.get('images_per_sec')
   account, goodput, seen = workdir / ledger.FILE, None, NONE
   if account.exists():  # newer than the last line, and there before the first
-    record = files.read_json(account, version=ledger.FORMAT_VERSION)
+    record = ledger.load(account)
     goodput = ledger.goodput(record['seconds'])
     seen = ledger.duration(max(0, time.time() - record['time'])) + ' ago'
   left = (total - step) * train['batch_size'] / rate if rate else None

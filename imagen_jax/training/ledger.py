@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
+from imagen_jax.errors import ModelError
 from imagen_jax.io import files
 
 FILE, FORMAT_VERSION = 'goodput.json', 1
@@ -72,11 +73,7 @@ class Ledger:
     """
     old = dict(kept)
     if path is not None and path.exists():
-      record = files.read_json(
-        path,
-        advice='remove it, and the run loses only its account of time',
-        version=FORMAT_VERSION,
-      )
+      record = load(path)
       old, self.starts = record['seconds'], record['starts'] + 1
       for part in LOST:
         lost = max(0.0, old[part] - kept.get(part, 0.0))
@@ -144,6 +141,27 @@ class Ledger:
     for part, about in PARTS.items():
       share = 100 * seconds[part] / total
       yield f'  {part:10}{seconds[part]:12,.1f} s {share:6.1f} %  {about}'
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+  """What `Ledger.write` wrote.
+
+  Raises:
+    ModelError: the file is damaged.
+  """
+  advice = 'remove it, and the run loses only its account of time'
+  record = files.read_json(path, advice=advice, version=FORMAT_VERSION)
+  seconds, number = record.get('seconds'), (int, float)
+  whole = isinstance(seconds, dict) and seconds.keys() == PARTS.keys()
+  if (
+    not whole
+    or not all(isinstance(value, number) for value in seconds.values())
+    or not isinstance(record.get('time'), number)
+    or not isinstance(record.get('starts'), int)
+    or not isinstance(record.get('finished'), bool)
+  ):
+    raise ModelError(f'{path} is damaged; {advice}.')
+  return record
 
 
 def goodput(seconds: Mapping[str, float]) -> float:

@@ -25,7 +25,7 @@ def workdir(tmp_path, monkeypatch):
   (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n{"step": 401, ')
   seconds = dict.fromkeys(ledger.PARTS, 0.0) | {'step': 90.0, 'down': 10.0}
   account = {'format_version': ledger.FORMAT_VERSION, 'time': 1000.0}
-  account['seconds'] = seconds
+  account |= {'seconds': seconds, 'starts': 1, 'finished': False}
   (folder / ledger.FILE).write_text(json.dumps(account))
   for step in (200, 400):  # the second is being written
     (folder / 'checkpoints' / str(step)).mkdir()

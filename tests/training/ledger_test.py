@@ -94,16 +94,19 @@ def test_the_time_after_the_end_of_a_run_is_not_down(clock, tmp_path):
   assert longer.seconds['down'] == 0
 
 
+@pytest.mark.parametrize(
+  'text', ['{"seconds": ', '{"format_version": 1, "seconds": {"step": 1.0}}']
+)
 def test_a_damaged_ledger_is_refused_and_a_missing_one_is_the_checkpoints(
-  tmp_path,
+  tmp_path, text
 ):
   path, ledger = tmp_path / ledgers.FILE, Ledger()
   ledger.resume(path, {'step': 40.0})
   assert ledger.seconds['step'] == 40.0
-  path.write_text('{"seconds": ')
+  path.write_text(text)
   with pytest.raises(ModelError, match=ledgers.FILE), Ledger() as ledger:
     ledger.resume(path, {})
-  assert path.read_text() == '{"seconds": '
+  assert path.read_text() == text
 
 
 @pytest.fixture(scope='module')
