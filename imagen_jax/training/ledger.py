@@ -151,12 +151,13 @@ def load(path: pathlib.Path) -> dict[str, Any]:
   """
   advice = 'remove it, and the run loses only its account of time'
   record = files.read_json(path, advice=advice, version=FORMAT_VERSION)
-  seconds, number = record.get('seconds'), (int, float)
-  whole = isinstance(seconds, dict) and seconds.keys() == PARTS.keys()
+  seconds, numbers = record.get('seconds'), [record.get('time')]
+  if isinstance(seconds, dict):
+    numbers += seconds.values()
   if (
-    not whole
-    or not all(isinstance(value, number) for value in seconds.values())
-    or not isinstance(record.get('time'), number)
+    not all(isinstance(value, (int, float)) for value in numbers)
+    or not isinstance(seconds, dict)
+    or seconds.keys() != PARTS.keys()
     or not isinstance(record.get('starts'), int)
     or not isinstance(record.get('finished'), bool)
   ):
