@@ -9,6 +9,7 @@ checkpoints; a machine that was replaced has none here.
 import contextlib
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from typing import Any, Self
@@ -84,7 +85,7 @@ class LocalTier:
     self._checkpoints.wait()
     shutil.rmtree(self._checkpoints.directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process is still in it
-      self._checkpoints.directory.parent.rmdir()
+      os.rmdir(self._checkpoints.directory.parent)
 
   def _read(
     self, abstract_state: Any, step: int
