@@ -168,6 +168,8 @@ def _check(args: argparse.Namespace) -> None:
       'letters, digits and -, a letter first.',
       key='name',
     )
+  if args.image is not None and not re.fullmatch(r'[\w./:@-]+', args.image):
+    raise UsageError(f'{args.image!r} is no name of an image.', key='image')
   if args.where != 'slurm' and '://' not in args.workdir:
     raise UsageError(
       f'{args.workdir} would be lost with its machine; give a bucket, as in '
@@ -199,6 +201,12 @@ def _machines(args: argparse.Namespace) -> dict[str, Any]:
   chip, num_chips = chips.parse_topology(args.topology)
   kind, per_chip, software, pool = TPUS[chip.name]
   local = min(num_chips, CHIPS_PER_HOST)
+  if num_chips % local:
+    raise UsageError(
+      f'{args.topology} has {num_chips} chips, and a machine has '
+      f'{CHIPS_PER_HOST}; choose a multiple of that.',
+      key='topology',
+    )
   selector = {
     'cloud.google.com/gke-tpu-accelerator': pool,
     'cloud.google.com/gke-tpu-topology': args.topology.partition(':')[2],

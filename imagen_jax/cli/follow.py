@@ -1,6 +1,7 @@
 """evaluate.py --follow: scores the checkpoints of a run as they appear."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import time
@@ -15,7 +16,7 @@ from imagen_jax.io.paths import check_folder
 from imagen_jax.training.experiment import Export, find_experiment
 
 POLL = 30.0  # seconds between two looks at the checkpoints
-FILE = 'scores.jsonl'
+FILE, SETTINGS = 'scores.jsonl', 'settings.json'
 
 
 def follow(
@@ -33,10 +34,11 @@ def follow(
     listener: receives notes and progress.
 
   Raises:
-    UsageError: the folder is not that of a training.
+    UsageError: the folder is not that of a training, or the scores in
+      `config.out` are of other settings.
     UsageError, DataError, ModelError: see `run.evaluate`.
   """
-  check_folder(config.out, key='out')  # before a checkpoint is waited for
+  out = check_folder(config.out, key='out')  # before a checkpoint is awaited
   record = model_folder.load_stage(workdir)
   if record.weights is not None:
     raise UsageError(
@@ -44,7 +46,7 @@ def follow(
       'model instead.',
       key='follow',
     )
-  out = pathlib.Path(config.out)
+  _check_settings(out, config)
   while True:
     lines = out / FILE
     rows = (
@@ -59,6 +61,23 @@ def follow(
       return
     else:
       time.sleep(POLL)
+
+
+def _check_settings(out: pathlib.Path, config: EvalConfig) -> None:
+  """Refuses to add scores to those that were made with other settings."""
+  fields = dataclasses.asdict(dataclasses.replace(config, model=None, out=''))
+  asked = json.loads(json.dumps(fields, default=str))
+  path = out / SETTINGS
+  found = files.read_json(path) if path.exists() else asked
+  changed = [k for k in asked if found.get(k, asked[k]) != asked[k]]
+  if changed:
+    raise UsageError(
+      f'the scores in {out} are of other settings ({", ".join(changed)}); give '
+      'the same, or another folder.',
+      key='out',
+    )
+  files.make_folder(out)
+  files.write_json(path, asked)
 
 
 def _score(

@@ -1,17 +1,18 @@
 """imagen-index: makes the index of tars, which training reads them by."""
 
 import argparse
+import collections
 import concurrent.futures
-import functools
+import concurrent.futures.process
 import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from imagen_jax.cli import errors
-from imagen_jax.errors import DataError, UsageError
+from imagen_jax.errors import DataError, ImagenError, UsageError
 from imagen_jax.io.paths import user_path
 
 if TYPE_CHECKING:
@@ -127,19 +128,36 @@ def _scan(tars: Mapping[str, str], workers: int) -> 'Iterator[Found]':
       yield scan(path, name)
       progress.add()
   else:
-    # Not forked: a bucket's library has threads.
-    spawn = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
-      waiting: list[concurrent.futures.Future] = []
-      for name, path in tars.items():
-        waiting.append(pool.submit(functools.partial(scan, path, name)))
-        if len(waiting) > AHEAD * workers:
-          yield waiting.pop(0).result()
-          progress.add()
-      for future in waiting:
-        yield future.result()
-        progress.add()
+    for found in _in_processes(scan, tars, workers):
+      yield found
+      progress.add()
   progress.close()
+
+
+def _in_processes(
+  scan: 'Callable[[str, str], Found]', tars: Mapping[str, str], workers: int
+) -> 'Iterator[Found]':
+  """`scan(path, name)` of tars {name: path}, in order.
+
+  Raises:
+    ImagenError: a process was killed.
+  """
+  # Not forked: a bucket's library has threads.
+  spawn = multiprocessing.get_context('spawn')
+  waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+  try:
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+      for name, path in tars.items():
+        waiting.append(pool.submit(scan, path, name))
+        if len(waiting) > AHEAD * workers:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise ImagenError(
+      'a process that indexed tars was killed, perhaps for lack of memory; run '
+      'the command again with fewer --workers.'
+    ) from error
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ FINAL = (0, UsageError.exit_code, DataError.exit_code, 130)
 SAVED = 143  # SIGTERM, as before a preemption; not counted as a failure
 LONGEST = 120  # seconds between attempts: jax's processes wait 300 for others
 HEALTHY = 600  # a run of this many seconds starts the delays anew
-ENDED = 'ended for good with exit code'
+BEGUN, ENDED = 'SIGTERM to it saves and stops', 'ended for good with exit code'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ class Supervisor:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
       signal.signal(number, self._stop)
-    _say(f'process {os.getpid()}; SIGTERM to it saves and stops')
+    _say(f'process {os.getpid()}; {BEGUN}')
     failures, delay = 0, backoff
     while True:
       begin = time.monotonic()
@@ -192,7 +192,8 @@ def _detach(log: pathlib.Path, arguments: list[str]) -> int:
       tail = (tail + new)[-1000:]
       sys.stdout.buffer.write(new)
       sys.stdout.flush()
-  codes = re.findall(rf'{ENDED} (\d+)', tail.decode(errors='replace'))
+  said = tail.decode(errors='replace').rpartition(BEGUN)[2]  # not of the last
+  codes = re.findall(rf'{ENDED} (\d+)', said)
   if not codes:
     _say(f'the supervisor of {log} was killed; the same command starts it anew')
   return int(codes[-1]) if codes else 1

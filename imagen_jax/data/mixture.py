@@ -184,9 +184,10 @@ def _make(
   try:
     source = make_source(**options, size=size, split=split)
   except UsageError as error:
+    part = f'config.data.mixture.{name}'
     key = (error.key or '').removeprefix('config.data.')
     raise UsageError(
-      f'data.mixture.{name}: {error}', key=f'config.data.mixture.{name}.{key}'
+      f'data.mixture.{name}: {error}', key=f'{part}.{key}' if key else part
     ) from error
   if source.parts:
     raise UsageError(

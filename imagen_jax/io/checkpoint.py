@@ -64,6 +64,11 @@ class Checkpoints(Steps):
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_of_a_thread)
     options = ocp.options.MultiprocessingOptions()
+    # Folders made in the background are announced to the writers by signals
+    # without a process in their names: another's would start the writers here.
+    in_order = ocp.options.AsyncOptions(
+      create_directories_asynchronously=not alone
+    )
     if alone:
       me = jax.process_index()
       options = ocp.options.MultiprocessingOptions(
@@ -77,9 +82,12 @@ class Checkpoints(Steps):
           multiprocessing_options=options,
           type_handler_registry=_handlers(options.primary_host, alone),
         ),
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+        composite_options=ocp.CompositeOptions(
+          multiprocessing_options=options, async_options=in_order
+        ),
       ),
       multiprocessing_options=options,
+      async_options=in_order,
     )
 
   def __enter__(self) -> Self:

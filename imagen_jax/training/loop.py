@@ -154,6 +154,8 @@ def _run(made: _Made, should_stop: Callable[[int], bool]) -> int:
       ledger.enter('other')
       if step >= experiment.config.train.num_steps:
         experiment.finish(state, frozen)
+        with ledger.spent('save'):
+          checkpoints.wait()  # the local tier is needed until then
         if local:
           local.clear()
         ledger.finished = True
@@ -293,11 +295,15 @@ def _save(
     monitor.settle()
     with run.ledger.spent('save'):
       run.snapshots.save(step, {'emas': state.emas}, wait=True)
+  tier: Checkpoints | LocalTier
   if last or stopping or step % train_cfg.checkpoint_every == 0:
-    extra = {'data_step': step, 'seconds': monitor.settle()}
-    with run.ledger.spent('save'):
-      run.checkpoints.save(step, state, extra, wait=stopping)
+    tier = run.checkpoints
   elif run.local and step % train_cfg.local_checkpoint_every == 0:
-    extra = {'data_step': step, 'seconds': monitor.settle()}
-    with run.ledger.spent('save'):
-      run.local.save(step, state, extra)
+    tier = run.local
+  else:
+    return
+  extra = {'data_step': step, 'seconds': monitor.settle()}
+  with run.ledger.spent('save'):
+    tier.save(step, state, extra)
+    if stopping:
+      run.checkpoints.wait()

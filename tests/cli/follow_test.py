@@ -65,6 +65,8 @@ def test_checkpoints_are_scored_as_they_appear_until_the_run_ends(
   capsys.readouterr()
   assert run('--follow', workdir, *FAST) == 0
   assert 'step' not in capsys.readouterr().err
+  assert run('--follow', workdir, *FAST, '--seed', 1) == 2
+  assert 'seed' in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_removed_before_its_turn_is_left_out(

@@ -117,6 +117,23 @@ def test_a_detached_job_outlives_its_terminal_and_runs_once(tmp_path):
   assert log.read_text().count('started') == 1
 
 
+def test_the_exit_code_of_an_earlier_job_is_not_that_of_this_one(tmp_path):
+  log = tmp_path / 'job'
+  log.write_text(f'process 1; {supervise.BEGUN}\n{supervise.ENDED} 0\n')
+  command = [*COMMAND, '--detach', str(log), '--', 'sh', '-c', JOB]
+  first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+  wait_for(log, 'started')
+  second = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+  time.sleep(0.5)
+  assert second.poll() is None  # it follows
+  supervisor = log.read_text().rpartition('process ')[2].partition(';')[0]
+  children = f'/proc/{supervisor}/task/{supervisor}/children'
+  (job,) = pathlib.Path(children).read_text().split()
+  os.kill(int(supervisor), signal.SIGKILL)
+  os.killpg(int(job), signal.SIGKILL)
+  assert [p.wait(timeout=20) for p in (first, second)] == [1, 1]
+
+
 @pytest.mark.parametrize(
   'argv',
   [

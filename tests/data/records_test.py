@@ -1,5 +1,6 @@
 """Many parts, few open files; what fails is repeated, or named."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -20,14 +21,18 @@ def open_files():
   return len(os.listdir('/proc/self/fd'))
 
 
-@pytest.fixture
-def few_files():
-  """A function that sets how many files this process may open."""
+@contextlib.contextmanager
+def few_files(number):
+  """In it, this process may open no file whose descriptor is `number` or more.
+
+  With 0, none, whatever another thread closes meanwhile.
+  """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  yield lambda number: resource.setrlimit(
-    resource.RLIMIT_NOFILE, (number, hard)
-  )
-  resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture
@@ -44,29 +49,20 @@ def parts(tmp_path):
   return made
 
 
-def test_more_parts_than_files_that_may_be_open(parts, few_files):
-  few_files(256)
-  before, whole = open_files(), Records(parts)
-  assert len(whole) == 1800
-  for i in np.random.default_rng(0).permutation(1800):
-    assert whole[i] == b'%d of %d' % (i % 3, i // 3 % 3)
-  assert before < open_files() <= before + 64
-  assert pickle.loads(pickle.dumps(whole))[1799] == whole[1799]
+def test_more_parts_than_files_that_may_be_open(parts):
+  with few_files(256):
+    before, whole = open_files(), Records(parts)
+    assert len(whole) == 1800
+    for i in np.random.default_rng(0).permutation(1800):
+      assert whole[i] == b'%d of %d' % (i % 3, i // 3 % 3)
+    assert before < open_files() <= before + 64
+    assert pickle.loads(pickle.dumps(whole))[1799] == whole[1799]
 
 
-def test_too_many_open_files_are_named_as_such(parts, few_files):
+def test_too_many_open_files_are_named_as_such(parts):
   source = Broken([Records(parts).__getitem__])
-  few_files(256)
-  taken = []
-  try:
-    with pytest.raises(OSError):
-      while True:
-        taken.append(os.dup(0))
-    with pytest.raises(DataError, match='ulimit'):
-      source[0]
-  finally:
-    for file in taken:
-      os.close(file)
+  with few_files(0), pytest.raises(DataError, match='ulimit'):
+    source[0]
 
 
 def test_a_damaged_record_is_bad_and_an_error_of_the_disk_is_not(

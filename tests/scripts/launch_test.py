@@ -273,6 +273,8 @@ def test_a_managed_job_has_its_schema_and_is_supervised(
     (['tpu', '--zone', 'z'], '--topology'),
     (['tpu', '--topology', 'v5e:4x4'], '--zone'),
     (['gke', '--topology', 'v5e:4x4'], '--image'),
+    (['gke', '--topology', 'v5e:4x4', '--image', 'a b'], '--image'),
+    (['sky', '--topology', 'v5e:3x3'], '--topology'),
     (['sky', '--slices', '2'], '--slices'),
     (['tpu', '--zone', 'z', '--topology', 'v9:2x2'], "chip 'v9'"),
     (['slurm', '--node', '3'], '--nodes'),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import bucket as buckets
 from imagen_jax.io import files, manifest
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.training import loop, workdir
 from imagen_jax.training.experiment import Export
 from imagen_jax.training.export import export_stage
@@ -216,6 +218,28 @@ def test_a_copy_of_a_workdir_has_local_checkpoints_of_its_own(config, tmp_path):
     assert tier.restore(state, after=0)[2] == 5
 
 
+def test_local_steps_are_kept_until_the_last_checkpoint_is_whole(
+  config, tmp_path, monkeypatch
+):
+  config = config.copy_and_resolve_references()
+  config.train.update(local_checkpoint_every=1, sample_every=None)
+  config.train.local_checkpoint_dir = str(tmp_path / 'ram')
+  config.train.profile_at = None
+  write, seen = manifest.write, []
+
+  def late(directory, *rest):
+    time.sleep(0.5)
+    write(directory, *rest)
+
+  def cleared(tier):
+    seen.append((tmp_path / 'w/checkpoints/6' / manifest.NAME).exists())
+
+  monkeypatch.setattr(manifest, 'write', late)
+  monkeypatch.setattr(LocalTier, 'clear', cleared)
+  loop.train(config, tmp_path / 'w')
+  assert seen == [True]
+
+
 def test_a_local_folder_that_cannot_be_used_is_refused(config, tmp_path):
   config = config.copy_and_resolve_references()
   (tmp_path / 'file').touch()
@@ -229,7 +253,6 @@ def test_a_local_folder_that_cannot_be_used_is_refused(config, tmp_path):
 
 def test_a_damaged_local_step_gives_way_to_the_one_before(tmp_path):
   from imagen_jax import sharding
-  from imagen_jax.io.local_tier import LocalTier
 
   mesh = sharding.make_mesh(2, 4)
   shapes = {'w': jax.ShapeDtypeStruct((64, 256), jnp.float32)}
