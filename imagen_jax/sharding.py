@@ -8,7 +8,7 @@ single device is the 1 x 1 mesh, not a special case.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -387,3 +387,28 @@ def constrain_batch(x: Tree) -> Tree:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, BATCH), x)
+
+
+def platform() -> tuple[str, int]:
+  """('cpu', 'gpu' or 'tpu', number of devices) of the mesh that is set.
+
+  Without a mesh it is the default platform, and one device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.default_backend(), 1
+  device = mesh.abstract_device
+  return device.platform if device else jax.default_backend(), mesh.size
+
+
+def each_device(function: Callable[..., Array]) -> Callable[..., Array]:
+  """`function` of arrays [B, …], applied on each device to the rows it has.
+
+  For use under `jax.set_mesh`, with a B that the devices divide, for what XLA's
+  partitioner would gather. Without a mesh, or on one device, it is `function`.
+  """
+  if platform()[1] == 1:
+    return function
+  return jax.shard_map(
+    function, in_specs=BATCH, out_specs=BATCH, check_vma=False
+  )

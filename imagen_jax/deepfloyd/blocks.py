@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from imagen_jax.deepfloyd.config import UNetConfig
-from imagen_jax.nets.attention import attention
 from imagen_jax.nets.dense import Dense
+from imagen_jax.nets.dot_product import attention
 from imagen_jax.nets.layers import conv, downsample, upsample
 from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, Image, TextEmb

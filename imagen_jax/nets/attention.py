@@ -1,4 +1,4 @@
-"""Dot-product attention, and the text attention of the U-Nets.
+"""The text attention of the U-Nets.
 
 Imagen's U-Nets are conditioned on the text twice (Section 2.5, Appendix
 D.3.1): by attention to the token sequence, where "the text embedding sequence
@@ -13,61 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from imagen_jax.nets.dense import DenseGeneral
+from imagen_jax.nets.dot_product import attention
 from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, TextEmb, TextMask
-
-
-def attention(
-  q: Float[Array, 'b t heads size'],
-  k: Float[Array, 'b s heads size'],
-  v: Float[Array, 'b s heads size'],
-  mask: Bool[Array, 'b s'] | None = None,
-  *,
-  implementation: str = 'xla',
-) -> Float[Array, 'b t heads size']:
-  """Scaled dot-product attention in which masked keys contribute nothing.
-
-  Args:
-    q: [B, T, N, H] queries, N heads of size H.
-    k: [B, S, N, H] keys.
-    v: [B, S, N, H] values.
-    mask: [B, S] bool, False where a key is masked; None masks none. A row
-      whose keys are all masked gives exact zeros (softmax alone would give the
-      mean of v).
-    implementation: 'xla', or 'cudnn' on an NVIDIA GPU. cuDNN supports half
-      precision and head sizes that are multiples of 8 up to 128; 'xla' is used
-      for all else.
-
-  Returns:
-    [B, T, N, H] in q's dtype; the softmax is computed in float32.
-
-  Raises:
-    ValueError: for an unknown implementation.
-  """
-  if implementation not in ('xla', 'cudnn'):
-    raise ValueError(f'attention implementation {implementation!r}')
-  fused = implementation == 'cudnn' and _cudnn_can(q)
-  keys_mask = None if mask is None else mask[:, None, None, :]
-  out = jax.nn.dot_product_attention(
-    q, k, v, mask=keys_mask, implementation='cudnn' if fused else 'xla'
-  )
-  if mask is not None:
-    out = jnp.where(jnp.any(mask, axis=-1)[:, None, None, None], out, 0)
-  return out.astype(q.dtype)
-
-
-def _cudnn_can(q: Float[Array, 'b t heads size']) -> bool:
-  """Whether cuDNN's fused attention supports these queries and backend."""
-  half = q.dtype in (jnp.bfloat16, jnp.float16)
-  return (
-    half
-    and q.shape[-1] % 8 == 0
-    and q.shape[-1] <= 128
-    and (jax.default_backend() == 'gpu')
-  )
 
 
 class TextAttention(nn.Module):

@@ -102,7 +102,7 @@ class EfficientUNet(Network):
     unroll: whether the scans are unrolled. None: on CPU only, where XLA's
       gradient of a convolution inside a rolled loop is 17–30 times slower
       than outside. The parameters are the same.
-    attention: implementation, see `nets.attention.attention`.
+    attention: implementation, see `nets.dot_product.attention`.
     out_channels: channels of the prediction.
     dtype: of the activations; parameters are float32.
   """

@@ -53,7 +53,7 @@ class UNet(Network):
     norm_groups: groups of every GroupNorm.
     remat: None, or the policy in `jax.checkpoint_policies` with which residual
       blocks and attentions are rematerialised.
-    attention: implementation, see `nets.attention.attention`.
+    attention: implementation, see `nets.dot_product.attention`.
     out_channels: channels of the prediction.
     dtype: of the activations; parameters are float32.
   """

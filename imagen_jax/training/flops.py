@@ -103,7 +103,9 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     elif name == 'cond':
       total += max(count_flops(branch) for branch in eqn.params['branches'])
     elif (inner := inner_jaxpr(eqn)) is not None:
-      total += count_flops(inner)
+      # A shard_map's program is that of one device.
+      copies = eqn.params['mesh'].size if name == 'shard_map' else 1
+      total += copies * count_flops(inner)
     elif name.startswith(('reduce_', 'cum', 'arg')):
       total += num_elements(eqn.invars[0].aval)
     elif name in _ARITHMETIC:

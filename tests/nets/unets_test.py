@@ -11,7 +11,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.nets import attention as attention_module
-from imagen_jax.nets.attention import TextAttention, TextPool, attention
+from imagen_jax.nets.attention import TextAttention, TextPool
 from imagen_jax.nets.efficient_unet import EfficientUNet
 from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.nets.unet import UNet
@@ -247,18 +247,6 @@ def test_a_norm_is_exact_far_from_zero(norm):
   np.testing.assert_allclose(got, exact.reshape(x.shape), atol=5e-4)
 
 
-def test_attention_without_visible_keys_is_zero():
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 2, 8))
-  mask = jnp.asarray([[1, 1, 0, 0], [0, 0, 0, 0]], bool)
-  out = attention(q, k, v, mask)
-  assert not np.any(out[1])
-  weights = jax.nn.softmax(
-    jnp.einsum('tnh,snh->nts', q[0], k[0, :2]) / np.sqrt(8)
-  )
-  expected = jnp.einsum('nts,snh->tnh', weights, v[0, :2])
-  np.testing.assert_allclose(out[0], expected, atol=1e-5)
-
-
 @pytest.mark.parametrize('qk_norm', [False, True])
 def test_qk_norm_bounds_the_logits_in_bfloat16(qk_norm):
   """By √size, also with kernels a thousand times as large."""
@@ -296,15 +284,6 @@ def test_qk_norm_is_an_option_of_both_networks(name):
   more = jax.tree.leaves(shapes['params'])
   attentions = sum('attn' in layer for layer in params(name))
   assert len(more) == len(jax.tree.leaves(params(name))) + 3 * attentions
-
-
-def test_cudnn_falls_back_where_it_cannot():
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 2, 7))
-  np.testing.assert_array_equal(
-    attention(q, k, v, implementation='cudnn'), attention(q, k, v)
-  )
-  with pytest.raises(ValueError):
-    attention(q, k, v, implementation='flash9')
 
 
 def test_pooled_text_of_the_null_condition_is_zero():
