@@ -401,7 +401,9 @@ def platform() -> tuple[str, int]:
   return device.platform if device else jax.default_backend(), mesh.size
 
 
-def each_device(function: Callable[..., Array]) -> Callable[..., Array]:
+def each_device(
+  function: Callable[..., jax.Array],
+) -> Callable[..., jax.Array]:
   """`function` of arrays [B, …], applied on each device to the rows it has.
 
   For use under `jax.set_mesh`, with a B that the devices divide, for what XLA's

@@ -7,7 +7,7 @@ padded), so an image does not depend on what else is generated.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,10 +151,7 @@ def generate(
     NumericError: an image is NaN or Inf.
   """
   count, generated = len(request.rows), []
-  batch = -(-request.batch // mesh.size) * mesh.size
-  for start in range(0, count, batch):
-    # The last batch is padded with copies of the last row.
-    rows = np.minimum(np.arange(start, start + batch), count - 1)
+  for start, rows in batches(request, mesh):
     arrays = sharding.put_whole_batch(inputs(rows), mesh)
     with jax.set_mesh(mesh):
       images = sample(arrays)
@@ -165,8 +162,21 @@ def generate(
     if request.finished is not None:
       request.finished(start, to_uint8(done))
     if request.callback is not None:
-      request.callback(name, min(start + batch, count), count)
+      request.callback(name, min(start + len(rows), count), count)
   return np.concatenate(generated)
+
+
+def batches(
+  request: Request, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[int, np.ndarray]]:
+  """(the first row, indices of the rows [B]) of every batch, of one size B.
+
+  The last batch is padded with copies of the last row.
+  """
+  count = len(request.rows)
+  batch = -(-request.batch // mesh.size) * mesh.size
+  for start in range(0, count, batch):
+    yield start, np.minimum(np.arange(start, start + batch), count - 1)
 
 
 def _not_finite(name: str, finite: np.ndarray) -> NumericError:

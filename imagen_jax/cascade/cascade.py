@@ -5,6 +5,7 @@ upsamples the previous stage's images. Only one of them is on the devices at a
 time.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -12,7 +13,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,6 @@ from imagen_jax.cascade import (
   batching,
   conditioning,
   given_images,
-  sampling,
   settings,
   stage_config,
 )
@@ -32,11 +31,11 @@ from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.embedding import Embedding, embed
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
+from imagen_jax.cascade.stage_run import StageRun
 from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import bucket, model_folder
 from imagen_jax.io import images as image_io
-from imagen_jax.io.files import COPY_AGAIN
 from imagen_jax.io.paths import user_path
 from imagen_jax.nets.network import Network
 from imagen_jax.typing import Image
@@ -263,61 +262,64 @@ class Cascade:
     low = None if low_res is None else _from_uint8(low_res, len(request.rows))
     if embedding is None:
       embedding = self.embed(request.prompts, negative_prompt)
-    results = {}
-    for i, (stage, config) in enumerate(zip(self.stages, configs)):
-      if stage is self.stages[-1]:
-        request = dataclasses.replace(request, finished=finished)
-      width = height = stage.resolution
-      if low is not None:
-        height, width = (side * stage.factor for side in low.shape[1:3])
-      elif image is not None:
-        width, height = self.shape_for(image)
-      given_images.check_size(stage.name, width, height, stage.net.multiple)
+    sizes = self._sizes(image, low)
+
+    def inputs(i: int, low: Image | None) -> Callable[..., SampleInputs]:
       rule = self._records[i].config['data']['resize']
-      start = given_images.start_from(image, mask, width, height, resize=rule)
-      inputs = _stage_inputs(stage, request, embedding, low, start)
-      low = self._run_stage(i, config, request, inputs)
-      results[stage.name] = conditioning.to_uint8(low)
+      start = given_images.start_from(image, mask, *sizes[i], resize=rule)
+      return _stage_inputs(self.stages[i], request, embedding, low, start)
+
+    def prepare(i: int) -> None:
+      width, height = sizes[i - 1]
+      shape = (len(request.rows), height, width, 3)
+      runs[i].prepare(request, inputs(i, np.broadcast_to(np.float32(0), shape)))
+
+    runs, results = self._runs(configs), {}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      for i in range(1, len(runs)):
+        pool.submit(prepare, i)
+      for i, run in enumerate(runs):
+        last = finished if run is runs[-1] else None
+        low = run.generate(
+          dataclasses.replace(request, finished=last), inputs(i, low)
+        )
+        results[run.stage.name] = conditioning.to_uint8(low)
     return results
 
-  def _run_stage(
-    self,
-    i: int,
-    config: SamplingConfig,
-    request: Request,
-    inputs: Callable[[np.ndarray], SampleInputs],
-  ) -> np.ndarray:
-    """Stage i's images of all rows: float32 [N, H, W, 3] in [−1, 1]."""
-    stage, record = self.stages[i], self._records[i]
-    weaker = self.weak[stage.name] if config.autoguidance != 1 else None
-    size = model_folder.float32_bytes(record)
-    if weaker is not None:
-      size += model_folder.float32_bytes(weaker[0])
-    mesh = self._mesh(size)
-    put = lambda x: jax.device_put(x, sharding.leaf_sharding(x, mesh))
-    params = model_folder.load_params(record, put=put)
-    given: dict[str, Any] = dict(config.scalars)
-    if weaker is not None:
-      weak = model_folder.load_params(weaker[0], put=put)
-      given['weak'] = autoguidance.Weak(weaker[1], weak)
-    shardings = sharding.batch_sharding(mesh)
-    compiled = sampling.compiled(stage, config.spec, shardings)
-    sample = lambda arrays: compiled(params, arrays._replace(**given))
-    finite = lambda arrays: sampling.finite(
-      stage, params, config.spec, arrays._replace(**given)
-    )
-    try:
-      images = batching.generate(
-        request, stage.name, mesh, inputs, sample, finite
+  def _sizes(
+    self, image: PIL.Image.Image | None, low: Image | None
+  ) -> list[tuple[int, int]]:
+    """(width, height) of every stage's images.
+
+    Raises:
+      UsageError: a stage cannot generate images of that shape.
+    """
+    sizes: list[tuple[int, int]] = []
+    for stage in self.stages:
+      size = stage.resolution, stage.resolution
+      if sizes:
+        size = sizes[-1][0] * stage.factor, sizes[-1][1] * stage.factor
+      elif low is not None:
+        size = low.shape[2] * stage.factor, low.shape[1] * stage.factor
+      elif image is not None:
+        size = self.shape_for(image)
+      given_images.check_size(stage.name, *size, stage.net.multiple)
+      sizes.append(size)
+    return sizes
+
+  def _runs(self, configs: Sequence[SamplingConfig]) -> list[StageRun]:
+    """Every stage with its settings."""
+    parts = zip(self.stages, self._records, configs)
+    return [
+      StageRun(
+        stage,
+        record,
+        config,
+        self._mesh,
+        self.weak[stage.name] if config.autoguidance != 1 else None,
       )
-    except flax.errors.FlaxError as error:
-      raise ModelError(
-        f'the weights of {record.path} are not those of the network that its '
-        f'config describes ({str(error).partition(" (http")[0]}); '
-        f'{COPY_AGAIN}.'
-      ) from error
-    batching.free((params, given.get('weak')))
-    return images
+      for stage, record, config in parts
+    ]
 
 
 def _from_uint8(low_res: np.ndarray, count: int) -> np.ndarray:

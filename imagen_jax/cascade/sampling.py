@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from imagen_jax.cascade import stage as stages
 from imagen_jax.cascade.autoguidance import Weak
 from imagen_jax.cascade.conditioning import low_res_input, null_where
+from imagen_jax.cascade.programs import Program
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion import guidance, process, reverse
 from imagen_jax.diffusion.reverse import Inpaint, Reverse, Trajectory
@@ -211,18 +212,14 @@ def _normal(keys: Keys | KeyData, number: int, shape: tuple[int, ...]) -> Image:
   return jax.vmap(row)(_fold(keys, number))
 
 
-@functools.lru_cache(maxsize=32)
-def compiled(
-  stage: Stage,
-  spec: SamplerSpec,
-  shardings: jax.sharding.Sharding | None = None,
-) -> Callable[[dict, SampleInputs], jax.Array]:
-  """The jitted `sample` of a stage, cached.
+def sampler(
+  stage: Stage, spec: SamplerSpec
+) -> Callable[[dict, SampleInputs], Image]:
+  """`sample` of a stage, to compile.
 
   Args:
     stage: the stage.
     spec: the sampler's settings.
-    shardings: of the images.
 
   Returns:
     (params, inputs with key data for keys) -> images.
@@ -232,4 +229,24 @@ def compiled(
     inputs = inputs._replace(keys=_wrapped(inputs.keys))
     return sample(stage, params, spec, inputs)
 
-  return jax.jit(run, out_shardings=shardings)
+  return run
+
+
+@functools.lru_cache(maxsize=32)
+def program(
+  stage: Stage,
+  spec: SamplerSpec,
+  shardings: jax.sharding.Sharding,
+  identity: str | None,
+) -> Program:
+  """`sampler`, compiled, and kept in memory and on disk.
+
+  Args:
+    stage: the stage.
+    spec: the sampler's settings.
+    shardings: of the images.
+    identity: of the stage; None keeps the program in memory only.
+  """
+  if identity is not None:
+    identity = f'{identity} {spec} {shardings}'
+  return Program(sampler(stage, spec), identity, out_shardings=shardings)

@@ -307,6 +307,19 @@ def load_params(
   return traverse_util.unflatten_dict(params, sep='/')
 
 
+def param_shapes(record: StageRecord) -> dict[str, tuple[int, ...]] | None:
+  """The shapes of an exported stage's parameters, nested; None for a workdir.
+
+  Raises:
+    ModelError: the file of weights is missing or damaged.
+  """
+  if record.weights is None:
+    return None
+  tensors = safetensors.open_file(record.path / WEIGHTS)
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  return traverse_util.unflatten_dict(shapes, sep='/')
+
+
 def float32_bytes(record: StageRecord) -> int:
   """Bytes of an exported stage's parameters in float32; 0 for a workdir.
 

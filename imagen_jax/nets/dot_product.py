@@ -180,4 +180,4 @@ def _product(a: Array, b: Array) -> jax.Array:
 def _chunks(x: Array) -> jax.Array:
   """[T, …] -> [T / C, C, …]."""
   size = CHUNK if x.shape[0] % CHUNK == 0 else x.shape[0]
-  return x.reshape(-1, size, *x.shape[1:])
+  return jnp.reshape(x, (-1, size, *x.shape[1:]))

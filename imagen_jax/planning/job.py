@@ -241,7 +241,7 @@ def sample_arguments(
     shardings: of the images.
 
   Returns:
-    `sampling.compiled`, and (parameters, `SampleInputs`) for it.
+    `sampling.sampler`, jitted, and (parameters, `SampleInputs`) for it.
   """
   stage, config = job.stage, job.stage.sampling
   shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -258,7 +258,9 @@ def sample_arguments(
     low_res=low,
     **scalars,
   )
-  generate = sampling.compiled(stage, config.spec, shardings)
+  generate = jax.jit(
+    sampling.sampler(stage, config.spec), out_shardings=shardings
+  )
   return generate, (stages.param_shapes(stage), inputs)
 
 

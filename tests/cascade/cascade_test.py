@@ -66,12 +66,8 @@ def test_seed_prompt_and_index_all_matter(cascade):
 
 def programs(cascade, **choices):
   """The number of compiled programs of each stage."""
-  return [
-    sampling.compiled(
-      stage, config.spec, sharding.batch_sharding(cascade._mesh(0))
-    )._cache_size()
-    for stage, config in zip(cascade.stages, cascade.settings(**choices))
-  ]
+  runs = cascade._runs(cascade.settings(**choices))
+  return [len(run.program) for run in runs]
 
 
 def test_guidance_and_augmentation_matter_and_need_no_new_compilation(cascade):
