@@ -23,12 +23,18 @@ OPEN = (
   'train.optimizer.options',
 )
 # Kinds with keys of their own, and the config that lists these.
-TEMPLATES = {'if_finetune': 'if_finetune', 'text': 'shapes_text'}
+TEMPLATES = {
+  'distill': 'distill',
+  'if_finetune': 'if_finetune',
+  'text': 'shapes_text',
+}
 
 # The intervals of numbers. Every number is finite, and a whole number without
 # an interval of its own fits in 32 bits.
 RANGES = {
   'seed': '[0, 4294967295]',
+  'teacher.steps': '[1, 1000000]',
+  'teacher.guidance': '[0, inf)',
   'rank': '[1, inf)',
   'scale': '(0, inf)',
   'bound_weight': '[0, inf)',
@@ -121,8 +127,8 @@ def base() -> ConfigDict:
   """The keys of every kind of run."""
   return ConfigDict(
     {
-      # What is trained: 'stage', 'if_finetune', 'text', or a class of yours,
-      # 'my_module:MyExperiment'.
+      # What is trained: 'stage', 'distill', 'if_finetune', 'text', or a class
+      # of yours, 'my_module:MyExperiment'.
       'kind': 'stage',
       # Seed of the parameters, the order of the data, noise and times.
       'seed': 0,

@@ -1,6 +1,7 @@
 """The training loss of a stage."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -52,6 +53,46 @@ def loss(
   Returns:
     [B] float32, and a dict of [B]: t, logsnr, mse, weight.
   """
+  given = training_inputs(stage, key, image, text, mask)
+  return diffusion_loss(
+    given.keys['loss'],
+    given.x,
+    predictor(stage, params, given),
+    logsnr_fn=stage.logsnr_fn,
+    spec=stage.loss_spec,
+    pixel_weight=given.weight,
+    t=t,
+  )
+
+
+class TrainingInputs(NamedTuple):
+  """What a stage is trained on, after the random choices of its conditioning.
+
+  Attributes:
+    keys: of the loss and of the network, by name.
+    x: [B, R, R, 3] in [−1, 1].
+    text, mask: [B, L, D] and [B, L], the null condition where it was drawn.
+    low_res: for a super-resolution stage, the upsampled low-resolution images
+      and their augmentation levels.
+    weight: [B, R, R, 1], of the pixels; None is 1.
+  """
+
+  keys: dict[str, jax.Array]
+  x: Image
+  text: TextEmb
+  mask: TextMask
+  low_res: tuple[Image, AugLevel] | tuple[()] = ()
+  weight: PixelMask | None = None
+
+
+def training_inputs(
+  stage: Stage,
+  key: jax.Array,
+  image: Uint8Image,
+  text: TextEmb,
+  mask: TextMask,
+) -> TrainingInputs:
+  """Drops captions, and augments low-resolution images; see `loss`."""
   # 3 was that of the crops, which are now cut where the images are read.
   numbers = {'drop': 0, 'level': 1, 'low': 2, 'loss': 4, 'net': 5}
   keys = {name: jax.random.fold_in(key, i) for name, i in numbers.items()}
@@ -59,30 +100,29 @@ def loss(
   x = image.astype(jnp.float32) / 127.5 - 1
   dropped = jax.random.bernoulli(keys['drop'], stage.cond_drop, (batch,))
   text, mask = null_where(dropped, text, mask)
-  extra: tuple[Image, AugLevel] | tuple[()] = ()
+  if stage.low_resolution is None:
+    return TrainingInputs(keys, x, text, mask)
+  low = box_downsample(x, x.shape[1] // stage.factor)
+  level = stage.max_level * jax.random.uniform(keys['level'], (batch,))
+  eps = jax.random.normal(keys['low'], low.shape)
   weight = None
-  if stage.low_resolution is not None:
-    low = box_downsample(x, x.shape[1] // stage.factor)
-    level = stage.max_level * jax.random.uniform(keys['level'], (batch,))
-    eps = jax.random.normal(keys['low'], low.shape)
-    extra = (low_res_input(stage, eps, low, level), level)
-    if stage.contrast_floor is not None:
-      weight = contrast_weight(low, stage.contrast_floor, x.shape[1])
+  if stage.contrast_floor is not None:
+    weight = contrast_weight(low, stage.contrast_floor, x.shape[1])
+  low_res = low_res_input(stage, eps, low, level), level
+  return TrainingInputs(keys, x, text, mask, low_res, weight)
+
+
+def predictor(
+  stage: Stage, params: dict, given: TrainingInputs
+) -> Callable[[Array, Array], Any]:
+  """The network in training: (z [B, R, R, 3], logsnr [B]) -> its output."""
 
   def predict(z: Array, logsnr: Array) -> Any:
-    arrays = z, logsnr, text, mask, *extra
-    rngs = {'dropout': keys['net']}
+    arrays = z, logsnr, given.text, given.mask, *given.low_res
+    rngs = {'dropout': given.keys['net']}
     return stages.apply(stage.net, params, *arrays, train=True, rngs=rngs)
 
-  return diffusion_loss(
-    keys['loss'],
-    x,
-    predict,
-    logsnr_fn=stage.logsnr_fn,
-    spec=stage.loss_spec,
-    pixel_weight=weight,
-    t=t,
-  )
+  return predict
 
 
 def contrast_weight(low: LowRes, floor: float, size: int) -> PixelMask:

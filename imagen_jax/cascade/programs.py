@@ -88,8 +88,8 @@ class Program:
     structure = jax.tree.structure((args, {}))
     found = _read(file, whole, structure)
     if found is None:
-      # With a name of its own, so that jax's cache has no such program: on a CPU
-      # one that has been on disk cannot be written there again.
+      # With a name of its own, so that jax's cache has no such program: on a
+      # CPU one that has been on disk cannot be written there again.
       function = lambda *args: self._function(*args)
       function.__name__ = f'run_{secrets.token_hex(8)}'
       found = self._jit(function).lower(*args).compile()

@@ -136,13 +136,38 @@ def diffusion_loss(
   eps = jax.random.normal(key_eps, x.shape, x.dtype)
 
   logsnr, slope = jax.jvp(logsnr_fn, (t,), (jnp.ones_like(t),))
-  output = predict(diffuse(x, eps, logsnr), logsnr).astype(x.dtype)
-  error = output - target(spec.prediction, x, eps, logsnr)
-  error = error**2
+  return weighted_error(
+    predict(diffuse(x, eps, logsnr), logsnr).astype(x.dtype),
+    target(spec.prediction, x, eps, logsnr),
+    t=t,
+    logsnr=logsnr,
+    slope=slope,
+    spec=spec,
+    pixel_weight=pixel_weight,
+  )
+
+
+def weighted_error(
+  output: Image,
+  aim: Image,
+  *,
+  t: LogSNR,
+  logsnr: LogSNR,
+  spec: LossSpec,
+  slope: LogSNR | None = None,
+  pixel_weight: PixelMask | None = None,
+) -> tuple[LogSNR, dict[str, LogSNR]]:
+  """The weighted squared error of a network's output; see `diffusion_loss`.
+
+  Args:
+    output, aim: [B, H, W, C], of `spec.prediction`.
+    t, logsnr, slope: [B], where they are; the slope is for 'sigmoid'.
+    spec, pixel_weight: see `diffusion_loss`.
+  """
+  error = (output - aim) ** 2
   if pixel_weight is not None:
     error = pixel_weight * error
-  mse = jnp.mean(error, axis=range(1, x.ndim))
-
+  mse = jnp.mean(error, axis=range(1, aim.ndim))
   # Convert the prediction's error to the eps error, then apply the weight. In
   # logarithms equal factors cancel exactly.
   weighting = spec.weighting or spec.prediction

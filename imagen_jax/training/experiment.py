@@ -30,6 +30,7 @@ from imagen_jax.typing import Array
 # Each kind is one file, imported on demand.
 KINDS = {
   'stage': 'imagen_jax.training.stage_experiment:StageExperiment',
+  'distill': 'imagen_jax.training.distillation:DistillExperiment',
   'text': 'imagen_jax.worlds.pretraining:TextExperiment',
   'if_finetune': 'imagen_jax.deepfloyd.experiment:IFExperiment',
 }

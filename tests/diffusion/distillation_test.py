@@ -1,0 +1,167 @@
+"""A student's step ends where its teacher's steps end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.diffusion import schedule
+from imagen_jax.diffusion.distillation import distillation_loss, teacher_target
+from imagen_jax.diffusion.loss import LossSpec
+from imagen_jax.diffusion.process import eps_from_x, target
+from imagen_jax.diffusion.reverse import (
+  Reverse,
+  logsnr_grid,
+  sample,
+  trajectory,
+)
+from imagen_jax.diffusion.samplers import SamplerSpec, Step, ddim_step
+from imagen_jax.diffusion.schedule import alpha_sigma
+
+MEAN, STD = 0.3, 0.5  # of the data, N(MEAN, STD²) in every pixel
+COSINE = schedule.cosine_logsnr
+
+
+@pytest.fixture(autouse=True)
+def double():
+  with jax.enable_x64(True):
+    yield
+
+
+def exact(z, logsnr):
+  """E[x | z] of Gaussian data."""
+  alpha, sigma = alpha_sigma(jnp.reshape(logsnr, (-1, 1, 1, 1)))
+  gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+  return MEAN + gain * (z - alpha * MEAN)
+
+
+def grid(steps, kind='time'):
+  spec = SamplerSpec(sampler='ddim', steps=steps, grid=kind)
+  return logsnr_grid(COSINE, spec, dtype=jnp.float64)
+
+
+def noise(batch, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=(batch, 2, 2, 1)))
+
+
+@pytest.mark.parametrize('kind', ['time', 'logsnr'])
+@pytest.mark.parametrize('parts', [1, 2, 5])
+def test_a_step_to_the_target_is_the_teachers_steps(parts, kind):
+  steps = 4
+  fine, coarse = grid(steps * parts, kind), grid(steps, kind)
+  np.testing.assert_allclose(fine[::parts], coarse, rtol=1e-12)
+  z, index = noise(steps), jnp.arange(steps)
+  aim = teacher_target(z, index, exact, grid=fine, parts=parts)
+  for i in range(steps):
+    row = z[i : i + 1]
+    for here, there in zip(fine[i * parts :], fine[i * parts + 1 :][:parts]):
+      x = exact(row, here)
+      row = ddim_step(row, x, jnp.zeros_like(row), Step(here, there))
+    at = Step(coarse[i], coarse[i + 1])
+    one = ddim_step(z[i : i + 1], aim[i], jnp.zeros_like(row), at)
+    if i == steps - 1:  # the last step returns the prediction itself
+      one, row = aim[i], x[0]
+    np.testing.assert_allclose(one, row, rtol=1e-9)
+
+
+def test_the_exact_student_samples_what_its_teacher_samples():
+  """4 evaluations of a student give what 32 of the teacher give."""
+  steps, parts = 4, 8
+  fine, coarse = grid(steps * parts), grid(steps)
+
+  def student(z, logsnr, memory):
+    index = jnp.searchsorted(coarse, logsnr[0] - 1e-9)
+    index = jnp.full(len(z), index)
+    return teacher_target(z, index, exact, grid=fine, parts=parts), memory
+
+  teacher = lambda z, logsnr, memory: (exact(z, logsnr), memory)
+  spec = SamplerSpec(sampler='ddim', steps=steps)
+  keys = jax.random.split(jax.random.key(0), 6)
+  images = [
+    sample(Reverse(keys, noise(6), logsnr, denoise, spec))
+    for logsnr, denoise in ((fine, teacher), (coarse, student))
+  ]
+  np.testing.assert_allclose(*images, rtol=1e-6)
+  few = sample(Reverse(keys, noise(6), coarse, teacher, spec))
+  assert np.abs(few - images[0]).max() > 0.01  # what there was to learn
+
+
+def test_the_student_of_gaussian_data_keeps_their_standard_deviation():
+  steps, parts = 2, 60
+  fine = grid(steps * parts)
+  z, index = noise(4), jnp.zeros(4, int)
+  aim = teacher_target(z, index, exact, grid=fine, parts=parts)
+  at = Step(fine[0], fine[parts])
+  middle = ddim_step(z, aim, jnp.zeros_like(z), at)
+  index = index + 1
+  x = teacher_target(middle, index, exact, grid=fine, parts=parts)
+  # The exact ODE maps noise to MEAN + STD · noise.
+  np.testing.assert_allclose(x, MEAN + STD * z, atol=3e-2)
+  few = teacher_target(z, 0 * index, exact, grid=grid(1), parts=1)
+  assert np.abs(few - (MEAN + STD * z)).max() > 0.3
+
+
+@pytest.mark.parametrize('prediction', ['v', 'x', 'eps'])
+def test_the_loss_of_the_exact_student_is_zero(prediction):
+  steps, parts = 4, 3
+  fine, coarse = grid(steps * parts), grid(steps)
+  spec = LossSpec(prediction=prediction, stratified=True)
+
+  def student(z, logsnr, shift=0.0):
+    index = jnp.searchsorted(coarse, logsnr - 1e-9)
+    x = teacher_target(z, index, exact, grid=fine, parts=parts) + shift
+    return target(prediction, x, eps_from_x(z, x, logsnr), logsnr)
+
+  def losses(predict):
+    return distillation_loss(
+      jax.random.key(1), noise(8), predict, exact,
+      grid=fine, parts=parts, spec=spec,
+    )  # fmt: skip
+
+  loss, details = losses(student)
+  np.testing.assert_allclose(loss, 0, atol=1e-12)
+  # Every step is met, at the time where it begins.
+  np.testing.assert_array_equal(
+    np.sort(details['t']), np.repeat([0.25, 0.5, 0.75, 1], 2)
+  )
+  np.testing.assert_allclose(
+    details['logsnr'], COSINE(np.float64(details['t'])), atol=1e-9
+  )
+  # The unweighted error of x and of v: 1 and 1 + snr times that of x.
+  loss, details = losses(lambda z, logsnr: student(z, logsnr, 0.1))
+  snr = jnp.exp(details['logsnr'])
+  factor = {'x': 1, 'v': 1 + snr, 'eps': snr}[prediction]
+  np.testing.assert_allclose(loss, 0.01 * factor, rtol=1e-6)
+
+
+def test_the_target_has_no_gradient():
+  fine = grid(4)
+
+  def loss(scale):
+    return distillation_loss(
+      jax.random.key(0),
+      noise(4),
+      lambda z, logsnr: jnp.zeros_like(z),
+      lambda z, logsnr: scale * exact(z, logsnr),
+      grid=fine,
+      parts=2,
+      spec=LossSpec(prediction='x'),
+    )[0].sum()
+
+  assert loss(1.0) > 0
+  assert jax.grad(loss)(1.0) == 0
+
+
+def test_the_trajectory_of_the_sampler_is_that_of_the_targets():
+  """The teacher's steps are those of the sampler, to the bit."""
+  steps = 4
+  fine = grid(steps)
+  spec = SamplerSpec(sampler='ddim', steps=steps)
+  keys = jax.random.split(jax.random.key(0), 3)
+  teacher = lambda z, logsnr, memory: (exact(z, logsnr), memory)
+  path = trajectory(Reverse(keys, noise(3), fine, teacher, spec))
+  for i in range(steps):
+    index = jnp.full(3, i)
+    aim = teacher_target(path.z[i], index, exact, grid=fine, parts=1)
+    np.testing.assert_allclose(aim, path.x[i], rtol=1e-12)
