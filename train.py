@@ -1,5 +1,9 @@
+import signal
 import sys
 
-from imagen_jax.cli.train import main
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: no traceback
+
+from imagen_jax.cli.train import main  # noqa: E402
 
 sys.exit(main())

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -42,6 +43,9 @@ def run(
     or what `main` returned.
   """
   code = 1  # Python's, after a traceback
+  if argv is None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports of jax do not survive an exception in the middle.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     code = _run(main, sys.argv[1:] if argv is None else list(argv), flags or {})
     return code
@@ -83,6 +87,15 @@ def _run(
     return _exit_code(error)
 
 
+def catch_interrupts() -> None:
+  """From now on Ctrl-C is a `KeyboardInterrupt`; see `run`.
+
+  A command calls it after its slow imports, and before it writes anything.
+  """
+  if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def outcome(error: BaseException) -> tuple[str, int]:
   """(sentence, exit code) of an error, for the other processes of a job."""
   if isinstance(error, KeyboardInterrupt):
@@ -122,9 +135,12 @@ def _unraisable(problem: Any) -> None:
   """Python's hook, without the errors that follow a failed save.
 
   When a disk is full, the queued writes report to an event loop that is closed;
-  the failure itself has been reported by then.
+  the failure itself has been reported by then. A Ctrl-C that came while jax
+  collected garbage would be lost, and is repeated.
   """
-  if str(problem.exc_value) != 'Event loop is closed':
+  if isinstance(problem.exc_value, KeyboardInterrupt):
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+  elif str(problem.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(problem)
 
 

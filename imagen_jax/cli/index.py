@@ -79,6 +79,8 @@ def _main(argv: list[str]) -> None:
   from imagen_jax.data import tar_index, tar_update
   from imagen_jax.data.webdataset import find_tars
 
+  errors.catch_interrupts()
+
   tars = [*find_tars(args.path)]
   root = tar_update.common_folder(tars)
   names = {tar_update.below(root, tar): tar for tar in tars}

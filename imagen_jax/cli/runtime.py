@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 
-from imagen_jax.cli import output
+from imagen_jax.cli import errors, output
 from imagen_jax.errors import ImagenError, UsageError
 from imagen_jax.io import paths
 
@@ -71,6 +71,7 @@ def start(
       f'jax finds no device ({reason[:200]}); check the environment: '
       f'JAX_PLATFORMS is {os.environ.get("JAX_PLATFORMS", "unset")}.'
     ) from error
+  errors.catch_interrupts()
 
 
 def _pin_numerics() -> None:

@@ -63,6 +63,7 @@ def _main(argv: list[str]) -> int:
     'same command again follows what runs',
   )
   args = parser.parse_args(argv[:split])
+  errors.catch_interrupts()
   command = argv[split + 1 :]
   if not command or not shutil.which(command[0]):
     missing = f'{command[0]} is not a command' if command else 'no command'

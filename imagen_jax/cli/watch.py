@@ -38,6 +38,7 @@ def _main(argv: list[str]) -> None:
     '--every', type=errors.positive, default=10, help='seconds between looks'
   )
   args = parser.parse_args(argv)
+  errors.catch_interrupts()
 
   from imagen_jax.io import bucket
 

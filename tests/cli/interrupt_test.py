@@ -1,0 +1,71 @@
+"""Ctrl-C at any moment: the command ends, without a traceback."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from imagen_jax.cli import errors
+
+COMMANDS = {
+  'sample.py': ['--prompt', 'a red circle', '--out', 'OUT'],
+  'train.py': [
+    '--config', 'shapes_base', '--config.text.path=demo', '--workdir', 'OUT',
+  ],
+  'evaluate.py': ['--suite', 'shapes', '--num', '4', '--out', 'OUT'],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', COMMANDS)
+def test_at_every_moment_of_the_start(script, tmp_path):
+  """jax's extension modules crash if an exception meets their import."""
+  for number in range(14):
+    words = [w.replace('OUT', f'{tmp_path}/{number}') for w in COMMANDS[script]]
+    process = subprocess.Popen(
+      [sys.executable, script, *words],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    time.sleep(0.04 * 1.4**number)  # to 3 seconds
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=120)
+    # Python's own start, before the first line, is not ours.
+    if number > 1:
+      assert 'Traceback' not in printed, number
+    assert process.returncode in (-signal.SIGINT, 130), (number, printed)
+
+
+def test_one_that_a_library_swallows_is_repeated(capsys):
+  """As where jax is called back while Python collects garbage."""
+
+  class Swallowing:
+    def __del__(self):
+      raise KeyboardInterrupt
+
+  def main(argv):
+    thing = Swallowing()
+    del thing
+    time.sleep(20)
+
+  begin = time.monotonic()
+  assert errors.run(main, []) == 130
+  assert time.monotonic() - begin < 5
+  assert capsys.readouterr().err == 'interrupted\n'
+
+
+def test_a_process_that_ignores_it_goes_on_ignoring_it():
+  """As one that a shell started with &."""
+  code = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from imagen_jax.cli import errors
+def main(argv):
+  errors.catch_interrupts()
+  signal.raise_signal(signal.SIGINT)
+sys.exit(errors.run(main))
+"""
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
