@@ -5,9 +5,10 @@
   mine/part-00000.json            its count, size, sha256 and skipped samples
   mine/dropped.jsonl              all skipped samples, with reasons
 
-A record is the length of its header (4 bytes), the header as JSON, the image as
-pixels or encoded (`encode` of dataset.json), and the embeddings of the
-caption's tokens in bfloat16, without padding. It contains no code.
+A record is the length of its header (4 bytes), the header as JSON (the captions
+of the image, its height and width), the image as pixels or encoded (`encode` of
+dataset.json), and the embeddings of the caption's tokens in bfloat16, without
+padding. It contains no code.
 """
 
 import glob
@@ -31,7 +32,7 @@ from imagen_jax.io import bucket, files
 from imagen_jax.io.decode import BadSample, resize_square
 from imagen_jax.io.files import AnyPath
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
 
 
@@ -109,16 +110,19 @@ class ArrayRecordSource(Checked):
     record = self._records[i]
     try:
       header, pixels, text = _unpack(record)
-      side = self.header['size']
-      image = self._encoding.decode(pixels, side)
-      example = {'image': image, 'caption': header['caption']}
-      if not isinstance(example['caption'], str):
+      height, width = header['shape']
+      image = self._encoding.decode(pixels, height, width)
+      captions = header['captions']
+      if not all(isinstance(caption, str) for caption in captions):
         raise TypeError('not text')
+      example = {'image': image, 'caption': captions[0]}
+      if len(captions) > 1:
+        example['captions'] = tuple(captions)
       if self.header['text'] is not None:
         example |= _padded(text, **self.header['text'])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
       raise BadSample('its record is damaged') from error
-    if side != self.size:
+    if min(height, width) != self.size:
       example['image'] = resize_square(Image.fromarray(image), self.size)
     return example
 
@@ -196,9 +200,19 @@ def pack(
   text: np.ndarray | None,
   encoding: Encoding = RAW,
 ) -> bytes:
-  """A record of an example and its caption's embeddings (or None)."""
+  """A record of an example and its caption's embeddings (or None).
+
+  Args:
+    example: `image` uint8 [h, w, 3], and `caption` or a sequence of `captions`.
+    text: [tokens, dim].
+    encoding: of the image.
+  """
   pixels = encoding.encode(example['image'])
-  header = {'caption': example['caption'], 'image': len(pixels)}
+  header = {
+    'captions': list(example.get('captions') or [example['caption']]),
+    'shape': example['image'].shape[:2],
+    'image': len(pixels),
+  }
   head = json.dumps(header).encode()
   rows = b'' if text is None else np.ascontiguousarray(text).tobytes()
   return len(head).to_bytes(4, 'little') + head + pixels + rows

@@ -291,7 +291,7 @@ def test_a_record_is_no_code(images, tmp_path):
   record = ArrayRecordSource(tmp_path / 'out', 16)._records[0]
   with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError)):
     pickle.loads(record)
-  assert json.loads(record[4 : 4 + record[0]])['caption'] == 'caption 0 ü'
+  assert json.loads(record[4 : 4 + record[0]])['captions'] == ['caption 0 ü']
 
 
 def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
@@ -301,7 +301,7 @@ def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
   write(images, out)
   text = (out / 'dataset.json').read_text()
   (out / 'dataset.json').write_text(
-    text.replace('"format_version": 2', '"format_version": 9', 1)
+    text.replace('"format_version": 3', '"format_version": 9', 1)
   )
   with pytest.raises(DataError, match='dataset.json'):
     ArrayRecordSource(out, 16)
@@ -427,13 +427,18 @@ def test_a_header_with_other_types_or_files_elsewhere_is_refused(
     ArrayRecordSource(tmp_path / 'out', 16)
 
 
+GOOD = b'{"captions": ["a"], "shape": [16, 16], "image": 768}'
+
+
 @pytest.mark.parametrize(
   'header, text',
   [
-    (b'[' * 100_000, b''), (b'3', b''), (b'{"caption": 3, "image": 768}', b''),
-    (b'{"caption": "a", "image": "x"}', b''),
-    (b'{"caption": "a", "image": 768}', bytes(7)),  # no row of 3 bfloat16
-    (b'{"caption": "a", "image": 768}', bytes(6 * 6)),  # 6 rows of at most 5
+    (b'[' * 100_000, b''), (b'3', b''), (GOOD.replace(b'["a"]', b'[3]'), b''),
+    (GOOD.replace(b'["a"]', b'[]'), b''), (GOOD.replace(b'768', b'"x"'), b''),
+    (GOOD.replace(b'[16, 16]', b'[16]'), b''),
+    (GOOD.replace(b'[16, 16]', b'[16, 15]'), b''),
+    (GOOD, bytes(7)),  # no row of 3 bfloat16
+    (GOOD, bytes(6 * 6)),  # 6 rows of at most 5
   ],
 )  # fmt: skip
 def test_a_malformed_record_is_replaced_by_its_neighbour(
@@ -446,3 +451,16 @@ def test_a_malformed_record_is_replaced_by_its_neighbour(
   monkeypatch.setattr(source, '_records', records)
   assert source[0]['caption'] == source[1]['caption']
   assert source.bad.keys() == {'record 0'}
+
+
+def test_several_captions_of_an_image_are_all_stored(tmp_path):
+  class Twice(FolderSource):
+    def example(self, i):
+      return super().example(i) | {'captions': ('one', 'two')}
+
+  Image.new('RGB', (16, 16)).save(tmp_path / '0.png')
+  (tmp_path / '0.txt').write_text('one')
+  prepare(Twice(tmp_path, 16), tmp_path / 'out', Recipe(16, {}))
+  example = ArrayRecordSource(tmp_path / 'out', 16)[0]
+  assert example['captions'] == ('one', 'two')
+  assert example['caption'] == 'one'
