@@ -44,6 +44,18 @@ UNREADABLE = 'it cannot be read now'
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
+class NoImage(DataError):
+  """All samples of a source are skipped.
+
+  Attributes:
+    source: with the reasons in `skipped`.
+  """
+
+  def __init__(self, message: str, source: Source) -> None:
+    super().__init__(message)
+    self.source = source
+
+
 class Checked(Source):
   """Random access to the samples that passed the check, {'image', 'caption'}.
 
@@ -74,8 +86,6 @@ class Checked(Source):
   needs: ClassVar[str] = ''
   bad: dict[str, str]
   unused: Mapping[str, str] = {}
-  # Numbers of further samples, of sets too large to list them all.
-  unlisted_bad = unlisted_small = 0
 
   def __init__(
     self,
@@ -94,9 +104,10 @@ class Checked(Source):
     self.skipped = (*skipped.items(), *self.unused.items())
     if not len(self):
       reason = summary(self.skipped) or 'there are none'
-      raise DataError(
+      raise NoImage(
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
-        f'{self.needs}'.strip()
+        f'{self.needs}'.strip(),
+        self,
       )
     more = self.unlisted_bad + self.unlisted_small
     self._total = len(self) + len(skipped) + more
