@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from imagen_jax.errors import UsageError
-from imagen_jax.io.decode import BadSample, decode
+from imagen_jax.io.decode import BadSample, opened, upright
 
 # Pillow's options. Chroma is not subsampled in JPEG, which costs a quarter of
 # the bytes and gains 4 dB; WebP cannot but subsample it.
@@ -66,19 +66,20 @@ class Encoding:
     return out.getvalue()
 
   def decode(
-    self, data: bytes | memoryview, side: int
-  ) -> UInt8[np.ndarray, '{side} {side} 3']:
-    """A square image of that side, from bytes.
+    self, data: bytes | memoryview, shape: Sequence[int]
+  ) -> UInt8[np.ndarray, 'h w 3']:
+    """An image of that height and width, from bytes.
 
     Raises:
       ValueError, BadSample: they are not such an image.
     """
+    height, width = shape
     if self.kind == 'raw':
-      return np.frombuffer(data, np.uint8).reshape(side, side, 3)
-    image = decode(bytes(data), side)
-    if image.shape != (side, side, 3):
-      raise BadSample(f'it is not {side} pixels wide and high')
-    return image
+      return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    with opened(bytes(data)) as image:
+      if image.size != (width, height):
+        raise BadSample(f'it is not {width} × {height} pixels')
+      return np.asarray(upright(image))
 
 
 RAW = Encoding()

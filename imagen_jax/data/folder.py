@@ -76,10 +76,10 @@ class FolderSource(Checked):
   def caption(self, i: int) -> str:
     return self.captions[i]
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     file = self.path / self.names[i]
     try:
-      return file.read_bytes(), self.captions[i]
+      return file.read_bytes(), [self.captions[i]]
     except FileNotFoundError:
       raise BadSample('it does not exist') from None
 

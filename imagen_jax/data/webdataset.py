@@ -11,6 +11,7 @@ import hashlib
 import os
 import tarfile
 import zlib
+from collections.abc import Sequence
 
 from imagen_jax.data import tar_index, tar_scan
 from imagen_jax.data.checked import LISTED, MAX_BAD, Checked
@@ -112,14 +113,14 @@ class WebDatasetSource(Checked):
     number = bisect.bisect_right(self._starts, row) - 1
     return self.tars[number], self._shards[number]
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     row = self._rows[i]
     _, shard = self._tar(row)
     image, text, size, length, crc, is_json = self._index.rows[row].item()
     data, said = _read_both(shard, (image, size), (text, length))
     if zlib.crc32(data) != crc:
       raise BadSample('it has changed since it was indexed')
-    return data, tar_scan.caption(said, is_json)
+    return data, [tar_scan.caption(said, is_json)]
 
 
 def _read_both(
