@@ -5,10 +5,10 @@
   mine/part-00000.json            its count, size, sha256 and skipped samples
   mine/dropped.jsonl              all skipped samples, with reasons
 
-A record is the length of its header (4 bytes), the header as JSON (captions,
-height and width of the image, number of its bytes), the image as pixels or
-encoded (`encode` of dataset.json), and the embeddings of the first caption's
-tokens in bfloat16, without padding. It contains no code.
+A record is the length of its header (4 bytes), the header as JSON (the captions
+of the image, its height and width), the image as pixels or encoded (`encode` of
+dataset.json), and the embeddings of the caption's tokens in bfloat16, without
+padding. It contains no code.
 """
 
 import glob
@@ -110,11 +110,12 @@ class ArrayRecordSource(Checked):
     record = self._records[i]
     try:
       header, pixels, text = _unpack(record)
-      image = self._encoding.decode(pixels, header['shape'])
+      height, width = header['shape']
+      image = self._encoding.decode(pixels, height, width)
       example = {'image': image} | captioned(header['captions'])
       if self.header['text'] is not None:
         example |= _padded(text, **self.header['text'])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
       raise BadSample('its record is damaged') from error
     side = self.header['size']
     if side != self.size:
@@ -196,10 +197,16 @@ def pack(
   text: np.ndarray | None,
   encoding: Encoding = RAW,
 ) -> bytes:
-  """A record of an example and its first caption's embeddings (or None)."""
+  """A record of an example and its caption's embeddings (or None).
+
+  Args:
+    example: `image` uint8 [h, w, 3], and `caption` or a sequence of `captions`.
+    text: [tokens, dim].
+    encoding: of the image.
+  """
   pixels = encoding.encode(example['image'])
   header = {
-    'captions': example.get('captions', [example['caption']]),
+    'captions': list(example.get('captions') or [example['caption']]),
     'shape': example['image'].shape[:2],
     'image': len(pixels),
   }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -66,20 +66,21 @@ class Encoding:
     return out.getvalue()
 
   def decode(
-    self, data: bytes | memoryview, shape: Sequence[int]
-  ) -> UInt8[np.ndarray, 'h w 3']:
+    self, data: bytes | memoryview, height: int, width: int
+  ) -> UInt8[np.ndarray, '{height} {width} 3']:
     """An image of that height and width, from bytes.
 
     Raises:
       ValueError, BadSample: they are not such an image.
     """
-    height, width = shape
+    shape = height, width, 3
     if self.kind == 'raw':
-      return np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    with opened(bytes(data)) as image:
-      if image.size != (width, height):
-        raise BadSample(f'it is not {width} × {height} pixels')
-      return np.asarray(upright(image))
+      return np.frombuffer(data, np.uint8).reshape(shape)
+    with opened(bytes(data), min_side=1) as image:
+      pixels = np.asarray(upright(image))
+    if pixels.shape != shape:
+      raise BadSample(f'it is not {width} pixels wide and {height} high')
+    return pixels
 
 
 RAW = Encoding()

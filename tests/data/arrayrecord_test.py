@@ -455,13 +455,18 @@ def test_a_header_with_other_types_or_files_elsewhere_is_refused(
     ArrayRecordSource(tmp_path / 'out', 16)
 
 
+GOOD = b'{"captions": ["a"], "shape": [16, 16], "image": 768}'
+
+
 @pytest.mark.parametrize(
   'header, text',
   [
-    (b'[' * 100_000, b''), (b'3', b''), (b'{"caption": 3, "image": 768}', b''),
-    (b'{"caption": "a", "image": "x"}', b''),
-    (b'{"caption": "a", "image": 768}', bytes(7)),  # no row of 3 bfloat16
-    (b'{"caption": "a", "image": 768}', bytes(6 * 6)),  # 6 rows of at most 5
+    (b'[' * 100_000, b''), (b'3', b''), (GOOD.replace(b'["a"]', b'[3]'), b''),
+    (GOOD.replace(b'["a"]', b'[]'), b''), (GOOD.replace(b'768', b'"x"'), b''),
+    (GOOD.replace(b'[16, 16]', b'[16]'), b''),
+    (GOOD.replace(b'[16, 16]', b'[16, 15]'), b''),
+    (GOOD, bytes(7)),  # no row of 3 bfloat16
+    (GOOD, bytes(6 * 6)),  # 6 rows of at most 5
   ],
 )  # fmt: skip
 def test_a_malformed_record_is_replaced_by_its_neighbour(
@@ -474,3 +479,26 @@ def test_a_malformed_record_is_replaced_by_its_neighbour(
   monkeypatch.setattr(source, '_records', records)
   assert source[0]['caption'] == source[1]['caption']
   assert source.bad.keys() == {'record 0'}
+
+
+def test_several_captions_of_an_image_are_all_stored(tmp_path):
+  class Twice(FolderSource):
+    def example(self, i):
+      return super().example(i) | {'captions': ('one', 'two')}
+
+  Image.new('RGB', (16, 16)).save(tmp_path / '0.png')
+  (tmp_path / '0.txt').write_text('one')
+  prepare(Twice(tmp_path, 16), tmp_path / 'out', Recipe(16, {}))
+  example = ArrayRecordSource(tmp_path / 'out', 16)[0]
+  assert example['captions'] == ('one', 'two')
+  assert example['caption'] == 'one'
+
+
+def test_a_smaller_size_keeps_the_aspect_ratio(images, tmp_path):
+  write(images, tmp_path / 'out')
+  record = arrayrecord.pack(
+    {'image': np.full((8, 24, 3), 7, np.uint8), 'caption': 'wide'}, None
+  )
+  source = ArrayRecordSource(tmp_path / 'out', 8)
+  source._records = [record]
+  assert source.example(0)['image'].shape == (4, 12, 3)
