@@ -24,12 +24,12 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
+from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
 from imagen_jax.data.encoding import RAW, Encoding
 from imagen_jax.data.records import Part, Records, wrong
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
-from imagen_jax.io.decode import BadSample, resize_square
+from imagen_jax.io.decode import BadSample, fit
 from imagen_jax.io.files import AnyPath
 
 FORMAT_VERSION = 3
@@ -112,18 +112,15 @@ class ArrayRecordSource(Checked):
       header, pixels, text = _unpack(record)
       height, width = header['shape']
       image = self._encoding.decode(pixels, height, width)
-      captions = header['captions']
-      if not all(isinstance(caption, str) for caption in captions):
-        raise TypeError('not text')
-      example = {'image': image, 'caption': captions[0]}
-      if len(captions) > 1:
-        example['captions'] = tuple(captions)
+      example = {'image': image} | captioned(header['captions'])
       if self.header['text'] is not None:
         example |= _padded(text, **self.header['text'])
     except (ValueError, LookupError, TypeError) as error:
       raise BadSample('its record is damaged') from error
-    if min(height, width) != self.size:
-      example['image'] = resize_square(Image.fromarray(image), self.size)
+    side = self.header['size']
+    if side != self.size:
+      height, width = (n * self.size // side for n in image.shape[:2])
+      example['image'] = fit(Image.fromarray(image), width, height)
     return example
 
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:

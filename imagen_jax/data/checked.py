@@ -153,8 +153,8 @@ class Checked(Source):
       f'({reason}); check the disk.'
     )
 
-  def read(self, i: int) -> tuple[bytes, str]:
-    """The encoded image and the caption of a sample.
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
+    """The encoded image and the captions of a sample.
 
     Raises:
       BadSample, OSError: it cannot be used.
@@ -163,9 +163,9 @@ class Checked(Source):
 
   def example(self, i: int) -> dict[str, Any]:
     """Sample `i`, never a replacement; raises BadSample or OSError."""
-    data, caption = self.read(i)
+    data, captions = self.read(i)
     image = decode(data, self.size, self.resize)
-    return {'image': image, 'caption': caption}
+    return {'image': image} | captioned(captions)
 
   def note(self, name: str, reason: str) -> None:
     """Counts a bad sample; raises DataError if there are too many."""
@@ -193,6 +193,40 @@ class Checked(Source):
       )
 
 
+def captioned(captions: Sequence[str]) -> dict[str, Any]:
+  """The entries of an example with these captions.
+
+  Raises:
+    TypeError: there are none, or one is not text.
+  """
+  if not captions or not all(isinstance(text, str) for text in captions):
+    raise TypeError('no captions')
+  several = {'captions': tuple(captions)} if len(captions) > 1 else {}
+  return {'caption': captions[0]} | several
+
+
+def clean_captions(texts: Any) -> tuple[str, ...]:
+  """The usable ones of a sample's captions, cleaned, each once.
+
+  Args:
+    texts: a caption (str or UTF-8 bytes), a sequence of them, or None.
+
+  Raises:
+    BadSample: none is usable; says what is wrong with the last.
+  """
+  problem = BadSample('it has no caption')
+  good = dict[str, None]()
+  for text in texts if isinstance(texts, list | tuple) else [texts]:
+    try:
+      if text is not None:
+        good[clean_caption(text)] = None
+    except BadSample as error:
+      problem = error
+  if not good:
+    raise problem
+  return tuple(good)
+
+
 def clean_caption(text: str | bytes) -> str:
   """A caption with single spaces and no surrounding whitespace.
 
@@ -202,6 +236,8 @@ def clean_caption(text: str | bytes) -> str:
   Raises:
     BadSample: it is not UTF-8, empty, longer than `MAX_CAPTION`, or binary.
   """
+  if not isinstance(text, str | bytes):
+    raise BadSample('its caption is not text')
   if isinstance(text, bytes):
     try:
       text = text.decode('utf-8-sig')

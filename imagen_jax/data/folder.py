@@ -82,10 +82,10 @@ class FolderSource(Checked):
     except OSError:
       return None
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     file = self.path / self.names[i]
     try:
-      return file.read_bytes(), self.captions[i]
+      return file.read_bytes(), [self.captions[i]]
     except FileNotFoundError:
       raise BadSample('it does not exist') from None
 

@@ -28,6 +28,8 @@ class Source(abc.ABC):
     bad: {name: reason} of the samples that are damaged.
     unlisted_bad, unlisted_small: numbers of further samples, damaged and too
       small, of sets too large to list them all.
+    buckets: {(height, width): the examples of that shape}, where images differ
+      in shape; a batch is of one shape. Empty: all are squares of `size`.
     text_header: `dim`, `max_len` and digests of the stored embeddings of the
       captions; None if none are stored.
   """
@@ -41,6 +43,7 @@ class Source(abc.ABC):
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
   unlisted_bad = unlisted_small = 0
+  buckets: typing.Mapping[tuple[int, int], typing.Sequence[int]] = {}
   text_header: typing.Mapping | None = None
 
   @property
@@ -54,7 +57,15 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, i: int) -> dict:
-    """{'image': uint8 [size, size, 3], 'caption': str} of one example."""
+    """One example.
+
+    Returns:
+      {'image': uint8 [size, size, 3], 'caption': str}. Where an image has
+      several captions, 'captions' is a tuple of all and 'caption' the first;
+      `text` and `mask` are then sequences with an entry for each. Training
+      draws one an epoch. Of a source with `buckets`, an image has its
+      bucket's height and width.
+    """
 
   def example(self, i: int) -> dict:
     """As `self[i]`, but a damaged example raises `BadSample`."""

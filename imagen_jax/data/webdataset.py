@@ -13,7 +13,7 @@ import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from imagen_jax.data import tar_index, tar_scan
@@ -149,14 +149,14 @@ class WebDatasetSource(Checked):
             return found.read() if found else None
     return None
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     row = self._rows[i]
     _, shard = self._tar(row)
     image, text, size, length, crc, is_json = self._index.rows[row].item()
     data, said = _read_both(shard, (image, size), (text, length))
     if zlib.crc32(data) != crc:
       raise BadSample('it has changed since it was indexed')
-    return data, tar_scan.caption(said, is_json)
+    return data, [tar_scan.caption(said, is_json)]
 
 
 def _read_both(
