@@ -202,11 +202,11 @@ def test_several_captions_of_an_image_are_all_stored(images, tmp_path, source):
 class Altered(FolderSource):
   """Images of many shapes, or with several captions."""
 
-  shapes, captions_ = [(16, 16)], None
+  forms, captions_ = [(16, 16)], None
 
   def example(self, i):
     found = super().example(i)
-    height, width = self.shapes[i % len(self.shapes)]
+    height, width = self.forms[i % len(self.forms)]
     found['image'] = np.full((height, width, 3), i, np.uint8)
     return found | ({'captions': self.captions_} if self.captions_ else {})
 
@@ -224,7 +224,7 @@ def source(monkeypatch):
 
 
 def test_the_shapes_of_the_records_are_listed_as_runs(images, tmp_path, source):
-  source.shapes = [(16, 16), (16, 16), (8, 32)]
+  source.forms = [(16, 16), (16, 16), (8, 32)]
   out = tmp_path / 'out'
   prepare(out, **from_folder(images) | {'kind': source.kind})
   parts = json.loads((out / 'dataset.json').read_text())['parts']
