@@ -20,7 +20,7 @@ from imagen_jax.io import model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
   TextEncoder,
-  encode_tokens,
+  encode_by_length,
   load_text_encoder,
 )
 from imagen_jax.training.experiment import (
@@ -97,7 +97,7 @@ class StageExperiment(Experiment):
   def condition(self, key: jax.Array, batch: Tree, frozen: Tree) -> Tree:
     text = batch.get('text')
     if text is None:
-      text = encode_tokens(
+      text = encode_by_length(
         self.text.module, frozen, batch['ids'], batch['mask']
       )
     text = jax.lax.stop_gradient(text.astype(jnp.float32))
