@@ -5,9 +5,10 @@
   mine/part-00000.json            its count, size, sha256 and skipped samples
   mine/dropped.jsonl              all skipped samples, with reasons
 
-A record is the length of its header (4 bytes), the header as JSON, the image as
-pixels or encoded (`encode` of dataset.json), and the embeddings of the
-caption's tokens in bfloat16, without padding. It contains no code.
+A record is the length of its header (4 bytes), the header as JSON (the captions
+of the image, its height and width), the image as pixels or encoded (`encode` of
+dataset.json), and the embeddings of the caption's tokens in bfloat16, without
+padding. It contains no code.
 """
 
 import glob
@@ -23,15 +24,15 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
+from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
 from imagen_jax.data.encoding import RAW, Encoding
 from imagen_jax.data.records import Part, Records, wrong
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
-from imagen_jax.io.decode import BadSample, resize_square
+from imagen_jax.io.decode import BadSample, fit
 from imagen_jax.io.files import AnyPath
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
 
 
@@ -109,17 +110,17 @@ class ArrayRecordSource(Checked):
     record = self._records[i]
     try:
       header, pixels, text = _unpack(record)
-      side = self.header['size']
-      image = self._encoding.decode(pixels, side)
-      example = {'image': image, 'caption': header['caption']}
-      if not isinstance(example['caption'], str):
-        raise TypeError('not text')
+      height, width = header['shape']
+      image = self._encoding.decode(pixels, height, width)
+      example = {'image': image} | captioned(header['captions'])
       if self.header['text'] is not None:
         example |= _padded(text, **self.header['text'])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
       raise BadSample('its record is damaged') from error
+    side = self.header['size']
     if side != self.size:
-      example['image'] = resize_square(Image.fromarray(image), self.size)
+      height, width = (n * self.size // side for n in image.shape[:2])
+      example['image'] = fit(Image.fromarray(image), width, height)
     return example
 
   def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
@@ -196,9 +197,19 @@ def pack(
   text: np.ndarray | None,
   encoding: Encoding = RAW,
 ) -> bytes:
-  """A record of an example and its caption's embeddings (or None)."""
+  """A record of an example and its caption's embeddings (or None).
+
+  Args:
+    example: `image` uint8 [h, w, 3], and `caption` or a sequence of `captions`.
+    text: [tokens, dim].
+    encoding: of the image.
+  """
   pixels = encoding.encode(example['image'])
-  header = {'caption': example['caption'], 'image': len(pixels)}
+  header = {
+    'captions': list(example.get('captions') or [example['caption']]),
+    'shape': example['image'].shape[:2],
+    'image': len(pixels),
+  }
   head = json.dumps(header).encode()
   rows = b'' if text is None else np.ascontiguousarray(text).tobytes()
   return len(head).to_bytes(4, 'little') + head + pixels + rows

@@ -44,6 +44,18 @@ UNREADABLE = 'it cannot be read now'
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
+class NoImage(DataError):
+  """All samples of a source are skipped.
+
+  Attributes:
+    source: with the reasons in `skipped`.
+  """
+
+  def __init__(self, message: str, source: Source) -> None:
+    super().__init__(message)
+    self.source = source
+
+
 class Checked(Source):
   """Random access to the samples that passed the check, {'image', 'caption'}.
 
@@ -74,8 +86,6 @@ class Checked(Source):
   needs: ClassVar[str] = ''
   bad: dict[str, str]
   unused: Mapping[str, str] = {}
-  # Numbers of further samples, of sets too large to list them all.
-  unlisted_bad = unlisted_small = 0
 
   def __init__(
     self,
@@ -94,9 +104,10 @@ class Checked(Source):
     self.skipped = (*skipped.items(), *self.unused.items())
     if not len(self):
       reason = summary(self.skipped) or 'there are none'
-      raise DataError(
+      raise NoImage(
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
-        f'{self.needs}'.strip()
+        f'{self.needs}'.strip(),
+        self,
       )
     more = self.unlisted_bad + self.unlisted_small
     self._total = len(self) + len(skipped) + more
@@ -142,8 +153,8 @@ class Checked(Source):
       f'({reason}); check the disk.'
     )
 
-  def read(self, i: int) -> tuple[bytes, str]:
-    """The encoded image and the caption of a sample.
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
+    """The encoded image and the captions of a sample.
 
     Raises:
       BadSample, OSError: it cannot be used.
@@ -152,9 +163,9 @@ class Checked(Source):
 
   def example(self, i: int) -> dict[str, Any]:
     """Sample `i`, never a replacement; raises BadSample or OSError."""
-    data, caption = self.read(i)
+    data, captions = self.read(i)
     image = decode(data, self.size, self.resize)
-    return {'image': image, 'caption': caption}
+    return {'image': image} | captioned(captions)
 
   def note(self, name: str, reason: str) -> None:
     """Counts a bad sample; raises DataError if there are too many."""
@@ -182,6 +193,40 @@ class Checked(Source):
       )
 
 
+def captioned(captions: Sequence[str]) -> dict[str, Any]:
+  """The entries of an example with these captions.
+
+  Raises:
+    TypeError: there are none, or one is not text.
+  """
+  if not captions or not all(isinstance(text, str) for text in captions):
+    raise TypeError('no captions')
+  several = {'captions': tuple(captions)} if len(captions) > 1 else {}
+  return {'caption': captions[0]} | several
+
+
+def clean_captions(texts: Any) -> tuple[str, ...]:
+  """The usable ones of a sample's captions, cleaned, each once.
+
+  Args:
+    texts: a caption (str or UTF-8 bytes), a sequence of them, or None.
+
+  Raises:
+    BadSample: none is usable; says what is wrong with the last.
+  """
+  problem = BadSample('it has no caption')
+  good = dict[str, None]()
+  for text in texts if isinstance(texts, list | tuple) else [texts]:
+    try:
+      if text is not None:
+        good[clean_caption(text)] = None
+    except BadSample as error:
+      problem = error
+  if not good:
+    raise problem
+  return tuple(good)
+
+
 def clean_caption(text: str | bytes) -> str:
   """A caption with single spaces and no surrounding whitespace.
 
@@ -191,6 +236,8 @@ def clean_caption(text: str | bytes) -> str:
   Raises:
     BadSample: it is not UTF-8, empty, longer than `MAX_CAPTION`, or binary.
   """
+  if not isinstance(text, str | bytes):
+    raise BadSample('its caption is not text')
   if isinstance(text, bytes):
     try:
       text = text.decode('utf-8-sig')

@@ -76,10 +76,16 @@ class FolderSource(Checked):
   def caption(self, i: int) -> str:
     return self.captions[i]
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def skipped_image(self, name: str) -> bytes | None:
+    try:
+      return (self.path / name).read_bytes()
+    except OSError:
+      return None
+
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     file = self.path / self.names[i]
     try:
-      return file.read_bytes(), self.captions[i]
+      return file.read_bytes(), [self.captions[i]]
     except FileNotFoundError:
       raise BadSample('it does not exist') from None
 

@@ -3,8 +3,15 @@
 import sys
 import time
 
+_silent = False  # in processes whose progress another one shows
 WIDTH = 30
 EVERY = 10.0  # seconds between plain lines
+
+
+def silence() -> None:
+  """Shows no progress in this process from now on."""
+  global _silent
+  _silent = True
 
 
 class Progress:
@@ -24,9 +31,13 @@ class Progress:
 
   def add(self, number: int = 1) -> None:
     """Counts `number` more items."""
-    self._done += number
+    self.at(self._done + number, self._total)
+
+  def at(self, done: int, total: int) -> None:
+    """Sets how many are done, and of how many, which may be an estimate."""
+    self._done, self._total = done, total
     now = time.monotonic()
-    if now >= self._next:
+    if now >= self._next and not _silent:
       self._next = now + (0.2 if self._bar else EVERY)
       self._show(now)
 

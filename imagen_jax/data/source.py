@@ -26,6 +26,10 @@ class Source(abc.ABC):
     endless: whether it has no natural size, so that a user must choose one.
     skipped: ((name, reason), …) of the samples that are skipped.
     bad: {name: reason} of the samples that are damaged.
+    unlisted_bad, unlisted_small: numbers of further samples, damaged and too
+      small, of sets too large to list them all.
+    buckets: {(height, width): the examples of that shape}, where images differ
+      in shape; a batch is of one shape. Empty: all are squares of `size`.
     text_header: `dim`, `max_len` and digests of the stored embeddings of the
       captions; None if none are stored.
   """
@@ -38,6 +42,8 @@ class Source(abc.ABC):
   weights: typing.Sequence[float] = ()
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
+  unlisted_bad = unlisted_small = 0
+  buckets: typing.Mapping[tuple[int, int], typing.Sequence[int]] = {}
   text_header: typing.Mapping | None = None
 
   @property
@@ -51,7 +57,15 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, i: int) -> dict:
-    """{'image': uint8 [size, size, 3], 'caption': str} of one example."""
+    """One example.
+
+    Returns:
+      {'image': uint8 [size, size, 3], 'caption': str}. Where an image has
+      several captions, 'captions' is a tuple of all and 'caption' the first;
+      `text` and `mask` are then sequences with an entry for each. Training
+      draws one an epoch. Of a source with `buckets`, an image has its
+      bucket's height and width.
+    """
 
   def example(self, i: int) -> dict:
     """As `self[i]`, but a damaged example raises `BadSample`."""
@@ -64,6 +78,33 @@ class Source(abc.ABC):
   def name(self, i: int) -> str:
     """A readable name of example `i`, for messages."""
     return f'example {i}'
+
+  def skipped_image(self, name: str) -> bytes | None:
+    """The encoded image of a skipped sample, for a report; None: unknown."""
+    return None
+
+  @classmethod
+  def find_shards(cls, path: str) -> typing.Sequence[str] | None:
+    """The files of a set that can be read each for itself, such as its tars.
+
+    None: there are none, and the set is prepared by ranges of its samples.
+    """
+    return None
+
+  @classmethod
+  def open_shard(
+    cls, path: str, **options: typing.Any
+  ) -> typing.ContextManager['Source']:
+    """The source of one of these files alone, from nothing but that file.
+
+    Args:
+      path: of the file.
+      **options: the constructor's other arguments.
+
+    Raises:
+      DataError: the file is missing, cut short or damaged.
+    """
+    raise NotImplementedError(f'{cls.__name__} has no shards')
 
   def note(self, name: str, reason: str) -> None:
     """Counts an example that turned out bad; may raise `DataError`."""

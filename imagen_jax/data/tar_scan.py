@@ -28,6 +28,7 @@ MAX_TEXT = 2**20
 CAPTION_KEYS = ('caption', 'text')
 TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
 CUT = 'the tar is truncated there'
+DAMAGED = 'the tar is damaged there'
 WIDEST = np.iinfo(SIDE).max
 
 
@@ -42,7 +43,7 @@ def scan(path: str, name: str, time: int | None = None) -> Found:
   Raises:
     DataError: it is no tar, or a part of it cannot be read now.
   """
-  with _on_disk(path) as shard:
+  with on_disk(path) as shard:
     size = os.stat(shard).st_size
     samples, bad = _members(shard, size, path)
     good, wrong = survey(
@@ -62,13 +63,13 @@ def scan(path: str, name: str, time: int | None = None) -> Found:
 
 
 @contextlib.contextmanager
-def _on_disk(path: str) -> Iterator[str]:
+def on_disk(path: str) -> Iterator[str]:
   """A file that holds the tar: itself, or a copy for as long as is needed."""
   if not bucket.is_bucket(path):
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:
-    copy = os.path.join(folder, 'tar')
+    copy = os.path.join(folder, path.rpartition('/')[2])
     try:
       bucket.filesystem(path).get_file(path, copy)
     except Exception as error:
@@ -155,7 +156,7 @@ def _members(
       # tarfile takes a broken header for the end; a real end is zeros or EOF.
       tar.fileobj.seek(tar.offset)
       if tar.fileobj.read(512).strip(b'\0'):
-        bad[f'after {last}'] = 'the tar is damaged there'
+        bad[f'after {last}'] = DAMAGED
   except tarfile.TarError as error:
     if last is None:
       raise DataError(
@@ -163,7 +164,7 @@ def _members(
         'decompress it.'
       ) from error
     if bad.get(last) != CUT:
-      bad[f'after {last}'] = 'the tar is damaged there'
+      bad[f'after {last}'] = DAMAGED
   return {k: v for k, v in samples.items() if not column(k)}, bad
 
 

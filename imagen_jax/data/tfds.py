@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,10 +86,10 @@ class TfdsSource(Checked):
   def name(self, i: int) -> str:
     return f'record {self.rows[i][0]}'
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     record, which = self.rows[i]
     data, captions = self._record(record)
-    return data, clean_caption(captions[which])
+    return data, [clean_caption(captions[which])]
 
   def _record(self, number: int) -> tuple[bytes, list[str | bytes]]:
     """(encoded image, captions) of one record."""

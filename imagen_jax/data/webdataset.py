@@ -7,13 +7,18 @@ image to detect later changes. Images are decoded when they are used.
 """
 
 import bisect
+import contextlib
 import hashlib
 import os
 import tarfile
+import tempfile
 import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from imagen_jax.data import tar_index, tar_scan
 from imagen_jax.data.checked import LISTED, MAX_BAD, Checked
+from imagen_jax.data.source import Source
 from imagen_jax.data.tar_index import Tar
 from imagen_jax.data.tar_update import below, common_folder, open_index
 from imagen_jax.errors import DataError
@@ -85,6 +90,27 @@ class WebDatasetSource(Checked):
     self.unlisted_small = self._rows.small - len(small)
     return bad, small
 
+  @classmethod
+  def find_shards(cls, path: str) -> list[str]:
+    return [*find_tars(path)]
+
+  @classmethod
+  @contextlib.contextmanager
+  def open_shard(cls, path: str, **options: Any) -> Iterator[Source]:
+    with (
+      tempfile.TemporaryDirectory() as folder, tar_scan.on_disk(path) as tar
+    ):  # fmt: skip
+      name = os.path.basename(tar)
+      found = tar_scan.scan(tar, name)
+      for key, reason in found.bad.items():
+        if reason in (tar_scan.CUT, tar_scan.DAMAGED):
+          raise DataError(
+            f'{path} is not whole: {key}: {reason}; download it again.'
+          )
+      index = os.path.join(folder, tar_index.NAME)
+      tar_index.write(index, [found])
+      yield cls(tar, **options | {'index': index})
+
   def __len__(self) -> int:
     return len(self._rows)
 
@@ -112,14 +138,25 @@ class WebDatasetSource(Checked):
     number = bisect.bisect_right(self._starts, row) - 1
     return self.tars[number], self._shards[number]
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def skipped_image(self, name: str) -> bytes | None:
+    shards = zip(self.tars, self._shards)
+    for tar, shard in shards:
+      member = name.removeprefix(f'{tar.name}/')
+      if member != name:
+        with contextlib.suppress(OSError, tarfile.TarError, KeyError):
+          with tarfile.open(shard, 'r:') as file:
+            found = file.extractfile(member)
+            return found.read() if found else None
+    return None
+
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     row = self._rows[i]
     _, shard = self._tar(row)
     image, text, size, length, crc, is_json = self._index.rows[row].item()
     data, said = _read_both(shard, (image, size), (text, length))
     if zlib.crc32(data) != crc:
       raise BadSample('it has changed since it was indexed')
-    return data, tar_scan.caption(said, is_json)
+    return data, [tar_scan.caption(said, is_json)]
 
 
 def _read_both(

@@ -14,6 +14,7 @@ from imagen_jax.cli import prepare as command_line
 from imagen_jax.data import arrayrecord
 from imagen_jax.data import prepare as preparation
 from imagen_jax.data.arrayrecord import ArrayRecordSource
+from imagen_jax.data.encoding import Encoding
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.prepare import Recipe, prepare
 from imagen_jax.data.sources import make_source
@@ -73,6 +74,33 @@ def test_what_was_prepared_is_what_the_source_gave(images, tmp_path):
     assert mine.keys() == {'image', 'caption'}
     assert mine['caption'] == theirs['caption']
     np.testing.assert_array_equal(mine['image'], theirs['image'])
+
+
+@pytest.mark.parametrize('kind', ['raw', 'png', 'jpeg'])
+def test_all_captions_and_the_shape_of_an_image_are_stored(tmp_path, kind):
+  several = {'caption': 'one', 'captions': ('one', 'two')}
+  examples = [
+    {'image': np.full((8, 24, 3), 7, np.uint8)} | several,
+    {'image': np.full((16, 16, 3), 9, np.uint8), 'caption': 'alone'},
+  ]
+  encoding = Encoding(kind, 95 if kind == 'jpeg' else None)
+  file = tmp_path / 'part-00000.array_record'
+  count = arrayrecord.write_records(
+    file, [arrayrecord.pack(one, None, encoding) for one in examples]
+  )
+  part = {'name': file.name, 'count': count, 'bytes': file.stat().st_size}
+  header = {'format_version': arrayrecord.FORMAT_VERSION, 'size': 16}
+  header |= {'encode': kind, 'quality': encoding.quality, 'text': None}
+  header |= {'count': count, 'parts': [part]}
+  (tmp_path / 'dataset.json').write_text(json.dumps(header))
+  source = ArrayRecordSource(tmp_path, 16)
+  for i, one in enumerate(examples):
+    found = source.example(i)
+    assert found.keys() == one.keys()
+    np.testing.assert_array_equal(found.pop('image'), one['image'])
+    assert found == {k: v for k, v in one.items() if k != 'image'}
+  half = ArrayRecordSource(tmp_path, 8)
+  assert half[0]['image'].shape == (4, 12, 3)
 
 
 def test_two_processes_do_not_prepare_one_folder(images, tmp_path):
@@ -291,7 +319,7 @@ def test_a_record_is_no_code(images, tmp_path):
   record = ArrayRecordSource(tmp_path / 'out', 16)._records[0]
   with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError)):
     pickle.loads(record)
-  assert json.loads(record[4 : 4 + record[0]])['caption'] == 'caption 0 ü'
+  assert json.loads(record[4 : 4 + record[0]])['captions'] == ['caption 0 ü']
 
 
 def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
@@ -301,7 +329,7 @@ def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
   write(images, out)
   text = (out / 'dataset.json').read_text()
   (out / 'dataset.json').write_text(
-    text.replace('"format_version": 2', '"format_version": 9', 1)
+    text.replace('"format_version": 3', '"format_version": 9', 1)
   )
   with pytest.raises(DataError, match='dataset.json'):
     ArrayRecordSource(out, 16)
@@ -427,13 +455,18 @@ def test_a_header_with_other_types_or_files_elsewhere_is_refused(
     ArrayRecordSource(tmp_path / 'out', 16)
 
 
+GOOD = b'{"captions": ["a"], "shape": [16, 16], "image": 768}'
+
+
 @pytest.mark.parametrize(
   'header, text',
   [
-    (b'[' * 100_000, b''), (b'3', b''), (b'{"caption": 3, "image": 768}', b''),
-    (b'{"caption": "a", "image": "x"}', b''),
-    (b'{"caption": "a", "image": 768}', bytes(7)),  # no row of 3 bfloat16
-    (b'{"caption": "a", "image": 768}', bytes(6 * 6)),  # 6 rows of at most 5
+    (b'[' * 100_000, b''), (b'3', b''), (GOOD.replace(b'["a"]', b'[3]'), b''),
+    (GOOD.replace(b'["a"]', b'[]'), b''), (GOOD.replace(b'768', b'"x"'), b''),
+    (GOOD.replace(b'[16, 16]', b'[16]'), b''),
+    (GOOD.replace(b'[16, 16]', b'[16, 15]'), b''),
+    (GOOD, bytes(7)),  # no row of 3 bfloat16
+    (GOOD, bytes(6 * 6)),  # 6 rows of at most 5
   ],
 )  # fmt: skip
 def test_a_malformed_record_is_replaced_by_its_neighbour(
@@ -446,3 +479,26 @@ def test_a_malformed_record_is_replaced_by_its_neighbour(
   monkeypatch.setattr(source, '_records', records)
   assert source[0]['caption'] == source[1]['caption']
   assert source.bad.keys() == {'record 0'}
+
+
+def test_several_captions_of_an_image_are_all_stored(tmp_path):
+  class Twice(FolderSource):
+    def example(self, i):
+      return super().example(i) | {'captions': ('one', 'two')}
+
+  Image.new('RGB', (16, 16)).save(tmp_path / '0.png')
+  (tmp_path / '0.txt').write_text('one')
+  prepare(Twice(tmp_path, 16), tmp_path / 'out', Recipe(16, {}))
+  example = ArrayRecordSource(tmp_path / 'out', 16)[0]
+  assert example['captions'] == ('one', 'two')
+  assert example['caption'] == 'one'
+
+
+def test_a_smaller_size_keeps_the_aspect_ratio(images, tmp_path):
+  write(images, tmp_path / 'out')
+  record = arrayrecord.pack(
+    {'image': np.full((8, 24, 3), 7, np.uint8), 'caption': 'wide'}, None
+  )
+  source = ArrayRecordSource(tmp_path / 'out', 8)
+  source._records = [record]
+  assert source.example(0)['image'].shape == (4, 12, 3)
