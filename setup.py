@@ -65,6 +65,7 @@ setuptools.setup(
     'safetensors>=0.8',  # reads a tensor at a time, not mapped
     'scipy>=1.12',  # jax needs it too
     'sentencepiece>=0.2',
+    'tokenizers>=0.22',
     'transformers>=5',
     *(TFDS if CHECKOUT else []),
   ],

@@ -250,10 +250,13 @@ def sampling() -> dict[str, Any]:
 def text() -> dict[str, Any]:
   """The frozen text encoder."""
   return {
-    # A folder of T5 v1.1 in Hugging Face layout (config.json, safetensors,
-    # spiece.model); the paper's is google/t5-v1_1-xxl. 'demo' is the bundled
-    # one, whose vocabulary is that of the demo's captions.
+    # A folder of a T5, BERT or CLIP in Hugging Face layout (config.json,
+    # safetensors, tokenizer); the paper's is google/t5-v1_1-xxl. 'demo' is the
+    # bundled T5, whose vocabulary is that of the demo's captions.
     'path': 'demo',
+    # 't5', 'bert', 'clip' (its last layer), 'clip_penultimate' (the layer
+    # before, as in Appendix D.1); None: what the folder's config.json says.
+    'kind': placeholder(str),
     # Name of the config that pretrains it; None: it is downloaded.
     'trained_by': placeholder(str),
     # Tokens of a caption; the rest is cut off.

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from imagen_jax import sharding
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io.files import AnyPath
-from imagen_jax.nets.t5 import T5Encoder
-from imagen_jax.text import weights
+from imagen_jax.text import kinds, weights
+from imagen_jax.text.kinds import TextTower
 from imagen_jax.text.tokenizer import Tokenizer, Tokens, load_tokenizer
 from imagen_jax.text.weights import Place
 from imagen_jax.typing import Array, TextEmb, TextMask
@@ -34,12 +34,12 @@ IN_FLIGHT = 2  # batches that the devices have to do while the host goes on
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_tokens(
-  module: T5Encoder, params: Params, ids: Int[Array, 'b l'], mask: TextMask
+  module: TextTower, params: Params, ids: Int[Array, 'b l'], mask: TextMask
 ) -> TextEmb:
   """Embeds tokens, also inside a jitted training step.
 
   Args:
-    module: the `T5Encoder`.
+    module: the network.
     params: its parameters.
     ids: [B, L] int32.
     mask: [B, L] bool, False at padding.
@@ -108,30 +108,38 @@ def _longest(mask: Array) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-  """A frozen T5 with its tokenizer.
+  """A frozen T5, CLIP or BERT with its tokenizer.
 
   Attributes:
-    module: the `T5Encoder`.
+    module: the network.
     params: its parameters, on the devices.
     tokenizer: the `Tokenizer`.
     dim: D, width of the embeddings.
     max_len: L, the default number of positions.
     digest: sha256 over hyper-parameters, weights and vocabulary: a stage can
       only be used with the encoder it was trained with.
+    kind: one of `kinds.KINDS`.
   """
 
-  module: T5Encoder
+  module: TextTower
   params: Params
   tokenizer: Tokenizer
   dim: int
   max_len: int
   digest: str
+  kind: str = 't5'
 
   def tokenize(
     self, prompts: Sequence[str], *, max_len: int | None = None
   ) -> Tokens:
-    """See `Tokenizer.__call__`; returns (ids, mask, cut)."""
-    return self.tokenizer(prompts, max_len or self.max_len)
+    """See `Tokenizer.__call__`; returns (ids, mask, cut).
+
+    Raises:
+      UsageError: see `check_max_len`.
+    """
+    length = max_len or self.max_len
+    check_max_len(length, self.tokenizer, self.module)
+    return self.tokenizer(prompts, length)
 
   def encode(
     self,
@@ -216,23 +224,28 @@ def load_text_encoder(
   path: AnyPath,
   dtype: str = 'float32',
   *,
+  kind: str | None = None,
   max_len: int | None = None,
   place: Place | None = None,
 ) -> TextEncoder:
-  """Loads a T5 in Hugging Face layout: the demo's, or one like t5-v1_1-xxl.
+  """Loads a T5, CLIP or BERT in Hugging Face layout.
 
   Args:
-    path: folder with `config.json`, safetensors and `spiece.model`.
+    path: folder with `config.json`, safetensors and a tokenizer, such as
+      t5-v1_1-xxl or the demo's.
     dtype: 'float32', or 'bfloat16' for matrices and their products (half the
       memory; the residual stream, norms and softmax stay float32).
+    kind: one of `kinds.KINDS` that it must be; None: what its config says.
     max_len: positions of a prompt; None is 128, or the folder's
-      `model_max_length` if that is less.
+      `model_max_length` or what the network takes if that is less.
     place: gives the sharding of each parameter, see `weights.load_params`;
       with it, the host holds at most one tensor at a time.
 
   Raises:
-    ModelError: the folder is not a usable T5; the message names file and key.
-    UsageError: unknown dtype, or max_len has no room for a token.
+    ModelError: the folder is not a usable encoder; the message names file and
+      key.
+    UsageError: unknown dtype, another kind than asked, or max_len has no room
+      for a token or is more than the network takes.
   """
   path = pathlib.Path(path)
   types = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -240,12 +253,9 @@ def load_text_encoder(
     raise UsageError(
       f'text encoder dtype {dtype!r} is unknown; choose float32 or bfloat16.'
     )
-  if max_len is not None and max_len < 2:
-    raise UsageError(
-      f'max_len {max_len} has no room for a token; use 2 or more.'
-    )
-  config = weights.read_config(path)
-  module = weights.module_from_config(path, config, dtype=types[dtype])
+  config = kinds.read_config(path)
+  kind = kinds.recognise(path, config, kind)
+  module = kinds.module_from_config(path, config, kind=kind, dtype=types[dtype])
   tokenizer = load_tokenizer(path)
   # The size of a tokenizer.json includes <extra_id_…>; in real models these
   # are below vocab_size too.
@@ -254,6 +264,10 @@ def load_text_encoder(
       f'{path} has a tokenizer of {tokenizer.size} pieces and vocab_size '
       f'{module.vocab_size}; they belong to different models.'
     )
+  if max_len is None:
+    limit = min(kinds.max_positions(module), kinds.model_max_length(path))
+    max_len = int(min(MAX_LEN, limit))
+  check_max_len(max_len, tokenizer, module)
   params, digest = weights.load_params(path, module, place=place)
   sizes = {
     field.name: getattr(module, field.name)
@@ -266,6 +280,30 @@ def load_text_encoder(
     params=params,
     tokenizer=tokenizer,
     dim=module.width,
-    max_len=max_len or int(min(MAX_LEN, weights.model_max_length(path))),
+    max_len=max_len,
     digest=hashlib.sha256(whole.encode()).hexdigest(),
+    kind=kind,
   )
+
+
+def check_max_len(
+  max_len: int, tokenizer: Tokenizer, module: TextTower
+) -> None:
+  """Rejects a length that has no room for a token, or too many positions.
+
+  Raises:
+    UsageError: naming the lengths that fit.
+  """
+  limit = kinds.max_positions(module)
+  least = len(tokenizer.start) + len(tokenizer.end) + 1
+  if max_len < least:
+    raise UsageError(
+      f'max_len {max_len} has no room for a token; use {least} or more.',
+      key='config.text.max_len',
+    )
+  if max_len > limit:
+    raise UsageError(
+      f'max_len {max_len} is more than the {limit} positions of this text '
+      f'encoder; use {limit} or less.',
+      key='config.text.max_len',
+    )

@@ -147,6 +147,7 @@ class StageExperiment(Experiment):
 
   def text_record(self) -> dict:
     return {
+      'kind': self.text.kind,
       'dim': self.text.dim,
       'max_len': self.config.text.max_len,
       'digest': self.text.digest,
@@ -221,8 +222,14 @@ def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
   place = None
   if mesh is not None and mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
-  folder = text_folder.existing(config.text.path, config.text.get('trained_by'))
-  return load_text_encoder(folder, config.text.dtype, place=place)
+  text = config.text
+  return load_text_encoder(
+    text_folder.existing(text.path, text.get('trained_by')),
+    text.dtype,
+    kind=text.get('kind'),
+    max_len=text.max_len,
+    place=place,
+  )
 
 
 def matching_params(record: StageRecord, spec: Tree) -> Tree:
