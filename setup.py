@@ -97,6 +97,7 @@ setuptools.setup(
       'imagen-export = imagen_jax.cli.export:main',
       'imagen-plan = imagen_jax.cli.plan:main',
       'imagen-prepare = imagen_jax.cli.prepare:main',
+      'imagen-embed = imagen_jax.cli.embed:main',
       'imagen-index = imagen_jax.cli.index:main',
       'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',

@@ -110,6 +110,7 @@ NULLABLE = (
   'stage.schedule.shift_to',
   'stage.schedule.resolution',
   'stage.sampling.threshold',
+  'data.text',
   'train.sample_every',
   'train.eval_every',
   'train.check_replicas_every',
@@ -277,6 +278,10 @@ def data() -> dict[str, Any]:
     'path': placeholder(str),
     # Of 'webdataset': the file of its index; None: tars.index beside the tars.
     'index': placeholder(str),
+    # Of 'arrayrecord': the name of the captions' embeddings, which imagen-embed
+    # made beside the images; 'auto': the only ones, if there are any. None: the
+    # captions are embedded while training.
+    'text': 'auto',
     # Held-out data of the same kind, for the held-out loss; None: the source's
     # own split, if it has one.
     'eval_path': placeholder(str),

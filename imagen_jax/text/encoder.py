@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -58,7 +58,7 @@ def buckets(max_len: int) -> list[int]:
 
 
 def encode_by_length(
-  module: T5Encoder, params: Params, ids: Int[Array, 'b l'], mask: TextMask
+  module: TextTower, params: Params, ids: Int[Array, 'b l'], mask: TextMask
 ) -> TextEmb:
   """`encode_tokens` in a training step, with little work on padding.
 
@@ -160,7 +160,7 @@ class TextEncoder:
     """
     ids, mask, _ = self.tokenize(prompts, max_len=max_len)
     emb = np.zeros((*ids.shape, self.dim), np.float32)
-    for row, short in self.encode_tokens(ids, mask, batch_size):
+    for row, short in self.encode_tokens(ids, mask, lambda size: batch_size):
       emb[row, : len(short)] = short
     return emb, mask
 
@@ -168,7 +168,7 @@ class TextEncoder:
     self,
     ids: Int[np.ndarray, 'b l'],
     mask: Bool[np.ndarray, 'b l'],
-    batch_size: int,
+    batch_size: Callable[[int], int],
   ) -> Iterator[tuple[int, Float[np.ndarray, 'n d']]]:
     """Embeds tokens, those of a bucket together, on all devices of `params`.
 
@@ -177,8 +177,8 @@ class TextEncoder:
 
     Args:
       ids, mask: from `tokenize`.
-      batch_size: prompts per call of the network, rounded up to a multiple of
-        the devices.
+      batch_size: positions -> prompts of so many per call of the network,
+        rounded up to a multiple of the devices.
 
     Yields:
       (index of a prompt, its embedding up to the last token, float32), in any
@@ -186,7 +186,6 @@ class TextEncoder:
     """
     mesh = sharding.mesh_of(self.params)
     devices = 1 if mesh is None else mesh.size
-    count = -(-batch_size // devices) * devices
     running: collections.deque[tuple[np.ndarray, jax.Array]] = (
       collections.deque()
     )
@@ -199,6 +198,7 @@ class TextEncoder:
     for size in buckets(ids.shape[1]):
       chosen = np.flatnonzero((longest >= least) & (longest <= size))
       least = size + 1
+      count = -(-batch_size(size) // devices) * devices
       for start in range(0, len(chosen), count):
         rows = chosen[start : start + count]
         fill = (0, count - len(rows)), (0, 0)
@@ -269,12 +269,7 @@ def load_text_encoder(
     max_len = int(min(MAX_LEN, limit))
   check_max_len(max_len, tokenizer, module)
   params, digest = weights.load_params(path, module, place=place)
-  sizes = {
-    field.name: getattr(module, field.name)
-    for field in dataclasses.fields(module)
-    if field.name not in ('dtype', 'name', 'parent')
-  }
-  whole = f'{sorted(sizes.items())}\n{digest}\n{tokenizer.digest}'
+  whole = f'{_sizes(module)}\n{digest}\n{tokenizer.digest}'
   return TextEncoder(
     module=module,
     params=params,
@@ -283,6 +278,36 @@ def load_text_encoder(
     max_len=max_len,
     digest=hashlib.sha256(whole.encode()).hexdigest(),
     kind=kind,
+  )
+
+
+def find_mark(path: AnyPath, kind: str | None = None) -> str:
+  """A digest that tells encoders apart without reading their matrices.
+
+  Args:
+    path, kind: see `load_text_encoder`.
+
+  Returns:
+    sha256 over the hyper-parameters, the vocabulary and the small tensors,
+    such as the norms, which no two training runs share.
+
+  Raises:
+    ModelError, UsageError: as `load_text_encoder`.
+  """
+  path = pathlib.Path(path)
+  config = kinds.read_config(path)
+  module = kinds.module_from_config(path, config, kind=kind)
+  small = weights.digest_small(path, module)
+  whole = f'{_sizes(module)}\n{small}\n{load_tokenizer(path).digest}'
+  return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _sizes(module: TextTower) -> list[tuple[str, Any]]:
+  """The hyper-parameters of a network, sorted by name."""
+  fields = dataclasses.fields(module)
+  apart = ('dtype', 'name', 'parent')
+  return sorted(
+    (f.name, getattr(module, f.name)) for f in fields if f.name not in apart
   )
 
 

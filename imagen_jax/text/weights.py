@@ -26,6 +26,7 @@ from imagen_jax.nets.t5 import T5Encoder
 from imagen_jax.text.kinds import KINDS, T5_KEYS, WHAT, TextTower
 
 SINGLE = 'model.safetensors'
+SMALL = 2**14  # numbers of a tensor that is read to tell encoders apart
 
 # The sharding of a leaf, an array or a `jax.ShapeDtypeStruct`.
 Place: TypeAlias = Callable[[Any], jax.sharding.Sharding]
@@ -116,6 +117,21 @@ def load_params(
     params['layers'] = {n: layers(n, leaf) for n, leaf in stacks.items()}
   listed = ''.join(f'{name} {digests[name]}\n' for name in sorted(digests))
   return params, hashlib.sha256(listed.encode()).hexdigest()
+
+
+def digest_small(folder: AnyPath, module: TextTower) -> str:
+  """sha256 of the tensors of less than `SMALL` numbers, such as norms.
+
+  Raises:
+    ModelError: as `load_params`.
+  """
+  tensors = _open(pathlib.Path(folder), module)
+  listed = ''.join(
+    f'{name} {_sha256(tensor.read())}\n'
+    for name, tensor in sorted(tensors.items())
+    if math.prod(tensor.shape) < SMALL
+  )
+  return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def abstract_params(module: TextTower) -> dict[str, Any]:
