@@ -3,12 +3,12 @@
 import argparse
 import functools
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from imagen_jax.cli import errors, runtime
+from imagen_jax.cli.index import share
 from imagen_jax.errors import UsageError
 from imagen_jax.io.paths import check_folder, user_path
 
@@ -65,8 +65,8 @@ def _parser() -> errors.Parser:
   )
   add(
     '--shard',
-    metavar='I/N',
-    help='embed part I, I + N, … of the set, with I from 0',
+    type=share,
+    help='I/N, with I from 0 to N-1: embed every Nth part only, from part I',
   )
   add(
     '--batch_tokens',
@@ -112,26 +112,19 @@ def _main(argv: list[str]) -> None:
     )
 
 
-def _shard(text: str | None) -> tuple[int, int]:
+def _shard(given: tuple[int, int] | None) -> tuple[int, int]:
   """(i, n) of `--shard`, or of this process of the job."""
   import jax
 
-  if text is None:
+  if given is None:
     return jax.process_index(), jax.process_count()
-  match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', text)
-  shard = (int(match[1]), int(match[2])) if match else (1, 0)
-  if shard[0] >= shard[1]:
-    raise UsageError(
-      f'is {text!r}; it is I/N with I from 0 to N − 1, such as 0/8.',
-      key='shard',
-    )
   if jax.process_count() > 1:
     raise UsageError(
       'is not for processes that know of each other, which share the set by '
       'themselves; leave it out.',
       key='shard',
     )
-  return shard
+  return given
 
 
 def _encoder(args: argparse.Namespace) -> 'Encoder':

@@ -2,8 +2,9 @@
 
   mine/dataset.json               the header; written last, when all is complete
   mine/part-00000.array_record    records, each with its own checksum
-  mine/part-00000.json            its count, size, sha256 and skipped samples
-  mine/dropped.jsonl              all skipped samples, with reasons
+  mine/part-00000.json            its report, see `prepare.prepare_shard`
+  mine/duplicates.u32             records that are left out, if there are any:
+                                  their numbers in the parts, part after part
 
 A record is the length of its header (4 bytes), the header as JSON (the captions
 of the image, its height and width), and the image as pixels or encoded
@@ -19,6 +20,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
@@ -27,13 +29,13 @@ from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
 from imagen_jax.data.embeddings import Embeddings
 from imagen_jax.data.encoding import RAW, Encoding
 from imagen_jax.data.records import Part, Records, wrong
+from imagen_jax.data.shards import FORMAT_VERSION, SPEC
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
 from imagen_jax.io.decode import BadSample, fit
 from imagen_jax.io.files import AnyPath
 
-FORMAT_VERSION = 3
-DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
+DATASET, DUPLICATES = 'dataset.json', 'duplicates.u32'
 
 
 class ArrayRecordSource(Checked):
@@ -155,8 +157,13 @@ class ArrayRecordSource(Checked):
     embeddings.check(have, wanted | {'cleaning': CLEANING}, here, there)
 
 
-def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
-  """Writes records to a file, all or none; returns their number.
+def write_records(
+  file: pathlib.Path, records: Iterable[bytes]
+) -> tuple[int, files.Digest]:
+  """Writes records to a file, all or none, on a disk or in a bucket.
+
+  Returns:
+    (their number, size and digest of the file).
 
   Raises:
     DataError: they could not be written, as on a full disk.
@@ -182,7 +189,8 @@ def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
       count += 1
     attempt(writer.close)
     _verify(temporary, count)
-  return count
+    written = files.digest(temporary)
+  return count, written
 
 
 def _verify(file: pathlib.Path, count: int) -> None:
@@ -269,25 +277,53 @@ def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
     there = files.tree(url)
   else:
     there = {entry.name: None for entry in os.scandir(folder)}
+  removed, at = _removed(folder, header), 0
   for entry in header['parts']:
     if files.inside('', entry['name']) is None:
       raise DataError(
         f'{folder / DATASET} names a file outside its folder, '
         f'{entry["name"]!r}; {files.COPY_AGAIN}.'
       )
-    part = Part(f'{url}/{entry["name"]}', entry['bytes'], entry['count'])
+    number = entry.get('removed', 0)
+    part = Part(
+      f'{url}/{entry["name"]}',
+      entry['bytes'],
+      entry['count'],
+      removed=removed[at : at + number],
+    )
+    at += number
     if there.get(entry['name'], -1) not in (None, part.bytes):
       raise wrong(part)
-    if part.count:
+    if len(part):
       yield part
+
+
+def _removed(folder: pathlib.Path, header: Mapping[str, Any]) -> np.ndarray:
+  """The numbers of the records that are left out, part after part.
+
+  Raises:
+    DataError: they are not as many as the parts have.
+  """
+  number = sum(entry.get('removed', 0) for entry in header['parts'])
+  file = folder / DUPLICATES
+  try:
+    data = file.read_bytes() if number else b''
+  except FileNotFoundError:
+    data = b''
+  if len(data) != 4 * number:
+    raise DataError(
+      f'{file} is missing or does not have {4 * number} bytes, as its set '
+      f'states; {files.COPY_AGAIN}.'
+    )
+  return np.frombuffer(data, '<u4')
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Any]:
   if not (path / DATASET).exists():
-    if (path / UNFINISHED).exists():
+    if (path / SPEC).exists():
       raise DataError(
         f'{path} is not finished; repeat its imagen-prepare command, which '
-        'resumes it.'
+        'resumes it, or join its parts with imagen-prepare --merge.'
       )
     raise DataError(
       f'{path} is not prepared data: it has no {DATASET}; check the path, or '
@@ -323,8 +359,3 @@ def _check_keys(file: pathlib.Path, found: Any, **types: Any) -> None:
         f'{file} lacks {key!r}, or has another type of value there; '
         f'{files.COPY_AGAIN}.'
       )
-
-
-def short(value: Any) -> Any:
-  """The first 12 characters of a string; anything else unchanged."""
-  return value[:12] if isinstance(value, str) else value

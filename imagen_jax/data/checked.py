@@ -40,6 +40,7 @@ SUBSTITUTES = 100  # neighbours tried before giving up
 PAUSES = (0.1, 1, 4, 10)  # seconds before a failed read is repeated
 # What is said of a sample that could not be read this time.
 UNREADABLE = 'it cannot be read now'
+TOO_SMALL = 'it is smaller than {} pixels'
 # Errors of the file system that no repetition heals.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
@@ -99,8 +100,7 @@ class Checked(Source):
     self.max_bad, self.replaced = max_bad, 0
     self._lock = threading.Lock()
     self.bad, small = self.scan(path)
-    too_small = f'it is smaller than {size} pixels'
-    skipped = self.bad | dict.fromkeys(small, too_small)
+    skipped = self.bad | dict.fromkeys(small, TOO_SMALL.format(size))
     self.skipped = (*skipped.items(), *self.unused.items())
     if not len(self):
       reason = summary(self.skipped) or 'there are none'

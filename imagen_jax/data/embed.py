@@ -21,9 +21,10 @@ import numpy as np
 
 from imagen_jax.data.arrayrecord import read_set, unpack, write_records
 from imagen_jax.data.checked import retried, thread_pool
-from imagen_jax.data.embeddings import FORMAT_VERSION, HEADER, IDENTITY, short
+from imagen_jax.data.embeddings import FORMAT_VERSION, HEADER, IDENTITY
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.records import Part, Records
+from imagen_jax.data.shards import short
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, embeddings, files
 from imagen_jax.io.decode import BadSample
@@ -198,12 +199,12 @@ def _write(
         start += count
       progress.add(len(chunk.counts))
 
-  count = write_records(file, records())
+  count, written = write_records(file, records())
   part = {
     'format_version': FORMAT_VERSION,
     'name': file.name,
     'count': count,
-    **files.digest(file),
+    **written,
     'of': of,
     **numbers,
     'identity': dict(encoder.identity),

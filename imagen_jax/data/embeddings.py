@@ -16,6 +16,7 @@ import numpy as np
 
 from imagen_jax.data.checked import CLEANING
 from imagen_jax.data.records import Part, Records
+from imagen_jax.data.shards import short
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, embeddings, files
 from imagen_jax.io.files import AnyPath
@@ -218,8 +219,3 @@ def _parts(
 def identity(**values: Any) -> dict[str, Any]:
   """The header of embeddings to be made; see `IDENTITY`."""
   return {key: (values | {'cleaning': CLEANING})[key] for key in IDENTITY}
-
-
-def short(value: Any) -> Any:
-  """The first 12 characters of a string; anything else unchanged."""
-  return value[:12] if isinstance(value, str) else value

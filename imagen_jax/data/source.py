@@ -63,7 +63,7 @@ class Source(abc.ABC):
       {'image': uint8 [size, size, 3], 'caption': str}. Where an image has
       several captions, 'captions' is a tuple of all and 'caption' the first;
       `text` and `mask` are then sequences with an entry for each. Training
-      draws one an epoch. Of a source with `buckets`, an image has its
+      takes one of them an epoch. Of a source with `buckets`, an image has its
       bucket's height and width.
     """
 

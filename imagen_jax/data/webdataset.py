@@ -102,11 +102,15 @@ class WebDatasetSource(Checked):
     ):  # fmt: skip
       name = os.path.basename(tar)
       found = tar_scan.scan(tar, name)
-      for key, reason in found.bad.items():
-        if reason in (tar_scan.CUT, tar_scan.DAMAGED):
-          raise DataError(
-            f'{path} is not whole: {key}: {reason}; download it again.'
-          )
+      broken = tar_scan.CUT, tar_scan.DAMAGED
+      where = [f'{k}: {why}' for k, why in found.bad.items() if why in broken]
+      # A cut between two files shows by the blocks of zeros that end a tar.
+      if not where and ranges.read(tar, found.tar.bytes - 512, 512).strip(
+        b'\0'
+      ):
+        where = ['its end is missing']
+      if where:
+        raise DataError(f'{path} is not whole: {where[0]}; download it again.')
       index = os.path.join(folder, tar_index.NAME)
       tar_index.write(index, [found])
       yield cls(tar, **options | {'index': index})
