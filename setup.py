@@ -66,6 +66,7 @@ setuptools.setup(
     'safetensors>=0.8',  # reads a tensor at a time, not mapped
     'scipy>=1.12',  # jax needs it too
     'sentencepiece>=0.2',
+    'tokenizers>=0.22',
     'transformers>=5',
     *(TFDS if CHECKOUT else []),
   ],
@@ -98,6 +99,7 @@ setuptools.setup(
       'imagen-export = imagen_jax.cli.export:main',
       'imagen-plan = imagen_jax.cli.plan:main',
       'imagen-prepare = imagen_jax.cli.prepare:main',
+      'imagen-embed = imagen_jax.cli.embed:main',
       'imagen-index = imagen_jax.cli.index:main',
       'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',

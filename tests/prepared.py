@@ -1,13 +1,9 @@
 """Prepares a set within a test's process."""
 
-import json
+import numpy as np
 
-from imagen_jax.data.arrayrecord import (
-  ArrayRecordSource,
-  pack,
-  unpack,
-  write_records,
-)
+from imagen_jax.data import embeddings
+from imagen_jax.data.embed import Encoder, embed
 from imagen_jax.data.merge import merge
 from imagen_jax.data.prepare import prepare_shard
 from imagen_jax.data.shards import Spec, claim, plan
@@ -38,25 +34,31 @@ def prepare(out, *, max_bad=0.01, remove_duplicates=False, **options):
   return merge(out, max_bad=max_bad, remove_duplicates=remove_duplicates)
 
 
-def add_text(out, embed, header):
-  """Adds embeddings to the records of a set.
+# What made embeddings of three numbers, of five words at most.
+TEXT = {'kind': 't5', 'dim': 3, 'max_len': 5, 'dtype': 'float32'}
+TEXT |= {'encoder': 'e' * 64, 'tokenizer': 't' * 64, 'mark': 'm' * 64}
 
-  Args:
-    out: its folder.
-    embed: list of captions -> list of bfloat16 [tokens, dim].
-    header: of the embeddings.
-  """
-  found = json.loads((out / 'dataset.json').read_text())
-  source = ArrayRecordSource(out, found['size'])
-  records = iter(range(len(source)))
-  for part in found['parts']:
-    new = []
-    for _ in range(part['count']):
-      i = next(records)
-      example, stored = source.example(i), unpack(source._records[i])[0]
-      example['captions'] = stored['captions']
-      new.append(pack(example, embed(stored['captions'])[0]))
-    part['count'], digest = write_records(out / part['name'], new)
-    part.update(digest)
-  found['text'] = header
-  (out / 'dataset.json').write_text(json.dumps(found))
+
+def encoder(store='bfloat16', **identity):
+  """A fake text encoder: a token is a word, numbered (caption, word, 0.1)."""
+
+  def tokenize(captions):
+    counts = [len(caption.split()) for caption in captions]
+    mask = np.arange(5) < np.array(counts, int)[:, None]
+    return np.array(captions, object), mask, np.maximum(counts, 5) - 5
+
+  def encode(captions, mask):
+    for i in reversed(range(len(captions))):  # in any order
+      number = int(captions[i].split()[1])
+      words = range(int(mask[i].sum()))
+      yield i, np.array([[number, n, 0.1] for n in words], np.float32)
+
+  made = embeddings.identity(**TEXT | {'store': store} | identity)
+  return Encoder(made, tokenize, encode)
+
+
+def add_text(out, name='fake', made=None, **identity):
+  """Embeds the captions of a set; returns the folder."""
+  folder = out / 'text' / name
+  assert embed(out, folder, made or encoder(**identity))
+  return folder

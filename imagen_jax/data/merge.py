@@ -87,7 +87,7 @@ def merge(
   rows = removed['row'].astype('<u4').tobytes()
   if rows:
     files.write_bytes(folder / DUPLICATES, rows)
-  header = {**spec, 'text': None, 'count': found['kept'], 'parts': parts}
+  header = {**spec, 'count': found['kept'], 'parts': parts}
   files.write_json(folder / DATASET, header)
   _tidy(folder, sizes, keep_duplicates=bool(rows))
   return found

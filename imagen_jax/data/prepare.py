@@ -226,7 +226,7 @@ class _Part:
     self, source: Source, indices: range, spec: Spec, tell: Tell
   ) -> None:
     self._source, self._indices, self._tell = source, indices, tell
-    self._pack = functools.partial(pack, text=None, encoding=spec.encoding)
+    self._pack = functools.partial(pack, encoding=spec.encoding)
     self._failed: list[tuple[str, str]] = []
     self._digests = bytearray()
     self._buckets: list[list[int]] = []  # runs of (height, width, number)

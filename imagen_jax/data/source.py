@@ -31,8 +31,8 @@ class Source(abc.ABC):
     unlisted: {reason: number} of further samples that are skipped.
     buckets: {(height, width): the examples of that shape}, where images differ
       in shape; a batch is of one shape. Empty: all are squares of `size`.
-    text_header: `dim`, `max_len` and digests of the stored embeddings of the
-      captions; None if none are stored.
+    text_header: what made the stored embeddings of the captions, see
+      `embeddings.IDENTITY`; None if none are stored.
   """
 
   path_is: typing.ClassVar[str | None] = None
@@ -120,8 +120,8 @@ class Source(abc.ABC):
     """
     return ()
 
-  def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
-    """Raises `DataError` if stored embeddings are of another text encoder."""
+  def check_text(self, **wanted: typing.Any) -> None:
+    """Raises `DataError` if `text_header` has another value of some key."""
 
   @classmethod
   def suite(cls, config: typing.Any) -> typing.Any:

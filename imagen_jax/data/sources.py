@@ -27,6 +27,7 @@ IGNORABLE = {
   'resize': ('area',),
   'max_bad': (0.01,),
   'aspect': ('crop',),
+  'text': ('auto',),
 }
 
 

@@ -1,10 +1,9 @@
-"""Prepared data: complete, never half-written, with the right embeddings."""
+"""Prepared data: complete, never half-written."""
 
 import json
 import os
 import pickle
 
-import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,9 +16,6 @@ from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
 from tests import prepared
-
-TEXT = {'dim': 3, 'max_len': 5, 'dtype': 'bfloat16', 'cleaning': 'whitespace-1'}
-TEXT |= {'encoder': 'e' * 64, 'tokenizer': 't' * 64}
 
 
 @pytest.fixture(autouse=True)
@@ -40,23 +36,9 @@ def images(tmp_path):
   return folder
 
 
-def embed(captions):
-  """One token per word; its embedding encodes the caption and the word."""
-  return [
-    np.array(
-      [[int(c.split()[1]), n, 0.1] for n in range(len(c.split()))],
-      ml_dtypes.bfloat16,
-    )
-    for c in captions
-  ]
-
-
-def write(folder, out, text=False, **options):
+def write(folder, out, **options):
   options = {'kind': 'folder', 'path': str(folder), 'part_size': 4} | options
-  report = prepared.prepare(out, **options)
-  if text:
-    prepared.add_text(out, embed, TEXT)
-  return report
+  return prepared.prepare(out, **options)
 
 
 def test_what_was_prepared_is_what_the_source_gave(images, tmp_path):
@@ -83,11 +65,11 @@ def test_all_captions_and_the_shape_of_an_image_are_stored(tmp_path, kind):
   encoding = Encoding(kind, 95 if kind == 'jpeg' else None)
   file = tmp_path / 'part-00000.array_record'
   count, _ = arrayrecord.write_records(
-    file, [arrayrecord.pack(one, None, encoding) for one in examples]
+    file, [arrayrecord.pack(one, encoding) for one in examples]
   )
   part = {'name': file.name, 'count': count, 'bytes': file.stat().st_size}
   header = {'format_version': arrayrecord.FORMAT_VERSION, 'size': 16}
-  header |= {'encode': kind, 'quality': encoding.quality, 'text': None}
+  header |= {'encode': kind, 'quality': encoding.quality}
   header |= {'count': count, 'parts': [part]}
   (tmp_path / 'dataset.json').write_text(json.dumps(header))
   source = ArrayRecordSource(tmp_path, 16)
@@ -152,36 +134,6 @@ def test_encoded_images_come_back_as_good_as_their_quality(
   assert command_line.main(again) == 2
   named = 'quality' if kind in ('jpeg', 'webp') else '--quality'
   assert named in capsys.readouterr().err
-
-
-def test_embeddings_are_stored_ragged_and_come_back_padded(images, tmp_path):
-  write(images, tmp_path / 'out', text=True)
-  example = ArrayRecordSource(tmp_path / 'out', 16)[7]
-  expected = np.zeros((5, 3), ml_dtypes.bfloat16)
-  expected[:3] = embed(['caption 7 ü'])[0]
-  np.testing.assert_array_equal(example['text'], expected)
-  assert example['text'].dtype == ml_dtypes.bfloat16
-  assert example['mask'].tolist() == [True] * 3 + [False] * 2
-
-
-@pytest.mark.parametrize('key', ['encoder', 'tokenizer', 'max_len'])
-def test_embeddings_of_another_encoder_are_refused(images, tmp_path, key):
-  write(images, tmp_path / 'out', text=True)
-  source = ArrayRecordSource(tmp_path / 'out', 16)
-  mine = {k: TEXT[k] for k in ('encoder', 'tokenizer', 'max_len')}
-  source.check_text(**mine)
-  with pytest.raises(DataError, match=key):
-    source.check_text(**mine | {key: 7})
-
-
-def test_embeddings_of_captions_cleaned_otherwise_are_refused(
-  images, tmp_path, monkeypatch
-):
-  write(images, tmp_path / 'out', text=True)
-  monkeypatch.setattr(arrayrecord, 'CLEANING', 'whitespace-2')
-  mine = {k: TEXT[k] for k in ('encoder', 'tokenizer', 'max_len')}
-  with pytest.raises(DataError, match='cleaning'):
-    ArrayRecordSource(tmp_path / 'out', 16).check_text(**mine)
 
 
 def test_damage_is_noticed_by_part_and_by_record(images, tmp_path):
@@ -251,7 +203,7 @@ def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
   'key, value',
   [
     ('size', '16'), ('count', None), ('parts', {}), ('parts', [3]),
-    ('parts', [{}]), ('text', []), ('text', {'dim': 3}), ('name', 3),
+    ('parts', [{}]), ('name', 3),
     ('bytes', '1'), ('count of a part', None), ('name', '../x'), ('name', '/x'),
     ('encode', 3), ('encode', 'jxl'), ('quality', 50),
   ],
@@ -259,7 +211,7 @@ def test_other_folders_and_newer_formats_are_refused(images, tmp_path):
 def test_a_header_with_other_types_or_files_elsewhere_is_refused(
   images, tmp_path, key, value
 ):
-  write(images, tmp_path / 'out', text=True)
+  write(images, tmp_path / 'out')
   file = tmp_path / 'out' / 'dataset.json'
   header = json.loads(file.read_text())
   part = header['parts'][1]
@@ -278,22 +230,21 @@ GOOD = b'{"captions": ["a"], "shape": [16, 16], "image": 768}'
 
 
 @pytest.mark.parametrize(
-  'header, text',
+  'header, more',
   [
     (b'[' * 100_000, b''), (b'3', b''), (GOOD.replace(b'["a"]', b'[3]'), b''),
     (GOOD.replace(b'["a"]', b'[]'), b''), (GOOD.replace(b'768', b'"x"'), b''),
     (GOOD.replace(b'[16, 16]', b'[16]'), b''),
     (GOOD.replace(b'[16, 16]', b'[16, 15]'), b''),
-    (GOOD, bytes(7)),  # no row of 3 bfloat16
-    (GOOD, bytes(6 * 6)),  # 6 rows of at most 5
+    (GOOD, bytes(6)),  # more than the image
   ],
 )  # fmt: skip
 def test_a_malformed_record_is_replaced_by_its_neighbour(
-  images, tmp_path, monkeypatch, header, text
+  images, tmp_path, monkeypatch, header, more
 ):
-  write(images, tmp_path / 'out', text=True)
+  write(images, tmp_path / 'out')
   source = ArrayRecordSource(tmp_path / 'out', 16, max_bad=1)
-  bad = len(header).to_bytes(4, 'little') + header + bytes(768) + text
+  bad = len(header).to_bytes(4, 'little') + header + bytes(768) + more
   records = [bad, *(source._records[i] for i in range(1, 10))]
   monkeypatch.setattr(source, '_records', records)
   assert source[0]['caption'] == source[1]['caption']
@@ -303,7 +254,7 @@ def test_a_malformed_record_is_replaced_by_its_neighbour(
 def test_a_smaller_size_keeps_the_aspect_ratio(images, tmp_path):
   write(images, tmp_path / 'out')
   record = arrayrecord.pack(
-    {'image': np.full((8, 24, 3), 7, np.uint8), 'caption': 'wide'}, None
+    {'image': np.full((8, 24, 3), 7, np.uint8), 'caption': 'wide'}
   )
   source = ArrayRecordSource(tmp_path / 'out', 8)
   source._records = [record]

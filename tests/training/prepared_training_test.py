@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cascade import conditioning, objective, sampling
-from imagen_jax.data.checked import CLEANING
+from imagen_jax.cli import embed
 from imagen_jax.diffusion import samplers
 from imagen_jax.errors import DataError
 from imagen_jax.nets.network import Network
@@ -30,16 +30,8 @@ def prepared(model, tmp_path_factory):
   """A config of the tiny base model on prepared shapes with embeddings."""
   out = tmp_path_factory.mktemp('prepared') / 'set'
   set_of.prepare(out, kind='shapes', number=16, size=8)
-  encoder = load_text_encoder(model / 'text')
-  text = {'dim': encoder.dim, 'max_len': tiny_model.MAX_LEN}
-  text |= {'encoder': encoder.digest, 'tokenizer': encoder.tokenizer.digest}
-
-  def embed(captions):
-    emb, mask = encoder.encode(captions, max_len=tiny_model.MAX_LEN)
-    emb = emb.astype(ml_dtypes.bfloat16)
-    return [row[: kept.sum()] for row, kept in zip(emb, mask)]
-
-  set_of.add_text(out, embed, text | {'cleaning': CLEANING})
+  words = ['--path', str(out), '--text', str(model / 'text')]
+  assert embed.main([*words, '--max_len', str(tiny_model.MAX_LEN)]) == 0
   config = tiny_model.config(num_steps=2, sample_every=None)
   config.text.path = str(model / 'text')
   config.data.update(kind='arrayrecord', path=str(out))
