@@ -83,6 +83,8 @@ setuptools.setup(
     'tfds': TFDS,
     'tpu': ['jax[tpu]'],
     'gcs': ['gcsfs'],  # gs://…
+    # Wants an older protobuf than the others, and is not in the lock.
+    'beam': ['apache-beam>=2.70'],
     'parquet': ['pyarrow'],  # metadata in Parquet
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
