@@ -14,6 +14,7 @@ from imagen_jax.data import arrayrecord, embed
 from imagen_jax.data.arrayrecord import ArrayRecordSource, write_records
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io.embeddings import pack
 from tests import prepared
 
 
@@ -294,7 +295,13 @@ def test_a_damaged_header_is_refused(out, key, value):
     source(out)
 
 
-@pytest.mark.parametrize('record', [b'', b'\1\0\0\0', bytes(4), b'\xff' * 40])
+TOKEN = 1, bytes(6)  # one of three numbers
+
+
+@pytest.mark.parametrize(
+  'record',
+  [b'', bytes(4), b'\xff' * 40, pack([TOKEN])[:-1], pack([TOKEN, TOKEN])],
+)
 def test_a_malformed_record_is_replaced_by_its_neighbour(out, record):
   folder = prepared.add_text(out)
   part = json.loads((folder / 'part-00002.json').read_text())
