@@ -23,7 +23,16 @@ SIDE = functools.partial(errors.positive, most=65536)
 # The flags of keys of a config's `data` section.
 FLAGS = {
   f'config.data.{key}': key
-  for key in ('path', 'split', 'seed', 'resize', 'max_bad')
+  for key in (
+    'path',
+    'split',
+    'seed',
+    'resize',
+    'max_bad',
+    'aspect',
+    'where',
+    'captions',
+  )
 } | {'config.data.kind': 'source'}
 
 
@@ -55,6 +64,25 @@ def _parser() -> errors.Parser:
   )
   add('--out', type=user_path, required=True, help='folder to write')
   add('--resize', default='area', help='area, bicubic or lanczos')
+  add(
+    '--aspect',
+    default='crop',
+    help='crop (the central square), pad (the whole image on a white square) '
+    'or buckets (shapes of equal area, for batches of one shape)',
+  )
+  add(
+    '--where',
+    nargs='+',
+    metavar='CONDITION',
+    help="use the images that meet these: 'side>=512' 'aspect<=2' "
+    "'caption_words>=3' 'similarity>=0.28' NSFW==UNLIKELY",
+  )
+  add(
+    '--captions',
+    nargs='+',
+    metavar='COLUMN',
+    help='columns of the metadata with captions, all of which are kept',
+  )
   add('--split', default='train', choices=('train', 'eval'), help='which part')
   add('--seed', type=int, default=0, help='of shapes and emoji')
   add('--num', type=errors.positive, help='write the first NUM images only')
@@ -110,7 +138,8 @@ def _main(argv: list[str]) -> None:
     raise UsageError(
       f'is needed, because source {args.source} is endless.', key='num'
     )
-  settings = {k: getattr(args, k) for k in ('split', 'resize', 'seed')}
+  keys = 'split', 'resize', 'seed', 'aspect', 'where', 'captions'
+  settings = {k: getattr(args, k) for k in keys}
   source = make_source(
     kind=args.source,
     size=args.size,

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -26,9 +26,10 @@ from PIL import Image
 
 from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
 from imagen_jax.data.encoding import RAW, Encoding
-from imagen_jax.data.records import Part, Records, wrong
+from imagen_jax.data.records import Part, Records, Spans, wrong
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
+from imagen_jax.io.aspect import Shape
 from imagen_jax.io.decode import BadSample, fit
 from imagen_jax.io.files import AnyPath
 
@@ -65,18 +66,46 @@ class ArrayRecordSource(Checked):
   ) -> None:
     super().__init__(path, size, max_bad=max_bad)
 
-  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     folders = _folders(path)
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
     self.text_header = self.header['text']
     self._encoding = _encoding(folders[0], self.header)
     parts: list[Part] = []
+    runs: dict[Shape, list[range]] = {}
     for folder, header in zip(folders, self._headers):
       self._check(folder, header)
+      before = sum(part.count for part in parts)
+      for shape, run in _runs(header['parts'], before):
+        runs.setdefault(shape, []).append(run)
       parts += _parts(folder, header)
     self._records = Records(parts)
-    return {}, []
+    self.buckets = self._scaled(runs)
+    return {}, {}
+
+  def _scaled(
+    self, runs: Mapping[Shape, Sequence[range]]
+  ) -> dict[Shape, Sequence[int]]:
+    """`buckets` at `self.size`; empty if all images are squares.
+
+    Raises:
+      DataError: a shape has no whole pixels at that size.
+    """
+    side = self.header['size']
+    if set(runs) <= {(side, side)}:
+      return {}
+    for shape in runs:
+      if any(n * self.size % side for n in shape):
+        raise DataError(
+          f'{self.where} has images of {shape[1]} × {shape[0]} pixels, which '
+          f'cannot be resized from {side} to {self.size}; take a size that '
+          f'8 divides, or prepare it again with --size {self.size}.'
+        )
+    return {
+      (h * self.size // side, w * self.size // side): Spans(some)
+      for (h, w), some in sorted(runs.items())
+    }
 
   def _check(self, folder: pathlib.Path, header: Mapping[str, Any]) -> None:
     """Checks that a set is large enough, and prepared like the first."""
@@ -148,6 +177,22 @@ class ArrayRecordSource(Checked):
           'it again with imagen-prepare --text, or set those to what it was '
           'prepared with.'
         )
+
+
+def _runs(
+  parts: Sequence[Mapping[str, Any]], start: int
+) -> Iterator[tuple[Shape, range]]:
+  """(shape, records) of each run of records of one shape, of a set's parts.
+
+  Args:
+    parts: of its header; `shapes` has [height, width, number of records].
+    start: number of the set's first record.
+  """
+  for part in parts:
+    for height, width, number in part['shapes']:
+      if number:
+        yield (height, width), range(start, start + number)
+      start += number
 
 
 def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
@@ -299,7 +344,9 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   _check_keys(path / DATASET, header, size=int, count=int, parts=list)
   _check_keys(path / DATASET, header, text=dict | None, encode=str)
   for part in header['parts']:
-    _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
+    _check_keys(
+      path / DATASET, part, name=str, bytes=int, count=int, shapes=list
+    )
   if header['text'] is not None:
     whole, text = ('dim', 'max_len'), ('encoder', 'tokenizer', 'cleaning')
     types = dict.fromkeys(whole, int) | dict.fromkeys(text, str)

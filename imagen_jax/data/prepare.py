@@ -4,6 +4,7 @@ A set is written in parts. A part's .json is written last and marks it as
 complete, so the same call resumes an interrupted one.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -207,6 +208,7 @@ def _write_part(
   source, indices, embed = work.source, work.indices, work.embed
   pack_one = functools.partial(pack, encoding=work.encoding)
   dropped: list[tuple[str, str]] = []
+  shapes = collections.Counter[tuple[int, ...]]()
 
   def attempt(i: int) -> dict[str, Any] | Exception:
     try:
@@ -224,6 +226,7 @@ def _write_part(
           source.note(*dropped[-1])
         else:
           good.append(example)
+      shapes.update(example['image'].shape[:2] for example in good)
       captions = [example['caption'] for example in good]
       texts = embed(captions) if embed and good else [None] * len(good)
       yield from pool.map(pack_one, good, texts)
@@ -236,6 +239,7 @@ def _write_part(
     'name': file.name,
     'count': count,
     **files.digest(file),
+    'shapes': [[*shape, number] for shape, number in shapes.items()],
     'dropped': dropped,
   }
   files.write_lines(file.with_suffix('.json'), [part])

@@ -96,6 +96,37 @@ class Records:
     return reader
 
 
+class Spans(Sequence[int]):
+  """Whole numbers in increasing ranges, such as the records of one shape."""
+
+  def __init__(self, ranges: Sequence[range]) -> None:
+    self._ranges = ranges
+    self._starts = [some.start for some in ranges]
+    self._ends = [*itertools.accumulate(map(len, ranges))]
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, i: Any) -> Any:
+    if not 0 <= i < len(self):
+      raise IndexError(i)
+    number = bisect.bisect_right(self._ends, i)
+    return self._ranges[number][i - self._ends[number]]
+
+  def index(self, value: int, *_: Any) -> int:
+    number = bisect.bisect_right(self._starts, value) - 1
+    if number < 0 or value not in self._ranges[number]:
+      raise ValueError(f'{value} is not there')
+    some = self._ranges[number]
+    return self._ends[number] - len(some) + some.index(value)
+
+  def __contains__(self, value: Any) -> bool:
+    try:
+      return self.index(value) >= 0
+    except ValueError:
+      return False
+
+
 def max_open() -> int:
   """Number of files that are kept open: a quarter of what the system allows."""
   allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
