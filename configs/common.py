@@ -110,6 +110,7 @@ NULLABLE = (
   'stage.schedule.shift_to',
   'stage.schedule.resolution',
   'stage.sampling.threshold',
+  'data.text',
   'train.sample_every',
   'train.eval_every',
   'train.check_replicas_every',
@@ -250,10 +251,13 @@ def sampling() -> dict[str, Any]:
 def text() -> dict[str, Any]:
   """The frozen text encoder."""
   return {
-    # A folder of T5 v1.1 in Hugging Face layout (config.json, safetensors,
-    # spiece.model); the paper's is google/t5-v1_1-xxl. 'demo' is the bundled
-    # one, whose vocabulary is that of the demo's captions.
+    # A folder of a T5, BERT or CLIP in Hugging Face layout (config.json,
+    # safetensors, tokenizer); the paper's is google/t5-v1_1-xxl. 'demo' is the
+    # bundled T5, whose vocabulary is that of the demo's captions.
     'path': 'demo',
+    # 't5', 'bert', 'clip' (its last layer), 'clip_penultimate' (the layer
+    # before, as in Appendix D.1); None: what the folder's config.json says.
+    'kind': placeholder(str),
     # Name of the config that pretrains it; None: it is downloaded.
     'trained_by': placeholder(str),
     # Tokens of a caption; the rest is cut off.
@@ -274,6 +278,10 @@ def data() -> dict[str, Any]:
     'path': placeholder(str),
     # Of 'webdataset': the file of its index; None: tars.index beside the tars.
     'index': placeholder(str),
+    # Of 'arrayrecord': the name of the captions' embeddings, which imagen-embed
+    # made beside the images; 'auto': the only ones, if there are any. None: the
+    # captions are embedded while training.
+    'text': 'auto',
     # Held-out data of the same kind, for the held-out loss; None: the source's
     # own split, if it has one.
     'eval_path': placeholder(str),

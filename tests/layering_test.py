@@ -42,6 +42,7 @@ BELOW = {
   },
 }  # fmt: skip
 DOORS = {
+  'apache_beam': {'cli/beam.py'},
   'orbax': {'io/checkpoint.py'},
   'safetensors': {'io/safetensors.py'},
   'transformers': {'text/'},

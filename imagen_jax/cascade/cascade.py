@@ -166,7 +166,6 @@ class Cascade:
       prompts,
       negative_prompt,
       mesh_for=self._mesh,
-      dtype=self.dtype,
     )
 
   def settings(self, **choices: Any) -> list[SamplingConfig]:

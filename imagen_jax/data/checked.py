@@ -48,6 +48,18 @@ UNREADABLE = 'it cannot be read now'
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
+class NoImage(DataError):
+  """All samples of a source are skipped.
+
+  Attributes:
+    source: with the reasons in `skipped`.
+  """
+
+  def __init__(self, message: str, source: Source) -> None:
+    super().__init__(message)
+    self.source = source
+
+
 class Checked(Source):
   """Random access to the samples that passed the check, {'image', 'caption'}.
 
@@ -82,8 +94,6 @@ class Checked(Source):
   needs: ClassVar[str] = ''
   bad: dict[str, str]
   unused: Mapping[str, str] = {}
-  # Numbers of further samples, of sets too large to list them all.
-  unlisted_bad = unlisted_left = 0
 
   def __init__(
     self,
@@ -107,11 +117,12 @@ class Checked(Source):
     self.skipped = (*skipped.items(), *self.unused.items())
     if not len(self):
       reason = summary(self.skipped) or 'there are none'
-      raise DataError(
+      raise NoImage(
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
-        f'{self.needs}'.strip()
+        f'{self.needs}'.strip(),
+        self,
       )
-    more = self.unlisted_bad + self.unlisted_left
+    more = self.unlisted_bad + sum(self.unlisted.values())
     self._total = len(self) + len(skipped) + more
     self._check_fraction()
     if self.skipped:

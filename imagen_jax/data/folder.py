@@ -90,6 +90,12 @@ class FolderSource(Checked):
   def caption(self, i: int) -> str:
     return self._captions[i][0]
 
+  def skipped_image(self, name: str) -> bytes | None:
+    try:
+      return (self.path / name).read_bytes()
+    except OSError:
+      return None
+
   def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     file = self.path / self.names[i]
     try:

@@ -35,6 +35,7 @@ KINDS = ('.tar', *GZIP)
 CAPTION_KEYS = ('caption', 'text', 'captions')
 TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
 CUT = 'the tar is truncated there'
+DAMAGED = 'the tar is damaged there'
 WIDEST = np.iinfo(SIZE.base).max
 
 
@@ -49,7 +50,7 @@ def scan(path: str, name: str, time: int | None = None) -> Found:
   Raises:
     DataError: it is no tar, or a part of it cannot be read now.
   """
-  with _on_disk(path) as packed, _unzipped(path, packed) as (shard, cut):
+  with on_disk(path) as packed, unzipped(path, packed) as (shard, cut):
     size = os.stat(packed).st_size
     samples, bad = _members(shard, os.stat(shard).st_size, path)
     if cut:
@@ -75,10 +76,13 @@ class Plain:
   """Files with the uncompressed tars: themselves, or temporary copies.
 
   A copy is made at its first use and lasts as long as this object.
+
+  Args:
+    copies: {tar: the file} of those that are made already.
   """
 
-  def __init__(self) -> None:
-    self._copies: dict[str, str] = {}
+  def __init__(self, copies: Mapping[str, str] | None = None) -> None:
+    self._copies: dict[str, str] = dict(copies or {})
     self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
     weakref.finalize(self, self._stack.close)
 
@@ -91,18 +95,18 @@ class Plain:
     Raises:
       DataError: it cannot be read, or there is no room for the copy.
     """
-    if not path.endswith(GZIP):
+    if not path.endswith(GZIP) and path not in self._copies:
       return path
     with self._lock:
       if path not in self._copies:
-        packed = self._stack.enter_context(_on_disk(path))
-        copy, _ = self._stack.enter_context(_unzipped(path, packed))
+        packed = self._stack.enter_context(on_disk(path))
+        copy, _ = self._stack.enter_context(unzipped(path, packed))
         self._copies[path] = copy
       return self._copies[path]
 
 
 @contextlib.contextmanager
-def _unzipped(path: str, packed: str) -> Iterator[tuple[str, bool]]:
+def unzipped(path: str, packed: str) -> Iterator[tuple[str, bool]]:
   """A file with the uncompressed tar: `packed`, or a copy while it is needed.
 
   And whether the compressed one is cut short.
@@ -139,13 +143,13 @@ def _unzip(path: str, packed: str, copy: str) -> bool:
 
 
 @contextlib.contextmanager
-def _on_disk(path: str) -> Iterator[str]:
+def on_disk(path: str) -> Iterator[str]:
   """A file that holds the tar: itself, or a copy for as long as is needed."""
   if not bucket.is_bucket(path):
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:
-    copy = os.path.join(folder, 'tar')
+    copy = os.path.join(folder, path.rpartition('/')[2])
     try:
       bucket.filesystem(path).get_file(path, copy)
     except Exception as error:
@@ -233,7 +237,7 @@ def _members(
       # tarfile takes a broken header for the end; a real end is zeros or EOF.
       tar.fileobj.seek(tar.offset)
       if tar.fileobj.read(512).strip(b'\0'):
-        bad[f'after {last}'] = 'the tar is damaged there'
+        bad[f'after {last}'] = DAMAGED
   except tarfile.TarError as error:
     if last is None:
       raise DataError(
@@ -241,7 +245,7 @@ def _members(
         'ends in .tar.gz.'
       ) from error
     if bad.get(last) != CUT:
-      bad[f'after {last}'] = 'the tar is damaged there'
+      bad[f'after {last}'] = DAMAGED
   return {k: v for k, v in samples.items() if not column(k)}, bad
 
 

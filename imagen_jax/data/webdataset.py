@@ -7,18 +7,23 @@ image to detect later changes. Images are decoded when they are used.
 """
 
 import bisect
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from imagen_jax.data import tar_columns, tar_index, tar_scan
 from imagen_jax.data.checked import LISTED, MAX_BAD, Checked
 from imagen_jax.data.progress import Progress
+from imagen_jax.data.source import Source
 from imagen_jax.data.tar_index import Tar
 from imagen_jax.data.tar_update import below, common_folder, open_index
 from imagen_jax.errors import DataError
@@ -74,9 +79,10 @@ class WebDatasetSource(Checked):
     aspect: str = 'crop',
     where: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
+    _plain: tar_scan.Plain | None = None,
   ) -> None:
     self._where = None if index is None else os.fspath(index)
-    self._plain = tar_scan.Plain()
+    self._plain = _plain or tar_scan.Plain()
     options = {'aspect': aspect, 'where': where, 'captions': captions}
     super().__init__(path, size, resize=resize, max_bad=max_bad, **options)
 
@@ -124,7 +130,9 @@ class WebDatasetSource(Checked):
         condition = -1 if code == aspects.SMALL else tar_columns.FIRST - code
         reason = self.why_left(condition)
         left |= {self._name(row): reason for row in some}
-        self.unlisted_left += self._rows.left[code] - len(some)
+        more = self._rows.left[code] - len(some)
+        more += self.unlisted.get(reason, 0)
+        self.unlisted = {**self.unlisted, reason: more}
     return bad, left
 
   def _codes(self, bad: dict[str, str]) -> np.ndarray | None:
@@ -146,6 +154,31 @@ class WebDatasetSource(Checked):
     said = json.dumps([*self._texts.items()]).encode()
     self._rule.append(hashlib.sha256(codes.tobytes() + said).hexdigest())
     return codes
+
+  @classmethod
+  def find_shards(cls, path: str) -> list[str]:
+    return [*find_tars(path)]
+
+  @classmethod
+  @contextlib.contextmanager
+  def open_shard(cls, path: str, **options: Any) -> Iterator[Source]:
+    with contextlib.ExitStack() as stack:
+      packed = stack.enter_context(tar_scan.on_disk(path))
+      file, cut = stack.enter_context(tar_scan.unzipped(path, packed))
+      found = tar_scan.scan(file, os.path.basename(path))
+      broken = tar_scan.CUT, tar_scan.DAMAGED
+      where = [f'{k}: {why}' for k, why in found.bad.items() if why in broken]
+      # A tar ends with blocks of zeros, so a cut between two files shows too.
+      last = ranges.read(file, found.tar.bytes - 512, 512)
+      if cut or where or last.strip(b'\0'):
+        where.append('its end is missing')
+        raise DataError(f'{path} is not whole: {where[0]}; download it again.')
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+      index = os.path.join(folder, tar_index.NAME)
+      tar = dataclasses.replace(found.tar, bytes=os.stat(packed).st_size)
+      tar_index.write(index, [dataclasses.replace(found, tar=tar)])
+      plain = tar_scan.Plain({path: file})
+      yield cls(path, **options | {'index': index, '_plain': plain})
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -171,6 +204,17 @@ class WebDatasetSource(Checked):
   def _tar(self, row: int) -> tuple[Tar, str]:
     number = bisect.bisect_right(self._starts, row) - 1
     return self.tars[number], self._plain[self._shards[number]]
+
+  def skipped_image(self, name: str) -> bytes | None:
+    shards = zip(self.tars, self._shards)
+    for tar, shard in shards:
+      member = name.removeprefix(f'{tar.name}/')
+      if member != name:
+        with contextlib.suppress(OSError, tarfile.TarError, KeyError):
+          with tarfile.open(self._plain[shard], 'r:') as file:
+            found = file.extractfile(member)
+            return found.read() if found else None
+    return None
 
   def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     row = self._rows[i]

@@ -21,7 +21,7 @@ NUM_PREVIEWS = 8
 def make_image_preview(
   experiment: Experiment,
   sample: Callable,
-  embed: Callable[[list[str]], dict],
+  embed: Callable[[list[dict]], dict],
   frozen: Any,
   *,
   low_resolution: int | None = None,
@@ -36,7 +36,7 @@ def make_image_preview(
     sample: (params, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The arrays are
       `embed`'s, `keys` (key data, the same for every grid) and, for a
       super-resolution stage, `low` [B, r, r, 3].
-    embed: captions -> arrays that condition the network.
+    embed: examples -> arrays that condition the network.
     frozen: of the experiment, on the mesh.
     low_resolution: side r of the low-resolution images, None for a base model.
 
@@ -55,7 +55,7 @@ def make_image_preview(
   side = experiment.resolution
   truth = np.stack([_square(example['image'], side) for example in examples])
   keys = jax.random.split(jax.random.key(experiment.config.seed), count)
-  given = embed([example['caption'] for example in examples])
+  given = embed(examples)
   given['keys'] = np.asarray(jax.random.key_data(keys))
   rows = [truth[:shown]]
   if low_resolution is not None:

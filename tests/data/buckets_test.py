@@ -57,7 +57,7 @@ def made(kind, tmp_path, aspect='buckets', size=64):
   if not path.exists():
     made('webdataset', tmp_path)
     words = f'--source webdataset --path {tmp_path}/webdataset --size 64'
-    words += f' --aspect {aspect} --out {path}'
+    words += f' --aspect {aspect} --workers 1 --out {path}'
     assert prepare.main(words.split()) == 0
   return make_source(kind=kind, path=path, size=size)
 
@@ -168,3 +168,18 @@ def test_spans_are_a_sequence_of_whole_numbers():
       assert spans.index(value) == whole.index(value)
   with pytest.raises(IndexError):
     spans[7]
+
+
+def test_duplicates_that_are_left_out_are_not_in_a_bucket(tmp_path):
+  tars(tmp_path)
+  members = [('x.png', encoded(image(1))), ('x.txt', b'image 1')]
+  write(tmp_path / '9.tar', members)
+  words = f'--source webdataset --path {tmp_path} --size 64 --workers 1'
+  words += f' --aspect buckets --remove_duplicates --out {tmp_path}/set'
+  assert prepare.main(words.split()) == 0
+  source = make_source(kind='arrayrecord', path=tmp_path / 'set', size=64)
+  for shape, chosen in source.buckets.items():
+    for i in chosen:
+      assert source[i]['image'].shape == (*shape, 3)
+  # The images 0 and 4 are noise, as all are: 1 is there twice.
+  assert len(source) == 6 == sum(map(len, source.buckets.values()))

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.pipeline import Order, batches, flip
-from imagen_jax.data.prepare import Recipe, prepare
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
+from tests import prepared as prepared_set
 
 NUM = 10
 
@@ -152,7 +151,9 @@ def sets(tmp_path_factory):
         info = tarfile.TarInfo(file.name)
         info.size = file.stat().st_size
         tar.addfile(info, io.BytesIO(file.read_bytes()))
-  prepare(FolderSource(folder, 8), prepared, Recipe(8, {}, part_size=3))
+  prepared_set.prepare(
+    prepared, kind='folder', path=str(folder), size=8, part_size=3
+  )
   return {'folder': folder, 'webdataset': root, 'arrayrecord': prepared}
 
 

@@ -402,7 +402,7 @@ def test_small_images_are_left_out_and_counted(tmp_path, monkeypatch):
   names = [source.name(i) for i in range(len(source))]
   assert names == [f'a.tar/{i}.png' for i in (1, 3, 5, 7, 9)]
   assert [name for name, _ in source.skipped] == ['a.tar/0.png', 'a.tar/2.png']
-  assert source.unlisted_left == 3
+  assert source.unlisted == {'it is smaller than 16 pixels': 3}
   other = WebDatasetSource(tmp_path, 12)
   assert len(other) == 10 and other.fingerprint != source.fingerprint
 
@@ -561,7 +561,7 @@ def test_conditions_on_the_table_beside_a_tar(tmp_path):
   source = WebDatasetSource(tar, 16, where=where, max_bad=0)
   names = [source.name(i)[-9:-4] for i in range(len(source))]
   assert names == ['00002', '00003']
-  assert len(source.skipped) == 4 and source.unlisted_left == 0
+  assert len(source.skipped) == 4 and not any(source.unlisted.values())
   assert {reason for _, reason in source.skipped} == {
     f'data.where has {text}' for text in where
   }

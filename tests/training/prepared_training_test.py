@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cascade import conditioning, objective, sampling
-from imagen_jax.cli import prepare
+from imagen_jax.cli import embed
 from imagen_jax.diffusion import samplers
 from imagen_jax.errors import DataError
 from imagen_jax.nets.network import Network
@@ -21,6 +21,7 @@ from imagen_jax.training.optimizer import optimizer
 from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import make_train_step
+from tests import prepared as set_of
 from tests import tiny_model, tiny_text
 
 
@@ -28,9 +29,9 @@ from tests import tiny_model, tiny_text
 def prepared(model, tmp_path_factory):
   """A config of the tiny base model on prepared shapes with embeddings."""
   out = tmp_path_factory.mktemp('prepared') / 'set'
-  words = f'--source shapes --num 16 --size 8 --out {out} --max_len'.split()
-  words += [str(tiny_model.MAX_LEN), '--text', str(model / 'text')]
-  assert prepare.main(words) == 0
+  set_of.prepare(out, kind='shapes', number=16, size=8)
+  words = ['--path', str(out), '--text', str(model / 'text')]
+  assert embed.main([*words, '--max_len', str(tiny_model.MAX_LEN)]) == 0
   config = tiny_model.config(num_steps=2, sample_every=None)
   config.text.path = str(model / 'text')
   config.data.update(kind='arrayrecord', path=str(out))
