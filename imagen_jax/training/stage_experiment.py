@@ -92,7 +92,9 @@ class StageExperiment(Experiment):
     )
     _check_sampling(self.stage)
     if cached_text is None:
-      _check_buckets(self.stage, self.source('train').buckets)
+      source = self.source('train')
+      for part in source.parts or (source,):
+        _check_buckets(self.stage, part.buckets)
 
   @property
   def text(self) -> TextEncoder:
