@@ -16,7 +16,7 @@ import pathlib
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -203,16 +203,24 @@ class Checked(Source):
     """
     if not 0 <= i < len(self):
       raise IndexError(f'sample {i} of {len(self)}')
-    for j in range(int(i), int(i) + min(SUBSTITUTES, len(self))):
+    for j in self._nearest(int(i)):
       try:
-        return retried(self.example, j % len(self))
+        return retried(self.example, j)
       except (BadSample, OSError) as error:
         reason = str(error)
-        self.note(self.name(j % len(self)), reason)
+        self.note(self.name(j), reason)
     raise DataError(
       f'{self.where}: no sample from {self.name(int(i))} on can be read '
       f'({reason}); check the disk.'
     )
+
+  def _nearest(self, i: int) -> Iterator[int]:
+    """A sample and those that may replace it, which have its shape."""
+    found = (some for some in self.buckets.values() if i in some)
+    alike: Sequence[int] = next(found, range(len(self)))
+    start = alike.index(i)
+    for step in range(min(SUBSTITUTES, len(alike))):
+      yield alike[(start + step) % len(alike)]
 
   def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     """The encoded image and the captions of a sample.
