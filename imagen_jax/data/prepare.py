@@ -75,14 +75,16 @@ def attempt(
   """
   file = bucket.at(out) / shard.file
   try:
-    part = prepare_shard(shard, out, spec, threads=threads, tell=tell)
-    return Outcome(shard.number, str(shard), part['count'])
+    done = prepare_shard(shard, out, spec, threads=threads, tell=tell)
+    return Outcome(shard.number, str(shard), done['count'])
   except Exception as error:
     problem = sentence(error)
     try:
-      if finished(file, shard, spec) is None:  # by another worker meanwhile
-        failure = {'format_version': FORMAT_VERSION, 'reason': problem}
-        files.write_json(_failed(file), failure)
+      part = finished(file, shard, spec)
+      if part:  # another worker's, whose merge has removed this one's file
+        return Outcome(shard.number, str(shard), part['count'])
+      failure = {'format_version': FORMAT_VERSION, 'reason': problem}
+      files.write_json(_failed(file), failure)
     except Exception as another:
       logging.getLogger(__name__).info('%s: %s', file, another)
     return Outcome(shard.number, str(shard), problem=problem)
