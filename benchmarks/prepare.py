@@ -41,7 +41,7 @@ from imagen_jax.io.decode import decode
 CASES = ((512, 64), (512, 256), (1024, 64), (1024, 256), (1024, 1024))
 PAIRS = (('resize (4:2:0)', 'img2dataset'), ('load', 'torch DataLoader'))
 BATCH = 16
-ROUNDS = 3  # the fastest counts: others disturb in one direction only
+ROUNDS = 5  # the fastest counts: others disturb in one direction only
 
 
 def made_up(side, seed):
@@ -69,14 +69,15 @@ def write_tar(path, side, number):
   return path
 
 
-def rate(work, number):
-  """Images per second of processor time."""
-  seconds = []
+def rates(works, number):
+  """{name: images per second of processor time} of functions, in turns."""
+  seconds = dict.fromkeys(works, float('inf'))
   for _ in range(ROUNDS):
-    start = time.process_time()
-    work()
-    seconds.append(time.process_time() - start)
-  return number / min(seconds)
+    for name, work in works.items():
+      start = time.process_time()
+      work()
+      seconds[name] = min(seconds[name], time.process_time() - start)
+  return {name: number / spent for name, spent in seconds.items()}
 
 
 def prepared(tar, size, encode):
@@ -142,27 +143,27 @@ def measure(tar, size):
       image.save(io.BytesIO(), 'jpeg', quality=95, subsampling=subsampling)
 
   def load():
-    steps = number // BATCH
+    steps = -(-number // BATCH)
     for _ in itertools.islice(batches(source, Order(0, BATCH)), steps):
       pass
 
-  found = {
-    'prepare (raw)': rate(lambda: prepared(tar, size, Encoding()), number),
-    'prepare (jpeg)': rate(lambda: prepared(tar, size, jpeg), number),
-    'resize (4:4:4)': rate(lambda: resize(0), number),
-    'resize (4:2:0)': rate(lambda: resize(2), number),
+  works = {
+    'prepare (raw)': lambda: prepared(tar, size, Encoding()),
+    'prepare (jpeg)': lambda: prepared(tar, size, jpeg),
+    'resize (4:4:4)': lambda: resize(0),
+    'resize (4:2:0)': lambda: resize(2),
+    'load': load,
   }
   peers = {
     'img2dataset': lambda: img2dataset(data, size),
     'torch DataLoader': lambda: torch_loader(tar, size),
   }
-  found['load'] = rate(load, number // BATCH * BATCH)
   for name, make in peers.items():
     try:
-      found[name] = rate(make(), number)
+      works[name] = make()
     except ImportError as error:
       print(f'{name} is left out: {error.name} is not installed.')
-  return found
+  return rates(works, number)
 
 
 def main():
