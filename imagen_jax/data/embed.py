@@ -32,6 +32,7 @@ from imagen_jax.io.files import AnyPath
 
 MEMORY = 2e9  # bytes of embeddings that wait to be written
 TOKENS = 24  # of a caption, for that
+LEAST = 64  # images that are read at a time
 SHOWN = 3  # failed parts that a message names
 
 Item = TypeVar('Item')
@@ -135,7 +136,7 @@ def _chunks(
   """The captions of all parts, as many at a time as fit in memory."""
   identity = encoder.identity
   each = embeddings.BYTES[identity['store']] * TOKENS * identity['dim']
-  size = max(64, int(MEMORY / each))
+  size = max(LEAST, int(MEMORY / each))
   for part in parts:
     # Of the whole file: duplicates that the set leaves out keep their place.
     records = Records([Part(part.path, part.bytes, part.count)])

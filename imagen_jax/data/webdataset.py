@@ -165,14 +165,19 @@ class WebDatasetSource(Checked):
     with contextlib.ExitStack() as stack:
       packed = stack.enter_context(tar_scan.on_disk(path))
       file, cut = stack.enter_context(tar_scan.unzipped(path, packed))
-      found = tar_scan.scan(file, os.path.basename(path))
+      whole = f'{path} is not whole: {{}}; download it again.'
+      if cut:
+        raise DataError(whole.format('its end is missing'))
+      try:
+        found = tar_scan.scan(file, os.path.basename(path))
+      except DataError as error:  # which names the copy
+        raise DataError(str(error).replace(file, path)) from error
       broken = tar_scan.CUT, tar_scan.DAMAGED
       where = [f'{k}: {why}' for k, why in found.bad.items() if why in broken]
       # A tar ends with blocks of zeros, so a cut between two files shows too.
       last = ranges.read(file, found.tar.bytes - 512, 512)
-      if cut or where or last.strip(b'\0'):
-        where.append('its end is missing')
-        raise DataError(f'{path} is not whole: {where[0]}; download it again.')
+      if where or last.strip(b'\0'):
+        raise DataError(whole.format([*where, 'its end is missing'][0]))
       folder = stack.enter_context(tempfile.TemporaryDirectory())
       index = os.path.join(folder, tar_index.NAME)
       tar = dataclasses.replace(found.tar, bytes=os.stat(packed).st_size)

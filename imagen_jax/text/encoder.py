@@ -29,7 +29,7 @@ Params: TypeAlias = Mapping[str, Any]
 MAX_LEN = 128
 SHORTEST = 16  # positions of the first bucket
 PARTS = 4  # of a device's captions in a training step, each with its own bucket
-IN_FLIGHT = 2  # batches that the devices have to do while the host goes on
+IN_FLIGHT = 2  # batches that the devices have, while the host prepares more
 
 
 @functools.partial(jax.jit, static_argnums=0)
