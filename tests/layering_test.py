@@ -50,6 +50,7 @@ DOORS = {
   'tensorflow_datasets': {'data/tfds.py'},
   'array_record': {'data/arrayrecord.py', 'data/records.py'},
   'grain': {'data/'},
+  'pyarrow': {'data/metadata.py'},
   'optax': {'training/', 'worlds/network.py'},
 }
 

@@ -46,6 +46,7 @@ def run(
   if runner == LOCAL and not any('direct_' in option for option in options):
     words += [f'--direct_num_workers={workers}']
     words += ['--direct_running_mode=multi_processing']
+    words += ['--default_sdk_harness_log_level=ERROR']
   logging.getLogger('apache_beam').setLevel(logging.ERROR)
   try:
     flags = pipeline_options.PipelineOptions(words)

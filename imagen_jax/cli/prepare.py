@@ -24,11 +24,14 @@ if TYPE_CHECKING:
   from imagen_jax.data.shards import Shard, Spec
 
 SIDE = functools.partial(errors.positive, most=65536)
+# Keys of a config's `data` section that have a flag of their name.
+SETTINGS = (
+  'path', 'split', 'seed', 'resize', 'aspect', 'where', 'captions'
+)  # fmt: skip
 # The flags of keys of a config's `data` section.
-FLAGS = {
-  f'config.data.{key}': key
-  for key in ('path', 'split', 'seed', 'resize', 'max_bad')
-} | {'config.data.kind': 'source'}
+FLAGS = {f'config.data.{key}': key for key in (*SETTINGS, 'max_bad')} | {
+  'config.data.kind': 'source'
+}
 # What a merge, which sees no source, takes.
 MERGING = {'merge', 'out', 'max_bad', 'remove_duplicates'}
 
@@ -54,6 +57,13 @@ def _parser() -> errors.Parser:
   add('--size', type=SIDE, help='side of the images in pixels')
   add('--out', type=user_path, required=True, help='folder to write, or gs://…')
   add('--resize', default='area', help='area, bicubic or lanczos')
+  add('--aspect', default='crop', help='crop, pad or buckets, see data.aspect')
+  add(
+    '--where',
+    nargs='+',
+    help="conditions that images must meet, such as 'side>=512'",
+  )
+  add('--captions', nargs='+', help='columns of the metadata with captions')
   add('--split', default='train', choices=('train', 'eval'), help='which part')
   add('--seed', type=int, default=0, help='of shapes and emoji')
   add('--num', type=errors.positive, help='write the first NUM images only')
@@ -121,7 +131,7 @@ def _main(argv: list[str]) -> None:
   from imagen_jax.data import encoding, shards
 
   quality = args.quality or encoding.QUALITY.get(args.encode)
-  settings = {k: getattr(args, k) for k in ('path', 'split', 'resize', 'seed')}
+  settings = {key: getattr(args, key) for key in SETTINGS}
   spec = shards.Spec(
     {'kind': args.source, **settings},
     args.size,

@@ -28,10 +28,11 @@ from imagen_jax.data import embeddings
 from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
 from imagen_jax.data.embeddings import Embeddings
 from imagen_jax.data.encoding import RAW, Encoding
-from imagen_jax.data.records import Part, Records, wrong
+from imagen_jax.data.records import Part, Records, Spans, wrong
 from imagen_jax.data.shards import FORMAT_VERSION, SPEC
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
+from imagen_jax.io.aspect import Shape
 from imagen_jax.io.decode import BadSample, fit
 from imagen_jax.io.files import AnyPath
 
@@ -73,7 +74,7 @@ class ArrayRecordSource(Checked):
     self._text = text
     super().__init__(path, size, max_bad=max_bad)
 
-  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     folders = _folders(path)
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
@@ -82,9 +83,39 @@ class ArrayRecordSource(Checked):
     for folder, header in zip(folders, self._headers):
       self._check(folder, header)
       sets.append((header, [*_parts(folder, header)]))
-    self._records = Records([part for _, parts in sets for part in parts])
+    parts = [part for _, parts in sets for part in parts]
+    self._records = Records(parts)
     self._embeddings = self._find_text(folders, sets)
-    return {}, []
+    self.buckets = self._find_buckets(parts)
+    return {}, {}
+
+  def _find_buckets(self, parts: Sequence[Part]) -> dict[Shape, Spans]:
+    """`buckets` at `self.size`; empty if all images are squares.
+
+    Raises:
+      DataError: a shape has no whole pixels at that size.
+    """
+    runs: dict[Shape, list[range]] = {}
+    start = 0
+    for part in parts:
+      for shape, number in part.runs():
+        if number:
+          runs.setdefault(shape, []).append(range(start, start + number))
+        start += number
+    side = self.header['size']
+    if set(runs) <= {(side, side)}:
+      return {}
+    for shape in runs:
+      if any(n * self.size % side for n in shape):
+        raise DataError(
+          f'{self.where} has images of {shape[1]} × {shape[0]} pixels, which '
+          f'cannot be resized from {side} to {self.size}; take a size that '
+          f'8 divides, or prepare it again with --size {self.size}.'
+        )
+    return {
+      (h * self.size // side, w * self.size // side): Spans(some)
+      for (h, w), some in sorted(runs.items())
+    }
 
   def _find_text(
     self,
@@ -290,10 +321,16 @@ def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
       entry['bytes'],
       entry['count'],
       removed=removed[at : at + number],
+      shapes=entry['buckets'],
     )
     at += number
     if there.get(entry['name'], -1) not in (None, part.bytes):
       raise wrong(part)
+    if len(part) != sum(number for _, number in part.runs()):
+      raise DataError(
+        f'{folder / DATASET} has other numbers of shapes than of records of '
+        f'{entry["name"]}; {files.COPY_AGAIN}.'
+      )
     if len(part):
       yield part
 
@@ -336,6 +373,10 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   _check_keys(path / DATASET, header, encode=str)
   for part in header['parts']:
     _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
+    _check_keys(path / DATASET, part, buckets=list)
+    for run in part['buckets']:
+      named = dict(zip('hwn', run)) if isinstance(run, list) else {}
+      _check_keys(path / DATASET, named, h=int, w=int, n=int)
   return header
 
 

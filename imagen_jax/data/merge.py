@@ -6,10 +6,12 @@ the images' digests in the parts' reports, and writes what makes it a set,
 """
 
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ import numpy as np
 
 from imagen_jax.data import report
 from imagen_jax.data.arrayrecord import DATASET, DUPLICATES
-from imagen_jax.data.checked import EXAMPLES, thread_pool
+from imagen_jax.data.checked import EXAMPLES
 from imagen_jax.data.prepare import WORDS, read_failure, read_report
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.report import Thumbnail
@@ -35,6 +37,7 @@ PART = ('name', 'count', 'bytes', 'sha256', 'buckets')
 COUNTED = ('bad', 'dropped', 'unlisted', 'thumbnails', 'words', 'digests')
 SHOWN, THUMBNAILS = 6, 48  # thumbnails of the page: of a reason, and in all
 TURN = 256  # parts read at a time
+WAITING = 64  # requests to a bucket at a time
 BINS = 64  # files of digests, each sorted in memory
 KEY = np.dtype(
   [('head', '<u8'), ('tail', '<u8'), ('part', '<u4'), ('row', '<u4')]
@@ -113,7 +116,8 @@ def _read_all(
   """(shard, the report of its part, or why it has none), in order."""
   of = digest(spec)
   progress = Progress(f'{folder}: parts checked', len(shards))
-  with thread_pool() as pool:
+  threads = WAITING if bucket.is_bucket(str(folder)) else os.cpu_count()
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     for start in range(0, len(shards), TURN):  # a report can be a megabyte
       some = shards[start : start + TURN]
       for shard, part in zip(

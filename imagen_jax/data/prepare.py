@@ -10,18 +10,16 @@ import base64
 import bisect
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 from imagen_jax.data.arrayrecord import pack, unpack, write_records
-from imagen_jax.data.checked import TOO_SMALL, retried
+from imagen_jax.data.checked import retried
 from imagen_jax.data.report import thumbnail
 from imagen_jax.data.shards import (
   FORMAT_VERSION,
@@ -126,7 +124,7 @@ def prepare_shard(
   Returns:
     the report, as the part's .json has it: `count`, `bytes`, `sha256`, the
     `dropped` samples with reasons and how many of them are `bad`, `buckets`
-    [height, width, number of records] in the order of the records, `words`
+    (runs of [height, width, number of records]), `words`
     (numbers of captions by length), digests of the images, thumbnails.
 
   Raises:
@@ -228,34 +226,25 @@ class _Part:
     self, source: Source, indices: range, spec: Spec, tell: Tell
   ) -> None:
     self._source, self._indices, self._tell = source, indices, tell
-    self._too_small = TOO_SMALL.format(spec.size)
     self._pack = functools.partial(pack, encoding=spec.encoding)
     self._failed: list[tuple[str, str]] = []
-    self._digests: dict[tuple[int, int], list[bytes]] = {}
+    self._digests = bytearray()
+    self._buckets: list[list[int]] = []  # runs of (height, width, number)
     self._words = [0] * (len(WORDS) + 1)
 
   def records(self, pool: concurrent.futures.Executor) -> Iterator[bytes]:
-    """The records, those of one shape behind each other.
-
-    Those of the first shape are passed on as they come. The others wait in
-    files, so that no more than a batch is in memory.
-    """
-    waiting: dict[tuple[int, int], IO[bytes]] = {}
-    with contextlib.ExitStack() as stack:
-      for example, record in self._packed(pool):
-        shape = example['image'].shape[:2]
-        self._count(shape, example, record)
-        if shape == next(iter(self._digests)):
-          yield record
-        else:
-          if shape not in waiting:
-            waiting[shape] = stack.enter_context(tempfile.TemporaryFile())
-          waiting[shape].write(len(record).to_bytes(8, 'little') + record)
-      for shape in sorted(waiting):
-        file = waiting[shape]
-        file.seek(0)
-        while size := file.read(8):
-          yield file.read(int.from_bytes(size, 'little'))
+    """The records, in the order of the source."""
+    for example, record in self._packed(pool):
+      shape = example['image'].shape[:2]
+      if not self._buckets or self._buckets[-1][:2] != [*shape]:
+        self._buckets.append([*shape, 0])
+      self._buckets[-1][2] += 1
+      found = hashlib.sha256(f'{shape} '.encode())
+      found.update(unpack(record)[1])
+      self._digests += found.digest()[:DIGEST]
+      for caption in example.get('captions') or [example['caption']]:
+        self._words[bisect.bisect_left(WORDS, caption.count(' ') + 1)] += 1
+      yield record
 
   def _packed(
     self, pool: concurrent.futures.Executor
@@ -284,16 +273,6 @@ class _Part:
         f'({error.strerror or error}); run the same command again.'
       ) from error
 
-  def _count(
-    self, shape: tuple[int, int], example: dict[str, Any], record: bytes
-  ) -> None:
-    _, pixels = unpack(record)
-    found = hashlib.sha256(f'{shape} '.encode())
-    found.update(pixels)
-    self._digests.setdefault(shape, []).append(found.digest()[:DIGEST])
-    for caption in example.get('captions') or [example['caption']]:
-      self._words[bisect.bisect_left(WORDS, caption.count(' ') + 1)] += 1
-
   def report(self, skipped: bool) -> dict[str, Any]:
     """The entries of the part's .json.
 
@@ -306,19 +285,15 @@ class _Part:
     if skipped:
       dropped = [*source.skipped, *dropped]
       bad += len(source.bad) + source.unlisted_bad
-      more['it is damaged'] = source.unlisted_bad
-      more[self._too_small] = source.unlisted_small
-    first, *others = [*self._digests] or [(0, 0)]
-    shapes = [first, *sorted(others)] if self._digests else []
-    ordered = [self._digests[shape] for shape in shapes]
+      more = {**source.unlisted, 'it is damaged': source.unlisted_bad}
     return {
-      'buckets': [[*s, len(some)] for s, some in zip(shapes, ordered)],
+      'buckets': self._buckets,
       'words': self._words,
       'bad': bad,
       'dropped': dropped,
       'unlisted': {reason: n for reason, n in more.items() if n},
       'thumbnails': _thumbnails(source, dropped),
-      'digests': base64.b64encode(b''.join(sum(ordered, []))).decode(),
+      'digests': base64.b64encode(self._digests).decode(),
     }
 
 

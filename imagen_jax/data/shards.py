@@ -22,7 +22,7 @@ from imagen_jax.data import checked, progress
 from imagen_jax.data.checked import CLEANING, NoImage
 from imagen_jax.data.encoding import BYTES, RAW, Encoding
 from imagen_jax.data.source import Source
-from imagen_jax.data.sources import source_options
+from imagen_jax.data.sources import IGNORABLE, source_options
 from imagen_jax.data.tar_update import below, common_folder
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
@@ -59,7 +59,11 @@ class Spec:
   def header(self) -> dict[str, Any]:
     """All that the bytes of the set depend on, JSON-ready."""
     apart = ('kind', 'path', 'index')  # data may move
-    settings = {k: v for k, v in self.source.items() if k not in apart}
+    settings = {
+      key: list(value) if isinstance(value, tuple) else value
+      for key, value in self.source.items()
+      if key not in apart and value not in IGNORABLE.get(key, (None,))
+    }
     settings |= {'source': self.source['kind'], 'fingerprint': self.fingerprint}
     return {
       'format_version': FORMAT_VERSION,
@@ -274,13 +278,14 @@ def check_claim(folder: pathlib.Path, spec: Spec) -> dict[str, Any]:
   """
   old = read_claim(folder)
   before, now = _flat(old), _flat(spec.header())
-  wrong = [key for key in now if before.get(key) != now[key]]
+  keys = {key: None for key in (*now, *before) if key != 'shards'}
+  wrong = [key for key in keys if before.get(key) != now.get(key)]
   if wrong:
     key = wrong[0]
     raise UsageError(
       f'{folder} holds a set prepared with {key} {short(before.get(key))!r}, '
-      f'and this call has {short(now[key])!r}; choose another folder, or give '
-      'all workers the same settings and version of imagen_jax.',
+      f'and this call has {short(now.get(key))!r}; choose another folder, or '
+      'give all workers the same settings and version of imagen_jax.',
       key='out',
     )
   return old

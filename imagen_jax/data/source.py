@@ -26,8 +26,9 @@ class Source(abc.ABC):
     endless: whether it has no natural size, so that a user must choose one.
     skipped: ((name, reason), …) of the samples that are skipped.
     bad: {name: reason} of the samples that are damaged.
-    unlisted_bad, unlisted_small: numbers of further samples, damaged and too
-      small, of sets too large to list them all.
+    unlisted_bad: number of further damaged samples, of sets too large to list
+      them all.
+    unlisted: {reason: number} of further samples that are skipped.
     buckets: {(height, width): the examples of that shape}, where images differ
       in shape; a batch is of one shape. Empty: all are squares of `size`.
     text_header: what made the stored embeddings of the captions, see
@@ -42,7 +43,8 @@ class Source(abc.ABC):
   weights: typing.Sequence[float] = ()
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
-  unlisted_bad = unlisted_small = 0
+  unlisted_bad = 0
+  unlisted: typing.Mapping[str, int] = {}
   buckets: typing.Mapping[tuple[int, int], typing.Sequence[int]] = {}
   text_header: typing.Mapping | None = None
 
@@ -63,7 +65,7 @@ class Source(abc.ABC):
       {'image': uint8 [size, size, 3], 'caption': str}. Where an image has
       several captions, 'captions' is a tuple of all and 'caption' the first;
       `text` and `mask` are then sequences with an entry for each. Training
-      takes one of them an epoch. Of a source with `buckets`, an image has its
+      chooses one each epoch. Of a source with `buckets`, an image has its
       bucket's height and width.
     """
 

@@ -26,6 +26,7 @@ IGNORABLE = {
   'seed': (0,),
   'resize': ('area',),
   'max_bad': (0.01,),
+  'aspect': ('crop',),
   'text': ('auto',),
 }
 

@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from imagen_jax import sharding
 from imagen_jax.cascade import conditioning
 from imagen_jax.io import images as image_io
+from imagen_jax.io.decode import fit
 from imagen_jax.training.experiment import Experiment
 
 NUM_PREVIEWS = 8
@@ -45,8 +48,12 @@ def make_image_preview(
   shown = min(NUM_PREVIEWS, len(source))
   # Repeat the first images until the devices divide their number.
   count = -(-shown // mesh.size) * mesh.size
-  examples = [source[i % shown] for i in range(count)]
-  truth = np.stack([example['image'] for example in examples])
+  # A source with buckets is in the order of its shapes: take some of each, and
+  # show squares.
+  stride = len(source) // shown if source.buckets else 1
+  examples = [source[i % shown * stride] for i in range(count)]
+  side = experiment.resolution
+  truth = np.stack([_square(example['image'], side) for example in examples])
   keys = jax.random.split(jax.random.key(experiment.config.seed), count)
   given = embed(examples)
   given['keys'] = np.asarray(jax.random.key_data(keys))
@@ -67,3 +74,11 @@ def make_image_preview(
     return image_io.grid(image_io.upsample(images, 64), shown)
 
   return preview
+
+
+def _square(
+  image: UInt8[np.ndarray, 'h w 3'], side: int
+) -> UInt8[np.ndarray, '{side} {side} 3']:
+  if image.shape[:2] == (side, side):
+    return image
+  return fit(Image.fromarray(image), side, side)

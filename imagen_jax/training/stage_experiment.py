@@ -1,8 +1,9 @@
 """Training one stage of the cascade."""
 
 import functools
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,10 @@ class StageExperiment(Experiment):
       dtype=resolve_dtype(config.dtype),
     )
     _check_sampling(self.stage)
+    if cached_text is None:
+      source = self.source('train')
+      for part in source.parts or (source,):
+        _check_buckets(self.stage, part.buckets)
 
   @property
   def text(self) -> TextEncoder:
@@ -270,6 +275,32 @@ def _check_sampling(stage: stages.Stage) -> None:
     raise UsageError(
       str(error), key=f'config.stage.sampling.{error.key}'
     ) from error
+
+
+def _check_buckets(
+  stage: stages.Stage, shapes: Iterable[tuple[int, int]]
+) -> None:
+  """Rejects shapes of images that the network cannot take, or be cut out of.
+
+  Raises:
+    UsageError: naming the config's key.
+  """
+  factor = 1 if stage.low_resolution is None else stage.factor
+  multiple = math.lcm(stage.net.multiple, factor)
+  for height, width in shapes:
+    if stage.crop is None and (height % multiple or width % multiple):
+      raise UsageError(
+        f'the data have images of {width} × {height} pixels, and the network '
+        f'takes multiples of {multiple}; take data.aspect=crop, or a network '
+        'with fewer levels.',
+        key='config.data.aspect',
+      )
+    if stage.crop is not None and stage.crop > min(height, width):
+      raise UsageError(
+        f'stage.crop is {stage.crop}, and the data have images of {width} × '
+        f'{height} pixels; take a smaller crop.',
+        key='config.stage.crop',
+      )
 
 
 def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:

@@ -11,7 +11,6 @@ from PIL import Image
 from imagen_jax.cli import prepare as command_line
 from imagen_jax.data import arrayrecord
 from imagen_jax.data.arrayrecord import ArrayRecordSource
-from imagen_jax.data.encoding import Encoding
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
@@ -53,33 +52,6 @@ def test_what_was_prepared_is_what_the_source_gave(images, tmp_path):
     assert mine.keys() == {'image', 'caption'}
     assert mine['caption'] == theirs['caption']
     np.testing.assert_array_equal(mine['image'], theirs['image'])
-
-
-@pytest.mark.parametrize('kind', ['raw', 'png', 'jpeg'])
-def test_all_captions_and_the_shape_of_an_image_are_stored(tmp_path, kind):
-  several = {'caption': 'one', 'captions': ('one', 'two')}
-  examples = [
-    {'image': np.full((8, 24, 3), 7, np.uint8)} | several,
-    {'image': np.full((16, 16, 3), 9, np.uint8), 'caption': 'alone'},
-  ]
-  encoding = Encoding(kind, 95 if kind == 'jpeg' else None)
-  file = tmp_path / 'part-00000.array_record'
-  count, _ = arrayrecord.write_records(
-    file, [arrayrecord.pack(one, encoding) for one in examples]
-  )
-  part = {'name': file.name, 'count': count, 'bytes': file.stat().st_size}
-  header = {'format_version': arrayrecord.FORMAT_VERSION, 'size': 16}
-  header |= {'encode': kind, 'quality': encoding.quality}
-  header |= {'count': count, 'parts': [part]}
-  (tmp_path / 'dataset.json').write_text(json.dumps(header))
-  source = ArrayRecordSource(tmp_path, 16)
-  for i, one in enumerate(examples):
-    found = source.example(i)
-    assert found.keys() == one.keys()
-    np.testing.assert_array_equal(found.pop('image'), one['image'])
-    assert found == {k: v for k, v in one.items() if k != 'image'}
-  half = ArrayRecordSource(tmp_path, 8)
-  assert half[0]['image'].shape == (4, 12, 3)
 
 
 def test_sets_prepared_side_by_side_are_one(images, tmp_path):

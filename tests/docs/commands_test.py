@@ -36,7 +36,7 @@ def commands(page):
 
 
 def _end(argv):
-  ends = [argv.index(mark) for mark in ('&', '&&', '>') if mark in argv]
+  ends = [argv.index(mark) for mark in ('&', '&&', '>', '--') if mark in argv]
   return min(ends, default=len(argv))
 
 
