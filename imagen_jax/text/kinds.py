@@ -81,6 +81,7 @@ CLIP = Kind(
   ClipText,
   ('clip', 'clip_text_model'),
   section='text_config',
+  fixed={'penultimate': False},
   ignored=r'vision_model\.|visual_projection|text_projection|logit_scale'
   r'|.*\.position_ids$',
   renamed=((r'^(?!text_model\.)', 'text_model.'),),
