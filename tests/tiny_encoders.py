@@ -130,8 +130,14 @@ def write(folder, kind, seed=0, **changes):
   (folder / 'tokenizer.json').write_text(TOKENIZERS[kind]())
   module = kinds.module_from_config(folder, written)
   rng, tensors = np.random.default_rng(seed), {}
-  for name, leaf in weights.abstract_params(module).items():
-    value = rng.normal(size=leaf.shape) / leaf.shape[-1] ** 0.5
+  tree = weights.abstract_params(module)
+  layers = tree.pop('layers')
+  shapes = {name: leaf.shape for name, leaf in tree.items()}
+  for name, leaf in layers.items():
+    for i in range(leaf.shape[0]):
+      shapes[f'{module.PREFIX}.{i}.{name}'] = leaf.shape[1:]
+  for name, shape in shapes.items():
+    value = rng.normal(size=shape) / shape[-1] ** 0.5
     if 'norm' in name.lower() and name.endswith('weight'):
       value = 1 + 0.3 * value
     tensors[name] = value.astype(np.float32)

@@ -55,7 +55,7 @@ class ClipImage(ClipTower):
     x = self.norm('vision_model.pre_layrnorm', x)  # spelt so in the files
     seen = jnp.ones((1, 1, 1, x.shape[1]), bool)
     for i in range(self.num_hidden_layers):
-      x = self.layer(f'vision_model.encoder.layers.{i}', x, seen)
+      x = self.layer(x, seen, f'vision_model.encoder.layers.{i}.')
     x = self.norm('vision_model.post_layernorm', x[:, 0])
     return self.linear('visual_projection', x, self.projection_dim, bias=False)
 
@@ -71,7 +71,9 @@ class ClipTextFeatures(ClipTextTower):
 
   @nn.compact
   def __call__(self, ids: Int[Array, 'b l']) -> Float[Array, 'b d']:
-    _, x = self.states(ids)
+    x, seen = self.inputs(ids)
+    for i in range(self.num_hidden_layers):
+      x = self.layer(x, seen, f'{self.PREFIX}.{i}.')
     x = self.norm('text_model.final_layer_norm', x)
     # Old configs give 2 as eos; the real end token has the highest id.
     eos = self.eos_token_id

@@ -1,10 +1,13 @@
 """BERT and CLIP as text encoders, against transformers' torch modules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax import sharding
 from imagen_jax.text import weights
 from imagen_jax.text.encoder import encode_tokens, load_text_encoder
 from tests import tiny_encoders
@@ -166,5 +169,24 @@ def test_bfloat16_is_close_and_its_output_float32(kind, tmp_path):
   ids, mask = padded_batch(3, 40)
   a, b = (encode_tokens(e.module, e.params, ids, mask) for e in (exact, half))
   assert b.dtype == jnp.float32 and 0 < np.abs(a - b)[mask].max() < 0.1
-  for leaf in jax.tree.leaves(half.params):
-    assert leaf.dtype == ('bfloat16' if leaf.ndim > 1 else 'float32')
+  layers = {k: v[0] for k, v in half.params['layers'].items()}
+  for leaf in (half.params | layers).values():
+    if not isinstance(leaf, dict):
+      assert leaf.dtype == ('bfloat16' if leaf.ndim > 1 else 'float32')
+
+
+@pytest.mark.parametrize('kind', ['bert', 'clip'])
+def test_parameters_split_over_devices_give_the_same_embeddings(kind, tmp_path):
+  whole = loaded(tmp_path, kind)
+  mesh = sharding.make_mesh(2, 4)
+  place = functools.partial(sharding.leaf_sharding, mesh=mesh, min_size=64)
+  spread = load_text_encoder(tmp_path, place=place)
+  assert spread.digest == whole.digest
+  large = max(jax.tree.leaves(spread.params), key=lambda leaf: leaf.size)
+  assert large.addressable_shards[0].data.size == large.size // 4
+  ids, mask = padded_batch(5, 40, (9, 4, 1, 2, 3, 5, 6, 7))
+  rows = sharding.put_batch((ids, mask), mesh)
+  with jax.set_mesh(mesh):
+    out = encode_tokens(spread.module, spread.params, *rows)
+  expected = encode_tokens(whole.module, whole.params, ids, mask)
+  np.testing.assert_allclose(np.asarray(out), expected, atol=1e-5)
