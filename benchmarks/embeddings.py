@@ -24,6 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.cli import embed as embed_command
@@ -112,14 +113,13 @@ def _error_of_stage(record, out, num):
         assert embed_command.main(words) == 0
   losses = {}
   for name in (None, *(f'demo-{store}' for store in embeddings.STORES)):
-    config = load_config('shapes_base')
-    config.unlock()
-    config.update(record.config)
-    config.data = {
-      **config.data.to_dict(),
-      **dict(kind='arrayrecord', path=str(out / 'train'), mixture=None),
-      **dict(eval_path=str(out / 'eval'), text=name, seed=0),
-    }
+    config = load_config(f'shapes_{record.name}').to_dict()
+    for key in 'stage', 'text':
+      config[key] |= record.config[key]
+    config['data'] |= {'kind': 'arrayrecord', 'path': str(out / 'train')}
+    config['data'] |= {'eval_path': str(out / 'eval'), 'text': name}
+    config['data'] |= {'mixture': None, 'seed': 0}
+    config = ConfigDict(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     made = find_experiment('stage')(config, mesh)
     params = jax.device_put(model_folder.load_params(record))
@@ -127,7 +127,8 @@ def _error_of_stage(record, out, num):
       losses[name] = make_heldout_loss(made, made.load_frozen())(params)
     if name is None:
       exact = made
-  print(f'{record.name}: held-out loss {losses.pop(None):.6f}')
+  whole = losses.pop(None)
+  print(f'{record.name}: held-out loss {whole:.6f}')
   captions = [e['caption'] for e in exact.source('eval')]
   emb, mask = exact.text.encode(captions, max_len=text['max_len'])
   for name, loss in losses.items():
@@ -143,7 +144,7 @@ def _error_of_stage(record, out, num):
     cosine = (one * two).sum(-1) / norms
     print(
       f'  {name}: cosine per token mean {cosine.mean():.7f}, least '
-      f'{cosine.min():.7f}; held-out loss {loss:.6f}'
+      f'{cosine.min():.7f}; held-out loss {loss:.6f}, {loss / whole - 1:+.3%}'
     )
 
 
