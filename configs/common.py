@@ -61,7 +61,7 @@ RANGES = {
   'stage.sampling.gamma': '[0, 1]',
   'stage.sampling.eta': '[0, 1]',
   'stage.sampling.strength': '(0, 1]',
-  'text.max_len': '[1, 65536]',
+  'text.max_len': '[2, 65536]',
   'data.seed': '[0, 4294967295]',
   'data.max_bad': '[0, 1]',
   'data.num_scenes': '[1, inf)',

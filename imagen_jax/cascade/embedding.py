@@ -12,6 +12,7 @@ from imagen_jax import sharding
 from imagen_jax.errors import ModelError
 from imagen_jax.io import embeddings, text_folder
 from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.text import kinds
 from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.typing import TextEmb, TextMask
 
@@ -35,6 +36,27 @@ class Embedding:
   cut: tuple[int, ...]
   negative_prompt: str = ''
   negative: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def check_kind(path: pathlib.Path, record: StageRecord) -> str:
+  """The kind of a stage's text encoder, which is the one in a folder.
+
+  Args:
+    path: folder of the encoder.
+    record: of the stage; one that names no kind is T5's.
+
+  Raises:
+    ModelError: the folder holds another kind.
+  """
+  kind: str = record.text.get('kind', 't5')
+  found = kinds.possible(kinds.read_config(path))
+  if kind not in found:
+    raise ModelError(
+      f'stage {record.name} was trained with a text encoder of kind {kind!r}, '
+      f'and {path} holds {" or ".join(map(repr, found)) or "none"}; copy the '
+      'one that it was trained with there.'
+    )
+  return kind
 
 
 def embed(
@@ -61,6 +83,7 @@ def embed(
       stage was trained with.
   """
   path = text_folder.of_stage(folder, record)
+  kind = check_kind(path, record)
   files = path.glob('*.safetensors')
   size = sum(file.stat().st_size for file in files if file.is_file())
   mesh = mesh_for(size)
@@ -68,7 +91,7 @@ def embed(
   if mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
   dtype = record.config['text']['dtype']
-  encoder = load_text_encoder(path, dtype, place=place)
+  encoder = load_text_encoder(path, dtype, kind=kind, place=place)
   if encoder.digest != record.text['digest']:
     raise ModelError(
       f'the text encoder in {path} is not the one that stage '

@@ -104,9 +104,9 @@ def embed(
   of = {entry['name']: entry['sha256'] for entry in images['parts']}
   names = [os.path.basename(part.path) for part in parts]
   files.make_folder(folder)
-  mine = []
+  there, mine = files.tree(folder), []
   for part, name in list(zip(parts, names))[shard[0] :: shard[1]]:
-    if _finished(folder / name, of[name], encoder.identity) is None:
+    if _finished(folder / name, there, of[name], encoder.identity) is None:
       mine.append(part)
   progress = Progress(f'{out}:', sum(part.count for part in mine))
   problems: dict[str, str] = {}
@@ -214,20 +214,29 @@ def _write(
 
 
 def _finished(
-  file: pathlib.Path, of: str, identity: Mapping[str, Any]
+  file: pathlib.Path,
+  there: Mapping[str, int],
+  of: str,
+  identity: Mapping[str, Any],
 ) -> dict[str, Any] | None:
   """The report of a finished part, or None.
+
+  Args:
+    file: of the part.
+    there: {name: bytes} of the files of its folder.
+    of: digest of the images' part.
+    identity: of the encoder.
 
   Raises:
     UsageError: it is of other embeddings.
   """
   report = file.with_suffix('.json')
-  if not (report.exists() and file.exists()):
+  if not (report.name in there and file.name in there):
     return None
   try:
     part = files.read_json(report, error=DataError, version=FORMAT_VERSION)
     have = {**part['identity'], 'of': part['of']}
-    if part['bytes'] != file.stat().st_size:
+    if part['bytes'] != there[file.name]:
       return None  # damaged: made again
   except (DataError, KeyError, TypeError):
     return None
@@ -247,9 +256,9 @@ def _finish(
   folder: pathlib.Path, of: Mapping[str, str], identity: Mapping[str, Any]
 ) -> dict[str, Any] | None:
   """Writes the header if all parts are finished."""
-  found = []
+  found, there = [], files.tree(folder)
   for name in of:
-    part = _finished(folder / name, of[name], identity)
+    part = _finished(folder / name, there, of[name], identity)
     if part is None:
       return None
     del part['identity'], part['format_version']
@@ -262,6 +271,6 @@ def _finish(
   header['parts'] = found
   text = json.dumps(header, indent=2) + '\n'
   file = folder / HEADER
-  if not file.exists() or file.read_text() != text:
+  if HEADER not in there or file.read_text() != text:
     files.write_text(file, text)
   return header

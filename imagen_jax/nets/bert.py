@@ -5,7 +5,7 @@ MiniLM and the BERTs of sentence-transformers are of the same form.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from imagen_jax.nets.tower import ACTIVATIONS, Tower
 from imagen_jax.typing import Array, TextEmb, TextMask
@@ -27,6 +27,23 @@ SIZES = {
 }
 
 
+class BertLayer(Tower):
+  """One layer, whose norms are after each sublayer."""
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b l d'], mask: TextMask
+  ) -> tuple[Float[Array, 'b l d'], None]:
+    width, parts = self.hidden_size, ('query', 'key', 'value')
+    h = self.attention('attention.self', x, parts, mask[:, None, None])
+    h = self.linear('attention.output.dense', h, width)
+    x = self.norm('attention.output.LayerNorm', x + h)
+    h = self.linear('intermediate.dense', x, self.intermediate_size)
+    h = ACTIVATIONS[self.hidden_act](h)
+    h = self.linear('output.dense', h, width)
+    return self.norm('output.LayerNorm', x + h), None
+
+
 class Bert(Tower):
   """Token ids to contextual embeddings; the defaults are the base model's.
 
@@ -43,6 +60,7 @@ class Bert(Tower):
   vocab_size: int = 30522
   max_position_embeddings: int = 512
   type_vocab_size: int = 2
+  PREFIX = 'encoder.layer'
 
   @nn.compact
   def __call__(self, ids: Int[Array, 'b l'], mask: TextMask) -> TextEmb:
@@ -63,19 +81,5 @@ class Bert(Tower):
       f'{name}.position_embeddings', ids.shape[1], self.max_position_embeddings
     )
     x = self.norm(f'{name}.LayerNorm', x)
-    for i in range(self.num_hidden_layers):
-      name = f'encoder.layer.{i}'
-      h = self.attention(
-        f'{name}.attention.self',
-        x,
-        ('query', 'key', 'value'),
-        mask[:, None, None],
-      )
-      # The norms are after each sublayer.
-      h = self.linear(f'{name}.attention.output.dense', h, width)
-      x = self.norm(f'{name}.attention.output.LayerNorm', x + h)
-      h = self.linear(f'{name}.intermediate.dense', x, self.intermediate_size)
-      h = ACTIVATIONS[self.hidden_act](h)
-      h = self.linear(f'{name}.output.dense', h, width)
-      x = self.norm(f'{name}.output.LayerNorm', x + h)
+    x = self.stack(BertLayer, x, mask)
     return jnp.where(mask[..., None], x, 0)

@@ -204,7 +204,7 @@ class T5Encoder(nn.Module):
       self.dtype,
       name='layers',
     )
-    # Else the partitioner splits the width as the table's, not the captions.
+    # Else the sharding of the table would spread to all activations.
     x = sharding.constrain_batch(table[ids].astype(jnp.float32))
     x, _ = blocks(x, bias)
     scale = self.param('norm', nn.initializers.ones, (self.width,))

@@ -4,6 +4,7 @@ Parameters have the names and layouts of the Hugging Face tensors, so weights
 are used without conversion. Each is gathered where it is used.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ ACTIVATIONS = {
 
 
 class Tower(nn.Module):
-  """A transformer whose parameters are flat, with dotted names.
+  """A transformer whose parameters have dotted names.
 
   Attributes:
     hidden_size: D, width of the residual stream.
@@ -86,7 +87,27 @@ class Tower(nn.Module):
   def embed(self, name: str, ids: Int[Array, 'b l'], rows: int) -> Array:
     """Rows of a table of tokens, in float32."""
     table = self.table(f'{name}.weight', rows, self.hidden_size)
-    return table[ids].astype(jnp.float32)
+    # Else the sharding of the table would spread to all activations.
+    return sharding.constrain_batch(table[ids].astype(jnp.float32))
+
+  def stack(self, block: type['Tower'], x: Any, *given: Array) -> Any:
+    """x after all layers, which are one scan over stacked parameters.
+
+    Args:
+      block: a layer: (x, *given) -> (x, None), with a tower's attributes.
+      x: carried from layer to layer.
+      given: the same for all layers.
+    """
+    layers: Any = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=self.num_hidden_layers,
+    )
+    names = {f.name for f in dataclasses.fields(block)} - {'parent', 'name'}
+    sizes = {name: getattr(self, name) for name in names}
+    return layers(**sizes, name='layers')(x, *given)[0]
 
   def positions(self, name: str, length: int, rows: int) -> Array:
     """The first rows of a table of positions."""
@@ -104,7 +125,7 @@ class Tower(nn.Module):
     Args:
       name: of the attention's tensors.
       x: what attends and is attended to.
-      parts: names of the query's, key's and value's projections.
+      parts: last names of the query's, key's and value's projections.
       seen: the keys that each query attends to.
     """
     batch, length, width = x.shape

@@ -81,6 +81,7 @@ CLIP = Kind(
   ClipText,
   ('clip', 'clip_text_model'),
   section='text_config',
+  fixed={'penultimate': False},
   ignored=r'vision_model\.|visual_projection|text_projection|logit_scale'
   r'|.*\.position_ids$',
   renamed=((r'^(?!text_model\.)', 'text_model.'),),
@@ -122,6 +123,12 @@ def read_config(folder: AnyPath) -> dict[str, Any]:
   return read_json(path, advice=hub_folder.AGAIN, missing=WHAT)
 
 
+def possible(config: Mapping[str, Any]) -> list[str]:
+  """The kinds that an encoder with this config.json can be used as."""
+  stated = config.get('model_type', 't5')
+  return [name for name, kind in KINDS.items() if stated in kind.model_types]
+
+
 def recognise(
   folder: AnyPath, config: Mapping[str, Any], kind: str | None = None
 ) -> str:
@@ -142,11 +149,11 @@ def recognise(
       "the encoder's config.json says.",
       key='config.text.kind',
     )
-  stated = config.get('model_type', 't5')
-  found = [name for name, k in KINDS.items() if stated in k.model_types]
+  found = possible(config)
   if not found:
     raise ModelError(
-      f'{pathlib.Path(folder) / "config.json"} has model_type {stated!r}, '
+      f'{pathlib.Path(folder) / "config.json"} has model_type '
+      f'{config["model_type"]!r}, '
       f'which is no text encoder known here ({", ".join(KINDS)}); give the '
       'folder of a T5 such as google/t5-v1_1-xxl, or of a BERT or CLIP.'
     )
@@ -191,14 +198,22 @@ def module_from_config(
         'gated-gelu (v1.1, Flan) are supported.'
       )
     extra['gated'] = GATED[projection]
+  fields = _fields(path, config, row, {*extra, 'dtype', 'name', 'parent'})
+  width, heads = (
+    fields.get(k, 1) for k in ('hidden_size', 'num_attention_heads')
+  )
   absolute = config.get('position_embedding_type', 'absolute') == 'absolute'
   if not absolute or config.get('is_decoder'):
     raise ModelError(
       f'{path} describes a decoder, or positions relative to each other; only '
       'encoders with absolute positions are supported.'
     )
+  if width % heads:
+    raise ModelError(
+      f'{path} has hidden_size = {width} and num_attention_heads = {heads}, '
+      'which does not divide it.'
+    )
   made: Any = row.module
-  fields = _fields(path, config, row, {*extra, 'dtype', 'name', 'parent'})
   return made(**fields, **extra, dtype=dtype)
 
 

@@ -30,9 +30,9 @@ SMALL = 2**14  # numbers of a tensor that is read to tell encoders apart
 
 # The sharding of a leaf, an array or a `jax.ShapeDtypeStruct`.
 Place: TypeAlias = Callable[[Any], jax.sharding.Sharding]
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
-# {Flax name: Hugging Face name} of the parameters of each layer.
+# {Flax name: Hugging Face name} of T5's parameters in each layer; those of the
+# other towers have their tensors' names and layouts.
 LAYER = {
   'attention_norm': 'layer.0.layer_norm.weight',
   'query': 'layer.0.SelfAttention.q.weight',
@@ -51,9 +51,6 @@ TOP = {
   ),
   'norm': 'encoder.final_layer_norm.weight',
 }
-# These stay float32 whatever the dtype of the products, as vectors do.
-PRECISE = ('attention_norm', 'mlp_norm', 'norm', 'distance_bias')
-
 CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)'
 
 
@@ -111,10 +108,9 @@ def load_params(
     return jax.device_put(array, place(array)) if place else jnp.asarray(array)
 
   tree = abstract_params(module)
-  stacks = tree.pop('layers', {})
+  stacks = tree.pop('layers')
   params: dict[str, Any] = {n: whole(n, leaf) for n, leaf in tree.items()}
-  if stacks:
-    params['layers'] = {n: layers(n, leaf) for n, leaf in stacks.items()}
+  params['layers'] = {n: layers(n, leaf) for n, leaf in stacks.items()}
   listed = ''.join(f'{name} {digests[name]}\n' for name in sorted(digests))
   return params, hashlib.sha256(listed.encode()).hexdigest()
 
@@ -141,7 +137,8 @@ def abstract_params(module: TextTower) -> dict[str, Any]:
   tree: Any = jax.eval_shape(module.init, jax.random.key(0), ids, mask)
 
   def as_loaded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    precise = path[-1].key in PRECISE or leaf.ndim == 1
+    vector = leaf.ndim - (path[0].key == 'layers') == 1
+    precise = vector or path[-1].key == 'distance_bias'
     dtype = jnp.float32 if precise else module.dtype
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
@@ -154,10 +151,11 @@ def _open(folder: pathlib.Path, module: TextTower) -> dict[str, Tensor]:
   given = hub_folder.open_tensors(
     folder, 'model', what=WHAT, convert=CONVERT, used=kind.tensor
   )
-  layer, top = _names(module)
+  top = abstract_params(module)
+  layer = top.pop('layers')
   wanted = [TOP.get(name, name) for name in top]
-  for i in range(module.num_layers if isinstance(module, T5Encoder) else 0):
-    wanted += [_torch_name(name, i, module) for name in layer]
+  for name, leaf in layer.items():
+    wanted += [_torch_name(name, i, module) for i in range(leaf.shape[0])]
   named = {name: str(kind.tensor(name)) for name in given}
   hub_folder.check_names(folder, [*named.values()], wanted)
   # Of two names of a tensor, its own.
@@ -203,11 +201,10 @@ def save_folder(
     **config: further keys for `config.json`.
   """
   folder = pathlib.Path(folder)
-  layer, top = _names(module)
-  leaves = {TOP[name]: params[name] for name in top}
-  for i in range(module.num_layers):
-    for name in layer:
-      leaves[_torch_name(name, i, module)] = params['layers'][name][i]
+  leaves = {TOP[name]: params[name] for name in params.keys() & TOP.keys()}
+  for name, stack in params['layers'].items():
+    for i in range(module.num_layers):
+      leaves[_torch_name(name, i, module)] = stack[i]
   safetensors.write_file(
     folder / SINGLE,
     {name: _exported(name, leaf, dtype) for name, leaf in leaves.items()},
@@ -244,19 +241,11 @@ def _config(module: T5Encoder) -> dict[str, Any]:
   }
 
 
-def _names(module: TextTower) -> tuple[Shapes, Shapes]:
-  """({Flax name: shape} of one stacked layer, {Flax name: shape} of the rest).
-
-  Only T5's layers are stacked; the others' parameters have their tensors' names
-  and layouts.
-  """
-  tree = abstract_params(module)
-  layer = {k: v.shape[1:] for k, v in tree.pop('layers', {}).items()}
-  return layer, {k: v.shape for k, v in tree.items()}
-
-
 def _torch_name(name: str, i: int, module: TextTower) -> str:
-  if name == 'in' and isinstance(module, T5Encoder) and not module.gated:
+  """The tensor of layer i that belongs to a stack of parameters."""
+  if not isinstance(module, T5Encoder):
+    return f'{module.PREFIX}.{i}.{name}'
+  if name == 'in' and not module.gated:
     return f'encoder.block.{i}.layer.1.DenseReluDense.wi.weight'
   return f'encoder.block.{i}.{LAYER[name]}'
 
