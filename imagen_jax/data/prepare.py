@@ -20,12 +20,12 @@ from typing import Any
 
 from imagen_jax.data.arrayrecord import pack, unpack, write_records
 from imagen_jax.data.checked import retried
+from imagen_jax.data.claim import check_claim
 from imagen_jax.data.report import thumbnail
 from imagen_jax.data.shards import (
   FORMAT_VERSION,
   Shard,
   Spec,
-  check_claim,
   digest,
   opened,
 )
@@ -118,7 +118,7 @@ def prepare_shard(
 
   Args:
     shard: a tar, or a range of samples.
-    out: folder of the set, claimed by `shards.claim`; on a disk or in a bucket.
+    out: folder of the set, claimed by `claim.claim`; on a disk or in a bucket.
     spec: of the set.
     threads: that read and decode; the bytes do not depend on it.
     tell: called now and then.
