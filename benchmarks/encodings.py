@@ -28,7 +28,7 @@ def measure(encoding, images):
   start = time.process_time()
   encoded = [encoding.encode(image) for image in images]
   middle = time.process_time()
-  decoded = [encoding.decode(data, len(images[0])) for data in encoded]
+  decoded = [encoding.decode(data, *images[0].shape[:2]) for data in encoded]
   stop = time.process_time()
   return (
     statistics.mean(map(len, encoded)),

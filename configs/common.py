@@ -67,7 +67,7 @@ RANGES = {
   'stage.sampling.gamma': '[0, 1]',
   'stage.sampling.eta': '[0, 1]',
   'stage.sampling.strength': '(0, 1]',
-  'text.max_len': '[1, 65536]',
+  'text.max_len': '[2, 65536]',
   'data.seed': '[0, 4294967295]',
   'data.max_bad': '[0, 1]',
   'data.num_scenes': '[1, inf)',
@@ -116,6 +116,7 @@ NULLABLE = (
   'stage.schedule.shift_to',
   'stage.schedule.resolution',
   'stage.sampling.threshold',
+  'data.text',
   'train.sample_every',
   'train.eval_every',
   'train.check_replicas_every',
@@ -256,10 +257,13 @@ def sampling() -> dict[str, Any]:
 def text() -> dict[str, Any]:
   """The frozen text encoder."""
   return {
-    # A folder of T5 v1.1 in Hugging Face layout (config.json, safetensors,
-    # spiece.model); the paper's is google/t5-v1_1-xxl. 'demo' is the bundled
-    # one, whose vocabulary is that of the demo's captions.
+    # A folder of a T5, BERT or CLIP in Hugging Face layout (config.json,
+    # safetensors, tokenizer); the paper's is google/t5-v1_1-xxl. 'demo' is the
+    # bundled T5, whose vocabulary is that of the demo's captions.
     'path': 'demo',
+    # 't5', 'bert', 'clip' (its last layer), 'clip_penultimate' (the layer
+    # before, as in Appendix D.1); None: what the folder's config.json says.
+    'kind': placeholder(str),
     # Name of the config that pretrains it; None: it is downloaded.
     'trained_by': placeholder(str),
     # Tokens of a caption; the rest is cut off.
@@ -280,6 +284,10 @@ def data() -> dict[str, Any]:
     'path': placeholder(str),
     # Of 'webdataset': the file of its index; None: tars.index beside the tars.
     'index': placeholder(str),
+    # Of 'arrayrecord': the name of the captions' embeddings, which imagen-embed
+    # made beside the images; 'auto': the only ones, if there are any. None: the
+    # captions are embedded while training.
+    'text': 'auto',
     # Held-out data of the same kind, for the held-out loss; None: the source's
     # own split, if it has one.
     'eval_path': placeholder(str),
@@ -287,6 +295,17 @@ def data() -> dict[str, Any]:
     'seed': 0,
     # How images are downsampled: 'area', 'bicubic' or 'lanczos'.
     'resize': 'area',
+    # Their shape: 'crop' (the central square), 'pad' (whole, on a white square)
+    # or 'buckets' (nine shapes of about resolution² pixels, from 1 : 4 to
+    # 4 : 1; a batch has one shape).
+    'aspect': 'crop',
+    # Conditions that images must meet, such as ('side>=512', 'aspect<=2',
+    # 'caption_words>=3', 'similarity>=0.28'): on the image, on its caption, or
+    # on a column of its metadata; None: there are none.
+    'where': placeholder(tuple),
+    # Columns of the metadata with captions, all of which are used in turn;
+    # None: the tar's or the file's own captions.
+    'captions': placeholder(tuple),
     # Mirror half of the images. Wrong if captions say left or right.
     'flip': False,
     # Fraction of damaged images above which a run stops.

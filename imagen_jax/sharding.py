@@ -378,6 +378,35 @@ def _gather_backward(
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+  """The mesh of a tree's arrays; None if it has no several devices."""
+  for leaf in jax.tree.leaves(tree):
+    placed = getattr(leaf, 'sharding', None)
+    if isinstance(placed, NamedSharding) and placed.mesh.size > 1:
+      return placed.mesh
+  return None
+
+
+def per_device(
+  function: Callable[..., Any], in_axes: Any, out_axes: Any
+) -> Callable[..., Any]:
+  """The function as each device calls it, with its own rows of a batch.
+
+  For use inside jitted code under `jax.set_mesh`, where nothing is sent between
+  devices. Without a mesh it is `function`.
+
+  Args:
+    function: arrays -> tree of arrays.
+    in_axes, out_axes: the batch axis of each argument and result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function
+  rows = lambda axis: PartitionSpec(*[None] * axis, *BATCH)
+  in_specs, out_specs = jax.tree.map(rows, (in_axes, out_axes))
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+
+
 def constrain_batch(x: Tree) -> Tree:
   """Keeps the leading axis of every array in `x` split over the mesh.
 

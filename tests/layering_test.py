@@ -29,7 +29,7 @@ BELOW = {
     'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io', 'kinds',
     'sharding', 'text', 'typing',
   },
-  'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'text'},
+  'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text'},
   'worlds': {
     'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training', 'typing',
   },
@@ -42,6 +42,7 @@ BELOW = {
   },
 }  # fmt: skip
 DOORS = {
+  'apache_beam': {'cli/beam.py'},
   'orbax': {'io/checkpoint.py'},
   'safetensors': {'io/safetensors.py'},
   'transformers': {'text/'},
@@ -49,6 +50,7 @@ DOORS = {
   'tensorflow_datasets': {'data/tfds.py'},
   'array_record': {'data/arrayrecord.py', 'data/records.py'},
   'grain': {'data/'},
+  'pyarrow': {'data/metadata.py'},
   'optax': {'training/', 'worlds/network.py'},
 }
 

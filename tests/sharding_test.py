@@ -16,6 +16,9 @@ from imagen_jax import sharding
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.dense import Conv, Dense, DenseGeneral
 from imagen_jax.nets.layers import ResBlock
+from imagen_jax.nets.t5 import T5Encoder
+from imagen_jax.text import weights
+from imagen_jax.text.encoder import encode_tokens
 from imagen_jax.training.step import half_gradients
 
 
@@ -227,6 +230,26 @@ def test_parameters_are_gathered_and_activations_stay():
   gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(', text)
   assert sorted(set(gathered)) == ['128,128', '3,3,32,64', '3,3,64,64']
   assert ' all-to-all(' not in text
+
+
+def test_a_text_encoder_that_is_split_computes_no_more_than_a_whole_one():
+  net = T5Encoder(256, 128, 2, num_heads=4, head_dim=32, mlp_dim=256)
+  params = weights.abstract_params(net)
+
+  def flops(data, fsdp):
+    mesh = sharding.make_mesh(data, fsdp)
+    place = sharding.state_shardings(params, mesh)
+    rows = sharding.batch_sharding(mesh)
+    ids, mask = (
+      jax.ShapeDtypeStruct((16, 16), dtype, sharding=rows)
+      for dtype in (jnp.int32, bool)
+    )
+    with jax.set_mesh(mesh):
+      split = sharding.with_shardings(params, place)
+      lowered = encode_tokens.lower(net, split, ids, mask)
+    return lowered.compile().cost_analysis()['flops']
+
+  assert flops(2, 4) < 1.1 * flops(8, 1)
 
 
 def test_parameters_are_gathered_in_the_type_they_are_used_in():

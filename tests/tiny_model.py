@@ -83,9 +83,15 @@ def build(made_config, encoder):
   )
 
 
-def write(folder):
-  """Writes a model folder with stages base and sr1."""
-  tiny_text.random_folder(folder / 'text')
+def write(folder, kind='t5'):
+  """Writes a model folder with stages base and sr1, of a T5 unless it has one.
+
+  Args:
+    folder: with the encoder in `text`, for another kind than T5.
+    kind: of the encoder.
+  """
+  if kind == 't5':
+    tiny_text.random_folder(folder / 'text')
   for i, name in enumerate(['base', 'sr1']):
     _write_stage(folder, config(name), folder / 'text', i)
   return folder
@@ -106,7 +112,12 @@ def _write_stage(folder, made, text, seed):
     folder / made.stage.name,
     random_params(build(made, encoder), seed),
     config=made.to_dict(),
-    text={'dim': encoder.dim, 'max_len': MAX_LEN, 'digest': encoder.digest},
+    text={
+      'kind': encoder.kind,
+      'dim': encoder.dim,
+      'max_len': MAX_LEN,
+      'digest': encoder.digest,
+    },
     provenance={},
     dtype='float32',
   )

@@ -64,7 +64,7 @@ def find(
           f'and that of the model {getattr(stage, name)}; autoguidance needs '
           'two models of the same stage.'
         )
-    if other.text != record.text:
+    if any(other.text[k] != record.text[k] for k in ('digest', 'max_len')):
       raise ModelError(
         f'stage {stage.name} of {path} was trained with another text '
         'encoder or length than that of the model; autoguidance needs the same.'

@@ -28,13 +28,13 @@ from imagen_jax.cascade import (
   stage_config,
 )
 from imagen_jax.cascade.batching import Request
-from imagen_jax.cascade.embedding import Embedding, embed
+from imagen_jax.cascade.embedding import Embedding, check_kind, embed
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
 from imagen_jax.cascade.stage_run import StageRun
 from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import bucket, model_folder
+from imagen_jax.io import bucket, model_folder, text_folder
 from imagen_jax.io import images as image_io
 from imagen_jax.io.paths import user_path
 from imagen_jax.nets.network import Network
@@ -67,12 +67,15 @@ def load(
   Raises:
     ModelError: a folder is missing, incomplete or corrupted, or a stage does
       not upsample the images of the one before it or is not that of
-      `weak_model`.
+      `weak_model`, or the folder's text encoder is of another kind.
     UsageError: a name in `stages` is unknown, or none is in `weak_model`.
   """
   path = model_folder.demo_path() if path is None else user_path(path)
   records = model_folder.find_stages(path, stages)
   made = Cascade(bucket.at(path), records, resolve_dtype(dtype), fsdp, devices)
+  # Its weights are read when prompts are embedded, if they are.
+  if text := text_folder.found(made.path, records[0]):
+    check_kind(text, records[0])
   if weak_model is not None:
     weak_model = user_path(weak_model)
     made.weak = autoguidance.find(weak_model, records, made.stages)
@@ -165,7 +168,6 @@ class Cascade:
       prompts,
       negative_prompt,
       mesh_for=self._mesh,
-      dtype=self.dtype,
     )
 
   def settings(self, **choices: Any) -> list[SamplingConfig]:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   return errors.run(_main, argv, {})
 
 
-def _share(text: str) -> tuple[int, int]:
+def share(text: str) -> tuple[int, int]:
   """'3/64' -> (3, 64)."""
   match = re.fullmatch(r'(\d+)/(\d+)', text)
   number, total = map(int, match.groups()) if match else (0, 0)
@@ -57,7 +57,7 @@ def _parser() -> errors.Parser:
   )
   add(
     '--part',
-    type=_share,
+    type=share,
     help='I/N, with I from 0 to N-1: index every Nth tar only, from tar I',
   )
   add('--merge', type=user_path, nargs='+', help='join these indexes of parts')

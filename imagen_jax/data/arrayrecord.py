@@ -1,13 +1,15 @@
-"""Prepared data: resized images, captions and, if asked for, T5 embeddings.
+"""Prepared data: resized images and captions, perhaps with embeddings.
 
   mine/dataset.json               the header; written last, when all is complete
   mine/part-00000.array_record    records, each with its own checksum
-  mine/part-00000.json            its count, size, sha256 and skipped samples
-  mine/dropped.jsonl              all skipped samples, with reasons
+  mine/part-00000.json            its report, see `prepare.prepare_shard`
+  mine/duplicates.u32             records that are left out, if there are any:
+                                  their numbers in the parts, part after part
 
-A record is the length of its header (4 bytes), the header as JSON, the image as
-pixels or encoded (`encode` of dataset.json), and the embeddings of the
-caption's tokens in bfloat16, without padding. It contains no code.
+A record is the length of its header (4 bytes), the header as JSON (the captions
+of the image, its height and width), and the image as pixels or encoded
+(`encode` of dataset.json). It contains no code. Embeddings of the captions lie
+in files of their own, see `embeddings`.
 """
 
 import glob
@@ -15,24 +17,27 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked
+from imagen_jax.data import embeddings
+from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
+from imagen_jax.data.claim import SPEC
+from imagen_jax.data.embeddings import Embeddings
 from imagen_jax.data.encoding import RAW, Encoding
-from imagen_jax.data.records import Part, Records, wrong
+from imagen_jax.data.records import Part, Records, Spans, wrong
+from imagen_jax.data.shards import FORMAT_VERSION
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
-from imagen_jax.io.decode import BadSample, resize_square
+from imagen_jax.io.aspect import Shape
+from imagen_jax.io.decode import BadSample, fit
 from imagen_jax.io.files import AnyPath
 
-FORMAT_VERSION = 2
-DATASET, UNFINISHED = 'dataset.json', 'unfinished.json'
+DATASET, DUPLICATES = 'dataset.json', 'duplicates.u32'
 
 
 class ArrayRecordSource(Checked):
@@ -44,38 +49,93 @@ class ArrayRecordSource(Checked):
     size: side of the images in pixels, at most the prepared size; a smaller
       one takes the mean over each target pixel's area.
     max_bad: see `Checked`.
+    text: which embeddings of the captions to read, see `embeddings.find`. With
+      them an example has `text` and `mask` too, see `Embeddings.example`.
 
   Attributes:
-    header: `dataset.json` of the first set; its `text` is None, or the `dim`,
-      `max_len` and digests of the embeddings. With embeddings an example also
-      has `text` bfloat16 [max_len, dim], zeros at padding, and `mask` bool
-      [max_len].
+    header: `dataset.json` of the first set.
 
   Raises:
     DataError: a set is missing, unfinished, damaged, of a newer format or too
       small, or the sets differ in size or text.
+    UsageError: there are not the embeddings that `text` names.
   """
 
   path_is = 'what imagen-prepare wrote'
   in_bucket = True
 
   def __init__(
-    self, path: AnyPath, size: int, *, max_bad: float = MAX_BAD
+    self,
+    path: AnyPath,
+    size: int,
+    *,
+    max_bad: float = MAX_BAD,
+    text: str | None = None,
   ) -> None:
+    self._text = text
     super().__init__(path, size, max_bad=max_bad)
 
-  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     folders = _folders(path)
     self._headers = [_read_header(folder) for folder in folders]
     self.header = self._headers[0]
-    self.text_header = self.header['text']
     self._encoding = _encoding(folders[0], self.header)
-    parts: list[Part] = []
+    sets: list[tuple[dict[str, Any], list[Part]]] = []
     for folder, header in zip(folders, self._headers):
       self._check(folder, header)
-      parts += _parts(folder, header)
+      sets.append((header, [*_parts(folder, header)]))
+    parts = [part for _, parts in sets for part in parts]
     self._records = Records(parts)
-    return {}, []
+    self._embeddings = self._find_text(folders, sets)
+    self.buckets = self._find_buckets(parts)
+    return {}, {}
+
+  def _find_buckets(self, parts: Sequence[Part]) -> dict[Shape, Spans]:
+    """`buckets` at `self.size`; empty if all images are squares.
+
+    Raises:
+      DataError: a shape has no whole pixels at that size.
+    """
+    runs: dict[Shape, list[range]] = {}
+    start = 0
+    for part in parts:
+      for shape, number in part.runs():
+        if number:
+          runs.setdefault(shape, []).append(range(start, start + number))
+        start += number
+    side = self.header['size']
+    if set(runs) <= {(side, side)}:
+      return {}
+    for shape in runs:
+      if any(n * self.size % side for n in shape):
+        raise DataError(
+          f'{self.where} has images of {shape[1]} × {shape[0]} pixels, which '
+          f'cannot be resized from {side} to {self.size}; take a size that '
+          f'8 divides, or prepare it again with --size {self.size}.'
+        )
+    return {
+      (h * self.size // side, w * self.size // side): Spans(some)
+      for (h, w), some in sorted(runs.items())
+    }
+
+  def _find_text(
+    self,
+    folders: Sequence[pathlib.Path],
+    sets: Sequence[tuple[dict[str, Any], list[Part]]],
+  ) -> Embeddings | None:
+    """The embeddings of all sets, if they are wanted and there."""
+    found = [embeddings.find(folder, self._text) for folder in folders]
+    without = [folder for folder, text in zip(folders, found) if text is None]
+    if len(without) == len(found):
+      return None
+    if without or len(set(found)) < len(found):
+      raise DataError(
+        f'{(without or folders)[0]} has no embeddings of its own, and another '
+        'set has; make them with imagen-embed, or set data.text=None.'
+      )
+    made = Embeddings([text for text in found if text], sets)
+    self.text_header = made.header
+    return made
 
   def _check(self, folder: pathlib.Path, header: Mapping[str, Any]) -> None:
     """Checks that a set is large enough, and prepared like the first."""
@@ -84,7 +144,7 @@ class ArrayRecordSource(Checked):
         f'{folder} was prepared at {header["size"]} pixels and {self.size} are '
         f'needed; prepare it again with imagen-prepare --size {self.size}.'
       )
-    for key in ('size', 'text', 'encode', 'quality'):
+    for key in ('size', 'encode', 'quality'):
       if header[key] != self.header[key]:
         raise DataError(
           f'{folder} was prepared with another {key} than the first set of '
@@ -108,49 +168,34 @@ class ArrayRecordSource(Checked):
   def example(self, i: int) -> dict[str, Any]:
     record = self._records[i]
     try:
-      header, pixels, text = _unpack(record)
-      side = self.header['size']
-      image = self._encoding.decode(pixels, side)
-      example = {'image': image, 'caption': header['caption']}
-      if not isinstance(example['caption'], str):
-        raise TypeError('not text')
-      if self.header['text'] is not None:
-        example |= _padded(text, **self.header['text'])
-    except (ValueError, KeyError, TypeError) as error:
+      header, pixels = unpack(record)
+      height, width = header['shape']
+      image = self._encoding.decode(pixels, height, width)
+      example = {'image': image} | captioned(header['captions'])
+      if self._embeddings is not None:
+        example |= self._embeddings.example(i, len(header['captions']))
+    except (ValueError, LookupError, TypeError) as error:
       raise BadSample('its record is damaged') from error
+    side = self.header['size']
     if side != self.size:
-      example['image'] = resize_square(Image.fromarray(image), self.size)
+      height, width = (n * self.size // side for n in image.shape[:2])
+      example['image'] = fit(Image.fromarray(image), width, height)
     return example
 
-  def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
-    """Checks that the stored embeddings are of the run's text encoder.
-
-    Args:
-      encoder, tokenizer: digests of the run's.
-      max_len: the run's number of text positions.
-
-    Raises:
-      DataError: they differ; the message names the key.
-    """
-    mine = {
-      'encoder': encoder,
-      'tokenizer': tokenizer,
-      'max_len': max_len,
-      'cleaning': CLEANING,
-    }
-    for key, value in mine.items():
-      stored = self.header['text'][key]
-      if stored != value:
-        raise DataError(
-          f'{self.where} holds embeddings of another {key} ({short(stored)}) '
-          f'than text.path and text.max_len give ({short(value)}); prepare '
-          'it again with imagen-prepare --text, or set those to what it was '
-          'prepared with.'
-        )
+  def check_text(self, **wanted: Any) -> None:
+    have = self.text_header or {}
+    here = f'{self.where} holds'
+    there = 'text.path, text.max_len and text.dtype give'
+    embeddings.check(have, wanted | {'cleaning': CLEANING}, here, there)
 
 
-def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
-  """Writes records to a file, all or none; returns their number.
+def write_records(
+  file: pathlib.Path, records: Iterable[bytes]
+) -> tuple[int, files.Digest]:
+  """Writes records to a file, all or none, on a disk or in a bucket.
+
+  Returns:
+    (their number, size and digest of the file).
 
   Raises:
     DataError: they could not be written, as on a full disk.
@@ -176,7 +221,8 @@ def write_records(file: pathlib.Path, records: Iterable[bytes]) -> int:
       count += 1
     attempt(writer.close)
     _verify(temporary, count)
-  return count
+    written = files.digest(temporary)
+  return count, written
 
 
 def _verify(file: pathlib.Path, count: int) -> None:
@@ -191,35 +237,40 @@ def _verify(file: pathlib.Path, count: int) -> None:
     )
 
 
-def pack(
-  example: Mapping[str, Any],
-  text: np.ndarray | None,
-  encoding: Encoding = RAW,
-) -> bytes:
-  """A record of an example and its caption's embeddings (or None)."""
+def pack(example: Mapping[str, Any], encoding: Encoding = RAW) -> bytes:
+  """A record of an example.
+
+  Args:
+    example: `image` uint8 [h, w, 3], and `caption` or a sequence of `captions`.
+    encoding: of the image.
+  """
   pixels = encoding.encode(example['image'])
-  header = {'caption': example['caption'], 'image': len(pixels)}
+  header = {
+    'captions': list(example.get('captions') or [example['caption']]),
+    'shape': example['image'].shape[:2],
+    'image': len(pixels),
+  }
   head = json.dumps(header).encode()
-  rows = b'' if text is None else np.ascontiguousarray(text).tobytes()
-  return len(head).to_bytes(4, 'little') + head + pixels + rows
+  return len(head).to_bytes(4, 'little') + head + pixels
 
 
-def _unpack(record: bytes) -> tuple[dict[str, Any], memoryview, memoryview]:
-  """(header, pixels, embeddings) of a record, as bytes-like views."""
+def unpack(record: bytes) -> tuple[dict[str, Any], memoryview]:
+  """(header, pixels) of a record; the pixels are a view."""
   start = 4 + int.from_bytes(record[:4], 'little')
   header = files.parse_json(record[4:start])
-  end = start + header['image']
-  return header, memoryview(record)[start:end], memoryview(record)[end:]
+  if start + header['image'] != len(record):
+    raise ValueError('its length is wrong')
+  return header, memoryview(record)[start:]
 
 
-def _padded(
-  text: memoryview, *, dim: int, max_len: int, **_: Any
-) -> dict[str, np.ndarray]:
-  """{'text': [max_len, dim], 'mask': [max_len]} of unpadded bytes."""
-  rows = np.frombuffer(text, ml_dtypes.bfloat16).reshape(-1, dim)
-  full = np.zeros((max_len, dim), ml_dtypes.bfloat16)
-  full[: len(rows)] = rows
-  return {'text': full, 'mask': np.arange(max_len) < len(rows)}
+def read_set(folder: pathlib.Path) -> tuple[dict[str, Any], list[Part]]:
+  """(header, parts that hold records) of a prepared set.
+
+  Raises:
+    DataError: it is missing, unfinished, damaged or of a newer format.
+  """
+  header = _read_header(folder)
+  return header, [*_parts(folder, header)]
 
 
 def _folders(path: AnyPath) -> list[pathlib.Path]:
@@ -258,25 +309,59 @@ def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
     there = files.tree(url)
   else:
     there = {entry.name: None for entry in os.scandir(folder)}
+  removed, at = _removed(folder, header), 0
   for entry in header['parts']:
     if files.inside('', entry['name']) is None:
       raise DataError(
         f'{folder / DATASET} names a file outside its folder, '
         f'{entry["name"]!r}; {files.COPY_AGAIN}.'
       )
-    part = Part(f'{url}/{entry["name"]}', entry['bytes'], entry['count'])
+    number = entry.get('removed', 0)
+    part = Part(
+      f'{url}/{entry["name"]}',
+      entry['bytes'],
+      entry['count'],
+      removed=removed[at : at + number],
+      shapes=entry['buckets'],
+    )
+    at += number
     if there.get(entry['name'], -1) not in (None, part.bytes):
       raise wrong(part)
-    if part.count:
+    if len(part) != sum(number for _, number in part.runs()):
+      raise DataError(
+        f'{folder / DATASET} has other numbers of shapes than of records of '
+        f'{entry["name"]}; {files.COPY_AGAIN}.'
+      )
+    if len(part):
       yield part
+
+
+def _removed(folder: pathlib.Path, header: Mapping[str, Any]) -> np.ndarray:
+  """The numbers of the records that are left out, part after part.
+
+  Raises:
+    DataError: they are not as many as the parts have.
+  """
+  number = sum(entry.get('removed', 0) for entry in header['parts'])
+  file = folder / DUPLICATES
+  try:
+    data = file.read_bytes() if number else b''
+  except FileNotFoundError:
+    data = b''
+  if len(data) != 4 * number:
+    raise DataError(
+      f'{file} is missing or does not have {4 * number} bytes, as its set '
+      f'states; {files.COPY_AGAIN}.'
+    )
+  return np.frombuffer(data, '<u4')
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Any]:
   if not (path / DATASET).exists():
-    if (path / UNFINISHED).exists():
+    if (path / SPEC).exists():
       raise DataError(
         f'{path} is not finished; repeat its imagen-prepare command, which '
-        'resumes it.'
+        'resumes it, or join its parts with imagen-prepare --merge.'
       )
     raise DataError(
       f'{path} is not prepared data: it has no {DATASET}; check the path, or '
@@ -286,13 +371,13 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
   _check_keys(path / DATASET, header, size=int, count=int, parts=list)
-  _check_keys(path / DATASET, header, text=dict | None, encode=str)
+  _check_keys(path / DATASET, header, encode=str)
   for part in header['parts']:
     _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
-  if header['text'] is not None:
-    whole, text = ('dim', 'max_len'), ('encoder', 'tokenizer', 'cleaning')
-    types = dict.fromkeys(whole, int) | dict.fromkeys(text, str)
-    _check_keys(path / DATASET, header['text'], **types)
+    _check_keys(path / DATASET, part, buckets=list)
+    for run in part['buckets']:
+      named = dict(zip('hwn', run)) if isinstance(run, list) else {}
+      _check_keys(path / DATASET, named, h=int, w=int, n=int)
   return header
 
 
@@ -316,8 +401,3 @@ def _check_keys(file: pathlib.Path, found: Any, **types: Any) -> None:
         f'{file} lacks {key!r}, or has another type of value there; '
         f'{files.COPY_AGAIN}.'
       )
-
-
-def short(value: Any) -> Any:
-  """The first 12 characters of a string; anything else unchanged."""
-  return value[:12] if isinstance(value, str) else value

@@ -16,12 +16,16 @@ import pathlib
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
+from imagen_jax.data import where as conditions
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
+from imagen_jax.io import aspect as aspects
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, decode
 from imagen_jax.io.files import AnyPath
@@ -44,6 +48,18 @@ UNREADABLE = 'it cannot be read now'
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
+class NoImage(DataError):
+  """All samples of a source are skipped.
+
+  Attributes:
+    source: with the reasons in `skipped`.
+  """
+
+  def __init__(self, message: str, source: Source) -> None:
+    super().__init__(message)
+    self.source = source
+
+
 class Checked(Source):
   """Random access to the samples that passed the check, {'image', 'caption'}.
 
@@ -58,6 +74,9 @@ class Checked(Source):
     size: side of the images in pixels.
     resize: see `decode`.
     max_bad: fraction of bad samples above which the source raises an error.
+    aspect: 'crop', 'pad' or 'buckets', see `aspect.shapes`.
+    where: conditions that a sample must meet, see `where`.
+    captions: columns of the metadata that hold captions; None: the default.
 
   Attributes:
     needs: a sentence on what the source needs, for the message if it is empty.
@@ -69,13 +88,12 @@ class Checked(Source):
 
   Raises:
     DataError: too many samples are bad, or none is left.
+    UsageError: no such aspect, condition or column.
   """
 
   needs: ClassVar[str] = ''
   bad: dict[str, str]
   unused: Mapping[str, str] = {}
-  # Numbers of further samples, of sets too large to list them all.
-  unlisted_bad = unlisted_small = 0
 
   def __init__(
     self,
@@ -84,21 +102,27 @@ class Checked(Source):
     *,
     resize: str = 'area',
     max_bad: float = MAX_BAD,
+    aspect: str = 'crop',
+    where: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
   ) -> None:
     self.where, self.size, self.resize = str(path), size, resize
-    self.max_bad, self.replaced = max_bad, 0
+    self.max_bad, self.replaced, self.aspect = max_bad, 0, aspect
+    self.shapes = aspects.shapes(size, aspect)
+    self.conditions = conditions.parse(where)
+    self.columns = [captions] if isinstance(captions, str) else captions
     self._lock = threading.Lock()
-    self.bad, small = self.scan(path)
-    too_small = f'it is smaller than {size} pixels'
-    skipped = self.bad | dict.fromkeys(small, too_small)
+    self.bad, left = self.scan(path)
+    skipped = self.bad | dict(left)
     self.skipped = (*skipped.items(), *self.unused.items())
     if not len(self):
       reason = summary(self.skipped) or 'there are none'
-      raise DataError(
+      raise NoImage(
         f'{self.where} has no image to train on at {size} pixels: {reason}. '
-        f'{self.needs}'.strip()
+        f'{self.needs}'.strip(),
+        self,
       )
-    more = self.unlisted_bad + self.unlisted_small
+    more = self.unlisted_bad + sum(self.unlisted.values())
     self._total = len(self) + len(skipped) + more
     self._check_fraction()
     if self.skipped:
@@ -108,14 +132,62 @@ class Checked(Source):
         f'{f", and {more} more" if more else ""}.'
       )
 
-  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], Mapping[str, str]]:
     """Finds and checks the samples; called once, at construction.
 
     Returns:
-      ({name: reason} of the bad samples, names of the images that are good but
-      too small for `self.size`).
+      {name: reason} of the bad samples, and of those that are good but left
+      out, as too small or by `self.conditions`.
     """
     raise NotImplementedError
+
+  def select(
+    self,
+    names: Sequence[str],
+    sizes: np.ndarray,
+    columns: Mapping[str, Sequence[Any]],
+  ) -> tuple[np.ndarray, dict[str, str]]:
+    """Which samples are used, in the order of their shapes; sets `buckets`.
+
+    Args:
+      names: of all good samples.
+      sizes: [n, 2], their widths and heights.
+      columns: {name: n values} of what `self.conditions` are about, besides
+        the sizes.
+
+    Returns:
+      (positions in `names`, {name: reason} of those that are left out).
+    """
+    number = aspects.choose(sizes, self.size, self.aspect)
+    columns = {**columns, **conditions.image_columns(sizes)}
+    failed = conditions.first_failure(self.conditions, columns, len(names))
+    left = {names[i]: self.why_left(-1) for i in np.flatnonzero(number < 0)}
+    for i in np.flatnonzero((number >= 0) & (failed >= 0)):
+      left[names[i]] = self.why_left(failed[i])
+    used = np.flatnonzero((number >= 0) & (failed < 0))
+    order = used[np.argsort(number[used], kind='stable')]
+    self.set_buckets(np.bincount(number[used], minlength=len(self.shapes)))
+    return order, left
+
+  def why_left(self, condition: int) -> str:
+    """Why a sample is left out: it is too small (−1), or a condition fails."""
+    if condition < 0:
+      return f'it is smaller than {self.size} pixels'
+    return conditions.reason(self.conditions[condition])
+
+  def set_buckets(self, counts: Iterable[int]) -> None:
+    """Sets `buckets` of examples that come shape by shape.
+
+    Args:
+      counts: of the examples of each of `self.shapes`.
+    """
+    ends = np.cumsum([*counts]).tolist()
+    if self.aspect == 'buckets':
+      self.buckets = {
+        shape: range(start, end)
+        for shape, start, end in zip(self.shapes, [0, *ends], ends)
+        if end > start
+      }
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != '_lock'}
@@ -124,26 +196,34 @@ class Checked(Source):
     self.__dict__.update(state, _lock=threading.Lock())
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    """{'image': uint8 [size, size, 3], 'caption': str}.
+    """An example, see `Source`.
 
     Raises:
       DataError: too many samples are bad, or none nearby can be read.
     """
     if not 0 <= i < len(self):
       raise IndexError(f'sample {i} of {len(self)}')
-    for j in range(int(i), int(i) + min(SUBSTITUTES, len(self))):
+    for j in self._nearest(int(i)):
       try:
-        return retried(self.example, j % len(self))
+        return retried(self.example, j)
       except (BadSample, OSError) as error:
         reason = str(error)
-        self.note(self.name(j % len(self)), reason)
+        self.note(self.name(j), reason)
     raise DataError(
       f'{self.where}: no sample from {self.name(int(i))} on can be read '
       f'({reason}); check the disk.'
     )
 
-  def read(self, i: int) -> tuple[bytes, str]:
-    """The encoded image and the caption of a sample.
+  def _nearest(self, i: int) -> Iterator[int]:
+    """A sample and those that may replace it, which have its shape."""
+    found = (some for some in self.buckets.values() if i in some)
+    alike: Sequence[int] = next(found, range(len(self)))
+    start = alike.index(i)
+    for step in range(min(SUBSTITUTES, len(alike))):
+      yield alike[(start + step) % len(alike)]
+
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
+    """The encoded image and the captions of a sample.
 
     Raises:
       BadSample, OSError: it cannot be used.
@@ -152,9 +232,9 @@ class Checked(Source):
 
   def example(self, i: int) -> dict[str, Any]:
     """Sample `i`, never a replacement; raises BadSample or OSError."""
-    data, caption = self.read(i)
-    image = decode(data, self.size, self.resize)
-    return {'image': image, 'caption': caption}
+    data, captions = self.read(i)
+    image = decode(data, self.size, self.resize, self.aspect)
+    return {'image': image} | captioned(captions)
 
   def note(self, name: str, reason: str) -> None:
     """Counts a bad sample; raises DataError if there are too many."""
@@ -182,6 +262,40 @@ class Checked(Source):
       )
 
 
+def captioned(captions: Sequence[str]) -> dict[str, Any]:
+  """The entries of an example with these captions.
+
+  Raises:
+    TypeError: there are none, or one is not text.
+  """
+  if not captions or not all(isinstance(text, str) for text in captions):
+    raise TypeError('no captions')
+  several = {'captions': tuple(captions)} if len(captions) > 1 else {}
+  return {'caption': captions[0]} | several
+
+
+def clean_captions(texts: Any) -> tuple[str, ...]:
+  """The usable ones of a sample's captions, cleaned, each once.
+
+  Args:
+    texts: a caption (str or UTF-8 bytes), a sequence of them, or None.
+
+  Raises:
+    BadSample: none is usable; says what is wrong with the last.
+  """
+  problem = BadSample('it has no caption')
+  good = dict[str, None]()
+  for text in texts if isinstance(texts, list | tuple) else [texts]:
+    try:
+      if text is not None:
+        good[clean_caption(text)] = None
+    except BadSample as error:
+      problem = error
+  if not good:
+    raise problem
+  return tuple(good)
+
+
 def clean_caption(text: str | bytes) -> str:
   """A caption with single spaces and no surrounding whitespace.
 
@@ -191,6 +305,8 @@ def clean_caption(text: str | bytes) -> str:
   Raises:
     BadSample: it is not UTF-8, empty, longer than `MAX_CAPTION`, or binary.
   """
+  if not isinstance(text, str | bytes):
+    raise BadSample('its caption is not text')
   if isinstance(text, bytes):
     try:
       text = text.decode('utf-8-sig')

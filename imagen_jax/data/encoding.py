@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from imagen_jax.errors import UsageError
-from imagen_jax.io.decode import BadSample, decode
+from imagen_jax.io.decode import BadSample, opened, upright
 
 # Pillow's options. Chroma is not subsampled in JPEG, which costs a quarter of
 # the bytes and gains 4 dB; WebP cannot but subsample it.
@@ -66,19 +66,21 @@ class Encoding:
     return out.getvalue()
 
   def decode(
-    self, data: bytes | memoryview, side: int
-  ) -> UInt8[np.ndarray, '{side} {side} 3']:
-    """A square image of that side, from bytes.
+    self, data: bytes | memoryview, height: int, width: int
+  ) -> UInt8[np.ndarray, '{height} {width} 3']:
+    """An image of that height and width, from bytes.
 
     Raises:
       ValueError, BadSample: they are not such an image.
     """
+    shape = height, width, 3
     if self.kind == 'raw':
-      return np.frombuffer(data, np.uint8).reshape(side, side, 3)
-    image = decode(bytes(data), side)
-    if image.shape != (side, side, 3):
-      raise BadSample(f'it is not {side} pixels wide and high')
-    return image
+      return np.frombuffer(data, np.uint8).reshape(shape)
+    with opened(bytes(data), min_side=1) as image:
+      pixels = np.asarray(upright(image))
+    if pixels.shape != shape:
+      raise BadSample(f'it is not {width} pixels wide and {height} high')
+    return pixels
 
 
 RAW = Encoding()

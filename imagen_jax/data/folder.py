@@ -2,9 +2,10 @@
 
 Either every image has a text file of the same name beside it,
 
-  cats/one.jpg   cats/one.txt
+  cats/one.jpg   cats/one.txt   cats/one.caption
 
-or the folder holds a `metadata.jsonl` with one object per image:
+of which each is a caption, or the folder holds a table with a row per image,
+`metadata.jsonl`, `metadata.csv` or `metadata.parquet`:
 
   {"file_name": "cats/one.jpg", "text": "a cat asleep on a laptop"}
 """
@@ -13,23 +14,27 @@ import hashlib
 import json
 import mimetypes
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
-from imagen_jax.data import index_cache
-from imagen_jax.data.checked import Checked, clean_caption, survey
+import numpy as np
+
+from imagen_jax.data import index_cache, metadata
+from imagen_jax.data import where as conditions
+from imagen_jax.data.checked import Checked, clean_captions, survey
 from imagen_jax.errors import DataError
 from imagen_jax.io import files
 from imagen_jax.io.decode import SUFFIXES, BadSample, inspect
 from imagen_jax.io.files import AnyPath
 
 OTHERS = ('.heic', '.avif', '.jxl', '.jp2')  # which mimetypes may not know
-CAPTION_KEYS = ('text', 'caption')
+TEXTS = ('.txt', '.caption')  # files with a caption
 
 
 class FolderSource(Checked):
   """Random access to a folder's images, {'image', 'caption'} each.
 
-  Images are decoded by `decode`. Images below `size` are skipped, since
+  Images are decoded by `decode`. Those that are too small are skipped, since
   upsampling them would teach the model blur. Bad samples are skipped too:
   images that do not decode, captions that are missing or not text.
 
@@ -37,29 +42,38 @@ class FolderSource(Checked):
     path: the folder, searched recursively; the others are `Checked`'s.
 
   Attributes:
-    names: of the images, sorted, relative to the folder.
-    captions: of the images.
+    names: of the images, relative to the folder, sorted (with buckets, shape
+      by shape).
 
   Raises:
     DataError: there is no folder or no usable image, too many are bad, or
-      metadata.jsonl is broken.
+      the metadata are broken.
+    UsageError: the metadata have no column that is asked for.
   """
 
   path_is = 'a folder of images with .txt captions beside them'
   needs = (
-    f'It needs images ({" ".join(SUFFIXES)}) with a .txt caption beside each, '
-    'or a metadata.jsonl.'
+    f'It needs images ({" ".join(SUFFIXES)}) with a .txt or .caption beside '
+    'each, or metadata.jsonl, .csv or .parquet.'
   )
 
-  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     self.path = pathlib.Path(path)
-    found, bad = _find(self.path)
+    found, rows, bad = self._find()
     self.unused = dict(_unused(self.path, found.keys() | bad.keys()))
-    sides, unreadable = _check(self.path, list(found))
-    self.names = tuple(name for name in sides if sides[name] >= self.size)
-    self.captions = tuple(found[name] for name in self.names)
-    small = [name for name in sides if sides[name] < self.size]
-    return bad | unreadable, small
+    sizes, unreadable = _check(self.path, list(found))
+    names = [*sizes]
+    columns: dict[str, Any] = {}
+    if self.conditions:
+      columns = {
+        one.column: [rows[name].get(one.column) for name in names]
+        for one in self.conditions
+      } | conditions.caption_columns([found[name] for name in names])
+    table = np.array([*sizes.values()], np.int64).reshape(-1, 2)
+    order, left = self.select(names, table, columns)
+    self.names = tuple(names[i] for i in order)
+    self._captions = tuple(found[name] for name in self.names)
+    return bad | unreadable, left
 
   def __len__(self) -> int:
     return len(self.names)
@@ -67,45 +81,62 @@ class FolderSource(Checked):
   @property
   def fingerprint(self) -> str:
     """sha256 of the names and captions."""
-    whole = json.dumps([self.names, self.captions])
+    whole = json.dumps([self.names, self._captions])
     return hashlib.sha256(whole.encode()).hexdigest()
 
   def name(self, i: int) -> str:
     return self.names[i]
 
   def caption(self, i: int) -> str:
-    return self.captions[i]
+    return self._captions[i][0]
 
-  def read(self, i: int) -> tuple[bytes, str]:
+  def skipped_image(self, name: str) -> bytes | None:
+    try:
+      return (self.path / name).read_bytes()
+    except OSError:
+      return None
+
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
     file = self.path / self.names[i]
     try:
-      return file.read_bytes(), self.captions[i]
+      return file.read_bytes(), self._captions[i]
     except FileNotFoundError:
       raise BadSample('it does not exist') from None
 
+  def _find(
+    self,
+  ) -> tuple[dict[str, tuple[str, ...]], dict[str, dict], dict[str, str]]:
+    """({name: captions}, {name: row of the metadata}, {name: problem}).
 
-def _find(path: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
-  """({name: caption} sorted by name, {name: what is wrong})."""
-  if not path.is_dir():
-    raise DataError(
-      f'{path} is not a folder: set data.path to one that holds images.'
-    )
-  metadata = path / 'metadata.jsonl'
-  raw: Mapping[str, str | None]
-  if metadata.is_file():
-    raw, bad = _read_metadata(metadata)
-  else:
-    raw, bad = {name: None for name in _images(path)}, {}
-  found = {}
-  for name in sorted(raw):
-    try:
-      caption: str | bytes | None = raw[name]
-      if caption is None:
-        caption = _read_caption((path / name).with_suffix('.txt'))
-      found[name] = clean_caption(caption)
-    except BadSample as error:
-      bad[name] = str(error)
-  return found, bad
+    Sorted by name.
+    """
+    path = self.path
+    if not path.is_dir():
+      raise DataError(
+        f'{path} is not a folder: set data.path to one that holds images.'
+      )
+    tables = [path / f'metadata{suffix}' for suffix in metadata.SUFFIXES]
+    tables = [file for file in tables if file.is_file()]
+    if len(tables) > 1:
+      names = ' and '.join(file.name for file in tables)
+      raise DataError(f'{path} has {names}; keep one of them.')
+    raw: dict[str, Any]
+    if tables:
+      raw, rows, bad = _read_metadata(tables[0], self.columns)
+      known = {name for row in rows.values() for name in row}
+    else:
+      metadata.check_columns(self.columns or (), (), path)
+      raw, bad, known = {name: None for name in _images(path)}, {}, set()
+      rows = {name: {} for name in raw}
+    conditions.check_columns(self.conditions, sorted(known), path)
+    found = {}
+    for name in sorted(raw):
+      try:
+        texts = raw[name] if tables else _read_captions(path / name)
+        found[name] = clean_captions(texts)
+      except BadSample as error:
+        bad[name] = str(error)
+    return found, rows, bad
 
 
 def _images(path: pathlib.Path) -> Iterator[str]:
@@ -133,61 +164,64 @@ def _unused(path: pathlib.Path, known: Collection[str]) -> Iterator[tuple]:
 
 
 def _read_metadata(
-  file: pathlib.Path,
-) -> tuple[dict[str, str], dict[str, str]]:
-  """({file name: caption}, {file name: what is wrong}) of a metadata.jsonl."""
-  found, bad = {}, {}
-  for number, line in enumerate(file.read_bytes().split(b'\n'), start=1):
-    if not line.strip():
-      continue
-    try:
-      record = files.parse_json(line)
-      name = record['file_name']
-      caption = next(record[key] for key in CAPTION_KEYS if key in record)
-      if not isinstance(name, str) or not isinstance(caption, str):
-        raise TypeError('not strings')
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+  file: pathlib.Path, columns: Collection[str] | None
+) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]], dict[str, str]]:
+  """({name: captions}, {name: row}, {name: what is wrong}) of metadata."""
+  table = metadata.read(file)
+  metadata.check_columns(columns or (), table.columns, file)
+  found, rows, bad = {}, {}, {}
+  for where, row in table.rows:
+    name, captions = row.get('file_name'), metadata.captions(row, columns)
+    if not isinstance(name, str) or captions is None:
       raise DataError(
-        f'{file}, line {number}, is not an object with "file_name" and '
-        '"text"; correct or remove the line.'
-      ) from error
+        f'{file}, {where}, has no file_name and text; its columns are '
+        f'{", ".join(map(str, row)) or "none"}. Correct it, or name the column '
+        'with the captions in data.captions.'
+      )
     place = files.inside('', name)
     if name in bad or (place and place.as_posix() in found):
-      bad[f'line {number}'] = 'it lists an image a second time'
+      bad[where] = 'it lists an image a second time'
     elif place is None:
       bad[name] = 'its name points outside the folder'
     else:
-      found[place.as_posix()] = caption
-  return found, bad
+      found[place.as_posix()] = captions
+      rows[place.as_posix()] = row
+  return found, rows, bad
 
 
-def _read_caption(file: pathlib.Path) -> bytes:
-  try:
-    return file.read_bytes()
-  except OSError as error:
-    raise BadSample('it has no caption') from error
+def _read_captions(image: pathlib.Path) -> list[bytes]:
+  """What is in the files with the captions of an image."""
+  found = []
+  for suffix in TEXTS:
+    try:
+      found.append(image.with_suffix(suffix).read_bytes())
+    except FileNotFoundError:
+      pass
+    except OSError as error:
+      raise BadSample('its caption cannot be read') from error
+  return found
 
 
 def _check(
   path: pathlib.Path, names: Sequence[str]
-) -> tuple[dict[str, int], dict[str, str]]:
-  """({name: shorter side in pixels}, {name: what is wrong}), both sorted.
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+  """({name: (width, height)}, {name: what is wrong}), both sorted.
 
   Cached; an image is read again if its `_state` has changed.
   """
   location = path.resolve()
   header, rows = index_cache.load('folder', location) or ({'names': []}, [])
-  known = {name: (*row,) for name, row in zip(header['names'], rows)}
+  known = {name: (*map(int, row),) for name, row in zip(header['names'], rows)}
   states = {name: _state(path / name) for name in names}
   new = [n for n in names if known.get(n, ())[:2] != states[n]]
   found, bad = survey(
-    new, lambda name: min(inspect(path / name)), f'checking {path}'
+    new, lambda name: inspect(path / name), f'checking {path}'
   )
-  sides = {n: found.get(n) or int(known[n][2]) for n in names if n not in bad}
+  sizes = {n: found.get(n) or known[n][2:] for n in names if n not in bad}
   if new:
-    table = [[*states[name], side] for name, side in sides.items()]
-    index_cache.save('folder', location, {'names': list(sides)}, table)
-  return sides, bad
+    table = [[*states[name], *size] for name, size in sizes.items()]
+    index_cache.save('folder', location, {'names': list(sizes)}, table)
+  return sizes, bad
 
 
 def _state(file: pathlib.Path) -> tuple[int, int]:

@@ -69,7 +69,8 @@ class MixtureSource(Source):
       if part.text_header != self.text_header:
         raise DataError(
           f'data.mixture.{name} and {names[0]} differ in the embeddings that '
-          'they store; prepare all with the same --text and --max_len.'
+          'they have; make those of all with the same imagen-embed command, or '
+          'set text=None in each part.'
         )
 
   @property
@@ -169,12 +170,13 @@ def _checked(mixture: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _make(
-  name: str, section: Mapping[str, Any], size: int, split: str
+  name: str, section: dict[str, Any], size: int, split: str
 ) -> tuple[Source, bool]:
   """(the source of a section, whether it has held-out images)."""
   from imagen_jax.data.sources import make_source
 
-  options = {k: v for k, v in section.items() if k != 'weight'}
+  options = {'text': 'auto'} | section
+  del options['weight']
   for key in ('size', 'split'):
     if key in options:
       raise UsageError(

@@ -6,12 +6,15 @@ operations: slicing by host comes after everything random, so hosts see
 disjoint parts of one global batch. Slicing first would give every host the
 same random numbers for different images, and would misalign the epochs where
 the hosts do not divide the number of images.
+
+Where images differ in shape, a batch has one shape. Each shape is shuffled for
+itself, and they take turns in a fixed pattern, each as often as it has images.
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import grain
@@ -70,14 +73,16 @@ def batches(
 ) -> Iterator[Example]:
   """An endless iterator over this host's part of the batches.
 
-  Every epoch is a new permutation of the source. Batches span epoch
-  boundaries, so a source may be smaller than a batch.
+  Every epoch is a new permutation of the source, or of each of its `buckets`.
+  Batches span epoch boundaries, so a source may be smaller than a batch. Of an
+  image's captions one is chosen at random each time.
 
   Args:
     source: of the examples.
     order: seed, batch size, first step, and this host's part.
     augment: (example, numpy Generator) -> example, or None. Each example has
-      its own generator, new in every epoch, the same on any host.
+      its own generator, new in every epoch, the same on any host. It sees the
+      caption that was chosen.
     transform: example -> example, or None; runs last, before batching. It and
       `augment` must not return None, which would misalign the hosts. `index`
       is kept in any case.
@@ -92,14 +97,23 @@ def batches(
   """
   if len(source) == 0:
     raise DataError('the data set has no images; check data.path.')
-  data = _shuffled(source, order.seed)
-  if augment is not None:
-    data = data.random_map(augment)
-  if transform is not None:
-    data = data.map(
-      lambda example: transform(example) | {'index': example['index']}
-    )
-  data = _HostRows(data, order).batch(order.rows)
+
+  def randomized(example: Example, rng: np.random.Generator) -> Example:
+    example = one_caption(example, rng)
+    return example if augment is None else augment(example, rng)
+
+  weights, shapes = [], []
+  for weight, data in _shuffled(source, order.seed):
+    data = data.random_map(randomized)
+    if transform is not None:
+      data = data.map(
+        lambda example: transform(example) | {'index': example['index']}
+      )
+    weights.append(weight)
+    shapes.append(_HostRows(data, order).batch(order.rows))
+  data = shapes[0]
+  if len(shapes) > 1:
+    data = grain.MapDataset.mix(shapes, weights)
   # Threads suffice: decoding and numpy release the GIL. Unlike the number of
   # worker processes, their number does not change the order.
   threads = min(PREFETCH, os.cpu_count() or 1)
@@ -111,36 +125,55 @@ def batches(
   return iterator
 
 
-def _shuffled(source: Source, seed: int) -> grain.MapDataset:
-  """An endless sequence: each epoch of a source, or of each part of a mixture.
+def _shuffled(
+  source: Source, seed: int
+) -> list[tuple[float, grain.MapDataset]]:
+  """(weight, endless sequence) of the examples of each shape.
 
-  A mixture takes turns in a fixed pattern, so a batch has the parts' fractions
-  as nearly as whole numbers can.
+  It has each epoch of a source, or of each part of a mixture. A mixture takes
+  turns in a fixed pattern, so a batch has the parts' fractions as nearly as
+  whole numbers can.
   """
-  if not source.parts:
-    # A map for the index would give the random operations other seeds.
-    data = grain.MapDataset.source(_Numbered(source)).seed(seed)
-    return data.shuffle().repeat(None)
-  parts, start = [], 0
-  for number, part in enumerate(source.parts):
-    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    one = grain.MapDataset.source(_Numbered(part, start)).seed(own)
-    parts.append(one.shuffle().repeat(None))
+  shapes: dict[Any, list[tuple[float, grain.MapDataset]]] = {}
+  start = 0
+  for number, part in enumerate(source.parts or (source,)):
+    weight = source.weights[number] if source.parts else 1.0
+    own = (number,) if source.parts else ()
+    for shape, chosen in (part.buckets or {(): range(len(part))}).items():
+      data = grain.MapDataset.source(_Numbered(part, chosen, start))
+      data = data.seed(_derived(seed, *own, *shape)).shuffle().repeat(None)
+      fraction = weight * len(chosen) / len(part)
+      shapes.setdefault(shape, []).append((fraction, data))
     start += len(part)
-  return grain.MapDataset.mix(parts, source.weights).seed(seed)
+  found = []
+  for shape, some in sorted(shapes.items()):
+    weights, parts = zip(*some)
+    data = parts[0]
+    if source.parts:
+      data = grain.MapDataset.mix(parts, weights).seed(_derived(seed, *shape))
+    found.append((sum(weights), data))
+  return found
+
+
+def _derived(seed: int, *numbers: int) -> int:
+  """The seed itself, or one of these numbers."""
+  if not numbers:
+    return seed
+  return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])
 
 
 class _Numbered:
-  """A source whose examples hold their `index`, which begins at `start`."""
+  """Examples of a source, with their `index`, which begins at `start`."""
 
-  def __init__(self, source: Source, start: int = 0) -> None:
-    self._source, self._start = source, start
+  def __init__(self, source: Source, chosen: Sequence[int], start: int) -> None:
+    self._source, self._chosen, self._start = source, chosen, start
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self._chosen)
 
   def __getitem__(self, i: int) -> Example:
-    return self._source[i] | {'index': self._start + int(i)}
+    number = int(self._chosen[i])
+    return self._source[number] | {'index': self._start + number}
 
 
 class _HostRows(grain.MapDataset):
@@ -162,6 +195,20 @@ class _HostRows(grain.MapDataset):
     batch, row = divmod(index, self._order.rows)
     start = batch * self._order.batch_size + self._order.host * self._order.rows
     return self._parent[start + row]
+
+
+def one_caption(example: Example, rng: np.random.Generator) -> Example:
+  """Chooses one of the captions of an example, with its embeddings if stored.
+
+  Each is as likely. An example with one caption is unchanged, and takes no
+  random number.
+  """
+  if 'captions' not in example:
+    return example
+  chosen = int(rng.integers(len(example['captions'])))
+  stored = {k: example[k][chosen] for k in ('text', 'mask') if k in example}
+  caption = {'caption': example['captions'][chosen], **stored}
+  return {k: v for k, v in example.items() if k != 'captions'} | caption
 
 
 def crop(

@@ -1,242 +1,313 @@
-"""Writes any source as prepared data, which `arrayrecord` reads.
+"""Prepares a shard of a data set: one function, whoever calls it, how often.
 
-A set is written in parts. A part's .json is written last and marks it as
-complete, so the same call resumes an interrupted one.
+`prepare_shard` reads one tar, or one range of samples, and writes one part.
+What it writes depends on the shard and the spec only: not on the number of
+workers, their order, or how often they were killed. A part's .json is written
+last; it has the part's digest, by which a finished part is recognised.
 """
 
+import base64
+import bisect
+import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
+import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from imagen_jax.data.arrayrecord import (
-  DATASET,
+from imagen_jax.data.arrayrecord import pack, unpack, write_records
+from imagen_jax.data.checked import retried
+from imagen_jax.data.claim import check_claim
+from imagen_jax.data.report import thumbnail
+from imagen_jax.data.shards import (
   FORMAT_VERSION,
-  UNFINISHED,
-  pack,
-  short,
-  write_records,
+  Shard,
+  Spec,
+  digest,
+  opened,
 )
-from imagen_jax.data.checked import (
-  CLEANING,
-  retried,
-  thread_pool,
-  write_skipped,
-)
-from imagen_jax.data.encoding import BYTES, RAW, Encoding
-from imagen_jax.data.progress import Progress
 from imagen_jax.data.source import Source
-from imagen_jax.errors import DataError, UsageError
-from imagen_jax.io import files, lock
-from imagen_jax.io.decode import RESIZING, BadSample
+from imagen_jax.errors import DataError, ImagenError
+from imagen_jax.io import bucket, files, ranges
+from imagen_jax.io.decode import BadSample
 from imagen_jax.io.files import AnyPath
 
-DROPPED = 'dropped.jsonl'
-BATCH = 64  # samples read, and captions embedded, at a time
-PART = 256e6  # bytes of a part, if its size is not given
-TOKENS = 20  # of a caption, for that
+BATCH = 64  # samples between two calls of `tell`
+WORDS = (8, 16, 32, 64, 128)  # bounds of the counts of captions by length
+THUMBNAILS, SHOWN = 2, 12  # of dropped images: by reason, and in all
+DIGEST = 16  # bytes of the digest of an image
 
-Embed = Callable[[Sequence[str]], Sequence[np.ndarray]]
+# Called with (samples done, samples) of the shard.
+Tell = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-  """The settings of a prepared set; other settings make another set.
+class Outcome:
+  """What became of a shard, small enough to send.
 
   Attributes:
-    size: side of the images in pixels.
-    settings: JSON-ready dict of all else that the set depends on.
-    text: the header's entry on the embeddings; None for none.
-    number: of samples to write, from the first; None writes all.
-    part_size: samples per part; 0: as many as take about `PART` bytes.
-    encoding: of the images.
+    number, name: of the shard.
+    count: images of its part; 0 if there is none.
+    problem: why there is none, in a sentence.
   """
 
-  size: int
-  settings: Mapping[str, Any]
-  text: Mapping[str, Any] | None = None
-  number: int | None = None
-  part_size: int = 0
-  encoding: Encoding = RAW
-
-  def __post_init__(self) -> None:
-    if not self.part_size:
-      each = BYTES[self.encoding.kind] * self.size**2 + 200
-      if self.text is not None:
-        each += 2 * TOKENS * self.text['dim']
-      size = max(BATCH, int(PART / each) // BATCH * BATCH)
-      object.__setattr__(self, 'part_size', size)
-
-  def header(self, number: int) -> dict[str, Any]:
-    """The first entries of `dataset.json`, for `number` samples."""
-    return {
-      'format_version': FORMAT_VERSION,
-      'size': self.size,
-      'encode': self.encoding.kind,
-      'quality': self.encoding.quality,
-      'cleaning': CLEANING,
-      'resizing': RESIZING,
-      'text': self.text,
-      'of': number,
-      'part_size': self.part_size,
-      'settings': self.settings,
-    }
+  number: int
+  name: str
+  count: int = 0
+  problem: str | None = None
 
 
-def prepare(
-  source: Source,
+def attempt(
+  shard: Shard,
   out: AnyPath,
-  recipe: Recipe,
+  spec: Spec,
   *,
-  embed: Embed | None = None,
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-  """Writes a source as prepared data, or resumes an interrupted call.
+  threads: int = 1,
+  tell: Tell | None = None,
+) -> Outcome:
+  """`prepare_shard`, with its errors as an outcome.
+
+  The reason of a failure is written beside the parts as well, where `merge`
+  finds it, and goes away with the next success.
+  """
+  file = bucket.at(out) / shard.file
+  try:
+    done = prepare_shard(shard, out, spec, threads=threads, tell=tell)
+    return Outcome(shard.number, str(shard), done['count'])
+  except Exception as error:
+    problem = sentence(error)
+    try:
+      part = finished(file, shard, spec)
+      if part:  # another worker's, whose merge has removed this one's file
+        return Outcome(shard.number, str(shard), part['count'])
+      failure = {'format_version': FORMAT_VERSION, 'reason': problem}
+      files.write_json(_failed(file), failure)
+    except Exception as another:
+      logging.getLogger(__name__).info('%s: %s', file, another)
+    return Outcome(shard.number, str(shard), problem=problem)
+
+
+def sentence(error: Exception) -> str:
+  """An error, for a user who sees it among thousands of others."""
+  if isinstance(error, ImagenError):
+    return ' '.join(str(error).split())
+  reason = files.storage_reason(error) or bucket.reason(error)
+  if isinstance(error, OSError):
+    where = f'{error.filename}: ' if error.filename else ''
+    return f'{where}{error.strerror or reason or error}.'
+  if isinstance(error, MemoryError):
+    return 'memory ran out; use fewer --workers.'
+  if reason is None:  # a bug, or an image that is unlike all others
+    logging.getLogger(__name__).error('unexpected', exc_info=error)
+  text = ' '.join(str(error).split())[:300]
+  return f'{reason or type(error).__name__}: {text}'
+
+
+def prepare_shard(
+  shard: Shard,
+  out: AnyPath,
+  spec: Spec,
+  *,
+  threads: int = 1,
+  tell: Tell | None = None,
+) -> dict[str, Any]:
+  """Writes the part of a shard, whole or not at all, unless it is there.
 
   Args:
-    source: of examples at `recipe.size`.
-    out: folder, new or with an unfinished copy of the same set.
-    recipe: the settings of the set.
-    embed: list of captions -> list of bfloat16 [tokens, dim], if the recipe
-      has text.
+    shard: a tar, or a range of samples.
+    out: folder of the set, claimed by `claim.claim`; on a disk or in a bucket.
+    spec: of the set.
+    threads: that read and decode; the bytes do not depend on it.
+    tell: called now and then.
 
   Returns:
-    (the header, [(name, reason)] of the skipped samples).
+    the report, as the part's .json has it: `count`, `bytes`, `sha256`, the
+    `dropped` samples with reasons and how many of them are `bad`, `buckets`
+    (runs of [height, width, number of records]), `words`
+    (numbers of captions by length), digests of the images, thumbnails.
 
   Raises:
-    UsageError: `out` holds something else, or another process writes there.
-    DataError: a part could not be written, or too many samples are bad.
+    UsageError: the folder is of another spec.
+    DataError: the shard cannot be read, or the part not be written.
+    OSError: the same, of the file system or the bucket.
   """
-  out = pathlib.Path(out)
-  with lock.locked(out, key='out'):
-    return _prepare(source, out, recipe, embed)
+  folder = bucket.at(out)
+  check_claim(folder, spec)
+  file = folder / shard.file
+  part = finished(file, shard, spec)
+  if part is None:
+    part = _write(file, shard, spec, threads, tell)
+  failed = _failed(file)
+  if failed.exists():
+    failed.unlink()
+  return part
 
 
-def _prepare(
-  source: Source, out: pathlib.Path, recipe: Recipe, embed: Embed | None
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-  """`prepare`, in a folder that no other process writes to."""
-  size = recipe.part_size
-  number = min(recipe.number or len(source), len(source))
-  header = recipe.header(number)
-  _claim(out, header)
-  progress = Progress(f'{out}:', number)
-  parts: list[dict[str, Any]] = []
-  for start in range(0, number, size):
-    indices = range(start, min(start + size, number))
-    file = out / f'part-{len(parts):05d}.array_record'
-    part = _finished(file)
-    if part is None:
-      work = _Part(source, indices, recipe.encoding, embed)
-      part = _write_part(file, work, progress)
-    else:
-      progress.add(len(indices))
-    parts.append(part)
-  progress.close()
-  dropped = [*source.skipped]
-  dropped += [entry for part in parts for entry in part.pop('dropped')]
-  write_skipped(out / DROPPED, dropped)
-  header |= {'count': sum(part['count'] for part in parts), 'parts': parts}
-  files.write_json(out / DATASET, header)
-  (out / UNFINISHED).unlink(missing_ok=True)
-  return header, dropped
-
-
-def _claim(out: pathlib.Path, header: Mapping[str, Any]) -> None:
-  """Marks a new folder as this set, or checks that an old one is."""
-  for name in (DATASET, UNFINISHED):
-    if (out / name).exists():
-      old = files.read_json(out / name, error=DataError, version=FORMAT_VERSION)
-      before, now = _flat(old), _flat(header)
-      wrong = [key for key in now if before.get(key) != now[key]]
-      if wrong:
-        key = wrong[0]
-        raise UsageError(
-          f'{out} holds a set prepared with {key} {short(before.get(key))!r}, '
-          f'and this call has {short(now[key])!r}; choose another folder.',
-          key='out',
-        )
-      for cut in out.glob('.part-*.tmp'):  # left by a killed process
-        cut.unlink()
-      return
-  if {path.name for path in out.iterdir()} - {lock.FILE}:
-    raise UsageError(f'{out} is not empty; choose another folder.', key='out')
-  files.write_json(out / UNFINISHED, header)
-
-
-def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
-  """A header with its sections flattened."""
-  return {
-    **header,
-    'settings': None,
-    'text': None,
-    **header['settings'],
-    **{f'text {k}': v for k, v in (header['text'] or {}).items()},
-    'embeddings': header['text'] is not None,
-  }
-
-
-def _finished(file: pathlib.Path) -> dict[str, Any] | None:
-  """The .json of a complete, undamaged part, or None."""
+def finished(
+  file: pathlib.Path, shard: Shard, spec: Spec
+) -> dict[str, Any] | None:
+  """The report of a part that is complete, undamaged, and of this shard."""
   try:
-    part = files.read_json(
-      file.with_suffix('.json'), error=DataError, version=FORMAT_VERSION
-    )
-    return part if part['sha256'] == files.digest(file)['sha256'] else None
+    part = read_report(file)
+    whole = part['sha256'] == files.digest(file)['sha256']
+    same = part['shard'] == shard.identity
+    same = same and part['spec'] == digest(spec.header())
   except (DataError, OSError, KeyError):
+    return None
+  return part if whole and same and not _changed(part, shard) else None
+
+
+def _changed(part: dict[str, Any], shard: Shard) -> bool:
+  """Whether a part's tar has another size now; one that is gone has not."""
+  try:
+    return _size(shard) != part['input']
+  except OSError:
+    return False
+
+
+def _size(shard: Shard) -> int | None:
+  return ranges.state(shard.path)[0] if shard.path else None
+
+
+def read_report(file: pathlib.Path) -> dict[str, Any]:
+  """The report of a part; raises DataError if there is none."""
+  report = file.with_suffix('.json')
+  return files.read_json(report, error=DataError, version=FORMAT_VERSION)
+
+
+def read_failure(file: pathlib.Path) -> str | None:
+  """Why a part could not be written, if somebody tried."""
+  try:
+    return str(files.read_json(_failed(file), error=DataError)['reason'])
+  except (DataError, KeyError):
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """What a part is made of."""
-
-  source: Source
-  indices: range
-  encoding: Encoding
-  embed: Embed | None
+def _failed(file: pathlib.Path) -> pathlib.Path:
+  return file.with_suffix('.failed.json')
 
 
-def _write_part(
-  file: pathlib.Path, work: _Part, progress: Progress
+def _write(
+  file: pathlib.Path, shard: Shard, spec: Spec, threads: int, tell: Tell | None
 ) -> dict[str, Any]:
   """Writes one part; its .json, which marks it as complete, comes last."""
-  source, indices, embed = work.source, work.indices, work.embed
-  pack_one = functools.partial(pack, encoding=work.encoding)
-  dropped: list[tuple[str, str]] = []
-
-  def attempt(i: int) -> dict[str, Any] | Exception:
-    try:
-      return retried(source.example, i)
-    except (BadSample, OSError) as error:
-      return error
-
-  def records(pool: concurrent.futures.Executor) -> Iterator[bytes]:
-    for start in range(indices.start, indices.stop, BATCH):
-      some = range(start, min(start + BATCH, indices.stop))
-      good = []
-      for i, example in zip(some, pool.map(attempt, some)):
-        if isinstance(example, Exception):
-          dropped.append((source.name(i), str(example)))
-          source.note(*dropped[-1])
-        else:
-          good.append(example)
-      captions = [example['caption'] for example in good]
-      texts = embed(captions) if embed and good else [None] * len(good)
-      yield from pool.map(pack_one, good, texts)
-      progress.add(len(some))
-
-  with thread_pool() as pool:
-    count = write_records(file, records(pool))
-  part = {
-    'format_version': FORMAT_VERSION,
-    'name': file.name,
-    'count': count,
-    **files.digest(file),
-    'dropped': dropped,
-  }
+  with opened(shard, spec) as (source, indices):
+    size = _size(shard)
+    work = _Part(source, indices, spec, tell or (lambda done, total: None))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      count, sizes = write_records(file, work.records(pool))
+    first = not shard.path and shard.start == 0
+    part = {
+      'format_version': FORMAT_VERSION,
+      'name': file.name,
+      'shard': shard.identity,
+      'spec': digest(spec.header()),
+      'input': size,
+      'count': count,
+      **sizes,
+      **work.report(skipped=bool(shard.path) or first),
+    }
   files.write_lines(file.with_suffix('.json'), [part])
   return part
+
+
+class _Part:
+  """The records of a part, and what is said of them.
+
+  Args:
+    source: of the samples.
+    indices: of them.
+    spec: of the set.
+    tell: see `prepare_shard`.
+  """
+
+  def __init__(
+    self, source: Source, indices: range, spec: Spec, tell: Tell
+  ) -> None:
+    self._source, self._indices, self._tell = source, indices, tell
+    self._pack = functools.partial(pack, encoding=spec.encoding)
+    self._failed: list[tuple[str, str]] = []
+    self._digests = bytearray()
+    self._buckets: list[list[int]] = []  # runs of (height, width, number)
+    self._words = [0] * (len(WORDS) + 1)
+
+  def records(self, pool: concurrent.futures.Executor) -> Iterator[bytes]:
+    """The records, in the order of the source."""
+    for example, record in self._packed(pool):
+      shape = example['image'].shape[:2]
+      if not self._buckets or self._buckets[-1][:2] != [*shape]:
+        self._buckets.append([*shape, 0])
+      self._buckets[-1][2] += 1
+      found = hashlib.sha256(f'{shape} '.encode())
+      found.update(unpack(record)[1])
+      self._digests += found.digest()[:DIGEST]
+      for caption in example.get('captions') or [example['caption']]:
+        self._words[bisect.bisect_left(WORDS, caption.count(' ') + 1)] += 1
+      yield record
+
+  def _packed(
+    self, pool: concurrent.futures.Executor
+  ) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """(example, record) of the good samples, in order."""
+    indices = self._indices
+    for start in range(0, len(indices), BATCH):
+      some = indices[start : start + BATCH]
+      good = []
+      for i, example in zip(some, pool.map(self._example, some)):
+        if isinstance(example, BadSample):
+          self._failed.append((self._source.name(i), str(example)))
+        else:
+          good.append(example)
+      yield from zip(good, pool.map(self._pack, good))
+      self._tell(start + len(some), len(indices))
+
+  def _example(self, i: int) -> dict[str, Any] | BadSample:
+    try:
+      return retried(self._source.example, i)
+    except BadSample as error:
+      return error
+    except OSError as error:  # not bad, and perhaps back in an hour
+      raise DataError(
+        f'{self._source.name(i)} cannot be read now '
+        f'({error.strerror or error}); run the same command again.'
+      ) from error
+
+  def report(self, skipped: bool) -> dict[str, Any]:
+    """The entries of the part's .json.
+
+    Args:
+      skipped: whether what the source skips is of this part.
+    """
+    source = self._source
+    dropped, bad = [*self._failed], len(self._failed)
+    more: dict[str, int] = {}
+    if skipped:
+      dropped = [*source.skipped, *dropped]
+      bad += len(source.bad) + source.unlisted_bad
+      more = {**source.unlisted, 'it is damaged': source.unlisted_bad}
+    return {
+      'buckets': self._buckets,
+      'words': self._words,
+      'bad': bad,
+      'dropped': dropped,
+      'unlisted': {reason: n for reason, n in more.items() if n},
+      'thumbnails': _thumbnails(source, dropped),
+      'digests': base64.b64encode(self._digests).decode(),
+    }
+
+
+def _thumbnails(
+  source: Source, dropped: Sequence[tuple[str, str]]
+) -> list[tuple[str, str, str]]:
+  """(name, reason, data) of some of the dropped images that can be shown."""
+  tried = collections.Counter[str]()
+  found: list[tuple[str, str, str]] = []
+  for name, reason in dropped:
+    tried[reason] += 1
+    if tried[reason] <= THUMBNAILS and len(found) < SHOWN:
+      data = thumbnail(source.skipped_image(name))
+      found += [(name, reason, data)] if data else []
+  return found

@@ -1,10 +1,24 @@
 """Progress of a long job: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 
+_silent = False  # in processes whose progress another one shows
 WIDTH = 30
 EVERY = 10.0  # seconds between plain lines
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+  """Within it no new `Progress` is shown."""
+  global _silent
+  before, _silent = _silent, True
+  try:
+    yield
+  finally:
+    _silent = before
 
 
 class Progress:
@@ -20,13 +34,17 @@ class Progress:
     self._bar = sys.stderr.isatty()
     self._start = time.monotonic()
     self._done, self._next = 0, self._start + 2
-    self._shown = False
+    self._shown, self._silent = False, _silent
 
   def add(self, number: int = 1) -> None:
     """Counts `number` more items."""
-    self._done += number
+    self.at(self._done + number, self._total)
+
+  def at(self, done: int, total: int) -> None:
+    """Sets how many are done, and of how many, which may be an estimate."""
+    self._done, self._total = done, total
     now = time.monotonic()
-    if now >= self._next:
+    if now >= self._next and not self._silent:
       self._next = now + (0.2 if self._bar else EVERY)
       self._show(now)
 

@@ -8,13 +8,15 @@ import os
 import re
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from array_record.python import array_record_module
 
 from imagen_jax.errors import DataError
 from imagen_jax.io import files
+from imagen_jax.io.aspect import Shape
 from imagen_jax.io.decode import BadSample
 
 # For single records: no read-ahead, no threads, and a small buffer.
@@ -34,11 +36,36 @@ class Part:
     path: of the file; gs:// is read by range requests.
     bytes: its size; another one is an error.
     count: number of records.
+    removed: numbers of those that are left out, rising.
+    shapes: (height, width, number of records) of each run of records of one
+      shape of images; empty where that is of no interest.
   """
 
   path: str
   bytes: int
   count: int
+  removed: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros(0, np.uint32), compare=False
+  )
+
+  shapes: Sequence[Sequence[int]] = ()
+
+  def __len__(self) -> int:
+    return self.count - len(self.removed)
+
+  def runs(self) -> Iterator[tuple[Shape, int]]:
+    """(shape, number of records that are not left out) of each run."""
+    stop = 0
+    for height, width, number in self.shapes:
+      start, stop = stop, stop + number
+      first, last = np.searchsorted(self.removed, [start, stop]).tolist()
+      yield (height, width), number - (last - first)
+
+  def row(self, i: int) -> int:
+    """The number in the file of the i-th record that is not left out."""
+    # What is left out up to removed[j] moves the others by j + 1.
+    before = self.removed - np.arange(len(self.removed))
+    return i + int(np.searchsorted(before, i, 'right'))
 
 
 class Records:
@@ -56,7 +83,7 @@ class Records:
 
   def __init__(self, parts: Sequence[Part]) -> None:
     self._parts = parts
-    self._ends = [*itertools.accumulate(part.count for part in parts)]
+    self._ends = [*itertools.accumulate(map(len, parts))]
     self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
     self._lock = threading.Lock()
 
@@ -66,13 +93,18 @@ class Records:
   def __len__(self) -> int:
     return self._ends[-1] if self._ends else 0
 
-  def __getitem__(self, i: int) -> bytes:
+  def place(self, i: int) -> tuple[int, int]:
+    """(number of the part, number of the record in its file) of record `i`."""
     if not 0 <= i < len(self):
       raise IndexError(i)
     number = bisect.bisect_right(self._ends, i)
     part = self._parts[number]
+    return number, part.row(i - self._ends[number] + len(part))
+
+  def __getitem__(self, i: int) -> bytes:
+    number, row = self.place(i)
     try:
-      return self._reader(number).read([i - self._ends[number] + part.count])[0]
+      return self._reader(number).read([row])[0]
     except RuntimeError as error:
       with self._lock:  # after an error, a reader gives nothing but that error
         self._open.pop(number, None)
@@ -94,6 +126,37 @@ class Records:
         # Closed once the last thread that reads from it is done.
         self._open.popitem(last=False)
     return reader
+
+
+class Spans(Sequence[int]):
+  """Whole numbers in increasing ranges, such as the records of one shape."""
+
+  def __init__(self, ranges: Sequence[range]) -> None:
+    self._ranges = ranges
+    self._starts = [some.start for some in ranges]
+    self._ends = [*itertools.accumulate(map(len, ranges))]
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, i: Any) -> Any:
+    if not 0 <= i < len(self):
+      raise IndexError(i)
+    number = bisect.bisect_right(self._ends, i)
+    return self._ranges[number][i - self._ends[number]]
+
+  def index(self, value: int, *_: Any) -> int:
+    number = bisect.bisect_right(self._starts, value) - 1
+    if number < 0 or value not in self._ranges[number]:
+      raise ValueError(f'{value} is not there')
+    some = self._ranges[number]
+    return self._ends[number] - len(some) + some.index(value)
+
+  def __contains__(self, value: Any) -> bool:
+    try:
+      return self.index(value) >= 0
+    except ValueError:
+      return False
 
 
 def max_open() -> int:

@@ -26,8 +26,13 @@ class Source(abc.ABC):
     endless: whether it has no natural size, so that a user must choose one.
     skipped: ((name, reason), …) of the samples that are skipped.
     bad: {name: reason} of the samples that are damaged.
-    text_header: `dim`, `max_len` and digests of the stored embeddings of the
-      captions; None if none are stored.
+    unlisted_bad: number of further damaged samples, of sets too large to list
+      them all.
+    unlisted: {reason: number} of further samples that are skipped.
+    buckets: {(height, width): the examples of that shape}, where images differ
+      in shape; a batch is of one shape. Empty: all are squares of `size`.
+    text_header: what made the stored embeddings of the captions, see
+      `embeddings.IDENTITY`; None if none are stored.
   """
 
   path_is: typing.ClassVar[str | None] = None
@@ -38,6 +43,9 @@ class Source(abc.ABC):
   weights: typing.Sequence[float] = ()
   skipped: typing.Sequence[tuple[str, str]] = ()
   bad: typing.Mapping[str, str] = {}
+  unlisted_bad = 0
+  unlisted: typing.Mapping[str, int] = {}
+  buckets: typing.Mapping[tuple[int, int], typing.Sequence[int]] = {}
   text_header: typing.Mapping | None = None
 
   @property
@@ -51,7 +59,15 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, i: int) -> dict:
-    """{'image': uint8 [size, size, 3], 'caption': str} of one example."""
+    """One example.
+
+    Returns:
+      {'image': uint8 [size, size, 3], 'caption': str}. Where an image has
+      several captions, 'captions' is a tuple of all and 'caption' the first;
+      `text` and `mask` are then sequences with an entry for each. Training
+      chooses one each epoch. Of a source with `buckets`, an image has its
+      bucket's height and width.
+    """
 
   def example(self, i: int) -> dict:
     """As `self[i]`, but a damaged example raises `BadSample`."""
@@ -65,6 +81,33 @@ class Source(abc.ABC):
     """A readable name of example `i`, for messages."""
     return f'example {i}'
 
+  def skipped_image(self, name: str) -> bytes | None:
+    """The encoded image of a skipped sample, for a report; None: unknown."""
+    return None
+
+  @classmethod
+  def find_shards(cls, path: str) -> typing.Sequence[str] | None:
+    """The files of a set that can be read each for itself, such as its tars.
+
+    None: there are none, and the set is prepared by ranges of its samples.
+    """
+    return None
+
+  @classmethod
+  def open_shard(
+    cls, path: str, **options: typing.Any
+  ) -> typing.ContextManager['Source']:
+    """The source of one of these files alone, from nothing but that file.
+
+    Args:
+      path: of the file.
+      **options: the constructor's other arguments.
+
+    Raises:
+      DataError: the file is missing, cut short or damaged.
+    """
+    raise NotImplementedError(f'{cls.__name__} has no shards')
+
   def note(self, name: str, reason: str) -> None:
     """Counts an example that turned out bad; may raise `DataError`."""
 
@@ -77,8 +120,8 @@ class Source(abc.ABC):
     """
     return ()
 
-  def check_text(self, *, encoder: str, tokenizer: str, max_len: int) -> None:
-    """Raises `DataError` if stored embeddings are of another text encoder."""
+  def check_text(self, **wanted: typing.Any) -> None:
+    """Raises `DataError` if `text_header` has another value of some key."""
 
   @classmethod
   def suite(cls, config: typing.Any) -> typing.Any:

@@ -26,6 +26,8 @@ IGNORABLE = {
   'seed': (0,),
   'resize': ('area',),
   'max_bad': (0.01,),
+  'aspect': ('crop',),
+  'text': ('auto',),
 }
 
 
@@ -64,6 +66,21 @@ def make_source(
     UsageError: unknown kind or resize, no path, or an option without effect.
     DataError: there are no usable images, or too many bad ones.
   """
+  cls, given = source_options(
+    kind=kind, size=size, split=split, eval_path=eval_path, **options
+  )
+  return cls(**given)
+
+
+def source_options(
+  *,
+  kind: str,
+  size: int,
+  split: str = 'train',
+  eval_path: str | None = None,
+  **options: Any,
+) -> tuple[type[Source], dict[str, Any]]:
+  """(the class, the arguments of its constructor) of `make_source`."""
   cls = find_source(kind)
   known = inspect.signature(cls.__init__).parameters
   takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
@@ -101,7 +118,7 @@ def make_source(
       same = IGNORABLE.get(name, (None,))
       if value is not None and value not in same:
         raise _without_effect(name, same[0], value, kind)
-  return cls(**{k: v for k, v in given.items() if takes_all or k in known})
+  return cls, {k: v for k, v in given.items() if takes_all or k in known}
 
 
 def _without_effect(name: str, same: Any, value: Any, kind: str) -> UsageError:

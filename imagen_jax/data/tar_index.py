@@ -1,17 +1,18 @@
 """The index of a set of tars: where each image and caption lies.
 
 It is one file, written once and mapped into the memory of every process, which
-so share it: 31 bytes a sample. Its parts are the rows, the shorter sides of
-the images, JSON Lines of what is wrong, and a footer with the tars.
+so share it: 33 bytes a sample. Its parts are the rows, the widths and heights
+of the images, JSON Lines of what is wrong, and a footer with the tars.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from imagen_jax.io import bucket, files, paths
 from imagen_jax.io.files import AnyPath
 
 NAME = 'tars.index'  # beside the tars
-MAGIC = b'imagen-tars-1\n\n\n'  # 16 bytes, at both ends
+MAGIC = b'imagen-tars-2\n\n\n'  # 16 bytes, at both ends
 ROW = np.dtype(
   [
     ('image', '<u8'),  # offset in its tar
@@ -32,7 +33,7 @@ ROW = np.dtype(
     ('is_json', 'u1'),  # whether the text is the sample's .json
   ]
 )
-SIDE = np.dtype('<u2')
+SIZE = np.dtype(('<u2', 2))  # width and height of the upright image
 AGAIN = 'give the file of an index, or make it again with imagen-index'
 
 
@@ -67,13 +68,13 @@ class Found:
   Attributes:
     tar: which.
     rows: [n] of type `ROW`.
-    sides: [n], the images' shorter sides in pixels.
+    sizes: [n, 2], widths and heights of the upright images in pixels.
     bad: {key: what is wrong} of the samples that are left out.
   """
 
   tar: Tar
   rows: np.ndarray
-  sides: np.ndarray
+  sizes: np.ndarray
   bad: Mapping[str, str]
 
 
@@ -98,8 +99,8 @@ class Index:
         footer = _read_footer(file)
       self.tars = {t['name']: Tar(**t) for t in footer['tars']}
       count = sum(tar.count for tar in self.tars.values())
-      self._sides = len(MAGIC) + count * ROW.itemsize
-      self._bad = self._sides + count * SIDE.itemsize, int(footer['bad'])
+      self._sizes = len(MAGIC) + count * ROW.itemsize
+      self._bad = self._sizes + count * SIZE.itemsize, int(footer['bad'])
       self.rows = np.zeros(0, ROW)
       if count:
         self.rows = np.memmap(self.path, ROW, 'r', len(MAGIC), (count,))
@@ -113,10 +114,10 @@ class Index:
   def __reduce__(self) -> tuple:
     return Index, (self.path,)  # not the rows themselves
 
-  def sides(self, start: int, stop: int) -> np.ndarray:
-    """The shorter sides of the images of some rows, read and not mapped."""
-    where = self._sides + start * SIDE.itemsize
-    return np.fromfile(self.path, SIDE, stop - start, offset=where)
+  def sizes(self, start: int, stop: int) -> np.ndarray:
+    """[stop − start, 2] of the images of some rows, read and not mapped."""
+    where = self._sizes + start * SIZE.itemsize
+    return np.fromfile(self.path, SIZE, stop - start, offset=where)
 
   def bad(self) -> Iterator[tuple[str, str, str]]:
     """(tar, key, what is wrong) of the samples that are left out."""
@@ -131,8 +132,8 @@ class Index:
     """What is in a tar, of which `bad` is left out."""
     tar = self.tars[name]
     stop = tar.start + tar.count
-    rows, sides = self.rows[tar.start : stop], self.sides(tar.start, stop)
-    return Found(tar, rows, sides, bad)
+    rows, sizes = self.rows[tar.start : stop], self.sizes(tar.start, stop)
+    return Found(tar, rows, sizes, bad)
 
 
 def _read_footer(file: IO[bytes]) -> dict[str, Any]:
@@ -181,14 +182,14 @@ def write(path: AnyPath, found: Iterable[Found]) -> None:
     found: in order of the tars' names.
   """
   tars: list[dict[str, Any]] = []
-  sides, bad, start = [], [], 0
+  sizes, bad, start = [], [], 0
   with files.replacing(path) as temporary, temporary.open('wb') as file:
     file.write(MAGIC)
     for one in found:
       data = np.ascontiguousarray(one.rows, ROW).tobytes()
       file.write(data)
-      sides.append(one.sides.astype(SIDE))
-      digest = hashlib.sha256(data + sides[-1].tobytes()).hexdigest()
+      sizes.append(one.sizes.astype(SIZE.base))
+      digest = hashlib.sha256(data + sizes[-1].tobytes()).hexdigest()
       count, name = len(one.rows), one.tar.name
       bad += [json.dumps([name, *entry]) + '\n' for entry in one.bad.items()]
       tar = dataclasses.replace(
@@ -196,7 +197,7 @@ def write(path: AnyPath, found: Iterable[Found]) -> None:
       )
       tars.append(dataclasses.asdict(tar))
       start += count
-    for some in sides:
+    for some in sizes:
       file.write(some.tobytes())
     lines = ''.join(bad).encode()
     footer = json.dumps({'tars': tars, 'bad': len(lines)}).encode()
@@ -225,44 +226,53 @@ def merge(
 
 
 class Selected:
-  """The rows of some tars whose images are large enough, numbered from 0.
+  """The rows that are used, shape by shape, numbered from 0.
 
-  A bit a row and a count a block: 6 MB of 50 million, where a list of their
-  numbers would be 400 MB in every process.
+  A bit a row and shape and a count a block: 6 MB of 50 million, where a list
+  of their numbers would be 400 MB in every process.
 
   Args:
-    index: the `Index`.
-    tars: those to use.
-    size: the least shorter side of an image.
+    total: number of rows of the index.
+    choose: (start, stop) -> int8 [stop − start], the number of each row's
+      shape, or a negative number if it is not used.
+    num_shapes: how many shapes there are.
 
   Attributes:
-    small: number of rows whose images are too small.
-    examples: the first of these rows.
+    counts: of the rows of each shape.
+    left: {negative number: how many rows have it}.
+    examples: {negative number: the first of these rows}.
   """
 
-  BLOCK, CHUNK, EXAMPLES = 2**12, 2**22, 100
+  BLOCK, CHUNK, EXAMPLES = 2**12, 2**20, 100
 
-  def __init__(self, index: Index, tars: Iterable[Tar], size: int) -> None:
-    total, spans = len(index.rows), [*_spans(tars)]
-    self._bits = np.zeros(-(-total // self.BLOCK) * self.BLOCK // 8, np.uint8)
-    self.small, self.examples = 0, list[int]()
+  def __init__(
+    self,
+    total: int,
+    choose: Callable[[int, int], np.ndarray],
+    num_shapes: int = 1,
+  ) -> None:
+    width = self.BLOCK // 8
+    size = -(-total // self.BLOCK) * width
+    self._bits = np.zeros((num_shapes, size), np.uint8)
+    self.left = collections.Counter[int]()
+    self.examples = collections.defaultdict[int, list[int]](list)
     for start in range(0, total, self.CHUNK):
-      stop = min(start + self.CHUNK, total)
-      used = np.zeros(stop - start, bool)
-      for first, last in spans:
-        used[max(first - start, 0) : max(last - start, 0)] = True
-      large = index.sides(start, stop) >= size
-      packed = np.packbits(used & large)
-      self._bits[start // 8 : start // 8 + len(packed)] = packed
-      small = np.flatnonzero(used & ~large)
-      self.small += len(small)
-      room = self.EXAMPLES - len(self.examples)
-      self.examples += [start + int(row) for row in small[:room]]
-    blocks = np.bitwise_count(self._bits).reshape(-1, self.BLOCK // 8)
-    self._ends = blocks.sum(1, dtype=np.int64).cumsum()
+      chosen = choose(start, min(start + self.CHUNK, total))
+      for shape, bits in enumerate(self._bits):
+        packed = np.packbits(chosen == shape)
+        bits[start // 8 : start // 8 + len(packed)] = packed
+      for code in np.unique(chosen[chosen < 0]).tolist():
+        rows = np.flatnonzero(chosen == code)
+        self.left[code] += len(rows)
+        room = self.EXAMPLES - len(self.examples[code])
+        self.examples[code] += [start + int(row) for row in rows[:room]]
+    blocks = np.bitwise_count(self._bits).reshape(num_shapes, -1, width)
+    per_block = blocks.sum(-1, dtype=np.int64)
+    self.counts = per_block.sum(-1).tolist()
+    self._ends = per_block.ravel().cumsum()
 
   def __len__(self) -> int:
-    return int(self._ends[-1]) if len(self._ends) else 0
+    return sum(self.counts)
 
   def __getitem__(self, i: int) -> int:
     """The row of number `i`."""
@@ -271,11 +281,12 @@ class Selected:
     block = int(np.searchsorted(self._ends, i, 'right'))
     before = int(self._ends[block - 1]) if block else 0
     width = self.BLOCK // 8
-    bits = np.unpackbits(self._bits[block * width : (block + 1) * width])
-    return block * self.BLOCK + int(np.flatnonzero(bits)[i - before])
+    bits = self._bits.ravel()[block * width : (block + 1) * width]
+    row = int(np.flatnonzero(np.unpackbits(bits))[i - before])
+    return block % (self._bits.shape[1] // width) * self.BLOCK + row
 
 
-def _spans(tars: Iterable[Tar]) -> Iterator[tuple[int, int]]:
+def spans(tars: Iterable[Tar]) -> Iterator[tuple[int, int]]:
   """(first row, end) of runs of tars that follow each other."""
   start = stop = 0
   for tar in tars:

@@ -9,26 +9,34 @@ the header is looked at; whether it decodes is found at its first use.
 
 import collections
 import contextlib
+import gzip
 import os
+import shutil
 import tarfile
 import tempfile
+import threading
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from imagen_jax.data.checked import UNREADABLE, clean_caption, survey
-from imagen_jax.data.tar_index import ROW, SIDE, Found, Tar
+from imagen_jax.data.checked import UNREADABLE, clean_captions, survey
+from imagen_jax.data.tar_index import ROW, SIZE, Found, Tar
 from imagen_jax.errors import DataError
 from imagen_jax.io import bucket, files, ranges
-from imagen_jax.io.decode import SUFFIXES, BadSample, opened
+from imagen_jax.io.decode import SUFFIXES, BadSample, opened, upright_size
 
 MAX_MEMBER = 64 * 2**20  # bytes of one image; a caption is far smaller
 MAX_TEXT = 2**20
-CAPTION_KEYS = ('caption', 'text')
+GZIP = ('.tar.gz', '.tgz')
+KINDS = ('.tar', *GZIP)
+CAPTION_KEYS = ('caption', 'text', 'captions')
 TEXTS = ('.txt', '.json')  # files with the caption, in order of preference
 CUT = 'the tar is truncated there'
-WIDEST = np.iinfo(SIDE).max
+DAMAGED = 'the tar is damaged there'
+WIDEST = np.iinfo(SIZE.base).max
 
 
 def scan(path: str, name: str, time: int | None = None) -> Found:
@@ -42,9 +50,11 @@ def scan(path: str, name: str, time: int | None = None) -> Found:
   Raises:
     DataError: it is no tar, or a part of it cannot be read now.
   """
-  with _on_disk(path) as shard:
-    size = os.stat(shard).st_size
-    samples, bad = _members(shard, size, path)
+  with on_disk(path) as packed, unzipped(path, packed) as (shard, cut):
+    size = os.stat(packed).st_size
+    samples, bad = _members(shard, os.stat(shard).st_size, path)
+    if cut:
+      bad['the rest'] = CUT
     good, wrong = survey(
       [key for key in samples if key not in bad],
       lambda key: _examine(shard, samples[key]),
@@ -57,18 +67,89 @@ def scan(path: str, name: str, time: int | None = None) -> Found:
       'network, and run the command again.'
     )
   rows = np.array([row for row, _ in good.values()], ROW)
-  sides = np.array([side for _, side in good.values()], SIDE)
-  return Found(Tar(name, size, time), rows, sides, bad | wrong)
+  sizes = np.array([shape for _, shape in good.values()], SIZE.base)
+  tar = Tar(name, size, time)
+  return Found(tar, rows, sizes.reshape(-1, 2), bad | wrong)
+
+
+class Plain:
+  """Files with the uncompressed tars: themselves, or temporary copies.
+
+  A copy is made at its first use and lasts as long as this object.
+
+  Args:
+    copies: {tar: the file} of those that are made already.
+  """
+
+  def __init__(self, copies: Mapping[str, str] | None = None) -> None:
+    self._copies: dict[str, str] = dict(copies or {})
+    self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
+    weakref.finalize(self, self._stack.close)
+
+  def __reduce__(self) -> tuple:
+    return Plain, ()
+
+  def __getitem__(self, path: str) -> str:
+    """The file for a tar.
+
+    Raises:
+      DataError: it cannot be read, or there is no room for the copy.
+    """
+    if not path.endswith(GZIP) and path not in self._copies:
+      return path
+    with self._lock:
+      if path not in self._copies:
+        packed = self._stack.enter_context(on_disk(path))
+        copy, _ = self._stack.enter_context(unzipped(path, packed))
+        self._copies[path] = copy
+      return self._copies[path]
 
 
 @contextlib.contextmanager
-def _on_disk(path: str) -> Iterator[str]:
+def unzipped(path: str, packed: str) -> Iterator[tuple[str, bool]]:
+  """A file with the uncompressed tar: `packed`, or a copy while it is needed.
+
+  And whether the compressed one is cut short.
+
+  Raises:
+    DataError: it is damaged, or there is no room for the copy.
+  """
+  if not path.endswith(GZIP):
+    yield packed, False
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = os.path.join(folder, 'tar')
+    yield copy, _unzip(path, packed, copy)
+
+
+def _unzip(path: str, packed: str, copy: str) -> bool:
+  """Decompresses a tar as far as it goes; returns whether it is cut short."""
+  try:
+    with gzip.open(packed) as file, open(copy, 'wb') as out:
+      try:
+        shutil.copyfileobj(file, out)
+      except EOFError:
+        return True
+      return False
+  except (gzip.BadGzipFile, zlib.error) as error:
+    raise DataError(
+      f'{path} is damaged, or no gzip file ({error}); download it again.'
+    ) from error
+  except OSError as error:
+    raise DataError(
+      f'{path} cannot be decompressed ({error}); set TMPDIR to a folder with '
+      'enough room.'
+    ) from error
+
+
+@contextlib.contextmanager
+def on_disk(path: str) -> Iterator[str]:
   """A file that holds the tar: itself, or a copy for as long as is needed."""
   if not bucket.is_bucket(path):
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:
-    copy = os.path.join(folder, 'tar')
+    copy = os.path.join(folder, path.rpartition('/')[2])
     try:
       bucket.filesystem(path).get_file(path, copy)
     except Exception as error:
@@ -81,8 +162,8 @@ def _on_disk(path: str) -> Iterator[str]:
 
 def _examine(
   shard: str, sample: Mapping[str, tuple[int, int]]
-) -> tuple[tuple, int]:
-  """(the row, the image's shorter side) of a sample.
+) -> tuple[tuple, tuple[int, int]]:
+  """(the row, the image's width and height) of a sample.
 
   Raises:
     BadSample: it has no image or caption, or one that is none.
@@ -95,11 +176,12 @@ def _examine(
     raise BadSample('it has no caption')
   (offset, size), ((where, length), is_json) = image[0], text[0]
   data = whole(ranges.read(shard, offset, size), size)
-  caption(whole(ranges.read(shard, where, length), length), is_json)
+  captions(whole(ranges.read(shard, where, length), length), is_json)
   with opened(data) as header:
-    side = min(header.size)
+    wide, high = upright_size(header)
   crc = zlib.crc32(data)
-  return (offset, where, size, length, crc, is_json), min(side, WIDEST)
+  row = offset, where, size, length, crc, is_json
+  return row, (min(wide, WIDEST), min(high, WIDEST))
 
 
 def whole(data: bytes, size: int) -> bytes:
@@ -155,15 +237,15 @@ def _members(
       # tarfile takes a broken header for the end; a real end is zeros or EOF.
       tar.fileobj.seek(tar.offset)
       if tar.fileobj.read(512).strip(b'\0'):
-        bad[f'after {last}'] = 'the tar is damaged there'
+        bad[f'after {last}'] = DAMAGED
   except tarfile.TarError as error:
     if last is None:
       raise DataError(
-        f'{where} is not an uncompressed tar ({error}); download it again, or '
-        'decompress it.'
+        f'{where} is not a tar ({error}); download it again. A compressed one '
+        'ends in .tar.gz.'
       ) from error
     if bad.get(last) != CUT:
-      bad[f'after {last}'] = 'the tar is damaged there'
+      bad[f'after {last}'] = DAMAGED
   return {k: v for k, v in samples.items() if not column(k)}, bad
 
 
@@ -180,18 +262,17 @@ def _problem(member: tarfile.TarInfo, size: int) -> str | None:
   return None
 
 
-def caption(data: bytes, is_json: bool) -> str:
-  """The caption of a sample's .txt or .json; raises BadSample."""
+def captions(data: bytes, is_json: bool) -> tuple[str, ...]:
+  """The captions of a sample's .txt (one) or .json; raises BadSample."""
   if len(data) > MAX_TEXT:
     raise BadSample('its caption is longer than a megabyte')
+  found: Any = data
   if is_json:
     try:
       record = files.parse_json(data)
-      data = next(record[key] for key in CAPTION_KEYS if record.get(key))
+      found = next(record[key] for key in CAPTION_KEYS if record.get(key))
     except (ValueError, TypeError, AttributeError) as error:
       raise BadSample('its .json is broken') from error
     except StopIteration:
       raise BadSample('it has no caption') from None
-    if not isinstance(data, str):
-      raise BadSample('its caption is not text')
-  return clean_caption(data)
+  return clean_captions(found)

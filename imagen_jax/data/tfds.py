@@ -1,21 +1,21 @@
 """TensorFlow Datasets without TensorFlow, such as coco_captions.
 
 Only builds stored as ArrayRecord can be read without TensorFlow. Images are
-read encoded and decoded as in every other source. An image with several
-captions is several examples.
+read encoded and decoded as in every other source.
 """
 
 import glob
 import hashlib
-import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from imagen_jax.data import index_cache
-from imagen_jax.data.checked import MAX_BAD, Checked, clean_caption, survey
+from imagen_jax.data.checked import MAX_BAD, Checked, clean_captions, survey
+from imagen_jax.data.where import caption_columns, check_columns
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files
 from imagen_jax.io.decode import BadSample, inspect
@@ -35,7 +35,7 @@ class TfdsSource(Checked):
       such as 'coco_captions', searched for in $TFDS_DATA_DIR or
       ~/tensorflow_datasets; the latest of several versions is used.
     split: 'train', or 'eval' for the build's validation split.
-    size, resize, max_bad: see `Checked`.
+    size, resize, max_bad, aspect, where: see `Checked`.
 
   Raises:
     DataError: there is no such build, it is stored as TFRecord, it has no
@@ -56,21 +56,26 @@ class TfdsSource(Checked):
     split: str = 'train',
     resize: str = 'area',
     max_bad: float = MAX_BAD,
+    aspect: str = 'crop',
+    where: Sequence[str] | None = None,
   ) -> None:
     self.split = split
-    super().__init__(path, size, resize=resize, max_bad=max_bad)
+    options = {'max_bad': max_bad, 'aspect': aspect, 'where': where}
+    super().__init__(path, size, resize=resize, **options)
 
-  def scan(self, path: AnyPath) -> tuple[dict[str, str], list[str]]:
+  def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     self.folder = find_build(path)
     self._records, self._image, self._caption, self.split = _open(
       self.folder, self.split
     )
     self.where = f'{self.folder} ({self.split})'
+    check_columns(self.conditions, (), self.where)
     rows, bad = self._index()
-    large = rows[:, 2] >= self.size
-    # One row per example: record number, and caption number within it.
-    self.rows = rows[large][:, :2]
-    return bad, [f'record {row[0]}' for row in rows[~large]]
+    columns = {'caption_length': rows[:, 3], 'caption_words': rows[:, 4]}
+    names = [f'record {row}' for row in rows[:, 0]]
+    order, left = self.select(names, rows[:, 1:3], columns)
+    self.rows = rows[order, 0]  # numbers of records
+    return bad, left
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -83,12 +88,11 @@ class TfdsSource(Checked):
     return digest.hexdigest()
 
   def name(self, i: int) -> str:
-    return f'record {self.rows[i][0]}'
+    return f'record {self.rows[i]}'
 
-  def read(self, i: int) -> tuple[bytes, str]:
-    record, which = self.rows[i]
-    data, captions = self._record(record)
-    return data, clean_caption(captions[which])
+  def read(self, i: int) -> tuple[bytes, Sequence[str]]:
+    data, captions = self._record(self.rows[i])
+    return data, clean_captions(captions)
 
   def _record(self, number: int) -> tuple[bytes, list[str | bytes]]:
     """(encoded image, captions) of one record."""
@@ -104,34 +108,30 @@ class TfdsSource(Checked):
     ).tolist()
 
   def _index(self) -> tuple[np.ndarray, dict[str, str]]:
-    """(int64 rows [n, 3]: record, caption, shorter side; {name: problem})."""
+    """(int64 rows [n, 5], {name: problem}).
+
+    A row is the number of a record, its image's width and height, and the
+    characters and words of its longest caption.
+    """
     location = f'{self.folder.resolve()} {self.split}'
     state = [
       [file.name, file.stat().st_size, file.stat().st_mtime_ns]
       for file in sorted(self.folder.iterdir())
     ]
 
-    def examine(i: int) -> list[list[int]]:
+    def examine(i: int) -> list[int]:
       data, captions = self._record(i)
-      side = min(inspect(data))
-      problem, good = BadSample('it has no caption'), []
-      for which, caption in enumerate(captions):
-        try:
-          clean_caption(caption)
-          good.append([i, which, side])
-        except BadSample as error:
-          problem = error
-      if not good:
-        raise problem
-      return good
+      said = caption_columns([clean_captions(captions)])
+      return [i, *inspect(data), *(value for (value,) in said.values())]
 
     def make() -> tuple[list[list[int]], dict[str, str]]:
       numbers = range(len(self._records))
       found, bad = survey(numbers, examine, f'checking {self.folder}')
-      rows = list(itertools.chain(*found.values()))
-      return rows, {f'record {i}': reason for i, reason in bad.items()}
+      return [*found.values()], {
+        f'record {i}': reason for i, reason in bad.items()
+      }
 
-    return index_cache.cached('tfds', location, state, 3, make)
+    return index_cache.cached('tfds', location, state, 5, make)
 
 
 def find_build(path: AnyPath) -> pathlib.Path:

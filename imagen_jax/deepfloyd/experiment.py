@@ -225,8 +225,9 @@ class IFExperiment(Experiment):
       params = self.params(trained, frozen)
       return sample(params, given, frozen['empty'])
 
-    def embed(captions: list[str]) -> dict:
-      return {'text': np.stack([self._embedding(c) for c in captions])}
+    def embed(examples: list[dict]) -> dict:
+      texts = [self._embedding(example['caption']) for example in examples]
+      return {'text': np.stack(texts)}
 
     low = self.resolution // 4 if self.stage.upsamples else None
     return make_image_preview(

@@ -21,7 +21,7 @@ from imagen_jax.cascade import batching
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files, paths
 from imagen_jax.nets.t5 import T5Encoder
-from imagen_jax.text import weights
+from imagen_jax.text import kinds, weights
 from imagen_jax.text.tokenizer import load_tokenizer
 from imagen_jax.typing import Array, TextEmb, TextMask
 
@@ -128,8 +128,10 @@ def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
   path = folder / 'text_encoder'
   size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
   mesh = sharding.sampling_mesh(size)
-  config = weights.read_config(path)
-  module = weights.module_from_config(path, config, dtype=jnp.dtype(dtype))
+  config = kinds.read_config(path)
+  module = kinds.module_from_config(
+    path, config, kind='t5', dtype=jnp.dtype(dtype)
+  )
   params, _ = weights.load_params(
     path, module, place=functools.partial(sharding.leaf_sharding, mesh=mesh)
   )
@@ -169,7 +171,7 @@ def _encoder_key(folder: pathlib.Path, dtype: str) -> str:
   names and sizes of the weight files identify them.
   """
   path = folder / 'text_encoder'
-  config = files.read_json(path / 'config.json', missing=weights.WHAT)
+  config = files.read_json(path / 'config.json', missing=kinds.WHAT)
   sizes = sorted((f.name, f.stat().st_size) for f in path.glob('*.safetensors'))
   return f'{sorted(config.items())}\n{sizes}\n{dtype}\n{MAX_LEN}'
 

@@ -21,7 +21,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.evaluation import clip, inception
 from imagen_jax.evaluation.preprocessing import MODES
 from imagen_jax.evaluation.weights import read_tensors, with_weights
-from imagen_jax.text import clip_tokenizer
+from imagen_jax.text.tokenizer import load_tokenizer
 
 BATCH = 16
 
@@ -99,7 +99,7 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
   embed_text = with_weights(
     text, ids, tensors, path, ignored=(*shared, 'vision_', 'visual_')
   )
-  tokenize = clip_tokenizer.load(folder, length)
+  tokenizer = load_tokenizer(folder)
 
   def image(batch: np.ndarray) -> jax.Array:
     x = _resized(batch, vision.image_size).astype(np.float32) / 255
@@ -111,7 +111,7 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
     image=_batched(image),
     digest=digest,
     preprocessing=f'Pillow bicubic to {vision.image_size}, rounded',
-    text=lambda prompts: encode(tokenize(prompts)),
+    text=lambda prompts: encode(tokenizer(prompts, length)[0]),
   )
 
 

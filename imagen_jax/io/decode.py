@@ -2,8 +2,9 @@
 
 Images are turned upright (EXIF), composited on white where transparent, and
 converted to 8-bit RGB; an animation gives its first frame. Then the central
-square is downsampled with antialiasing. Size and format are read from the
-header first, so that a file that would unpack to gigabytes is rejected.
+square, or a box of another shape, is downsampled with antialiasing. Size and
+format are read from the header first, so that a file that would unpack to
+gigabytes is rejected.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from scipy import sparse
 
+from imagen_jax.io.aspect import SMALL, choose, shapes
 from imagen_jax.io.files import AnyPath
 
 Box: TypeAlias = tuple[int, int, int, int]
@@ -27,6 +29,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 MAX_PIXELS = 2**26  # 67 million: 201 MB as RGB
 _HUGE = f'it has more than {MAX_PIXELS / 1e6:.0f} million pixels'
+ORIENTATION = 0x112  # of EXIF: 5 to 8 are turned by 90°
 MIN_SIDE = 8  # below this, an image is a line or a tracking pixel
 RESIZE = ('area', 'bicubic', 'lanczos')
 # Version of `RESIZE`, recorded with prepared images.
@@ -41,23 +44,28 @@ class BadSample(Exception):
 
 
 def decode(
-  data: Encoded, size: int, resize: str = 'area'
-) -> UInt8[np.ndarray, '{size} {size} 3']:
-  """Decodes an image: upright, on white, square.
+  data: Encoded, size: int, resize: str = 'area', aspect: str = 'crop'
+) -> UInt8[np.ndarray, 'h w 3']:
+  """Decodes an image: upright, on white, of one of the shapes of a size.
 
   Args:
     data: the file's bytes, its path, or an open file.
-    size: side in pixels, at most the image's shorter one.
+    size: side in pixels, for which the image must be large enough.
     resize: 'area' (the mean over each target pixel's area), 'bicubic' or
       'lanczos'; all antialiased.
+    aspect: see `aspect.shapes`.
 
   Raises:
     BadSample: it is damaged, unsupported, too large to unpack, or too small.
   """
   with opened(data) as image:
-    if min(image.size) < size:
+    (number,) = choose([upright_size(image)], size, aspect)
+    if number == SMALL:
       raise BadSample(f'it is smaller than {size} pixels')
-    return resize_square(upright(image), size, resize)
+    height, width = shapes(size, aspect)[number]
+    if aspect == 'pad':
+      return padded(upright(image), size, resize)
+    return fit(upright(image), width, height, resize)
 
 
 def inspect(data: Encoded) -> tuple[int, int]:
@@ -67,9 +75,30 @@ def inspect(data: Encoded) -> tuple[int, int]:
     BadSample: as `decode`.
   """
   with opened(data) as image:
-    size = image.size
-    upright(image)
-  return size
+    return upright(image).size
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+  """(width, height) of an opened image when it is upright; decodes nothing."""
+  width, height = image.size
+  try:
+    turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+  except Exception:  # damaged EXIF, of which `upright` tells
+    turned = False
+  return (height, width) if turned else (width, height)
+
+
+def padded(
+  image: Image.Image, size: int, resize: str = 'area'
+) -> UInt8[np.ndarray, '{size} {size} 3']:
+  """A whole RGB image, resized, in the middle of a white square."""
+  scale = size / max(image.size)
+  width, height = (max(1, round(n * scale)) for n in image.size)
+  square = np.full((size, size, 3), 255, np.uint8)
+  top, left = (size - height) // 2, (size - width) // 2
+  inner = fit(image, width, height, resize)
+  square[top : top + height, left : left + width] = inner
+  return square
 
 
 def resize_square(
@@ -107,6 +136,8 @@ def fit(
     width, height: of the result.
     resize: as in `decode`; an image that is too small is upsampled by bicubic.
   """
+  if image.size == (width, height):
+    return np.asarray(image)
   box = central(image.size, width, height)
   if width > box[2] - box[0]:
     resize = 'bicubic'
@@ -203,12 +234,18 @@ def opened(data: Encoded, min_side: int = MIN_SIDE) -> Image.Image:
 def upright(image: Image.Image, background: str = 'white') -> Image.Image:
   """Decodes a Pillow image: upright, RGB, transparency on `background`.
 
+  Returns:
+    the image itself if it is all that.
+
   Raises:
     BadSample: it is damaged.
   """
   try:
-    # Cameras store the sensor's rows and the orientation in EXIF.
-    return _rgb(ImageOps.exif_transpose(image), background)
+    # Cameras store the sensor's rows and the orientation in EXIF. A copy that
+    # is not needed would take as long as resizing.
+    if image.getexif().get(ORIENTATION, 1) != 1:
+      image = ImageOps.exif_transpose(image)
+    return _rgb(image, background)
   except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be decoded') from error
 
@@ -224,4 +261,5 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
     image = image.convert('RGBA')
     behind = Image.new('RGBA', image.size, background)
     image = Image.alpha_composite(behind, image)
-  return image.convert('RGB')
+  image.load()
+  return image if image.mode == 'RGB' else image.convert('RGB')

@@ -79,7 +79,7 @@ def replacing(
     with tempfile.TemporaryDirectory() as folder:
       local = pathlib.Path(folder, os.path.basename(os.fspath(path)))
       yield local
-      bucket.at(path).write_bytes(local.read_bytes())
+      bucket.filesystem(path).put_file(str(local), os.fspath(path))
     return
   path = pathlib.Path(path)
   temporary = _beside(path)

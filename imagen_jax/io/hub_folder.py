@@ -3,7 +3,7 @@
 import os
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +25,12 @@ FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def open_tensors(
-  folder: AnyPath, stem: str, *, what: str, convert: str
+  folder: AnyPath,
+  stem: str,
+  *,
+  what: str,
+  convert: str,
+  used: Callable[[str], object] = bool,
 ) -> dict[str, Tensor]:
   """{name: `Tensor`} over a folder's weights; no data is read yet.
 
@@ -38,6 +43,8 @@ def open_tensors(
     stem: 'model' for transformers, 'diffusion_pytorch_model' for diffusers.
     what: what the folder should be and hold, for the message.
     convert: how a pickled model becomes safetensors, for the message.
+    used: whether a tensor is of interest, by its name; the others are left out
+      and may be of any type.
 
   Raises:
     ModelError: there are no weights, or they are pickled, damaged, outside the
@@ -46,7 +53,7 @@ def open_tensors(
   folder = pathlib.Path(folder)
   found = _weights_file(folder, stem, what, convert)
   if found.suffix == '.safetensors':
-    return _open_floats(found)
+    return _open_floats(found, used)
   tensors: dict[str, Tensor] = {}
   shards = _shards(found)
   for shard in sorted(set(shards.values())):
@@ -55,11 +62,11 @@ def open_tensors(
         f'{shard}, named in {found.name}, does not exist; the download is '
         f'incomplete: {AGAIN}.'
       )
-    opened = _open_floats(shard)
+    opened = _open_floats(shard, used)
     tensors |= {
       n: t for n, t in opened.items() if shards.get(n, shard) == shard
     }
-  for name in shards:
+  for name in filter(used, shards):
     if name not in tensors:
       raise ModelError(
         f'{shards[name]} lacks the tensor {name!r}, which {found.name} lists; '
@@ -119,8 +126,11 @@ def _weights_file(
   raise ModelError(f'{folder} holds neither {single} nor {index}; {what}.')
 
 
-def _open_floats(path: pathlib.Path) -> dict[str, Tensor]:
-  tensors = safetensors.open_file(path)
+def _open_floats(
+  path: pathlib.Path, used: Callable[[str], object]
+) -> dict[str, Tensor]:
+  opened = safetensors.open_file(path)
+  tensors = {name: opened[name] for name in filter(used, opened)}
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ModelError(

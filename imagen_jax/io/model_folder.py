@@ -24,6 +24,7 @@ from flax import traverse_util
 
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import bucket, files, safetensors
+from imagen_jax.io.embeddings import STORES
 from imagen_jax.io.files import AnyPath
 from imagen_jax.io.safetensors import Tensor
 
@@ -44,7 +45,8 @@ class StageRecord:
   Attributes:
     path: its directory.
     config: the whole config that trained it; `config['stage']` defines it.
-    text: `dim`, `max_len` and `digest` of the text encoder.
+    text: `kind`, `dim`, `max_len` and `digest` of the text encoder; `store`, in
+      which its embeddings were stored for training, if they were.
     weights: `dtype`, `bytes` and `sha256`; None for a training workdir.
     provenance: how it was made; {} for a training workdir.
   """
@@ -185,6 +187,7 @@ def load_stage(path: AnyPath) -> StageRecord:
       (stage.name, str),
       (stage.provenance, dict),
       (config['text']['path'], str | None),
+      (config['text']['dtype'], str),
       (config['train']['checkpoint_dir'], str | None),
       (config['data']['kind'], str),
       (stage.text['digest'], str),
@@ -197,6 +200,8 @@ def load_stage(path: AnyPath) -> StageRecord:
     for value, kind in kinds:
       if not isinstance(value, kind):
         raise TypeError(f'{value!r} is no {kind}')
+    if stage.text.get('store') not in (None, *STORES):
+      raise TypeError(f'{stage.text["store"]!r} is not one of {STORES}')
     for size in sizes:
       if not 0 < size <= MAX_SIZE:
         raise TypeError(f'{size} is not in [1, {MAX_SIZE}]')

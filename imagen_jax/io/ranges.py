@@ -61,22 +61,23 @@ def expand(pattern: str) -> list[str]:
   ]
 
 
-def find(path: str, suffix: str) -> dict[str, State | None]:
+def find(path: str, suffixes: tuple[str, ...]) -> dict[str, State | None]:
   """{file: its state} of what a path or a pattern matches, sorted by name.
 
   Args:
     path: of a file, of a folder, or a pattern such as 'a/{000..099}/*.tar'.
-    suffix: of the files of a folder, in folders of it too.
+    suffixes: of the files of a folder, in folders of it too.
 
   Returns:
     states are None on a disk, where each would be a call to the file system;
     in a bucket a listing has them. `state` gives one.
   """
   if bucket.is_bucket(path):
-    return _find_objects(path, suffix)
+    return _find_objects(path, suffixes)
   if os.path.isdir(path):
-    pattern = os.path.join(glob.escape(path), '**', f'*{suffix}')
+    pattern = os.path.join(glob.escape(path), '**', '*')
     found = glob.glob(pattern, recursive=True)
+    found = [name for name in found if name.endswith(suffixes)]
   else:
     found = [
       name
@@ -86,7 +87,9 @@ def find(path: str, suffix: str) -> dict[str, State | None]:
   return dict.fromkeys(sorted(set(found)))
 
 
-def _find_objects(path: str, suffix: str) -> dict[str, State | None]:
+def _find_objects(
+  path: str, suffixes: tuple[str, ...]
+) -> dict[str, State | None]:
   """`find` in a bucket, by listing what begins as the pattern does."""
   scheme, _, rest = path.partition('://')
   magic = re.search(r'[*?[{]', rest)
@@ -107,7 +110,7 @@ def _find_objects(path: str, suffix: str) -> dict[str, State | None]:
     f'{scheme}://{name}': _state(listed[name])
     for name in sorted(listed)
     if name in exact
-    or (name.startswith(folder) and name.endswith(suffix))
+    or (name.startswith(folder) and name.endswith(suffixes))
     or any(
       fnmatch.fnmatchcase(name, p) and name.count('/') == p.count('/')
       for p in globs

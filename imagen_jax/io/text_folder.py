@@ -58,16 +58,25 @@ def of_stage(path: AnyPath, record: StageRecord) -> pathlib.Path:
   Raises:
     ModelError: there is none.
   """
+  if folder := found(path, record):
+    return folder
+  candidates = map(str, _candidates(path, record))
+  raise ModelError(
+    f'the text encoder of stage {record.name} is not in '
+    f'{" or ".join(dict.fromkeys(candidates))}; put it in the first of them.'
+  )
+
+
+def found(path: AnyPath, record: StageRecord) -> pathlib.Path | None:
+  """`of_stage`, None if there is none."""
+  folders = (c for c in _candidates(path, record) if c.is_dir())
+  return next(map(find, folders), None)
+
+
+def _candidates(path: AnyPath, record: StageRecord) -> list[pathlib.Path]:
   candidates = [bucket.at(path) / 'text', record.path.parent / 'text']
   # A text encoder is read from a local folder.
   candidates = [c for c in candidates if not bucket.is_bucket(c)]
   if configured := record.config['text']['path']:
     candidates.append(find(configured))
-  for candidate in candidates:
-    if candidate.is_dir():
-      return find(candidate)
-  raise ModelError(
-    f'the text encoder of stage {record.name} is not in '
-    f'{" or ".join(dict.fromkeys(map(str, candidates)))}; put it in the '
-    'first of them.'
-  )
+  return candidates

@@ -204,7 +204,9 @@ class T5Encoder(nn.Module):
       self.dtype,
       name='layers',
     )
-    x, _ = blocks(table[ids].astype(jnp.float32), bias)
+    # Else the sharding of the table would spread to all activations.
+    x = sharding.constrain_batch(table[ids].astype(jnp.float32))
+    x, _ = blocks(x, bias)
     scale = self.param('norm', nn.initializers.ones, (self.width,))
     x = _rms_norm(x, scale, self.epsilon)
     return x if keep_padding else jnp.where(mask[..., None], x, 0)

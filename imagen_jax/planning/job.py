@@ -22,9 +22,10 @@ from imagen_jax.cascade import sampling
 from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
 from imagen_jax.io import text_folder
-from imagen_jax.nets.t5 import SIZES, T5Encoder
-from imagen_jax.text import weights
+from imagen_jax.nets import bert, clip, t5
+from imagen_jax.text import kinds, weights
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.kinds import TextTower
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import (
   abstract_state,
@@ -34,7 +35,13 @@ from imagen_jax.training.program import (
 from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import TrainState
 
-TEXTS = ('auto', *SIZES, 'cached')
+# {name: the network's class and its sizes}.
+NAMED: dict[str, tuple[Any, Mapping[str, Any]]] = {
+  **{name: (t5.T5Encoder, sizes) for name, sizes in t5.SIZES.items()},
+  **{name: (bert.Bert, sizes) for name, sizes in bert.SIZES.items()},
+  **{name: (clip.ClipText, sizes) for name, sizes in clip.SIZES.items()},
+}
+TEXTS = ('auto', *NAMED, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -125,8 +132,9 @@ def make_job(
 
   Args:
     config: a ConfigDict.
-    text: a T5 v1.1 size; 'cached' for cached embeddings; 'auto' for the
-      encoder at `text.path` or, if it is missing, the size in its name.
+    text: a T5 v1.1 size or another of `NAMED`; 'cached' for cached embeddings;
+      'auto' for the encoder at `text.path` or, if it is missing, the one that
+      its name ends in.
     batch_size, accumulate: None means the config's.
 
   Raises:
@@ -168,51 +176,44 @@ class _RolledExperiment(StageExperiment):
       self.stage = dataclasses.replace(self.stage, net=net.clone(unroll=False))
 
 
-def _abstract_encoder(module: T5Encoder, config: ConfigDict) -> TextEncoder:
+def _abstract_encoder(module: TextTower, config: ConfigDict) -> TextEncoder:
   """A `TextEncoder` with shapes for weights and no tokenizer."""
-  length = config.text.max_len
-
-  def as_loaded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # As `text.weights.load_params` casts it.
-    precise = path[-1].key in weights.PRECISE
-    dtype = jnp.float32 if precise else module.dtype
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
   nothing: Any = None  # there are no prompts to tokenize
-  ids = jnp.zeros((1, length), jnp.int32)
-  params: Any = jax.eval_shape(
-    module.init, jax.random.key(0), ids, ids.astype(bool)
-  )
   return TextEncoder(
     module=module,
-    params=jax.tree_util.tree_map_with_path(as_loaded, params['params']),
+    params=weights.abstract_params(module),
     tokenizer=nothing,
     dim=module.width,
-    max_len=length,
+    max_len=config.text.max_len,
     digest='',
   )
 
 
-def _encoder(config: ConfigDict, text: str) -> tuple[T5Encoder, str]:
-  """(T5Encoder, name), from a size, a folder, or the folder's name."""
+def _encoder(config: ConfigDict, text: str) -> tuple[TextTower, str]:
+  """(network, name), from a size, a folder, or the folder's name."""
   dtype = config.text.dtype
   path = text_folder.find(config.text.path)
   if text == 'auto' and (path / 'config.json').is_file():
-    found = weights.read_config(path)
-    module = weights.module_from_config(path, found, dtype=DTYPES[dtype])
-    return module, f'T5 of {pathlib.Path(config.text.path).name}, {dtype}'
+    found = kinds.read_config(path)
+    kind = kinds.recognise(path, found, config.text.get('kind'))
+    module = kinds.module_from_config(
+      path, found, kind=kind, dtype=DTYPES[dtype]
+    )
+    return module, f'{kind} of {pathlib.Path(config.text.path).name}, {dtype}'
   if text == 'auto':
-    match = re.search(r'(small|base|large|xxl|xl)/?$', str(path))
+    names = '|'.join(sorted(NAMED, key=len, reverse=True))
+    match = re.search(rf'({names})/?$', str(path))
     if match is None:
       raise UsageError(
         f'there is no text encoder at text.path, {str(path)!r}, whose name '
-        f'does not end in a size of T5 v1.1; choose one of {", ".join(SIZES)}, '
+        f'does not end in a known size; choose one of {", ".join(NAMED)}, '
         'or set text.path=demo for the bundled one.',
         key='text',
       )
     text = match[1]
-  sizes: dict[str, Any] = SIZES[text]
-  return T5Encoder(**sizes, dtype=DTYPES[dtype]), f'T5 {text}, {dtype}'
+  made, sizes = NAMED[text]
+  name = f'T5 {text}' if text in t5.SIZES else text
+  return made(**sizes, dtype=DTYPES[dtype]), f'{name}, {dtype}'
 
 
 def train_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:

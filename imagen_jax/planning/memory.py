@@ -113,7 +113,8 @@ def _flat(jaxpr: Jaxpr) -> list[Operation]:
       inner = inner_jaxpr(eqn)
       inputs = values(eqn.invars)
       if inner is not None and eqn.primitive.name != 'scan':
-        outputs = walk(inner, dict(zip(inner.invars, inputs)))
+        own = inputs[-len(inner.invars) :]  # without a conditional's index
+        outputs = walk(inner, dict(zip(inner.invars, own)))
         names.update(zip(eqn.outvars, outputs))
       else:
         new = [(next(numbers), out) for out in eqn.outvars]

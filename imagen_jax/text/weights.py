@@ -1,4 +1,4 @@
-"""T5 encoders in Hugging Face folders: safetensors <-> the Flax tree.
+"""Text encoders in Hugging Face folders: safetensors <-> the Flax tree.
 
 A folder holds `config.json`, the weights as `model.safetensors` or as shards
 with `model.safetensors.index.json`, and a tokenizer. Tensors are read one at a
@@ -19,19 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from imagen_jax.errors import ModelError
 from imagen_jax.io import hub_folder, safetensors
-from imagen_jax.io.files import AnyPath, read_json, write_bytes, write_json
+from imagen_jax.io.files import AnyPath, write_bytes, write_json
 from imagen_jax.io.safetensors import Tensor
 from imagen_jax.nets.t5 import T5Encoder
+from imagen_jax.text.kinds import KINDS, T5_KEYS, WHAT, TextTower
 
 SINGLE = 'model.safetensors'
+SMALL = 2**14  # numbers of a tensor that is read to tell encoders apart
 
 # The sharding of a leaf, an array or a `jax.ShapeDtypeStruct`.
 Place: TypeAlias = Callable[[Any], jax.sharding.Sharding]
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
-# {Flax name: Hugging Face name} of the parameters of each layer.
+# {Flax name: Hugging Face name} of T5's parameters in each layer; those of the
+# other towers have their tensors' names and layouts.
 LAYER = {
   'attention_norm': 'layer.0.layer_norm.weight',
   'query': 'layer.0.SelfAttention.q.weight',
@@ -50,124 +51,23 @@ TOP = {
   ),
   'norm': 'encoder.final_layer_norm.weight',
 }
-# {attribute of `T5Encoder`: key of config.json}.
-SIZES = {
-  'vocab_size': 'vocab_size',
-  'width': 'd_model',
-  'num_layers': 'num_layers',
-  'num_heads': 'num_heads',
-  'head_dim': 'd_kv',
-  'mlp_dim': 'd_ff',
-  'num_buckets': 'relative_attention_num_buckets',
-  'max_distance': 'relative_attention_max_distance',
-}
-# Of the keys that T5 v1.0 leaves out.
-DEFAULTS = {'num_buckets': 32, 'max_distance': 128}
-# Another name of shared.weight.
-ALIAS = 'encoder.embed_tokens.weight'
-# A full T5 also has a decoder, which Imagen does not use.
-IGNORED = ('decoder.', 'lm_head.')
-# These stay float32 whatever the dtype of the products.
-PRECISE = ('attention_norm', 'mlp_norm', 'norm', 'distance_bias')
-
-WHAT = (
-  'a text encoder is a folder in Hugging Face layout: config.json, '
-  'model.safetensors, spiece.model'
-)
 CONVERT = 'transformers: T5EncoderModel.from_pretrained(…).save_pretrained(…)'
-
-
-def read_config(folder: AnyPath) -> dict[str, Any]:
-  """Reads a folder's `config.json`.
-
-  Raises:
-    ModelError: the file is missing or not JSON.
-  """
-  path = pathlib.Path(folder) / 'config.json'
-  return read_json(path, advice=hub_folder.AGAIN, missing=WHAT)
-
-
-def model_max_length(folder: AnyPath) -> float:
-  """`model_max_length` of a folder's `tokenizer_config.json`, or infinity."""
-  path = pathlib.Path(folder) / 'tokenizer_config.json'
-  if not path.exists():
-    return math.inf
-  length = read_json(path).get('model_max_length') or math.inf
-  if not isinstance(length, int | float) or not length >= 2:
-    raise ModelError(
-      f'{path} has model_max_length = {length!r}; a tokenizer has a number '
-      f'there, or none; {hub_folder.AGAIN}.'
-    )
-  return length
-
-
-def module_from_config(
-  folder: AnyPath,
-  config: Mapping[str, Any],
-  *,
-  dtype: DTypeLike = jnp.float32,
-) -> T5Encoder:
-  """The `T5Encoder` that a Hugging Face `config.json` describes.
-
-  Args:
-    folder: where the config is from, for error messages.
-    config: `read_config(folder)`.
-    dtype: the module's.
-
-  Raises:
-    ModelError: it does not describe a supported T5.
-  """
-  path = pathlib.Path(folder) / 'config.json'
-  kind = config.get('model_type', 't5')
-  if kind not in ('t5', 'mt5'):
-    raise ModelError(
-      f'{path} has model_type {kind!r}, which is not a T5; give the folder of '
-      'a T5 such as google/t5-v1_1-xxl or flan-t5.'
-    )
-  gated = {'relu': False, 'gated-gelu': True}
-  activation = config.get('feed_forward_proj', 'relu')
-  if not isinstance(activation, str) or activation not in gated:
-    raise ModelError(
-      f'{path} has feed_forward_proj {activation!r}; only relu (T5 v1.0) and '
-      'gated-gelu (v1.1, Flan) are supported.'
-    )
-
-  sizes: dict[str, Any] = {
-    name: config.get(key, DEFAULTS.get(name)) for name, key in SIZES.items()
-  }
-  for name, value in sizes.items():
-    if not isinstance(value, int) or not 0 < value < 2**31:
-      raise ModelError(
-        f'{path} has {SIZES[name]} = {value!r}; a T5 has a whole number above '
-        '0 there.'
-      )
-  epsilon = config.get('layer_norm_epsilon', 1e-6)
-  if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-    raise ModelError(
-      f'{path} has layer_norm_epsilon = {epsilon!r}; it is a small number '
-      'above 0.'
-    )
-  return T5Encoder(
-    **sizes,
-    gated=gated[activation],
-    epsilon=epsilon,
-    dtype=dtype,
-  )
 
 
 def load_params(
   folder: AnyPath,
-  module: T5Encoder,
+  module: TextTower,
   *,
   place: Place | None = None,
 ) -> tuple[dict[str, Any], str]:
   """Reads a folder's weights for `module`, tensor by tensor.
 
-  Matrices are in `module.dtype`, norms and the distance bias in float32.
+  Matrices are in `module.dtype`; norms, biases and T5's distance bias in
+  float32.
 
   Args:
     folder: in Hugging Face layout.
-    module: the `T5Encoder`.
+    module: from `kinds.module_from_config`.
     place: gives the sharding of a leaf; None puts everything on the default
       device, where a small encoder loads fastest.
 
@@ -190,14 +90,11 @@ def load_params(
     digests[name] = _sha256(array)
     return array.T.reshape(shape) if _transposed(name) else array
 
-  def dtype(name: str) -> DTypeLike:
-    return np.float32 if name in PRECISE else np.dtype(module.dtype)
-
-  def layers(name: str, shape: tuple[int, ...]) -> jax.Array:
-    leaf = jax.ShapeDtypeStruct((module.num_layers, *shape), dtype(name))
+  def layers(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    count, *shape = leaf.shape
     parts = (
-      read(_torch_name(name, i, module), shape).astype(leaf.dtype)
-      for i in range(module.num_layers)
+      read(_torch_name(name, i, module), tuple(shape)).astype(leaf.dtype)
+      for i in range(count)
     )
     if place:
       return _stack_on_device(leaf, parts, place(leaf))
@@ -206,30 +103,63 @@ def load_params(
       stack[i] = part
     return jnp.asarray(stack)
 
-  def whole(name: str, shape: tuple[int, ...]) -> jax.Array:
-    array = read(TOP[name], shape).astype(dtype(name))
+  def whole(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    array = read(TOP.get(name, name), leaf.shape).astype(leaf.dtype)
     return jax.device_put(array, place(array)) if place else jnp.asarray(array)
 
-  layer, top = _names(module)
-  params: dict[str, Any] = {n: whole(n, shape) for n, shape in top.items()}
-  params['layers'] = {n: layers(n, shape) for n, shape in layer.items()}
+  tree = abstract_params(module)
+  stacks = tree.pop('layers')
+  params: dict[str, Any] = {n: whole(n, leaf) for n, leaf in tree.items()}
+  params['layers'] = {n: layers(n, leaf) for n, leaf in stacks.items()}
   listed = ''.join(f'{name} {digests[name]}\n' for name in sorted(digests))
   return params, hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _open(folder: pathlib.Path, module: T5Encoder) -> dict[str, Tensor]:
-  """Opens a folder with the module's tensors, and perhaps a decoder's."""
-  tensors = hub_folder.open_tensors(folder, 'model', what=WHAT, convert=CONVERT)
-  if ALIAS in tensors:
-    alias = tensors.pop(ALIAS)
-    tensors.setdefault(TOP['embedding'], alias)
-  layer, top = _names(module)
-  wanted = [TOP[name] for name in top]
-  for i in range(module.num_layers):
-    wanted += [_torch_name(name, i, module) for name in layer]
-  given = [name for name in tensors if not name.startswith(IGNORED)]
-  hub_folder.check_names(folder, given, wanted)
-  return tensors
+def digest_small(folder: AnyPath, module: TextTower) -> str:
+  """sha256 of the tensors of less than `SMALL` numbers, such as norms.
+
+  Raises:
+    ModelError: as `load_params`.
+  """
+  tensors = _open(pathlib.Path(folder), module)
+  listed = ''.join(
+    f'{name} {_sha256(tensor.read())}\n'
+    for name, tensor in sorted(tensors.items())
+    if math.prod(tensor.shape) < SMALL
+  )
+  return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def abstract_params(module: TextTower) -> dict[str, Any]:
+  """Shapes and types of the parameters that `load_params` reads."""
+  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  mask = jax.ShapeDtypeStruct((1, 2), bool)
+  tree: Any = jax.eval_shape(module.init, jax.random.key(0), ids, mask)
+
+  def as_loaded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    vector = leaf.ndim - (path[0].key == 'layers') == 1
+    precise = vector or path[-1].key == 'distance_bias'
+    dtype = jnp.float32 if precise else module.dtype
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+  return jax.tree_util.tree_map_with_path(as_loaded, tree['params'])
+
+
+def _open(folder: pathlib.Path, module: TextTower) -> dict[str, Tensor]:
+  """{name in the network: tensor} of a folder."""
+  kind = next(k for k in KINDS.values() if k.module is type(module))
+  given = hub_folder.open_tensors(
+    folder, 'model', what=WHAT, convert=CONVERT, used=kind.tensor
+  )
+  top = abstract_params(module)
+  layer = top.pop('layers')
+  wanted = [TOP.get(name, name) for name in top]
+  for name, leaf in layer.items():
+    wanted += [_torch_name(name, i, module) for i in range(leaf.shape[0])]
+  named = {name: str(kind.tensor(name)) for name in given}
+  hub_folder.check_names(folder, [*named.values()], wanted)
+  # Of two names of a tensor, its own.
+  return {named[name]: given.get(named[name], given[name]) for name in given}
 
 
 def _stack_on_device(
@@ -260,7 +190,7 @@ def save_folder(
   dtype: DTypeLike | None = None,
   **config: Any,
 ) -> None:
-  """Writes an encoder as a Hugging Face folder that transformers can load.
+  """Writes a T5 as a Hugging Face folder that transformers can load.
 
   Args:
     folder: created if missing.
@@ -271,11 +201,10 @@ def save_folder(
     **config: further keys for `config.json`.
   """
   folder = pathlib.Path(folder)
-  layer, top = _names(module)
-  leaves = {TOP[name]: params[name] for name in top}
-  for i in range(module.num_layers):
-    for name in layer:
-      leaves[_torch_name(name, i, module)] = params['layers'][name][i]
+  leaves = {TOP[name]: params[name] for name in params.keys() & TOP.keys()}
+  for name, stack in params['layers'].items():
+    for i in range(module.num_layers):
+      leaves[_torch_name(name, i, module)] = stack[i]
   safetensors.write_file(
     folder / SINGLE,
     {name: _exported(name, leaf, dtype) for name, leaf in leaves.items()},
@@ -304,25 +233,18 @@ def _config(module: T5Encoder) -> dict[str, Any]:
   return {
     'architectures': ['T5EncoderModel'],
     'model_type': 't5',
-    **{key: getattr(module, name) for name, key in SIZES.items()},
+    **{key: getattr(module, name) for name, key in T5_KEYS.items()},
     'feed_forward_proj': 'gated-gelu' if module.gated else 'relu',
-    'layer_norm_epsilon': module.epsilon,
     'pad_token_id': 0,
     'eos_token_id': 1,
     'tie_word_embeddings': False,
   }
 
 
-def _names(module: T5Encoder) -> tuple[Shapes, Shapes]:
-  """({Flax name: shape} of one layer, {Flax name: shape} of the rest)."""
-  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  mask = jax.ShapeDtypeStruct((1, 2), bool)
-  tree = jax.eval_shape(module.init, jax.random.key(0), ids, mask)['params']
-  layer = {k: v.shape[1:] for k, v in tree.pop('layers').items()}
-  return layer, {k: v.shape for k, v in tree.items()}
-
-
-def _torch_name(name: str, i: int, module: T5Encoder) -> str:
+def _torch_name(name: str, i: int, module: TextTower) -> str:
+  """The tensor of layer i that belongs to a stack of parameters."""
+  if not isinstance(module, T5Encoder):
+    return f'{module.PREFIX}.{i}.{name}'
   if name == 'in' and not module.gated:
     return f'encoder.block.{i}.layer.1.DenseReluDense.wi.weight'
   return f'encoder.block.{i}.{LAYER[name]}'

@@ -110,5 +110,5 @@ def training_seconds(
 
 def _not_the_model(_: str, names: list[str]) -> list[str]:
   """Files in a text encoder's folder that are not part of it."""
-  suffixes = ('.json', '.safetensors', '.model')
+  suffixes = ('.json', '.safetensors', '.model', '.txt')  # vocab.txt
   return [n for n in names if not n.endswith(suffixes)]

@@ -25,7 +25,12 @@ _INNER = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
 
 
 def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
-  """The program that an operation calls once, or None."""
+  """The program that an operation calls once, or None.
+
+  Of a conditional, its most expensive branch; the last inputs are its own.
+  """
+  if eqn.primitive.name == 'cond':
+    return max(eqn.params['branches'], key=count_flops).jaxpr
   for name in _INNER:
     inner = eqn.params.get(name)
     if inner is not None:
@@ -100,8 +105,6 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
       total += eqn.params['length'] * count_flops(eqn.params['jaxpr'])
     elif name == 'while':
       total += count_flops(eqn.params['body_jaxpr'])
-    elif name == 'cond':
-      total += max(count_flops(branch) for branch in eqn.params['branches'])
     elif (inner := inner_jaxpr(eqn)) is not None:
       # A shard_map's program is that of one device.
       copies = eqn.params['mesh'].size if name == 'shard_map' else 1

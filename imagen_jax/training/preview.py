@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from imagen_jax import sharding
 from imagen_jax.cascade import conditioning
 from imagen_jax.io import images as image_io
+from imagen_jax.io.decode import fit
 from imagen_jax.training.experiment import Experiment
 
 NUM_PREVIEWS = 8
@@ -18,7 +21,7 @@ NUM_PREVIEWS = 8
 def make_image_preview(
   experiment: Experiment,
   sample: Callable,
-  embed: Callable[[list[str]], dict],
+  embed: Callable[[list[dict]], dict],
   frozen: Any,
   *,
   low_resolution: int | None = None,
@@ -33,7 +36,7 @@ def make_image_preview(
     sample: (params, arrays, frozen) -> [B, R, R, 3] in [−1, 1]. The arrays are
       `embed`'s, `keys` (key data, the same for every grid) and, for a
       super-resolution stage, `low` [B, r, r, 3].
-    embed: captions -> arrays that condition the network.
+    embed: examples -> arrays that condition the network.
     frozen: of the experiment, on the mesh.
     low_resolution: side r of the low-resolution images, None for a base model.
 
@@ -45,10 +48,14 @@ def make_image_preview(
   shown = min(NUM_PREVIEWS, len(source))
   # Repeat the first images until the devices divide their number.
   count = -(-shown // mesh.size) * mesh.size
-  examples = [source[i % shown] for i in range(count)]
-  truth = np.stack([example['image'] for example in examples])
+  # A source with buckets is in the order of its shapes: take some of each, and
+  # show squares.
+  stride = len(source) // shown if source.buckets else 1
+  examples = [source[i % shown * stride] for i in range(count)]
+  side = experiment.resolution
+  truth = np.stack([_square(example['image'], side) for example in examples])
   keys = jax.random.split(jax.random.key(experiment.config.seed), count)
-  given = embed([example['caption'] for example in examples])
+  given = embed(examples)
   given['keys'] = np.asarray(jax.random.key_data(keys))
   rows = [truth[:shown]]
   if low_resolution is not None:
@@ -67,3 +74,11 @@ def make_image_preview(
     return image_io.grid(image_io.upsample(images, 64), shown)
 
   return preview
+
+
+def _square(
+  image: UInt8[np.ndarray, 'h w 3'], side: int
+) -> UInt8[np.ndarray, '{side} {side} 3']:
+  if image.shape[:2] == (side, side):
+    return image
+  return fit(Image.fromarray(image), side, side)

@@ -1,11 +1,13 @@
 """Training one stage of the cascade."""
 
 import functools
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,12 +17,13 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.data.pipeline import crop
 from imagen_jax.diffusion.loss import times
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import DataError, ModelError, UsageError
 from imagen_jax.io import model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
   TextEncoder,
-  encode_tokens,
+  encode_by_length,
+  find_mark,
   load_text_encoder,
 )
 from imagen_jax.training.experiment import (
@@ -41,8 +44,9 @@ class StageExperiment(Experiment):
 
   Attributes:
     stage: the `Stage`.
-    text: the `TextEncoder`, frozen.
-    cached_text: whether the data set holds the embeddings of its captions.
+    cached_text: whether the data set has the embeddings of its captions. The
+      text encoder is then not loaded.
+    text_dim: width of the embeddings.
 
   Raises:
     UsageError: the config is invalid.
@@ -72,24 +76,64 @@ class StageExperiment(Experiment):
     """
     super().__init__(config, mesh, workdir)
     self.name, self.resolution = config.stage.name, config.stage.resolution
-    self.text = text or _load_text(config, mesh)
+    self._header = None if cached_text is not None else self._stored_text(text)
+    self.cached_text = bool(cached_text) or self._header is not None
+    self._text = text
+    if text is None and self._header is None:
+      self._text = _load_text(config, mesh)
+    self.text_dim = (
+      self.text.dim if self._header is None else self._header['dim']
+    )
     self.stage = stage_config.from_config(
       config.stage.to_dict(),
-      text_dim=self.text.dim,
+      text_dim=self.text_dim,
       text_len=config.text.max_len,
       dtype=resolve_dtype(config.dtype),
     )
     _check_sampling(self.stage)
     if cached_text is None:
       source = self.source('train')
-      cached_text = source.text_header is not None
-      if cached_text:
-        source.check_text(
-          encoder=self.text.digest,
-          tokenizer=self.text.tokenizer.digest,
-          max_len=config.text.max_len,
+      for part in source.parts or (source,):
+        _check_buckets(self.stage, part.buckets)
+
+  @property
+  def text(self) -> TextEncoder:
+    """The text encoder, frozen.
+
+    Raises:
+      ValueError: the data set has embeddings, and it was not loaded.
+    """
+    if self._text is None:
+      raise ValueError(f'{self.name} was built without a text encoder')
+    return self._text
+
+  def _stored_text(self, encoder: TextEncoder | None) -> Mapping | None:
+    """What made the data set's embeddings; None if it has none.
+
+    Raises:
+      DataError: they are not those that the config describes, or only one of
+        the splits has them.
+    """
+    header, config = self.source('train').text_header, self.config.text
+    if header is None:
+      return None
+    wanted = {'max_len': config.max_len, 'dtype': config.dtype}
+    folder = text_folder.find(config.path)
+    if config.get('kind') is not None:
+      wanted['kind'] = config.kind
+    if encoder is not None:
+      wanted['encoder'] = encoder.digest
+    elif config.path and (folder / 'config.json').exists():
+      wanted['mark'] = find_mark(folder, config.get('kind'))
+    for split in 'train', 'eval':
+      source = self.source(split)
+      if source.text_header is None:
+        raise DataError(
+          'data.path has embeddings of its captions and data.eval_path has '
+          'none; make them with imagen-embed, or set data.text=None.'
         )
-    self.cached_text = cached_text
+      source.check_text(**wanted)
+    return header
 
   def init(self, key: jax.Array) -> Tree:
     return stages.init_params(self.stage, key)
@@ -97,7 +141,7 @@ class StageExperiment(Experiment):
   def condition(self, key: jax.Array, batch: Tree, frozen: Tree) -> Tree:
     text = batch.get('text')
     if text is None:
-      text = encode_tokens(
+      text = encode_by_length(
         self.text.module, frozen, batch['ids'], batch['mask']
       )
     text = jax.lax.stop_gradient(text.astype(jnp.float32))
@@ -120,7 +164,7 @@ class StageExperiment(Experiment):
       'mask': shape((batch_size, length), bool),
     }
     if self.cached_text:
-      size = (batch_size, length, self.text.dim)
+      size = (batch_size, length, self.text_dim)
       return spec | {'text': shape(size, jnp.bfloat16)}
     return spec | {'ids': shape((batch_size, length), jnp.int32)}
 
@@ -146,7 +190,11 @@ class StageExperiment(Experiment):
     return Start(jax.device_put(params, shardings), origin)
 
   def text_record(self) -> dict:
+    if (header := self._header) is not None:
+      kept = {key: header[key] for key in ('kind', 'dim', 'max_len', 'store')}
+      return kept | {'digest': header['encoder']}
     return {
+      'kind': self.text.kind,
       'dim': self.text.dim,
       'max_len': self.config.text.max_len,
       'digest': self.text.digest,
@@ -184,7 +232,11 @@ class StageExperiment(Experiment):
       )
       return sampling.sample(self.stage, params, config.spec, inputs)
 
-    def embed(captions: list[str]) -> dict:
+    def embed(examples: list[dict]) -> dict:
+      if self.cached_text:
+        arrays = [_first_text(example) for example in examples]
+        return {key: np.stack([a[key] for a in arrays]) for key in arrays[0]}
+      captions = [example['caption'] for example in examples]
       text, mask = self.text.encode(captions, max_len=self.config.text.max_len)
       return {'text': text, 'mask': mask}
 
@@ -202,6 +254,15 @@ class StageExperiment(Experiment):
     return export_stage(request)
 
 
+def _first_text(example: dict) -> dict[str, np.ndarray]:
+  """The stored embedding of an example's first caption, in float32."""
+  text, mask = (
+    value[0] if isinstance(value, tuple) else value
+    for value in (example['text'], example['mask'])
+  )
+  return {'text': text.astype(np.float32), 'mask': mask}
+
+
 def _check_sampling(stage: stages.Stage) -> None:
   """Rejects defaults with which neither previews nor the model could sample.
 
@@ -216,13 +277,45 @@ def _check_sampling(stage: stages.Stage) -> None:
     ) from error
 
 
+def _check_buckets(
+  stage: stages.Stage, shapes: Iterable[tuple[int, int]]
+) -> None:
+  """Rejects shapes of images that the network cannot take, or be cut out of.
+
+  Raises:
+    UsageError: naming the config's key.
+  """
+  factor = 1 if stage.low_resolution is None else stage.factor
+  multiple = math.lcm(stage.net.multiple, factor)
+  for height, width in shapes:
+    if stage.crop is None and (height % multiple or width % multiple):
+      raise UsageError(
+        f'the data have images of {width} × {height} pixels, and the network '
+        f'takes multiples of {multiple}; take data.aspect=crop, or a network '
+        'with fewer levels.',
+        key='config.data.aspect',
+      )
+    if stage.crop is not None and stage.crop > min(height, width):
+      raise UsageError(
+        f'stage.crop is {stage.crop}, and the data have images of {width} × '
+        f'{height} pixels; take a smaller crop.',
+        key='config.stage.crop',
+      )
+
+
 def _load_text(config: ConfigDict, mesh: Mesh | None) -> TextEncoder:
   # Sharded like the state: whole, T5-XXL does not fit on a device beside it.
   place = None
   if mesh is not None and mesh.shape['fsdp'] > 1:
     place = functools.partial(sharding.leaf_sharding, mesh=mesh)
-  folder = text_folder.existing(config.text.path, config.text.get('trained_by'))
-  return load_text_encoder(folder, config.text.dtype, place=place)
+  text = config.text
+  return load_text_encoder(
+    text_folder.existing(text.path, text.get('trained_by')),
+    text.dtype,
+    kind=text.get('kind'),
+    max_len=text.max_len,
+    place=place,
+  )
 
 
 def matching_params(record: StageRecord, spec: Tree) -> Tree:

@@ -28,6 +28,7 @@ from imagen_jax.io.paths import check_folder
 FREE = (
   'mesh',
   'text.path',
+  'text.kind',  # the digest tells whether it is another encoder
   'text.trained_by',
   'data.path',
   'data.index',
@@ -215,7 +216,7 @@ def claim(
   Args:
     workdir: the directory; it need not exist.
     config: the run's, complete.
-    text: `dim`, `max_len` and `digest` of the text encoder, or None.
+    text: what `Experiment.text_record` returns, or None.
     data: `fingerprint` (None if the config determines it) and `length` of the
       data set.
     init_from: what a new run starts from; a resumed run keeps the stored one.

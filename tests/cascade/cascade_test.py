@@ -256,6 +256,36 @@ def test_another_text_encoder_is_refused(model, tmp_path):
     generate(imagen_jax.load(copy), [RED])
 
 
+def test_an_encoder_of_another_kind_is_refused_when_a_model_is_opened(
+  model, tmp_path
+):
+  from tests import tiny_encoders
+
+  copy = shutil.copytree(model, tmp_path / 'm')
+  shutil.rmtree(copy / 'text')
+  tiny_encoders.write(copy / 'text', 'bert')
+  with pytest.raises(ModelError):
+    imagen_jax.load(copy)
+
+
+def test_a_model_of_bert_generates_with_it_and_not_as_another_kind(tmp_path):
+  from tests import tiny_encoders
+
+  tiny_encoders.write(tmp_path / 'text', 'bert')
+  tiny_model.write(tmp_path, kind='bert')
+  found = imagen_jax.load(tmp_path)
+  assert np.ptp(generate(found, [RED])['sr1']) > 0
+  record = json.loads((tmp_path / 'base' / 'stage.json').read_text())
+  assert record['text']['kind'] == 'bert'
+  for name in ('base', 'sr1'):
+    file = tmp_path / name / 'stage.json'
+    record = json.loads(file.read_text())
+    record['text']['kind'] = 'clip'
+    file.write_text(json.dumps(record))
+  with pytest.raises(ModelError):
+    imagen_jax.load(tmp_path)
+
+
 def test_progress_is_reported(cascade):
   calls = []
   generate(cascade, [RED], num_images=3, callback=lambda *a: calls.append(a))

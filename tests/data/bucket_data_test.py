@@ -6,10 +6,11 @@ from PIL import Image
 
 from imagen_jax.cli import index as index_command
 from imagen_jax.cli import prepare as prepare_command
-from imagen_jax.data import tar_update
+from imagen_jax.data import embed, tar_update
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket as buckets
+from tests import prepared
 from tests.data.webdataset_test import good, write
 
 
@@ -108,3 +109,19 @@ def test_what_is_missing_or_read_from_no_bucket_is_said(bucket):
   with pytest.raises(UsageError) as error:
     make_source(kind='folder', path=bucket.url, size=16)
   assert error.value.key == 'config.data.path'
+
+
+def test_embeddings_are_made_and_read_in_a_bucket(tmp_path, bucket):
+  for i in range(6):
+    Image.new('RGB', (16, 16), (i, 0, 0)).save(tmp_path / f'{i}.png')
+    (tmp_path / f'{i}.txt').write_text(f'caption {i}')
+  words = f'--source folder --path {tmp_path} --size 16 --part_size 4'.split()
+  assert prepare_command.main([*words, '--out', str(tmp_path / 'set')]) == 0
+  url = upload(tmp_path / 'set', bucket, 'embedded')
+  fake = prepared.encoder()
+  for shard in (0, 1):
+    header = embed.embed(url, f'{url}/text/fake', fake, shard=(shard, 2))
+  assert header['captions'] == 6
+  assert embed.embed(url, f'{url}/text/fake', fake) == header  # all are there
+  source = make_source(kind='arrayrecord', path=url, size=16, text='auto')
+  assert [int(example['text'][0, 0]) for example in source] == [*range(6)]

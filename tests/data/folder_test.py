@@ -1,5 +1,6 @@
 """Folders of captioned images, with the defects that real ones have."""
 
+import csv
 import json
 import logging
 import struct
@@ -13,7 +14,7 @@ from PIL import Image
 
 from imagen_jax.data import checked, folder
 from imagen_jax.data.folder import FolderSource
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io.decode import decode as read_image
 
 
@@ -78,7 +79,6 @@ def test_metadata_lines_are_captions(tmp_path, key):
     '[]',
     '{"text": "a"}',
     '3',
-    '{"file_name": "one.png", "text": null}',
     '[' * 100_000,
   ],
 )
@@ -87,6 +87,165 @@ def test_a_broken_metadata_line_is_named(tmp_path, line):
   (tmp_path / 'metadata.jsonl').write_text(f'{good}\n{line}\n')
   with pytest.raises(DataError, match=r'metadata.jsonl.* 2\b'):
     FolderSource(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+  'text, reason',
+  [('null', 'no caption'), ('[]', 'no caption'), ('3', 'not text')],
+)
+def test_a_row_without_a_caption_is_a_bad_sample(tmp_path, text, reason):
+  add(tmp_path, 'good.png')
+  add(tmp_path, 'one.png')
+  (tmp_path / 'metadata.jsonl').write_text(
+    '{"file_name": "good.png", "text": "a"}\n'
+    f'{{"file_name": "one.png", "text": {text}}}'
+  )
+  source = FolderSource(tmp_path, 16, max_bad=0.5)
+  assert list(source.bad) == ['one.png'] and reason in source.bad['one.png']
+
+
+def test_text_and_caption_files_are_several_captions(tmp_path):
+  add(tmp_path, 'both.png', caption='one')
+  add(tmp_path, 'equal.png', caption='same ')
+  add(tmp_path, 'second.png', caption=None)
+  for name, text in ('both', 'two'), ('equal', ' same'), ('second', 'alone'):
+    (tmp_path / f'{name}.caption').write_text(text)
+  both, equal, second = FolderSource(tmp_path, 16)
+  assert (both['caption'], both['captions']) == ('one', ('one', 'two'))
+  assert equal['caption'] == 'same' and 'captions' not in equal
+  assert second['caption'] == 'alone' and 'captions' not in second
+
+
+def write_table(path, kind, rows):
+  """metadata.jsonl, .csv or .parquet of rows {column: value}."""
+  file = path / f'metadata.{kind}'
+  if kind == 'jsonl':
+    file.write_text('\ufeff' + '\n'.join(map(json.dumps, rows)))
+  elif kind == 'csv':
+    with file.open('w', encoding='utf-8-sig', newline='') as out:
+      writer = csv.DictWriter(out, rows[0])
+      writer.writeheader()
+      writer.writerows(rows)
+  else:
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+  return file
+
+
+KINDS = ['jsonl', 'csv', 'parquet']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_metadata_of_every_format_are_the_same_set(tmp_path, kind):
+  rows = []
+  for i in range(4):
+    add(tmp_path, f'{i}.png', caption=None)
+    row = {
+      'file_name': f'{i}.png',
+      'text': f'die "{i}", ü\nzwei',
+      'score': i / 4,
+    }
+    rows.append(row | {'blip': f'an image of {i}', 'nsfw': 'UNLIKELY'})
+  rows[3]['nsfw'] = None
+  write_table(tmp_path, kind, rows)
+  source = FolderSource(tmp_path, 16)
+  assert [e['caption'] for e in source] == [
+    f'die "{i}", ü zwei' for i in range(4)
+  ]
+  assert 'captions' not in source[0]
+  several = FolderSource(tmp_path, 16, captions=('blip', 'text'))
+  assert several[1]['captions'] == ('an image of 1', 'die "1", ü zwei')
+  assert several.fingerprint != source.fingerprint
+  where = ('score>=0.25', 'nsfw==unlikely')
+  some = FolderSource(tmp_path, 16, where=where, max_bad=0)
+  assert some.names == ('1.png', '2.png')
+  reasons = dict(some.skipped)
+  assert where[0] in reasons['0.png'] and where[1] in reasons['3.png']
+  for option, key in ('where', ('none>1',)), ('captions', ('none',)):
+    with pytest.raises(UsageError) as error:
+      FolderSource(tmp_path, 16, **{option: key})
+    assert error.value.key == f'config.data.{option}'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_metadata_without_names_or_captions_are_refused(tmp_path, kind):
+  add(tmp_path, 'one.png')
+  for row in (
+    {'name': 'one.png', 'text': 'a'},
+    {'file_name': 'one.png', 'alt': 'a'},
+  ):
+    file = write_table(tmp_path, kind, [row])
+    with pytest.raises(DataError, match='file_name') as error:
+      FolderSource(tmp_path, 16)
+    assert file.name in str(error.value)
+  assert len(FolderSource(tmp_path, 16, captions='alt')) == 1
+
+
+@pytest.mark.parametrize(
+  'data', [b'file_name,text\none.png,a,b\n', b'file_name,text\n"one.png,a\n',
+           b'file_name,text\none.png,caf\xe9\n', b'']
+)  # fmt: skip
+def test_a_broken_csv_is_refused(tmp_path, data):
+  add(tmp_path, 'one.png')
+  (tmp_path / 'metadata.csv').write_bytes(data)
+  with pytest.raises(DataError, match='metadata.csv|no image'):
+    FolderSource(tmp_path, 16)
+
+
+def test_a_broken_parquet_or_two_tables_are_refused(tmp_path):
+  pytest.importorskip('pyarrow')
+  add(tmp_path, 'one.png')
+  (tmp_path / 'metadata.parquet').write_bytes(b'PAR1' * 9)
+  with pytest.raises(DataError, match='metadata.parquet'):
+    FolderSource(tmp_path, 16)
+  (tmp_path / 'metadata.csv').write_text('file_name,text\none.png,a\n')
+  with pytest.raises(DataError, match='one of them'):
+    FolderSource(tmp_path, 16)
+
+
+def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
+  add(tmp_path, 'one.png')
+  (tmp_path / 'metadata.parquet').touch()
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  with pytest.raises(UsageError, match='parquet'):
+    FolderSource(tmp_path, 16)
+
+
+def test_a_row_without_an_image_is_bad_and_an_image_without_a_row_unused(
+  tmp_path,
+):
+  add(tmp_path, 'here.png')
+  add(tmp_path, 'other.png')
+  write_table(tmp_path, 'csv', [
+    {'file_name': 'here.png', 'text': 'a'},
+    {'file_name': 'gone.png', 'text': 'b'},
+  ])  # fmt: skip
+  source = FolderSource(tmp_path, 16, max_bad=0.5)
+  assert source.names == ('here.png',) and list(source.bad) == ['gone.png']
+  assert [name for name, _ in source.skipped] == ['gone.png', 'other.png']
+
+
+def test_conditions_on_images_and_captions(tmp_path):
+  for name, size, caption in [
+    ('small', (16, 20), 'a red circle'), ('wide', (16, 48), 'a red circle'),
+    ('large', (40, 40), 'a red circle'), ('short', (40, 40), 'red'),
+  ]:  # fmt: skip
+    add(tmp_path, f'{name}.png', pixels(*size), caption)
+
+  def names(*where):
+    found = FolderSource(tmp_path, 16, where=where).names
+    return {name.removesuffix('.png') for name in found}
+
+  assert names('side>=32') == {'large', 'short'}
+  assert names('aspect<=1.25') == {'small', 'large', 'short'}
+  assert names('width<=20', 'height>10') == {'small'}
+  assert names('caption_words>=2', 'caption_length<=12') == {
+    'small', 'wide', 'large'
+  }  # fmt: skip
+  with pytest.raises(DataError, match='side>99'):
+    names('side>99')
 
 
 def test_unusable_images_are_left_out_and_named_once(tmp_path, caplog):

@@ -21,9 +21,9 @@ class Numbers(Source):
   path_is = 'a letter'
   has_eval_split = False
 
-  def __init__(self, path, num, held=False, text=None):
+  def __init__(self, path, num, held=False, stored=None):
     self.letter, self.num = path, num
-    self.has_eval_split, self.text_header = held, text
+    self.has_eval_split, self.text_header = held, stored
 
   def __len__(self):
     return self.num
@@ -154,7 +154,7 @@ def test_a_part_without_images_is_named():
 
 def test_parts_of_which_some_have_embeddings_are_refused():
   with pytest.raises(DataError, match='few'):
-    make(MIXTURE | {'few': section('b', 7, 1, text={'dim': 3})})
+    make(MIXTURE | {'few': section('b', 7, 1, stored={'dim': 3})})
 
 
 def test_bad_samples_of_a_part_are_the_mixtures_too(tmp_path, monkeypatch):

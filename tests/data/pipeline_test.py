@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.pipeline import Order, batches, flip
-from imagen_jax.data.prepare import Recipe, prepare
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
+from tests import prepared as prepared_set
 
 NUM = 10
 
@@ -152,7 +151,9 @@ def sets(tmp_path_factory):
         info = tarfile.TarInfo(file.name)
         info.size = file.stat().st_size
         tar.addfile(info, io.BytesIO(file.read_bytes()))
-  prepare(FolderSource(folder, 8), prepared, Recipe(8, {}, part_size=3))
+  prepared_set.prepare(
+    prepared, kind='folder', path=str(folder), size=8, part_size=3
+  )
   return {'folder': folder, 'webdataset': root, 'arrayrecord': prepared}
 
 
@@ -213,3 +214,137 @@ def test_on_many_cores_no_thread_waits_for_room(monkeypatch, caplog):
   monkeypatch.setattr(os, 'cpu_count', lambda: 64)
   next(batches(Numbers(), Order(0, 4)))
   assert 'prefetch_buffer_size' not in caplog.text
+
+
+# Several captions, and batches of one shape.
+
+
+class Captioned(Numbers):
+  """Image i has i + 1 captions, and stored embeddings that encode them."""
+
+  def __getitem__(self, i):
+    said = tuple(f'{i}-{j}' for j in range(i + 1))
+    example = super().__getitem__(i) | {'caption': said[0]}
+    if i:
+      text = [np.full((2, 3), j) for j in range(i + 1)]
+      mask = [np.array([True, j % 2 == 0]) for j in range(i + 1)]
+      return example | {'captions': said, 'text': text, 'mask': mask}
+    return example | {'text': np.zeros((2, 3), int), 'mask': np.ones(2, bool)}
+
+
+def captions(num_batches, num_hosts=1, start_step=0):
+  """[[caption, …] of each global batch]."""
+  order = Order(3, 4, start_step=start_step, num_hosts=num_hosts)
+  found = []
+  hosts = all_hosts(Captioned(5), order)
+  for _ in range(num_batches):
+    parts = [next(host) for host in hosts]
+    assert all('captions' not in part for part in parts)
+    for name, array in ('text', (2, 3)), ('mask', (2,)):
+      assert parts[0][name].shape == (4 // num_hosts, *array)
+    for part in parts:
+      for said, text, mask in zip(part['caption'], part['text'], part['mask']):
+        chosen = int(said.split('-')[1])
+        assert (text == chosen).all() and mask[1] == (chosen % 2 == 0)
+    found.append([str(c) for part in parts for c in part['caption']])
+  return found
+
+
+def test_one_of_an_images_captions_is_chosen_at_each_epoch():
+  said = [c for batch in captions(100) for c in batch]  # 80 epochs
+  for i in range(5):
+    counts = [said.count(f'{i}-{j}') for j in range(i + 1)]
+    assert sum(counts) == 80
+    assert min(counts) > 0.4 * 80 / (i + 1)
+
+
+def test_the_chosen_caption_is_the_same_on_any_hosts_and_when_resumed():
+  whole = captions(12)
+  assert captions(12, num_hosts=2) == whole == captions(12, num_hosts=4)
+  assert captions(5, num_hosts=2, start_step=7) == whole[7:]
+
+
+def test_an_image_is_mirrored_by_the_caption_that_was_chosen():
+  class Said(Numbers):
+    def __getitem__(self, i):
+      image = np.array([[[0] * 3, [255] * 3]], np.uint8)
+      said = ('on the left', 'upright')
+      return {'image': image, 'caption': said[0], 'captions': said}
+
+  found = {}
+  iterator = batches(Said(), Order(0, 10), augment=flip)
+  for batch in itertools.islice(iterator, 20):
+    for caption, image in zip(batch['caption'], batch['image']):
+      found.setdefault(str(caption), []).append(bool(image[0, 0, 0]))
+  assert not any(found['on the left'])
+  assert 0.35 < np.mean(found['upright']) < 0.65
+
+
+SHAPES = {(2, 4): range(6), (3, 3): range(6, 20), (4, 2): range(20, 21)}
+
+
+class Shaped(Numbers):
+  """21 images of three shapes; red encodes their number."""
+
+  buckets = SHAPES
+
+  def __init__(self):
+    super().__init__(21)
+
+  def __getitem__(self, i):
+    (shape,) = [s for s, chosen in SHAPES.items() if i in chosen]
+    return {'image': np.full((*shape, 3), i, np.uint8), 'caption': 'a'}
+
+
+class Pair(Source):
+  """A mixture of one source with shapes and one without."""
+
+  parts, weights = (Shaped(), Numbers(5)), (0.75, 0.25)
+
+  def __len__(self):
+    return 26
+
+  def __getitem__(self, i):
+    raise NotImplementedError
+
+
+def shaped(num_batches, source, num_hosts=1, start_step=0):
+  """[(shape, [(index, noise), …]) of each global batch]."""
+  order = Order(7, 4, start_step=start_step, num_hosts=num_hosts)
+  hosts = all_hosts(source, order, augment=jitter)
+  found = []
+  for _ in range(num_batches):
+    parts = [next(host) for host in hosts]
+    (shape,) = {part['image'].shape[1:] for part in parts}
+    pairs = [np.stack([part['index'], part['noise']], 1) for part in parts]
+    found.append((shape, [*map(tuple, np.concatenate(pairs).tolist())]))
+  return found
+
+
+@pytest.mark.parametrize('source', [Shaped(), Pair()])
+def test_a_batch_has_one_shape_on_any_hosts_and_when_resumed(source):
+  whole = shaped(40, source)
+  assert len({shape for shape, _ in whole}) == 3 + (len(source) == 26)
+  for num_hosts in 2, 4:
+    assert shaped(40, source, num_hosts) == whole
+  assert shaped(10, source, 2, start_step=30) == whole[30:]
+  noise = [n for _, rows in whole for _, n in rows]
+  assert len(set(noise)) == len(noise)
+
+
+def test_every_image_comes_equally_often_whatever_its_shape():
+  rows = [row for _, rows in shaped(21 * 5, Shaped()) for row in rows]
+  counts = np.bincount([i for i, _ in rows], minlength=21)
+  assert counts.sum() == 420
+  assert abs(counts - 20).max() <= 4
+  for chosen in SHAPES.values():  # epochs of each shape
+    of_shape = [i for i, _ in rows if i in chosen]
+    for start in range(0, len(of_shape) - len(chosen), len(chosen)):
+      assert sorted(of_shape[start : start + len(chosen)]) == [*chosen]
+
+
+def test_a_mixture_keeps_its_fractions_over_the_shapes():
+  rows = [i for _, rows in shaped(160, Pair()) for i, _ in rows]
+  assert np.mean(np.array(rows) < 21) == pytest.approx(0.75, abs=0.02)
+  counts = np.bincount(rows, minlength=26)
+  assert abs(counts[:21] / (480 / 21) - 1).max() < 0.2

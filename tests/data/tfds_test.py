@@ -72,10 +72,10 @@ def small(tmp_path_factory):
   return build(tmp_path_factory.mktemp('tfds'))
 
 
-def test_every_caption_of_an_image_is_an_example(small):
+def test_an_image_has_all_of_its_captions(small):
   source = make_source(kind='tfds', path=str(small), size=16)
-  captions = sorted(e['caption'] for e in source)
-  assert captions == [f'{i} {j} ü' for i in range(4) for j in range(2)]
+  captions = sorted(e['captions'] for e in source)
+  assert captions == [(f'{i} 0 ü', f'{i} 1 ü') for i in range(4)]
   for example in source:
     assert example['image'].shape == (16, 16, 3)
     assert example['image'][0, 0, 0] == int(example['caption'][0]) * 10
@@ -86,7 +86,9 @@ def test_a_source_takes_the_data_section_of_a_config(small):
   data = common.data() | {'kind': 'tfds', 'path': str(small)}
   del data['flip']
   data = ConfigDict(data).to_dict()
-  assert len(make_source(**data, size=16)) == 8
+  assert len(make_source(**data, size=16)) == 4
+  some = make_source(**data | {'where': ('side>17',)}, size=16)
+  assert sorted(e['caption'][0] for e in some) == ['2', '3']
   with pytest.raises(UsageError) as error:
     make_source(**data | {'mixture': {'pair': 1.0}}, size=16)
   assert error.value.key == 'config.data.mixture'
@@ -94,7 +96,7 @@ def test_a_source_takes_the_data_section_of_a_config(small):
 
 def test_eval_is_the_validation_split(small):
   source = make_source(kind='tfds', path=str(small), size=16, split='eval')
-  assert [e['caption'] for e in source] == ['0 0 ü', '0 1 ü']
+  assert [e['captions'] for e in source] == [('0 0 ü', '0 1 ü')]
 
 
 def test_a_build_is_found_by_name(small, monkeypatch):
@@ -135,7 +137,7 @@ def test_a_build_without_captions_is_refused_naming_its_columns(tmp_path):
 def test_bad_and_small_images_are_left_out(tmp_path):
   pytest.importorskip('tensorflow_datasets')
   source = TfdsSource(build(tmp_path, broken=True), 17, max_bad=0.5)
-  assert sorted(e['caption'][0] for e in source) == ['1', '1', '3', '3']
+  assert sorted(e['caption'][0] for e in source) == ['1', '3']
   assert (len(source.bad), len(source.skipped)) == (1, 2)
   again = TfdsSource(source.folder, 17, max_bad=0.5)
   assert again.skipped == source.skipped

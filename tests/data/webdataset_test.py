@@ -1,12 +1,15 @@
 """WebDataset tars from untrusted sources, with the defects of real ones."""
 
 import errno
+import gc
+import gzip
 import io
 import json
 import logging
 import os
 import pickle
 import tarfile
+import tempfile
 
 import numpy as np
 import pytest
@@ -399,7 +402,7 @@ def test_small_images_are_left_out_and_counted(tmp_path, monkeypatch):
   names = [source.name(i) for i in range(len(source))]
   assert names == [f'a.tar/{i}.png' for i in (1, 3, 5, 7, 9)]
   assert [name for name, _ in source.skipped] == ['a.tar/0.png', 'a.tar/2.png']
-  assert source.unlisted_small == 3
+  assert source.unlisted == {'it is smaller than 16 pixels': 3}
   other = WebDatasetSource(tmp_path, 12)
   assert len(other) == 10 and other.fingerprint != source.fingerprint
 
@@ -409,27 +412,16 @@ def test_the_selection_is_that_of_a_list(tmp_path, monkeypatch, block, chunk):
   monkeypatch.setattr(tar_index.Selected, 'BLOCK', block)
   monkeypatch.setattr(tar_index.Selected, 'CHUNK', chunk)
   rng = np.random.default_rng(0)
-  found = []
-  for i in range(9):
-    count = int(rng.integers(0, 30))
-    sides = rng.integers(1, 9, count).astype(tar_index.SIDE)
-    tar = tar_index.Tar(f'{i}', 1, None)
-    found.append(
-      tar_index.Found(tar, np.zeros(count, tar_index.ROW), sides, {})
-    )
-  tar_index.write(tmp_path / 'x.index', found)
-  index = tar_index.Index(tmp_path / 'x.index')
-  used = [index.tars[name] for name in '124578']
-  all_sides = np.concatenate([one.sides for one in found])
+  codes = rng.integers(-2, 3, 150).astype(np.int8)
+  selected = tar_index.Selected(150, lambda start, stop: codes[start:stop], 3)
   expected = [
-    row
-    for tar in used
-    for row in range(tar.start, tar.start + tar.count)
-    if all_sides[row] >= 4
+    row for shape in range(3) for row in np.flatnonzero(codes == shape)
   ]
-  selected = tar_index.Selected(index, used, 4)
   assert [selected[i] for i in range(len(selected))] == expected
-  assert selected.small == sum(tar.count for tar in used) - len(expected)
+  assert selected.counts == [(codes == shape).sum() for shape in range(3)]
+  for code in -1, -2:
+    rows = np.flatnonzero(codes == code).tolist()
+    assert selected.left[code] == len(rows) and selected.examples[code] == rows
   with pytest.raises(IndexError):
     selected[len(selected)]
 
@@ -492,3 +484,132 @@ def test_tars_as_img2dataset_writes_them_are_read(tmp_path):
   names = [f'image {s:05d}{i:04d}' for s in range(2) for i in range(3)]
   assert [example['caption'] for example in source] == names
   assert source[5]['image'].shape == (16, 16, 3)
+
+
+# Compressed tars, tables beside tars, several captions.
+
+
+def test_a_compressed_tar_is_that_tar(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp'))
+  (tmp_path / 'tmp').mkdir()
+  plain, packed = tmp_path / 'a', tmp_path / 'b'
+  for folder in plain, packed:
+    folder.mkdir()
+    write(folder / '0.tar', good(3))
+    write(folder / '1.tar', good(5))
+  for name in '0.tar.gz', '1.tgz':
+    data = (packed / f'{name[0]}.tar').read_bytes()
+    (packed / name).write_bytes(gzip.compress(data))
+    (packed / f'{name[0]}.tar').unlink()
+  one, other = (WebDatasetSource(folder, 16) for folder in (plain, packed))
+  assert one.fingerprint == other.fingerprint and len(one) == 8
+  for mine, theirs in zip(other, one):
+    assert mine['caption'] == theirs['caption']
+    np.testing.assert_array_equal(mine['image'], theirs['image'])
+  assert len(WebDatasetSource(f'{packed}/{{0..0}}.tar.gz', 16)) == 3
+  with monkeypatch.context() as m:
+    m.setattr(tar_update, 'scan', None)
+    again = pickle.loads(pickle.dumps(WebDatasetSource(packed, 16)))
+  assert again[7]['caption'] == one[7]['caption']
+  del other, again
+  gc.collect()
+  assert not list((tmp_path / 'tmp').iterdir())
+
+
+def test_a_compressed_tar_cut_short_gives_what_is_whole(tmp_path):
+  data = gzip.compress(write(tmp_path / 'a.tar', good(300)).read_bytes(), 0)
+  packed = tmp_path / 'b.tar.gz'
+  packed.write_bytes(data[: len(data) // 2])
+  source = WebDatasetSource(packed, 16, max_bad=1)
+  assert 50 < len(source) <= 150 and 'b.tar.gz/the rest' in source.bad
+  for broken in b'<html>' * 500, data[:20] + b'x' * 5000:
+    packed.write_bytes(broken)
+    with pytest.raises(DataError, match='b.tar.gz'):
+      WebDatasetSource(packed, 16)
+
+
+def write_table(tar, rows):
+  """The parquet beside a tar, of rows {column: value}."""
+  parquet = pytest.importorskip('pyarrow.parquet')
+  import pyarrow
+
+  file = tar.with_suffix('.parquet')
+  parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+  return file
+
+
+def as_img2dataset(tmp_path, number=6):
+  """A tar in another order than its table, which has a failed download."""
+  tar = write(tmp_path / '00000.tar', good(number))
+  rows = [
+    {
+      'key': f'{i:05d}', 'caption': f'image {i}', 'status': 'success',
+      'similarity': i / 10, 'NSFW': 'NSFW' if i == 4 else 'UNLIKELY',
+      'blip': [f'a {i}', f'the {i}'],
+    }
+    for i in reversed(range(number))
+  ]  # fmt: skip
+  rows[0] |= {'similarity': None}
+  failed = rows[0] | {'key': '99999', 'status': 'failed_to_download'}
+  return tar, [*rows, failed]
+
+
+def test_conditions_on_the_table_beside_a_tar(tmp_path):
+  tar, rows = as_img2dataset(tmp_path)
+  write_table(tar, rows)
+  where = ('similarity>=0.2', 'NSFW!=NSFW')
+  source = WebDatasetSource(tar, 16, where=where, max_bad=0)
+  names = [source.name(i)[-9:-4] for i in range(len(source))]
+  assert names == ['00002', '00003']
+  assert len(source.skipped) == 4 and not any(source.unlisted.values())
+  assert {reason for _, reason in source.skipped} == {
+    f'data.where has {text}' for text in where
+  }
+  whole = WebDatasetSource(tar, 16)
+  assert len({source.fingerprint, whole.fingerprint}) == 2
+  with pytest.raises(DataError, match='similarity>9'):
+    WebDatasetSource(tar, 16, where=('similarity>9',))
+
+
+def test_captions_out_of_the_table_beside_a_tar(tmp_path):
+  tar, rows = as_img2dataset(tmp_path)
+  rows[1]['blip'] = [None, ' ']
+  write_table(tar, rows)
+  source = WebDatasetSource(tar, 16, captions=('blip', 'caption'))
+  assert source[0]['captions'] == ('a 0', 'the 0', 'image 0')
+  assert source[4]['caption'] == 'image 4' and 'captions' not in source[4]
+  source = WebDatasetSource(tar, 16, captions='blip', max_bad=0.2)
+  assert len(source) == 5 and list(source.bad) == ['00000.tar/00004.png']
+  some = ('caption_words>=3',)  # only of the table's captions
+  with pytest.raises(DataError, match='caption_words'):
+    WebDatasetSource(tar, 16, captions='blip', where=some, max_bad=1)
+  assert len(WebDatasetSource(tar, 16, where=('caption_words>=2',))) == 6
+
+
+def test_a_table_that_does_not_fit_its_tar_is_refused(tmp_path):
+  tar, rows = as_img2dataset(tmp_path)
+  where = ('similarity>=0.2',)
+  with pytest.raises(DataError, match='00000.parquet'):
+    WebDatasetSource(tar, 16, where=where)
+  write_table(tar, rows[:4])
+  with pytest.raises(DataError, match='00001'):  # has no row
+    WebDatasetSource(tar, 16, where=where)
+  source = WebDatasetSource(tar, 16, where=where, max_bad=0.5)
+  assert {name[-9:-4] for name in source.bad} == {'00000', '00001'}
+  write_table(tar, [row | {'key': 'x' + row['key']} for row in rows])
+  with pytest.raises(DataError, match='00000.parquet'):
+    WebDatasetSource(tar, 16, where=where, max_bad=1)
+  write_table(tar, [{'id': 3, 'similarity': 0.5}])
+  with pytest.raises(DataError, match='key'):
+    WebDatasetSource(tar, 16, where=where, max_bad=1)
+  write_table(tar, rows)
+  for option, value in ('where', ('nsfw<1',)), ('captions', ('alt',)):
+    with pytest.raises(UsageError) as error:
+      WebDatasetSource(tar, 16, **{option: value})
+    assert error.value.key == f'config.data.{option}'
+
+
+def test_a_list_of_captions_in_the_json_is_several(tmp_path):
+  image, said = encoded(pixels()), b'{"caption": ["one", "two ", "one"]}'
+  tar = write(tmp_path / 'a.tar', [('1.png', image), ('1.json', said)])
+  assert WebDatasetSource(tar, 16)[0]['captions'] == ('one', 'two')

@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 MAIN = {
   **{f'{name}.py': name for name in ('train', 'sample', 'evaluate', 'plan')},
-  **{f'imagen-{n}': n for n in ('prepare', 'index', 'export', 'watch')},
+  **{
+    f'imagen-{n}': n for n in ('prepare', 'embed', 'index', 'export', 'watch')
+  },
 }
 BLOCK = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.M | re.S)
 COMMAND = re.compile(rf'(?:^|[ ;])({"|".join(map(re.escape, MAIN))}) (--.*)')
@@ -34,7 +36,7 @@ def commands(page):
 
 
 def _end(argv):
-  ends = [argv.index(mark) for mark in ('&', '&&', '>') if mark in argv]
+  ends = [argv.index(mark) for mark in ('&', '&&', '>', '--') if mark in argv]
   return min(ends, default=len(argv))
 
 

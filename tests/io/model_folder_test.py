@@ -18,7 +18,8 @@ TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
 def config(name, resolution, low):
   stage = {'name': name, 'resolution': resolution, 'low_resolution': low}
   train = {'checkpoint_dir': None}
-  text, data = {'path': '/nowhere'}, {'kind': 'folder'}
+  text = {'path': '/nowhere', 'dtype': 'float32'}
+  data = {'kind': 'folder'}
   return {'stage': stage, 'text': text, 'train': train, 'data': data}
 
 

@@ -223,7 +223,7 @@ def make_golden():
       )
     arrays['expected_' + projection] = out.last_hidden_state.numpy()
     for name, tensor in model.state_dict().items():
-      if name != weights.ALIAS:
+      if name != 'encoder.embed_tokens.weight':
         arrays[f'{projection}/{name}'] = tensor.numpy()
   np.savez_compressed(GOLDEN, **arrays)
 

@@ -104,6 +104,18 @@ def test_fused_values_take_no_memory_and_keep_what_they_are_made_of():
   assert peak == pytest.approx(2 * 4096, abs=16)
 
 
+def test_a_conditional_takes_what_its_largest_branch_takes():
+  def large(x):
+    return jnp.sin(x @ x).sum() + (jnp.cos(x) @ x).sum()
+
+  def either(x):
+    return jax.lax.cond(x[0, 0] > 0, large, lambda x: x[0, 0], x)
+
+  x = jnp.zeros((64, 64))
+  one, two = (jax.make_jaxpr(fn)(x) for fn in (large, either))
+  assert peak_and_traffic(two)[0] >= peak_and_traffic(one)[0] > 4 * 64**2
+
+
 def test_rematerialization_needs_less_memory_and_more_flops():
   work = tiny_job(unet=True, batch_size=64)
   again = work.changed({'stage.net.remat': 'nothing_saveable'})

@@ -18,12 +18,13 @@ LINES = [
 
 
 def asked_for(monkeypatch):
-  """The requirements of setup.py with all extras but `parity`."""
+  """The requirements of setup.py with all extras but two."""
   found = {}
   monkeypatch.setattr(setuptools, 'setup', found.update)
   runpy.run_path(str(ROOT / 'setup.py'))
   extras = found['extras_require']
-  del extras['parity']  # its torch has a version of its own, in .ci/run
+  # These have environments, or versions, of their own in .ci/run.
+  del extras['parity'], extras['beam']
   return [
     Requirement(text)
     for text in sum(extras.values(), found['install_requires'])

@@ -95,7 +95,8 @@ def test_the_decoder_of_a_full_t5_is_left_out(folder):
 
 def test_the_embedding_table_is_known_under_both_its_names(folder):
   exact = load_text_encoder(folder)
-  change(folder, lambda t: t.update({weights.ALIAS: t.pop('shared.weight')}))
+  alias = 'encoder.embed_tokens.weight'
+  change(folder, lambda t: t.update({alias: t.pop('shared.weight')}))
   alias = load_text_encoder(folder)
   jax.tree.map(np.testing.assert_array_equal, exact.params, alias.params)
   assert exact.digest == alias.digest
@@ -154,7 +155,7 @@ def edit_config(**values):
     (lambda f: (f / 'config.json').write_text('{'), 'config.json'),
     (lambda f: (f / 'spiece.model').unlink(), 'spiece.model'),
     (lambda f: (f / 'spiece.model').write_bytes(b'x'), 'spiece.model'),
-    (edit_config(model_type='bert'), 'model_type'),
+    (edit_config(model_type='gpt2'), 'model_type'),
     (edit_config(feed_forward_proj='gated-silu'), 'feed_forward_proj'),
     (edit_config(feed_forward_proj=['relu']), 'feed_forward_proj'),
     (edit_config(layer_norm_epsilon='1e-6'), 'layer_norm_epsilon'),

@@ -1,6 +1,8 @@
 """Training on prepared data with stored embeddings; low-resolution inputs."""
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +10,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.cascade import conditioning, objective, sampling
-from imagen_jax.cli import prepare
+from imagen_jax.cascade import cascade, conditioning, objective, sampling
+from imagen_jax.cli import embed
 from imagen_jax.diffusion import samplers
-from imagen_jax.errors import DataError
+from imagen_jax.errors import DataError, ModelError
+from imagen_jax.io import embeddings, model_folder
 from imagen_jax.nets.network import Network
 from imagen_jax.text.encoder import load_text_encoder
-from imagen_jax.training import loop
+from imagen_jax.training import loop, stage_experiment
 from imagen_jax.training.experiment import make_experiment
 from imagen_jax.training.input import split_index, train_batches
 from imagen_jax.training.optimizer import optimizer
 from imagen_jax.training.stage_experiment import StageExperiment
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import make_train_step
+from tests import prepared as set_of
 from tests import tiny_model, tiny_text
 
 
@@ -28,9 +32,9 @@ from tests import tiny_model, tiny_text
 def prepared(model, tmp_path_factory):
   """A config of the tiny base model on prepared shapes with embeddings."""
   out = tmp_path_factory.mktemp('prepared') / 'set'
-  words = f'--source shapes --num 16 --size 8 --out {out} --max_len'.split()
-  words += [str(tiny_model.MAX_LEN), '--text', str(model / 'text')]
-  assert prepare.main(words) == 0
+  set_of.prepare(out, kind='shapes', number=16, size=8)
+  words = ['--path', str(out), '--text', str(model / 'text')]
+  assert embed.main([*words, '--max_len', str(tiny_model.MAX_LEN)]) == 0
   config = tiny_model.config(num_steps=2, sample_every=None)
   config.text.path = str(model / 'text')
   config.data.update(kind='arrayrecord', path=str(out))
@@ -50,11 +54,83 @@ def test_stored_embeddings_take_the_place_of_the_encoder(prepared):
   assert made.frozen_spec() == made.load_frozen() == {}
 
 
-@pytest.mark.parametrize('key', ['max_len', 'encoder'])
+def test_stored_embeddings_need_no_encoder_on_this_machine(
+  prepared, model, tmp_path, monkeypatch
+):
+  """Neither the step, nor the held-out loss, nor the previews."""
+  config = prepared.copy_and_resolve_references()
+  config.text.path = str(tmp_path / 'not here')
+  config.data.eval_path = config.data.path
+  config.train.update(sample_every=2, eval_every=2)
+  monkeypatch.delattr(stage_experiment, 'load_text_encoder')
+  assert loop.train(config, tmp_path / 'run') == 2
+  assert list((tmp_path / 'run' / 'samples').iterdir())
+  encoder = load_text_encoder(model / 'text')
+  record = model_folder.load_stage(tmp_path / 'run')
+  assert record.text == {
+    'kind': 't5',
+    'dim': encoder.dim,
+    'max_len': tiny_model.MAX_LEN,
+    'digest': encoder.digest,
+    'store': 'bfloat16',
+  }
+  with pytest.raises(ValueError):
+    make_experiment(config).text.encode(['a red circle'])
+
+
+def test_a_run_that_leaves_the_embeddings_alone_loads_the_encoder(prepared):
+  config = prepared.copy_and_resolve_references()
+  config.data.text = None
+  made = make_experiment(config)
+  assert not made.cached_text and made.text.dim == made.text_dim
+  assert 'ids' in next(train_batches(made, 0))
+
+
+def test_both_splits_have_embeddings_or_the_run_is_refused(prepared, tmp_path):
+  config = prepared.copy_and_resolve_references()
+  set_of.prepare(tmp_path / 'held', kind='shapes', number=8, size=8)
+  config.data.eval_path = str(tmp_path / 'held')
+  with pytest.raises(DataError, match='eval_path'):
+    make_experiment(config)
+
+
+def test_a_cascade_embeds_its_prompts_in_the_precision_of_training(
+  model, tmp_path
+):
+  folder = shutil.copytree(model, tmp_path / 'model')
+  encoder = load_text_encoder(folder / 'text')
+  half = load_text_encoder(folder / 'text', 'bfloat16')
+  prompts = ['a red circle', 'two blue stars above a square']
+  exact, mask = encoder.encode(prompts, max_len=tiny_model.MAX_LEN)
+  rough, _ = half.encode(prompts, max_len=tiny_model.MAX_LEN)
+  assert np.abs(exact - rough).max() > 1e-3
+  file = folder / 'base' / 'stage.json'
+  stage = json.loads(file.read_text())
+  for dtype, store, expected in (
+    ('float32', None, exact),
+    ('bfloat16', None, rough),
+    ('float32', 'bfloat16', embeddings.rounded(exact, 'bfloat16')),
+    ('bfloat16', 'int8', embeddings.rounded(rough, 'int8')),
+  ):
+    stage['config']['text']['dtype'] = dtype
+    stage['text'] |= {'store': store}
+    file.write_text(json.dumps(stage))
+    for activations in ('float32', 'bfloat16'):
+      made = cascade.load(folder, dtype=activations).embed(prompts)
+      np.testing.assert_array_equal(made.text, expected)
+  stage['text']['store'] = 'int4'
+  file.write_text(json.dumps(stage))
+  with pytest.raises(ModelError):
+    cascade.load(folder)
+
+
+@pytest.mark.parametrize('key', ['max_len', 'dtype', 'kind', 'encoder'])
 def test_embeddings_of_another_encoder_are_refused(prepared, tmp_path, key):
   config = prepared.copy_and_resolve_references()
-  if key == 'max_len':
-    config.text.max_len = 9
+  if key in ('max_len', 'dtype', 'kind'):
+    config.text[key] = {'max_len': 9, 'dtype': 'bfloat16', 'kind': 'bert'}[key]
+    if key == 'kind':  # an encoder that is there would be of another kind
+      config.text.path = str(tmp_path / 'not here')
   else:
     tiny_text.random_folder(tmp_path / 'text', seed=5)
     config.text.path = str(tmp_path / 'text')

@@ -1,0 +1,159 @@
+"""What the towers of published transformers share (Vaswani et al. 2017).
+
+Parameters have the names and layouts of the Hugging Face tensors, so weights
+are used without conversion. Each is gathered where it is used.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from imagen_jax import sharding
+from imagen_jax.typing import Array
+
+ACTIVATIONS = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_new': jax.nn.gelu,
+  'gelu_pytorch_tanh': jax.nn.gelu,
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+  'relu': jax.nn.relu,
+}
+
+
+class Tower(nn.Module):
+  """A transformer whose parameters have dotted names.
+
+  Attributes:
+    hidden_size: D, width of the residual stream.
+    intermediate_size: width of the feed-forward.
+    num_attention_heads, num_hidden_layers: how many.
+    hidden_act: one of `ACTIVATIONS`.
+    layer_norm_eps: of the norms.
+    dtype: of the matrix products. The residual stream, the norms, the
+      attention logits and the softmax are always float32.
+  """
+
+  hidden_size: int
+  intermediate_size: int
+  num_attention_heads: int
+  num_hidden_layers: int = 12
+  hidden_act: str = 'gelu'
+  layer_norm_eps: float = 1e-5
+  dtype: DTypeLike = jnp.float32
+
+  @property
+  def width(self) -> int:
+    return self.hidden_size
+
+  @property
+  def precision(self) -> str | None:
+    # TPUs and recent GPUs otherwise multiply float32 with fewer bits.
+    return 'highest' if self.dtype == jnp.float32 else None
+
+  def table(self, name: str, *shape: int) -> Array:
+    """A parameter as it is stored, of which only some rows are used."""
+    return self.param(name, nn.initializers.normal(0.02), shape)
+
+  def tensor(self, name: str, *shape: int) -> Array:
+    """A parameter, gathered: matrices in `dtype`, vectors in their own."""
+    kind = self.dtype if len(shape) > 1 else None
+    return sharding.gather(self.table(name, *shape), kind)
+
+  def linear(
+    self, name: str, x: Array, features: int, bias: bool = True
+  ) -> Array:
+    """x W^T + b in float32."""
+    weight = self.tensor(f'{name}.weight', features, x.shape[-1])
+    x = jnp.dot(
+      x.astype(self.dtype),
+      weight.T,
+      precision=self.precision,
+      preferred_element_type=jnp.float32,
+    )
+    return x + self.tensor(f'{name}.bias', features) if bias else x
+
+  def norm(self, name: str, x: Array) -> Array:
+    """Layer normalisation (Ba et al. 2016)."""
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.layer_norm_eps)
+    scale = self.tensor(f'{name}.weight', x.shape[-1])
+    return x * scale + self.tensor(f'{name}.bias', x.shape[-1])
+
+  def embed(self, name: str, ids: Int[Array, 'b l'], rows: int) -> Array:
+    """Rows of a table of tokens, in float32."""
+    table = self.table(f'{name}.weight', rows, self.hidden_size)
+    # Else the sharding of the table would spread to all activations.
+    return sharding.constrain_batch(table[ids].astype(jnp.float32))
+
+  def stack(self, block: type['Tower'], x: Any, *given: Array) -> Any:
+    """x after all layers, which are one scan over stacked parameters.
+
+    Args:
+      block: a layer: (x, *given) -> (x, None), with a tower's attributes.
+      x: carried from layer to layer.
+      given: the same for all layers.
+    """
+    layers: Any = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=self.num_hidden_layers,
+    )
+    names = {f.name for f in dataclasses.fields(block)} - {'parent', 'name'}
+    sizes = {name: getattr(self, name) for name in names}
+    return layers(**sizes, name='layers')(x, *given)[0]
+
+  def positions(self, name: str, length: int, rows: int) -> Array:
+    """The first rows of a table of positions."""
+    return self.tensor(f'{name}.weight', rows, self.hidden_size)[:length]
+
+  def attention(
+    self,
+    name: str,
+    x: Float[Array, 'b l d'],
+    parts: tuple[str, str, str],
+    seen: Bool[Array, '#b 1 #l l'],
+  ) -> Float[Array, 'b l d']:
+    """Multi-head self-attention before its output projection.
+
+    Args:
+      name: of the attention's tensors.
+      x: what attends and is attended to.
+      parts: last names of the query's, key's and value's projections.
+      seen: the keys that each query attends to.
+    """
+    batch, length, width = x.shape
+    q, k, v = (
+      self.linear(f'{name}.{part}', x, width)
+      .reshape(batch, length, self.num_attention_heads, -1)
+      .astype(self.dtype)
+      for part in parts
+    )
+    logits = self.product('bqhd,bkhd->bhqk', q, k) * q.shape[-1] ** -0.5
+    return self.attend(logits, v, seen).reshape(batch, length, width)
+
+  def attend(
+    self,
+    logits: Float[Array, 'b h l l'],
+    v: Float[Array, 'b l h s'],
+    seen: Bool[Array, '#b 1 #l l'],
+  ) -> Float[Array, 'b l h s']:
+    """The values, weighted by the softmax of the logits of seen keys."""
+    # Finite, so that a row without any token gives a mean, not NaN.
+    weights = jax.nn.softmax(jnp.where(seen, logits, -1e9), axis=-1)
+    return self.product('bhqk,bkhd->bqhd', weights.astype(self.dtype), v)
+
+  def product(self, equation: str, a: Array, b: Array) -> Any:
+    return jnp.einsum(
+      equation,
+      a,
+      b,
+      precision=self.precision,
+      preferred_element_type=jnp.float32,
+    )
