@@ -189,14 +189,10 @@ def check_max_len(
   """
   limit = kinds.max_positions(module)
   least = len(tokenizer.start) + len(tokenizer.end) + 1
-  if max_len < least:
+  if not least <= max_len <= limit:
+    most = f'at most {limit}' if max_len > limit else f'at least {least}'
     raise UsageError(
-      f'max_len {max_len} has no room for a token; use {least} or more.',
-      key='config.text.max_len',
-    )
-  if max_len > limit:
-    raise UsageError(
-      f'max_len {max_len} is more than the {limit} positions of this text '
-      f'encoder; use {limit} or less.',
+      f'text.max_len is {max_len}; this text encoder takes {most} tokens, '
+      'special ones included.',
       key='config.text.max_len',
     )
