@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from imagen_jax.nets.tower import ACTIVATIONS, Tower
 from imagen_jax.typing import Array, TextEmb, TextMask
 
+SIZES: dict[str, dict[str, int]] = {'t5gemma-2b': {}}  # the defaults
+
 
 def rotate(x: Float[Array, 'b l h s'], theta: float) -> Float[Array, 'b l h s']:
   """Rotary position embedding (Su et al. 2021), of halves of each head."""

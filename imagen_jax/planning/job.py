@@ -22,7 +22,7 @@ from imagen_jax.cascade import sampling
 from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
 from imagen_jax.io import text_folder
-from imagen_jax.nets import bert, clip, t5
+from imagen_jax.nets import bert, clip, t5, t5gemma
 from imagen_jax.text import kinds, weights
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.kinds import TextTower
@@ -40,6 +40,7 @@ NAMED: dict[str, tuple[Any, Mapping[str, Any]]] = {
   **{name: (t5.T5Encoder, sizes) for name, sizes in t5.SIZES.items()},
   **{name: (bert.Bert, sizes) for name, sizes in bert.SIZES.items()},
   **{name: (clip.ClipText, sizes) for name, sizes in clip.SIZES.items()},
+  **{name: (t5gemma.T5Gemma, s) for name, s in t5gemma.SIZES.items()},
 }
 TEXTS = ('auto', *NAMED, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
