@@ -24,7 +24,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.io import text_folder
 from imagen_jax.nets import bert, clip, t5, t5gemma
 from imagen_jax.text import kinds, weights
-from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.encoder import TextEncoder, check_max_len
 from imagen_jax.text.kinds import TextTower
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import (
@@ -179,6 +179,7 @@ class _RolledExperiment(StageExperiment):
 
 def _abstract_encoder(module: TextTower, config: ConfigDict) -> TextEncoder:
   """A `TextEncoder` with shapes for weights and no tokenizer."""
+  check_max_len(config.text.max_len, None, module)
   nothing: Any = None  # there are no prompts to tokenize
   return TextEncoder(
     module=module,

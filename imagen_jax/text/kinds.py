@@ -214,7 +214,7 @@ def module_from_config(
   """
   path = pathlib.Path(folder) / 'config.json'
   row = KINDS[recognise(folder, config, kind)]
-  if isinstance(part := config.get(row.section), dict):
+  if isinstance(part := config.get(row.section or ''), dict):
     config = part
   if isinstance(rotary := config.get('rope_parameters'), dict):
     config = {**config, **rotary}
