@@ -8,6 +8,7 @@ tokens, shared by all layers (Raffel et al. 2020, Section 2.1).
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,7 +89,7 @@ class _Block(nn.Module):
     def weight(name: str, shape: tuple[int, ...], fan: int) -> Array:
       init = nn.initializers.normal(fan**-0.5)
       param = self.param(name, init, shape)
-      return sharding.gather(param, self.dtype)
+      return sharding.gather(param, self.dtype, stacked=True)
 
     def product(
       equation: str, a: Array, b: Array, out: DTypeLike = self.dtype
@@ -205,7 +206,7 @@ class T5Encoder(nn.Module):
       name='layers',
     )
     # Else the sharding of the table would spread to all activations.
-    x = sharding.constrain_batch(table[ids].astype(jnp.float32))
+    x: Any = sharding.constrain_batch(table[ids].astype(jnp.float32))
     x, _ = blocks(x, bias)
     scale = self.param('norm', nn.initializers.ones, (self.width,))
     x = _rms_norm(x, scale, self.epsilon)

@@ -62,7 +62,7 @@ class Tower(nn.Module):
   def tensor(self, name: str, *shape: int) -> Array:
     """A parameter, gathered: matrices in `dtype`, vectors in their own."""
     kind = self.dtype if len(shape) > 1 else None
-    return sharding.gather(self.table(name, *shape), kind)
+    return sharding.gather(self.table(name, *shape), kind, stacked=True)
 
   def linear(
     self, name: str, x: Array, features: int, bias: bool = True
