@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from imagen_jax.data import tar_index
-from imagen_jax.data.tar_index import ROW, SIDE, Found, Tar
+from imagen_jax.data.tar_index import ROW, SIZE, Found, Tar
 from imagen_jax.data.webdataset import WebDatasetSource
 
 EACH = 10_000  # samples in a tar
@@ -33,9 +33,9 @@ def make(folder, count):
       tar.truncate(EACH * (BYTES + 1536))
     state = file.stat()
     rows['crc'] = rng.integers(0, 2**32, EACH)
-    sides = rng.integers(200, 600, EACH).astype(SIDE)
+    sizes = rng.integers(200, 600, (EACH, 2)).astype(SIZE.base)
     one = Tar(file.name, state.st_size, state.st_mtime_ns)
-    yield Found(one, rows, sides, {})
+    yield Found(one, rows, sizes, {})
 
 
 def memory():

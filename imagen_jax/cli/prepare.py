@@ -23,6 +23,7 @@ if TYPE_CHECKING:
   from imagen_jax.data.prepare import Outcome
   from imagen_jax.data.shards import Shard, Spec
 
+SAID = 10  # lost shards, and reasons, that the last lines name
 SIDE = functools.partial(errors.positive, most=65536)
 # Keys of a config's `data` section that have a flag of their name.
 SETTINGS = (
@@ -288,14 +289,17 @@ def _merge(args: argparse.Namespace) -> None:
     f'{found["encode"]}, {found["bytes"] / 1e6:.1f} MB in {found["shards"]} '
     f'files; {again["found"]} exact duplicates, {again["removed"]} removed'
   )
-  for lost in found['lost']:
-    print(f'lost: {lost["shard"]}: {lost["reason"]}', file=sys.stderr)
+  lost = found['lost']
+  for one in lost[:SAID]:
+    print(f'lost: {one["shard"]}: {one["reason"]}', file=sys.stderr)
+  if len(lost) > SAID:
+    print(f'lost: {len(lost) - SAID} more, see the report', file=sys.stderr)
   dropped = sorted(found['dropped'].items(), key=lambda d: -d[1]['number'])
   if dropped:
     number = sum(entry['number'] for _, entry in dropped)
     said = '; '.join(
       f'{entry["number"]} because {reason} ({", ".join(entry["examples"])})'
-      for reason, entry in dropped[:10]
+      for reason, entry in dropped[:SAID]
     )
     print(
       f'{number} were left out, see {pathlib.Path(args.out) / report.HTML}: '

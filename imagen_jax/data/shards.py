@@ -153,10 +153,11 @@ def plan(spec: Spec, *, max_bad: float) -> tuple[Spec, list[Shard]]:
   spec = dataclasses.replace(
     spec, number=number, part_size=size, fingerprint=source.fingerprint
   )
-  return spec, _ranges(number, size)
+  return spec, ranges_of(number, size)
 
 
-def _ranges(number: int, size: int) -> list[Shard]:
+def ranges_of(number: int, size: int) -> list[Shard]:
+  """The shards of that many samples, `size` samples each."""
   starts = enumerate(range(0, number, size))
   return [
     Shard(i, start=start, stop=min(start + size, number)) for i, start in starts
@@ -311,7 +312,7 @@ def claimed_shards(
     header: what `read_claim` gave.
   """
   if header['shards'] is None:
-    return _ranges(header['of'], header['part_size'])
+    return ranges_of(header['of'], header['part_size'])
   names = files.read_json(folder / header['shards'], error=DataError)['shards']
   return [Shard(i, name, name) for i, name in enumerate(names)]
 

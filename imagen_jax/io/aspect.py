@@ -63,17 +63,19 @@ def choose(
   Returns:
     `SMALL` for an image that would have to be upsampled.
   """
-  width, height = np.asarray(sizes, np.int64).reshape(-1, 2).T
-  found = np.zeros(len(width), np.int8)
+  width, height = np.asarray(sizes).reshape(-1, 2).T
+  if aspect != 'buckets':
+    side = (np.maximum if aspect == 'pad' else np.minimum)(width, height)
+    return np.where(side >= size, np.int8(0), np.int8(SMALL))
+  found = np.full(len(width), SMALL, np.int8)
   least = np.full(len(width), np.inf)
-  large = np.maximum(width, height) >= size
+  width, height = width.astype(np.int64), height.astype(np.int64)
   for number, (h, w) in enumerate(shapes(size, aspect)):
     # Ratio of the aspect ratios, ≥ 1; products of integers are exact anywhere.
     ratio = width * h / (height * w)
     ratio = np.maximum(ratio, 1 / ratio)
     nearer = ratio < least
-    found[nearer] = number
-    least[nearer] = ratio[nearer]
-    if aspect != 'pad':
-      large[nearer] = ((width >= w) & (height >= h))[nearer]
-  return np.where(large, found, np.int8(SMALL))
+    large = (width >= w) & (height >= h)
+    found = np.where(nearer, np.where(large, number, SMALL), found)
+    least = np.minimum(ratio, least)
+  return found.astype(np.int8)

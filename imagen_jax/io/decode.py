@@ -136,6 +136,8 @@ def fit(
     width, height: of the result.
     resize: as in `decode`; an image that is too small is upsampled by bicubic.
   """
+  if image.size == (width, height):
+    return np.asarray(image)
   box = central(image.size, width, height)
   if width > box[2] - box[0]:
     resize = 'bicubic'
@@ -232,12 +234,18 @@ def opened(data: Encoded, min_side: int = MIN_SIDE) -> Image.Image:
 def upright(image: Image.Image, background: str = 'white') -> Image.Image:
   """Decodes a Pillow image: upright, RGB, transparency on `background`.
 
+  Returns:
+    the image itself if it is all that.
+
   Raises:
     BadSample: it is damaged.
   """
   try:
-    # Cameras store the sensor's rows and the orientation in EXIF.
-    return _rgb(ImageOps.exif_transpose(image), background)
+    # Cameras store the sensor's rows and the orientation in EXIF. A copy that
+    # is not needed would take as long as resizing.
+    if image.getexif().get(ORIENTATION, 1) != 1:
+      image = ImageOps.exif_transpose(image)
+    return _rgb(image, background)
   except Exception as error:  # each Pillow reader raises its own
     raise BadSample('it cannot be decoded') from error
 
@@ -253,4 +261,5 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
     image = image.convert('RGBA')
     behind = Image.new('RGBA', image.size, background)
     image = Image.alpha_composite(behind, image)
-  return image.convert('RGB')
+  image.load()
+  return image if image.mode == 'RGB' else image.convert('RGB')
