@@ -255,8 +255,8 @@ def text() -> dict[str, Any]:
     # safetensors, tokenizer); the paper's is google/t5-v1_1-xxl. 'demo' is the
     # bundled T5, whose vocabulary is that of the demo's captions.
     'path': 'demo',
-    # 't5', 'bert', 'clip' (its last layer), 'clip_penultimate' (the layer
-    # before, as in Appendix D.1); None: what the folder's config.json says.
+    # 't5', 't5gemma', 'bert', 'clip' (its last layer), 'clip_penultimate' (the
+    # one before, as in D.1); None: what the folder's config.json says.
     'kind': placeholder(str),
     # Name of the config that pretrains it; None: it is downloaded.
     'trained_by': placeholder(str),

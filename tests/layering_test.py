@@ -46,6 +46,7 @@ DOORS = {
   'orbax': {'io/checkpoint.py'},
   'safetensors': {'io/safetensors.py'},
   'transformers': {'text/'},
+  'tokenizers': {'text/'},
   'sentencepiece': {'text/', 'worlds/vocabulary.py', 'worlds/pretraining.py'},
   'tensorflow_datasets': {'data/tfds.py'},
   'array_record': {'data/arrayrecord.py', 'data/records.py'},

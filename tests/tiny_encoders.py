@@ -111,14 +111,43 @@ def byte_pairs():
   return made.to_str()
 
 
-TOKENIZERS = {'bert': wordpiece, 'clip': byte_pairs}
+@functools.cache
+def gemma():
+  """A tokenizer.json of Gemma's form: byte pairs, bytes where none fits."""
+  made = Tokenizer(models.BPE(unk_token='<unk>', fuse_unk=True))
+  made.normalizer = normalizers.Replace(' ', '▁')
+  made.pre_tokenizer = pre_tokenizers.Split(' ', 'merged_with_previous')
+  names = ['<pad>', '<eos>', '<bos>', '<unk>', '<mask>']
+  trainer = trainers.BpeTrainer(
+    vocab_size=600,
+    special_tokens=names,
+    limit_alphabet=200,
+    show_progress=False,
+  )
+  made.train_from_iterator((s[:200] for s in strings(1000, 3)), trainer)
+  made.post_processor = processors.TemplateProcessing(
+    single='<bos> $A', special_tokens=[('<bos>', names.index('<bos>'))]
+  )
+  stored = json.loads(made.to_str())
+  vocabulary = stored['model']['vocab']
+  for i in range(256):
+    vocabulary[f'<0x{i:02X}>'] = len(vocabulary)
+  stored['model']['byte_fallback'] = True
+  return json.dumps(stored)
+
+
+TOKENIZERS = {'bert': wordpiece, 'clip': byte_pairs, 't5gemma': gemma}
+GEMMA = {'num_key_value_heads': 1, 'head_dim': 8, 'query_pre_attn_scalar': 5}
 
 
 def config(kind, **changes):
   """The config.json of a small encoder."""
-  sizes = SIZES | {'model_type': {'clip': 'clip_text_model'}.get(kind, kind)}
   vocabulary = json.loads(TOKENIZERS[kind]())['model']['vocab']
-  return sizes | {'vocab_size': len(vocabulary)} | changes
+  sizes = SIZES | {'vocab_size': len(vocabulary)}
+  if kind == 't5gemma':
+    return {'model_type': kind, 'encoder': sizes | GEMMA | changes}
+  kind = {'clip': 'clip_text_model'}.get(kind, kind)
+  return sizes | {'model_type': kind} | changes
 
 
 def write(folder, kind, seed=0, **changes):

@@ -57,8 +57,9 @@ def _parser() -> errors.Parser:
   add(
     '--text',
     default='auto',
-    help='a size of T5 v1.1 (small, base, large, xl, xxl), cached for stored '
-    'embeddings, or auto for the encoder at text.path or the size in its name',
+    help='a size of T5 v1.1 (small, base, large, xl, xxl), bert-base, '
+    'bert-large, clip-b, clip-l, t5gemma-2b, cached for stored embeddings, or '
+    'auto for the encoder at text.path or the size in its name',
   )
   add(
     '--compile',

@@ -129,9 +129,11 @@ def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
   size = sum(file.stat().st_size for file in path.glob('*.safetensors'))
   mesh = sharding.sampling_mesh(size)
   config = kinds.read_config(path)
-  module = kinds.module_from_config(
-    path, config, kind='t5', dtype=jnp.dtype(dtype)
-  )
+  module = kinds.module_from_config(path, config, dtype=jnp.dtype(dtype))
+  if not isinstance(module, T5Encoder):
+    raise ModelError(
+      f'{path} holds no T5; copy the text_encoder folder of IF-I there.'
+    )
   params, _ = weights.load_params(
     path, module, place=functools.partial(sharding.leaf_sharding, mesh=mesh)
   )

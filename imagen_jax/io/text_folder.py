@@ -39,7 +39,7 @@ def existing(
   unfinished = (folder / 'checkpoints').exists()
   if (folder / 'config.json').exists() and not unfinished:
     return folder
-  get = f'download a T5 v1.1, such as google/t5-v1_1-large, to {folder}'
+  get = f'download an encoder, such as google/t5-v1_1-large, to {folder}'
   if trained_by is not None:
     get = f'run `python train.py --config {trained_by} --workdir {folder}`'
   raise ModelError(

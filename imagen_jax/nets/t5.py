@@ -8,7 +8,6 @@ tokens, shared by all layers (Raffel et al. 2020, Section 2.1).
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -206,7 +205,7 @@ class T5Encoder(nn.Module):
       name='layers',
     )
     # Else the sharding of the table would spread to all activations.
-    x: Any = sharding.constrain_batch(table[ids].astype(jnp.float32))
+    x: Array = sharding.constrain_batch(table[ids].astype(jnp.float32))
     x, _ = blocks(x, bias)
     scale = self.param('norm', nn.initializers.ones, (self.width,))
     x = _rms_norm(x, scale, self.epsilon)

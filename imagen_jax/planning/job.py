@@ -22,9 +22,9 @@ from imagen_jax.cascade import sampling
 from imagen_jax.cascade import stage as stages
 from imagen_jax.errors import UsageError
 from imagen_jax.io import text_folder
-from imagen_jax.nets import bert, clip, t5
+from imagen_jax.nets import bert, clip, t5, t5gemma
 from imagen_jax.text import kinds, weights
-from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.encoder import TextEncoder, check_max_len
 from imagen_jax.text.kinds import TextTower
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import (
@@ -40,6 +40,7 @@ NAMED: dict[str, tuple[Any, Mapping[str, Any]]] = {
   **{name: (t5.T5Encoder, sizes) for name, sizes in t5.SIZES.items()},
   **{name: (bert.Bert, sizes) for name, sizes in bert.SIZES.items()},
   **{name: (clip.ClipText, sizes) for name, sizes in clip.SIZES.items()},
+  **{name: (t5gemma.T5Gemma, s) for name, s in t5gemma.SIZES.items()},
 }
 TEXTS = ('auto', *NAMED, 'cached')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -178,6 +179,7 @@ class _RolledExperiment(StageExperiment):
 
 def _abstract_encoder(module: TextTower, config: ConfigDict) -> TextEncoder:
   """A `TextEncoder` with shapes for weights and no tokenizer."""
+  check_max_len(config.text.max_len, None, module)
   nothing: Any = None  # there are no prompts to tokenize
   return TextEncoder(
     module=module,

@@ -312,23 +312,25 @@ def _sizes(module: TextTower) -> list[tuple[str, Any]]:
 
 
 def check_max_len(
-  max_len: int, tokenizer: Tokenizer, module: TextTower
+  max_len: int, tokenizer: Tokenizer | None, module: TextTower
 ) -> None:
   """Rejects a length that has no room for a token, or too many positions.
+
+  Args:
+    max_len: positions of a caption.
+    tokenizer: adds special tokens; None where it is not at hand.
+    module: the network.
 
   Raises:
     UsageError: naming the lengths that fit.
   """
   limit = kinds.max_positions(module)
-  least = len(tokenizer.start) + len(tokenizer.end) + 1
-  if max_len < least:
+  special = tokenizer.start + tokenizer.end if tokenizer else ()
+  least = len(special) + 1
+  if not least <= max_len <= limit:
+    most = f'at most {limit}' if max_len > limit else f'at least {least}'
     raise UsageError(
-      f'max_len {max_len} has no room for a token; use {least} or more.',
-      key='config.text.max_len',
-    )
-  if max_len > limit:
-    raise UsageError(
-      f'max_len {max_len} is more than the {limit} positions of this text '
-      f'encoder; use {limit} or less.',
+      f'text.max_len is {max_len}; this text encoder takes {most} tokens, '
+      'special ones included.',
       key='config.text.max_len',
     )

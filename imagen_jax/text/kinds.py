@@ -19,9 +19,10 @@ from imagen_jax.io.files import AnyPath, read_json
 from imagen_jax.nets.bert import Bert
 from imagen_jax.nets.clip import ClipText
 from imagen_jax.nets.t5 import T5Encoder
+from imagen_jax.nets.t5gemma import T5Gemma
 from imagen_jax.nets.tower import ACTIVATIONS
 
-TextTower: TypeAlias = T5Encoder | ClipText | Bert
+TextTower: TypeAlias = T5Encoder | T5Gemma | ClipText | Bert
 
 WHAT = (
   'a text encoder is a folder in Hugging Face layout: config.json, '
@@ -74,7 +75,16 @@ T5_KEYS = {
   'num_buckets': 'relative_attention_num_buckets',
   'max_distance': 'relative_attention_max_distance',
   'epsilon': 'layer_norm_epsilon',
+  'gated': 'feed_forward_proj',
 }
+# {key: its only supported value} of all kinds.
+ENCODERS = {
+  'is_decoder': False,
+  'position_embedding_type': 'absolute',
+  'rope_type': 'default',
+}
+HEADS = 'num_attention_heads'
+# Of feed_forward_proj: T5 v1.0; v1.1 and Flan.
 GATED = {'relu': False, 'gated-gelu': True}
 
 CLIP = Kind(
@@ -92,10 +102,27 @@ KINDS = {
     ('t5', 'mt5'),
     keys=T5_KEYS,
     # Of the keys that T5 v1.0 leaves out.
-    defaults={'num_buckets': 32, 'max_distance': 128, 'epsilon': 1e-6},
+    defaults={
+      'num_buckets': 32,
+      'max_distance': 128,
+      'epsilon': 1e-6,
+      'gated': 'relu',
+    },
     # A full T5 also has a decoder, which Imagen does not use.
     ignored=r'decoder\.|lm_head\.',
     renamed=((r'^encoder\.embed_tokens\.weight$', 'shared.weight'),),
+  ),
+  't5gemma': Kind(
+    T5Gemma,
+    ('t5gemma',),
+    keys={
+      'hidden_act': 'hidden_activation',
+      'layer_norm_eps': 'rms_norm_eps',
+      'max_position_embeddings': 'sliding_window',
+    },
+    section='encoder',
+    ignored=r'(model\.)?decoder\.|lm_head\.',
+    renamed=((r'^model\.', ''),),
   ),
   'clip': CLIP,
   # The layer before the last, as in the paper's comparison (D.1).
@@ -187,34 +214,25 @@ def module_from_config(
   """
   path = pathlib.Path(folder) / 'config.json'
   row = KINDS[recognise(folder, config, kind)]
-  if isinstance(part := config.get(row.section), dict):
+  if isinstance(part := config.get(row.section or ''), dict):
     config = part
-  extra = dict(row.fixed)
-  if row.module is T5Encoder:
-    projection = config.get('feed_forward_proj', 'relu')
-    if not isinstance(projection, str) or projection not in GATED:
+  if isinstance(rotary := config.get('rope_parameters'), dict):
+    config = {**config, **rotary}
+  fields = _fields(path, config, row, {*row.fixed, 'dtype', 'name', 'parent'})
+  fields |= row.fixed
+  for key, value in ENCODERS.items():
+    if (found := config.get(key, value)) != value:
       raise ModelError(
-        f'{path} has feed_forward_proj {projection!r}; only relu (T5 v1.0) and '
-        'gated-gelu (v1.1, Flan) are supported.'
+        f'{path} has {key} = {found!r}; only {value!r} is supported.'
       )
-    extra['gated'] = GATED[projection]
-  fields = _fields(path, config, row, {*extra, 'dtype', 'name', 'parent'})
-  width, heads = (
-    fields.get(k, 1) for k in ('hidden_size', 'num_attention_heads')
-  )
-  absolute = config.get('position_embedding_type', 'absolute') == 'absolute'
-  if not absolute or config.get('is_decoder'):
+  width, heads = fields.get('hidden_size', 1), fields.get(HEADS, 1)
+  if width % heads or heads % fields.get('num_key_value_heads', 1):
     raise ModelError(
-      f'{path} describes a decoder, or positions relative to each other; only '
-      'encoders with absolute positions are supported.'
-    )
-  if width % heads:
-    raise ModelError(
-      f'{path} has hidden_size = {width} and num_attention_heads = {heads}, '
-      'which does not divide it.'
+      f'{path} has {HEADS} = {heads}, which does not fit its other sizes; '
+      f'{hub_folder.AGAIN}.'
     )
   made: Any = row.module
-  return made(**fields, **extra, dtype=dtype)
+  return made(**fields, dtype=dtype)
 
 
 def _fields(
@@ -229,19 +247,21 @@ def _fields(
     default = field.default
     if row.defaults is not None:
       default = row.defaults.get(field.name)
-    value = found[field.name] = config.get(key, default)
+    value = config.get(key, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if field.type is str:
-      good, wanted = value in [*ACTIVATIONS], ' or '.join(ACTIVATIONS)
-    elif field.type is int:
+    if field.type is int:
       good = number and isinstance(value, int) and 0 < value < 2**31
       wanted = 'a whole number above 0'
+    elif field.type is float:
+      good, wanted = number and 0 < value < math.inf, 'a number above 0'
     else:
-      good, wanted = number and 0 < value < 1, 'a small number above 0'
+      names = [*(GATED if field.name == 'gated' else ACTIVATIONS)]
+      good, wanted = value in names, ' or '.join(names)
     if not good:
       raise ModelError(
         f'{path} has {key} = {value!r}; this encoder needs {wanted} there.'
       )
+    found[field.name] = GATED[value] if field.name == 'gated' else value
   return found
 
 

@@ -19,7 +19,7 @@ from imagen_jax.planning.memory import peak_and_traffic
 from imagen_jax.training import chips
 from imagen_jax.training.flops import count_flops
 from imagen_jax.training.stage_experiment import StageExperiment
-from tests import tiny_model
+from tests import tiny_encoders, tiny_model
 
 
 def tiny_config(name='base', *, unet=False, **train):
@@ -48,6 +48,34 @@ def write_config(folder, **options):
     f'def get_config():\n  return ConfigDict({config!r})\n'
   )
   return path
+
+
+@pytest.mark.parametrize(
+  'name, parameters',
+  [('bert-large', 334_092_288), ('clip-l', 123_060_480)],
+)
+def test_other_encoders_than_t5_are_planned_by_name(name, parameters):
+  made = tiny_job(text=name)
+  leaves = jax.tree.leaves(made.text_params)
+  assert sum(leaf.size for leaf in leaves) == parameters
+  assert name in made.text_name
+
+
+def test_an_encoder_in_a_folder_is_planned_as_the_kind_that_it_is(tmp_path):
+  tiny_encoders.write(tmp_path / 'text', 'bert')
+  config = tiny_config()
+  config.text.path = str(tmp_path / 'text')
+  made = job.make_job(config)
+  assert made.text_name.startswith('bert')
+  assert made.stage.text_dim == tiny_encoders.SIZES['hidden_size']
+
+
+def test_more_tokens_than_an_encoder_takes_are_not_planned():
+  config = tiny_config()
+  config.text.max_len = 78
+  with pytest.raises(UsageError) as error:
+    job.make_job(config, text='clip-b')
+  assert error.value.key == 'config.text.max_len'
 
 
 def xla_flops(fn, *args):

@@ -16,7 +16,9 @@ from imagen_jax.text.encoder import load_text_encoder
 from tests import tiny_encoders
 from tests.text.weights_test import change, edit_config
 
-KINDS = {'t5': 't5', 'bert': 'bert', 'clip': 'clip', 'clip_penultimate': 'clip'}
+# {kind: whose folder it is}.
+KINDS = {'clip_penultimate': 'clip'}
+KINDS |= {kind: kind for kind in ('t5', 't5gemma', 'bert', 'clip')}
 
 
 def long_and_short():
@@ -31,7 +33,7 @@ def long_and_short():
 def folders(t5, tmp_path_factory):
   """{kind of folder: a random encoder}; read only."""
   found = {'t5': t5}
-  for kind in ('bert', 'clip'):
+  for kind in tiny_encoders.TOKENIZERS:
     found[kind] = tmp_path_factory.mktemp('encoders') / kind
     tiny_encoders.write(found[kind], kind)
   return found

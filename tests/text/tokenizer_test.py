@@ -151,6 +151,7 @@ NOT_T5 = ('</s>', '<pad>', '<unk>', '\x85', '\u0301')
     ('BertTokenizer', old_bert, ()),
     ('CLIPTokenizer', new('clip'), ()),
     ('CLIPTokenizer', old_clip, ()),
+    ('GemmaTokenizer', new('t5gemma'), ()),
     ('T5Tokenizer', sentencepieces, NOT_T5),
   ],
 )
@@ -166,7 +167,11 @@ def test_ids_are_those_of_transformers_on_10_000_strings(
   strings = [s for s in strings if not any(x in s for x in excluded)]
   assert len(strings) >= 10_000
   wanted = reference(
-    strings, padding='max_length', truncation=True, max_length=64
+    strings,
+    padding='max_length',
+    padding_side='right',
+    truncation=True,
+    max_length=64,
   )
   ids, mask, cut = load_tokenizer(tmp_path)(strings, 64)
   np.testing.assert_array_equal(ids, wanted['input_ids'])
