@@ -18,6 +18,7 @@ import time
 import numpy as np
 
 from imagen_jax.data import shards
+from imagen_jax.data.claim import claim
 from imagen_jax.data.merge import merge
 from imagen_jax.data.prepare import DIGEST, WORDS
 
@@ -31,7 +32,7 @@ def write(folder, number):
   )
   of, rng = shards.digest(spec.header()), np.random.default_rng(0)
   ranges = shards.ranges_of(spec.number, IMAGES)
-  for shard in shards.claim(folder, spec, ranges):
+  for shard in claim(folder, spec, ranges):
     digests = rng.bytes(DIGEST * (IMAGES - SAME)) + bytes(range(DIGEST)) * SAME
     part = {'format_version': shards.FORMAT_VERSION, 'name': shard.file}
     part |= {'shard': shard.identity, 'spec': of, 'count': IMAGES, 'bytes': 4}

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imagen_jax.data import shards
+from imagen_jax.data.claim import claim
 from imagen_jax.data.encoding import Encoding
 from imagen_jax.data.prepare import prepare_shard
 from imagen_jax.data.webdataset import WebDatasetSource
@@ -85,7 +86,7 @@ def prepared(tar, size, encode):
       {'kind': 'webdataset', 'path': str(tar), 'resize': 'area'}, size, encode
     )
     spec, found = shards.plan(spec, max_bad=1.0)
-    for shard in shards.claim(out, spec, found):
+    for shard in claim(out, spec, found):
       prepare_shard(shard, out, spec)
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 
 from imagen_jax.data import embeddings
+from imagen_jax.data.claim import claim
 from imagen_jax.data.embed import Encoder, embed
 from imagen_jax.data.merge import merge
 from imagen_jax.data.prepare import prepare_shard
-from imagen_jax.data.shards import Spec, claim, plan
+from imagen_jax.data.shards import Spec, plan
 
 
 def begun(out, *, size=16, max_bad=0.01, **options):

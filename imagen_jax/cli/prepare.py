@@ -129,7 +129,7 @@ def _main(argv: list[str]) -> None:
   check_folder(args.out, key='out', in_bucket=True)
   if args.merge:
     return _merge(args)
-  from imagen_jax.data import encoding, shards
+  from imagen_jax.data import claim, encoding, shards
 
   quality = args.quality or encoding.QUALITY.get(args.encode)
   settings = {key: getattr(args, key) for key in SETTINGS}
@@ -141,7 +141,7 @@ def _main(argv: list[str]) -> None:
     args.part_size or 0,
   )
   spec, found = shards.plan(spec, max_bad=args.max_bad)
-  found = shards.claim(args.out, spec, found)
+  found = claim.claim(args.out, spec, found)
   first, step = args.shard or (0, 1)
   some = found[first::step]
   if args.runner:

@@ -26,10 +26,11 @@ from PIL import Image
 
 from imagen_jax.data import embeddings
 from imagen_jax.data.checked import CLEANING, MAX_BAD, Checked, captioned
+from imagen_jax.data.claim import SPEC
 from imagen_jax.data.embeddings import Embeddings
 from imagen_jax.data.encoding import RAW, Encoding
 from imagen_jax.data.records import Part, Records, Spans, wrong
-from imagen_jax.data.shards import FORMAT_VERSION, SPEC
+from imagen_jax.data.shards import FORMAT_VERSION
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket, files
 from imagen_jax.io.aspect import Shape

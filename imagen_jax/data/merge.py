@@ -22,10 +22,11 @@ import numpy as np
 from imagen_jax.data import report
 from imagen_jax.data.arrayrecord import DATASET, DUPLICATES
 from imagen_jax.data.checked import EXAMPLES
+from imagen_jax.data.claim import claimed_shards, read_claim
 from imagen_jax.data.prepare import WORDS, read_failure, read_report
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.report import Thumbnail
-from imagen_jax.data.shards import Shard, claimed_shards, digest, read_claim
+from imagen_jax.data.shards import Shard, digest
 from imagen_jax.errors import DataError
 from imagen_jax.io import bucket, files
 from imagen_jax.io.files import AnyPath

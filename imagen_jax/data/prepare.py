@@ -20,12 +20,12 @@ from typing import Any
 
 from imagen_jax.data.arrayrecord import pack, unpack, write_records
 from imagen_jax.data.checked import retried
+from imagen_jax.data.claim import check_claim
 from imagen_jax.data.report import thumbnail
 from imagen_jax.data.shards import (
   FORMAT_VERSION,
   Shard,
   Spec,
-  check_claim,
   digest,
   opened,
 )
@@ -75,14 +75,16 @@ def attempt(
   """
   file = bucket.at(out) / shard.file
   try:
-    part = prepare_shard(shard, out, spec, threads=threads, tell=tell)
-    return Outcome(shard.number, str(shard), part['count'])
+    done = prepare_shard(shard, out, spec, threads=threads, tell=tell)
+    return Outcome(shard.number, str(shard), done['count'])
   except Exception as error:
     problem = sentence(error)
     try:
-      if finished(file, shard, spec) is None:  # by another worker meanwhile
-        failure = {'format_version': FORMAT_VERSION, 'reason': problem}
-        files.write_json(_failed(file), failure)
+      part = finished(file, shard, spec)
+      if part:  # another worker's, whose merge has removed this one's file
+        return Outcome(shard.number, str(shard), part['count'])
+      failure = {'format_version': FORMAT_VERSION, 'reason': problem}
+      files.write_json(_failed(file), failure)
     except Exception as another:
       logging.getLogger(__name__).info('%s: %s', file, another)
     return Outcome(shard.number, str(shard), problem=problem)
@@ -116,7 +118,7 @@ def prepare_shard(
 
   Args:
     shard: a tar, or a range of samples.
-    out: folder of the set, claimed by `shards.claim`; on a disk or in a bucket.
+    out: folder of the set, claimed by `claim.claim`; on a disk or in a bucket.
     spec: of the set.
     threads: that read and decode; the bytes do not depend on it.
     tell: called now and then.

@@ -287,6 +287,23 @@ def test_a_sample_that_cannot_be_read_now_is_not_written_down_as_bad(
   assert not (out / 'part-00000.failed.json').exists()
 
 
+def test_an_attempt_that_another_one_has_overtaken_is_not_lost(
+  images, tmp_path, monkeypatch
+):
+  spec, found = begun(tmp_path / 'out', **from_folder(images))
+  written = preparation.write_records
+
+  def overtaken(file, records):
+    monkeypatch.setattr(preparation, 'write_records', written)
+    prepare_shard(found[0], tmp_path / 'out', spec)
+    raise FileNotFoundError(errno.ENOENT, 'it was removed', str(file))
+
+  monkeypatch.setattr(preparation, 'write_records', overtaken)
+  outcome = attempt(found[0], tmp_path / 'out', spec)
+  assert (outcome.problem, outcome.count) == (None, 4)
+  assert not (tmp_path / 'out' / 'part-00000.failed.json').exists()
+
+
 def test_a_full_disk_is_noticed_and_the_set_unfinished(
   images, tmp_path, monkeypatch
 ):
