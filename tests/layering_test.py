@@ -29,7 +29,9 @@ BELOW = {
     'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io', 'kinds',
     'sharding', 'text', 'typing',
   },
-  'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text'},
+  'evaluation': {
+    'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text', 'typing',
+  },
   'worlds': {
     'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training', 'typing',
   },

@@ -10,12 +10,11 @@ import typing
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import files
 from imagen_jax.nets.clip import ClipTextTower, ClipTower
-from imagen_jax.typing import Array
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 STD = (0.26862954, 0.26130258, 0.27577711)

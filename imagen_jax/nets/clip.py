@@ -1,8 +1,9 @@
 """CLIP's text encoder (Radford et al. 2021), of Imagen's ablation (D.1)."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
@@ -33,16 +34,16 @@ class ClipTower(Tower):
     x: Float[Array, 'b l d'],
     seen: Bool[Array, '1 1 #l l'],
     name: str = '',
-  ) -> Float[Array, 'b l d']:
+  ) -> Float[jax.Array, 'b l d']:
     """One block of attention and MLP; its tensors' names start with `name`."""
     width, parts = x.shape[-1], ('q_proj', 'k_proj', 'v_proj')
     h = self.norm(f'{name}layer_norm1', x)
     h = self.attention(f'{name}self_attn', h, parts, seen)
-    x = x + self.linear(f'{name}self_attn.out_proj', h, width)
-    h = self.norm(f'{name}layer_norm2', x)
+    y: Any = x + self.linear(f'{name}self_attn.out_proj', h, width)
+    h = self.norm(f'{name}layer_norm2', y)
     h = self.linear(f'{name}mlp.fc1', h, self.intermediate_size)
     h = ACTIVATIONS[self.hidden_act](h)
-    return x + self.linear(f'{name}mlp.fc2', h, width)
+    return y + self.linear(f'{name}mlp.fc2', h, width)
 
 
 class ClipLayer(ClipTower):
@@ -70,7 +71,7 @@ class ClipTextTower(ClipTower):
 
   def inputs(
     self, ids: Int[Array, 'b l']
-  ) -> tuple[Float[Array, 'b l d'], Bool[Array, '1 1 l l']]:
+  ) -> tuple[Float[jax.Array, 'b l d'], Bool[jax.Array, '1 1 l l']]:
     """(what enters the first layer, the tokens that each token sees)."""
     name, length = 'text_model.embeddings', ids.shape[1]
     x = self.embed(f'{name}.token_embedding', ids, self.vocab_size)

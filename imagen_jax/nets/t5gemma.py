@@ -4,6 +4,8 @@ Its layers alternate between attention to all tokens and to a window of them,
 which is longer than any caption here.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,11 +50,11 @@ class _Gemma(Tower):
   rope_theta: float = 10000.0
   attn_logit_softcapping: float = 50.0
 
-  def norm(self, name: str, x: Array) -> Array:
+  def norm(self, name: str, x: Array) -> jax.Array:
     """x / rms(x) · (1 + scale)."""
     square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(square + self.layer_norm_eps)
-    return x * (1 + self.tensor(f'{name}.weight', x.shape[-1]))
+    y: Any = x * jax.lax.rsqrt(square + self.layer_norm_eps)
+    return y * (1 + self.tensor(f'{name}.weight', x.shape[-1]))
 
 
 class T5GemmaLayer(_Gemma):
@@ -75,7 +77,7 @@ class T5GemmaLayer(_Gemma):
 
   def grouped_attention(
     self, name: str, x: Float[Array, 'b l d'], seen: Bool[Array, 'b 1 1 l']
-  ) -> Float[Array, 'b l d']:
+  ) -> Float[jax.Array, 'b l d']:
     """Attention whose heads share keys and values in groups."""
 
     def project(part: str, heads: int) -> Float[Array, 'b l {heads} s']:

@@ -55,36 +55,41 @@ class Tower(nn.Module):
     # TPUs and recent GPUs otherwise multiply float32 with fewer bits.
     return 'highest' if self.dtype == jnp.float32 else None
 
-  def table(self, name: str, *shape: int) -> Array:
+  def table(self, name: str, *shape: int) -> jax.Array:
     """A parameter as it is stored, of which only some rows are used."""
     return self.param(name, nn.initializers.normal(0.02), shape)
 
-  def tensor(self, name: str, *shape: int) -> Array:
+  def tensor(self, name: str, *shape: int) -> jax.Array:
     """A parameter, gathered: matrices in `dtype`, vectors in their own."""
     kind = self.dtype if len(shape) > 1 else None
+<<<<<<< HEAD
     return sharding.gather(self.table(name, *shape), kind, stacked=True)
+=======
+    gathered: Any = sharding.gather(self.table(name, *shape), kind)
+    return gathered
+>>>>>>> encoders
 
   def linear(
     self, name: str, x: Array, features: int, bias: bool = True
-  ) -> Array:
+  ) -> jax.Array:
     """x W^T + b in float32."""
     weight = self.tensor(f'{name}.weight', features, x.shape[-1])
-    x = jnp.dot(
+    y = jnp.dot(
       x.astype(self.dtype),
       weight.T,
       precision=self.precision,
       preferred_element_type=jnp.float32,
     )
-    return x + self.tensor(f'{name}.bias', features) if bias else x
+    return y + self.tensor(f'{name}.bias', features) if bias else y
 
-  def norm(self, name: str, x: Array) -> Array:
+  def norm(self, name: str, x: Array) -> jax.Array:
     """Layer normalisation (Ba et al. 2016)."""
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.layer_norm_eps)
+    y: Any = x - x.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.layer_norm_eps)
     scale = self.tensor(f'{name}.weight', x.shape[-1])
-    return x * scale + self.tensor(f'{name}.bias', x.shape[-1])
+    return y * scale + self.tensor(f'{name}.bias', x.shape[-1])
 
-  def embed(self, name: str, ids: Int[Array, 'b l'], rows: int) -> Array:
+  def embed(self, name: str, ids: Int[Array, 'b l'], rows: int) -> jax.Array:
     """Rows of a table of tokens, in float32."""
     table = self.table(f'{name}.weight', rows, self.hidden_size)
     # Else the sharding of the table would spread to all activations.
@@ -109,7 +114,7 @@ class Tower(nn.Module):
     sizes = {name: getattr(self, name) for name in names}
     return layers(**sizes, name='layers')(x, *given)[0]
 
-  def positions(self, name: str, length: int, rows: int) -> Array:
+  def positions(self, name: str, length: int, rows: int) -> jax.Array:
     """The first rows of a table of positions."""
     return self.tensor(f'{name}.weight', rows, self.hidden_size)[:length]
 
@@ -119,7 +124,7 @@ class Tower(nn.Module):
     x: Float[Array, 'b l d'],
     parts: tuple[str, str, str],
     seen: Bool[Array, '#b 1 #l l'],
-  ) -> Float[Array, 'b l d']:
+  ) -> Float[jax.Array, 'b l d']:
     """Multi-head self-attention before its output projection.
 
     Args:
@@ -143,7 +148,7 @@ class Tower(nn.Module):
     logits: Float[Array, 'b h l l'],
     v: Float[Array, 'b l h s'],
     seen: Bool[Array, '#b 1 #l l'],
-  ) -> Float[Array, 'b l h s']:
+  ) -> Float[jax.Array, 'b l h s']:
     """The values, weighted by the softmax of the logits of seen keys."""
     # Finite, so that a row without any token gives a mean, not NaN.
     weights = jax.nn.softmax(jnp.where(seen, logits, -1e9), axis=-1)
