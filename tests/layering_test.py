@@ -29,9 +29,7 @@ BELOW = {
     'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io', 'kinds',
     'sharding', 'text', 'typing',
   },
-  'evaluation': {
-    'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text', 'typing',
-  },
+  'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text'},
   'worlds': {
     'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training', 'typing',
   },

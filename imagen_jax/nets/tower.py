@@ -62,12 +62,9 @@ class Tower(nn.Module):
   def tensor(self, name: str, *shape: int) -> jax.Array:
     """A parameter, gathered: matrices in `dtype`, vectors in their own."""
     kind = self.dtype if len(shape) > 1 else None
-<<<<<<< HEAD
-    return sharding.gather(self.table(name, *shape), kind, stacked=True)
-=======
-    gathered: Any = sharding.gather(self.table(name, *shape), kind)
+    table = self.table(name, *shape)
+    gathered: Any = sharding.gather(table, kind, stacked=True)
     return gathered
->>>>>>> encoders
 
   def linear(
     self, name: str, x: Array, features: int, bias: bool = True
