@@ -12,7 +12,7 @@ installed (`pip install img2dataset webdataset torch`):
   resize (4:4:4)     the same without the files: bytes -> JPEG of quality 95
   resize (4:2:0)     with the chroma subsampled, as img2dataset stores it
   img2dataset        its Resizer: bytes -> JPEG of quality 95, center_crop, area
-  load               `batches` of a source of tars, area
+  load               batches of a source of tars, area
   torch DataLoader   webdataset, Pillow's bicubic, as torchvision resizes
 """
 
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -34,7 +33,6 @@ from PIL import Image, ImageOps
 from imagen_jax.data import shards
 from imagen_jax.data.claim import claim
 from imagen_jax.data.encoding import Encoding
-from imagen_jax.data.pipeline import Order, batches
 from imagen_jax.data.prepare import prepare_shard
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.io.decode import decode
@@ -97,6 +95,8 @@ def img2dataset(data, size):
   with contextlib.redirect_stderr(io.StringIO()):
     os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
     resizer = importlib.import_module('img2dataset.resizer')
+    # As its downloader does: its workers are processes.
+    importlib.import_module('cv2').setNumThreads(1)
   resize = resizer.Resizer(
     image_size=size,
     resize_mode='center_crop',
@@ -117,6 +117,7 @@ def torch_loader(tar, size):
   """Batches of torch's DataLoader, in this process, for one epoch."""
   webdataset = importlib.import_module('webdataset')
   data_utils = importlib.import_module('torch.utils.data')
+  importlib.import_module('torch').set_num_threads(1)
 
   def image(example):
     square = ImageOps.fit(example['jpg'], (size, size), Image.BICUBIC)
@@ -143,10 +144,10 @@ def measure(tar, size):
       image = Image.fromarray(decode(one, size))
       image.save(io.BytesIO(), 'jpeg', quality=95, subsampling=subsampling)
 
-  def load():
-    steps = -(-number // BATCH)
-    for _ in itertools.islice(batches(source, Order(0, BATCH)), steps):
-      pass
+  def load():  # without the threads of training, which would read ahead
+    for start in range(0, number, BATCH):
+      some = range(start, min(start + BATCH, number))
+      np.stack([source[i]['image'] for i in some])
 
   works = {
     'prepare (raw)': lambda: prepared(tar, size, Encoding()),

@@ -330,7 +330,9 @@ def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(x)
 
 
-def gather(param: Array, dtype: DTypeLike | None = None) -> Array:
+def gather(
+  param: Array, dtype: DTypeLike | None = None, *, stacked: bool = False
+) -> Array:
   """Gathers a parameter that is split over 'fsdp'.
 
   For use inside jitted code under `jax.set_mesh`, where the parameter is used,
@@ -340,12 +342,18 @@ def gather(param: Array, dtype: DTypeLike | None = None) -> Array:
   Args:
     param: array.
     dtype: type in which it is gathered and used; None for its own.
+    stacked: it is one layer's of a stack, which is split as a whole; with other
+      axes split, a layer would be sent between the devices first.
   """
   mesh = jax.sharding.get_abstract_mesh()
   cast = param if dtype is None else param.astype(dtype)
   if mesh.empty or mesh.shape.get('fsdp', 1) == 1:
     return cast
-  spec = leaf_sharding(param, mesh).spec
+  if stacked:
+    stack = jax.ShapeDtypeStruct((1, *param.shape), param.dtype)
+    spec = PartitionSpec(*leaf_sharding(stack, mesh).spec[1:])
+  else:
+    spec = leaf_sharding(param, mesh).spec
   # Else XLA gathers the wider type and casts afterwards.
   cast = jax.lax.with_sharding_constraint(cast, spec)
   return _gather(cast, spec)
@@ -382,8 +390,9 @@ def mesh_of(tree: Any) -> Mesh | None:
   """The mesh of a tree's arrays; None if it has no several devices."""
   for leaf in jax.tree.leaves(tree):
     placed = getattr(leaf, 'sharding', None)
-    if isinstance(placed, NamedSharding) and placed.mesh.size > 1:
-      return placed.mesh
+    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    if isinstance(mesh, Mesh) and mesh.size > 1:
+      return mesh
   return None
 
 

@@ -17,8 +17,9 @@ from imagen_jax.errors import UsageError
 from imagen_jax.nets.dense import Conv, Dense, DenseGeneral
 from imagen_jax.nets.layers import ResBlock
 from imagen_jax.nets.t5 import T5Encoder
+from imagen_jax.planning.compile import collectives
 from imagen_jax.text import weights
-from imagen_jax.text.encoder import encode_tokens
+from imagen_jax.text.encoder import encode_by_length, encode_tokens
 from imagen_jax.training.step import half_gradients
 
 
@@ -232,24 +233,39 @@ def test_parameters_are_gathered_and_activations_stay():
   assert ' all-to-all(' not in text
 
 
-def test_a_text_encoder_that_is_split_computes_no_more_than_a_whole_one():
+def text_step(encode, data, fsdp):
+  """A compiled encoding of 16 captions on data × fsdp devices."""
   net = T5Encoder(256, 128, 2, num_heads=4, head_dim=32, mlp_dim=256)
+  mesh = sharding.make_mesh(data, fsdp)
   params = weights.abstract_params(net)
-
-  def flops(data, fsdp):
-    mesh = sharding.make_mesh(data, fsdp)
-    place = sharding.state_shardings(params, mesh)
-    rows = sharding.batch_sharding(mesh)
-    ids, mask = (
-      jax.ShapeDtypeStruct((16, 16), dtype, sharding=rows)
-      for dtype in (jnp.int32, bool)
+  place = sharding.state_shardings(params, mesh)
+  rows = sharding.batch_sharding(mesh)
+  ids, mask = (
+    jax.ShapeDtypeStruct((16, 32), dtype, sharding=rows)
+    for dtype in (jnp.int32, bool)
+  )
+  with jax.set_mesh(mesh):
+    split = sharding.with_shardings(params, place)
+    return (
+      jax.jit(encode, static_argnums=0).lower(net, split, ids, mask).compile()
     )
-    with jax.set_mesh(mesh):
-      split = sharding.with_shardings(params, place)
-      lowered = encode_tokens.lower(net, split, ids, mask)
-    return lowered.compile().cost_analysis()['flops']
+
+
+def test_a_text_encoder_that_is_split_computes_no_more_than_a_whole_one():
+  def flops(*mesh):
+    return text_step(encode_tokens, *mesh).cost_analysis()['flops']
 
   assert flops(2, 4) < 1.1 * flops(8, 1)
+
+
+@pytest.mark.parametrize('encode', [encode_tokens, encode_by_length])
+def test_a_text_encoder_gathers_layers_and_sends_them_nowhere_else(encode):
+  """Neither a layer nor the stack of all changes the axis that is split."""
+  text = text_step(encode, 2, 4).as_text()
+  gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(', text)
+  assert '128,256' in gathered and '256,128' in gathered
+  # The tokens' rows of the table, and less than one of its matrices.
+  assert collectives(text).get('all-to-all', (0, 0))[1] < 4 * 128 * 128
 
 
 def test_parameters_are_gathered_in_the_type_they_are_used_in():

@@ -88,7 +88,7 @@ class _Block(nn.Module):
     def weight(name: str, shape: tuple[int, ...], fan: int) -> Array:
       init = nn.initializers.normal(fan**-0.5)
       param = self.param(name, init, shape)
-      return sharding.gather(param, self.dtype)
+      return sharding.gather(param, self.dtype, stacked=True)
 
     def product(
       equation: str, a: Array, b: Array, out: DTypeLike = self.dtype

@@ -62,7 +62,8 @@ class Tower(nn.Module):
   def tensor(self, name: str, *shape: int) -> jax.Array:
     """A parameter, gathered: matrices in `dtype`, vectors in their own."""
     kind = self.dtype if len(shape) > 1 else None
-    gathered: Any = sharding.gather(self.table(name, *shape), kind)
+    table = self.table(name, *shape)
+    gathered: Any = sharding.gather(table, kind, stacked=True)
     return gathered
 
   def linear(
