@@ -145,7 +145,7 @@ class Checked(Source):
     self,
     names: Sequence[str],
     sizes: np.ndarray,
-    columns: Mapping[str, Sequence[Any]],
+    columns: Mapping[str, conditions.Values],
   ) -> tuple[np.ndarray, dict[str, str]]:
     """Which samples are used, in the order of their shapes; sets `buckets`.
 
@@ -161,8 +161,9 @@ class Checked(Source):
     number = aspects.choose(sizes, self.size, self.aspect)
     columns = {**columns, **conditions.image_columns(sizes)}
     failed = conditions.first_failure(self.conditions, columns, len(names))
-    left = {names[i]: self.why_left(-1) for i in np.flatnonzero(number < 0)}
-    for i in np.flatnonzero((number >= 0) & (failed >= 0)):
+    small = np.flatnonzero(number < 0).tolist()
+    left = {names[i]: self.why_left(-1) for i in small}
+    for i in np.flatnonzero((number >= 0) & (failed >= 0)).tolist():
       left[names[i]] = self.why_left(failed[i])
     used = np.flatnonzero((number >= 0) & (failed < 0))
     order = used[np.argsort(number[used], kind='stable')]

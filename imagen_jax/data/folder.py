@@ -217,7 +217,11 @@ def _check(
   found, bad = survey(
     new, lambda name: inspect(path / name), f'checking {path}'
   )
-  sizes = {n: found.get(n) or known[n][2:] for n in names if n not in bad}
+  sizes: dict[str, tuple[int, int]] = {
+    name: found.get(name) or (known[name][2], known[name][3])
+    for name in names
+    if name not in bad
+  }
   if new:
     table = [[*states[name], *size] for name, size in sizes.items()]
     index_cache.save('folder', location, {'names': list(sizes)}, table)

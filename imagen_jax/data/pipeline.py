@@ -14,7 +14,7 @@ itself, and they take turns in a fixed pattern, each as often as it has images.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import grain
@@ -139,7 +139,8 @@ def _shuffled(
   for number, part in enumerate(source.parts or (source,)):
     weight = source.weights[number] if source.parts else 1.0
     own = (number,) if source.parts else ()
-    for shape, chosen in (part.buckets or {(): range(len(part))}).items():
+    whole: Mapping[tuple[int, ...], Sequence[int]] = {(): range(len(part))}
+    for shape, chosen in (part.buckets or whole).items():
       data = grain.MapDataset.source(_Numbered(part, chosen, start))
       data = data.seed(_derived(seed, *own, *shape)).shuffle().repeat(None)
       fraction = weight * len(chosen) / len(part)
@@ -206,9 +207,12 @@ def one_caption(example: Example, rng: np.random.Generator) -> Example:
   if 'captions' not in example:
     return example
   chosen = int(rng.integers(len(example['captions'])))
-  stored = {k: example[k][chosen] for k in ('text', 'mask') if k in example}
-  caption = {'caption': example['captions'][chosen], **stored}
-  return {k: v for k, v in example.items() if k != 'captions'} | caption
+  one = {k: v for k, v in example.items() if k != 'captions'}
+  one['caption'] = example['captions'][chosen]
+  for key in 'text', 'mask':
+    if key in example:
+      one[key] = example[key][chosen]
+  return one
 
 
 def crop(

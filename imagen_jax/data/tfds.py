@@ -60,8 +60,9 @@ class TfdsSource(Checked):
     where: Sequence[str] | None = None,
   ) -> None:
     self.split = split
-    options = {'max_bad': max_bad, 'aspect': aspect, 'where': where}
-    super().__init__(path, size, resize=resize, **options)
+    super().__init__(
+      path, size, resize=resize, max_bad=max_bad, aspect=aspect, where=where
+    )
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     self.folder = find_build(path)

@@ -83,8 +83,15 @@ class WebDatasetSource(Checked):
   ) -> None:
     self._where = None if index is None else os.fspath(index)
     self._plain = _plain or tar_scan.Plain()
-    options = {'aspect': aspect, 'where': where, 'captions': captions}
-    super().__init__(path, size, resize=resize, max_bad=max_bad, **options)
+    super().__init__(
+      path,
+      size,
+      resize=resize,
+      max_bad=max_bad,
+      aspect=aspect,
+      where=where,
+      captions=captions,
+    )
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], Mapping[str, str]]:
     found = find_tars(path)
@@ -124,7 +131,7 @@ class WebDatasetSource(Checked):
     total = len(self._index.rows)
     self._rows = tar_index.Selected(total, choose, len(self.shapes))
     self.set_buckets(self._rows.counts)
-    left = {}
+    left: dict[str, str] = {}
     for code, some in self._rows.examples.items():
       if code not in (UNUSED, tar_columns.BAD):
         condition = -1 if code == aspects.SMALL else tar_columns.FIRST - code

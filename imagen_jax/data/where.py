@@ -10,7 +10,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Int8
@@ -32,6 +32,7 @@ IMAGE = ('width', 'height', 'side', 'aspect')
 CAPTION = ('caption_length', 'caption_words')
 OWN = IMAGE + CAPTION
 KEY = 'config.data.where'
+Values: TypeAlias = Sequence[Any] | np.ndarray  # of a column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Condition:
   compare: str
   value: float | str
 
-  def holds(self, values: Sequence[Any]) -> Bool[np.ndarray, ' n']:
+  def holds(self, values: Values) -> Bool[np.ndarray, ' n']:
     """Where it holds; it does not where a value is missing."""
     if isinstance(self.value, str):
       words = ['' if v is None else str(v).lower() for v in values]
@@ -133,7 +134,7 @@ def caption_columns(captions: Sequence[Sequence[str]]) -> dict[str, list[int]]:
 
 
 def first_failure(
-  conditions: Sequence[Condition], columns: Mapping[str, Sequence[Any]], n: int
+  conditions: Sequence[Condition], columns: Mapping[str, Values], n: int
 ) -> Int8[np.ndarray, ' n']:
   """The number of the first condition that fails for each image; −1: none."""
   failed = np.full(n, -1, np.int8)
