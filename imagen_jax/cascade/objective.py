@@ -71,7 +71,7 @@ class TrainingInputs(NamedTuple):
   Attributes:
     keys: of the loss and of the network, by name.
     x: [B, R, R, 3] in [−1, 1].
-    text, mask: [B, L, D] and [B, L], the null condition where it was drawn.
+    text, mask: [B, L, D] and [B, L], the null condition in some rows.
     low_res: for a super-resolution stage, the upsampled low-resolution images
       and their augmentation levels.
     weight: [B, R, R, 1], of the pixels; None is 1.

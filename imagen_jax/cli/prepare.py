@@ -131,6 +131,7 @@ def _main(argv: list[str]) -> None:
     return _merge(args)
   from imagen_jax.data import claim, encoding, shards
 
+  errors.catch_interrupts()
   quality = args.quality or encoding.QUALITY.get(args.encode)
   settings = {key: getattr(args, key) for key in SETTINGS}
   spec = shards.Spec(
@@ -280,6 +281,7 @@ def _merge(args: argparse.Namespace) -> None:
   """Joins the parts and prints what there is."""
   from imagen_jax.data import merge, report
 
+  errors.catch_interrupts()
   found = merge.merge(
     args.out, max_bad=args.max_bad, remove_duplicates=args.remove_duplicates
   )
