@@ -145,13 +145,18 @@ def _machine() -> str:
       device.client.platform_version,
       device.device_kind,
       len(jax.devices()),
-      len(os.sched_getaffinity(0)),
+      _cores(),
       options,
       jax.config.values['jax_disable_most_optimizations'],
       [os.environ.get(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')],
       features,
     ]
   )
+
+
+def _cores() -> int:
+  affinity = getattr(os, 'sched_getaffinity', None)  # not on macOS
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @functools.cache

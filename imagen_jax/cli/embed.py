@@ -110,6 +110,11 @@ def _main(argv: list[str]) -> None:
       f'{header["cut"]} captions were cut at {header["max_len"]} positions; '
       'with a larger --max_len, fewer are.'
     )
+  if header['damaged']:
+    print(
+      f'{header["damaged"]} images have no embeddings, because their records '
+      'are damaged; training leaves them out.'
+    )
 
 
 def _shard(given: tuple[int, int] | None) -> tuple[int, int]:

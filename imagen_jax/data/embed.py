@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -33,7 +34,9 @@ from imagen_jax.io.files import AnyPath
 MEMORY = 2e9  # bytes of embeddings that wait to be written
 TOKENS = 24  # of a caption, for that
 LEAST = 64  # images that are read at a time
-SHOWN = 3  # failed parts that a message names
+SHOWN = 3  # failed parts, or files, that a message names
+# The files in a folder of embeddings, also of calls that were killed.
+OURS = re.compile(rf'part-\d+\.(array_record|json)|{re.escape(HEADER)}|\..*')
 
 Item = TypeVar('Item')
 Tokens: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -105,6 +108,13 @@ def embed(
   names = [os.path.basename(part.path) for part in parts]
   files.make_folder(folder)
   there, mine = files.tree(folder), []
+  others = [name for name in there if not OURS.fullmatch(name)]
+  if others:
+    raise UsageError(
+      f'{out} holds other files ({", ".join(sorted(others)[:SHOWN])}); choose '
+      'an empty folder.',
+      key='out',
+    )
   for part, name in list(zip(parts, names))[shard[0] :: shard[1]]:
     if _finished(folder / name, there, of[name], encoder.identity) is None:
       mine.append(part)

@@ -87,7 +87,12 @@ def merge(
   }
   files.write_json(folder / report.JSON, found)
   files.write_text(folder / report.HTML, report.page(found, totals.thumbnails))
-  totals.check(folder, len(shards), max_bad)
+  try:
+    totals.check(folder, len(shards), max_bad)
+  except DataError:
+    # An earlier merge's, of parts that may be others by now.
+    (folder / DATASET).unlink(missing_ok=True)
+    raise
   rows = removed['row'].astype('<u4').tobytes()
   if rows:
     files.write_bytes(folder / DUPLICATES, rows)

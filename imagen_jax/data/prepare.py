@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from imagen_jax.data.arrayrecord import pack, unpack, write_records
+from imagen_jax.data.arrayrecord import DATASET, pack, unpack, write_records
 from imagen_jax.data.checked import retried
 from imagen_jax.data.claim import check_claim
 from imagen_jax.data.report import thumbnail
@@ -194,6 +194,8 @@ def _write(
   file: pathlib.Path, shard: Shard, spec: Spec, threads: int, tell: Tell | None
 ) -> dict[str, Any]:
   """Writes one part; its .json, which marks it as complete, comes last."""
+  # An earlier merge's names another part.
+  (file.parent / DATASET).unlink(missing_ok=True)
   with opened(shard, spec) as (source, indices):
     size = _size(shard)
     work = _Part(source, indices, spec, tell or (lambda done, total: None))

@@ -9,13 +9,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from imagen_jax.data import checked, progress
+from imagen_jax.data import checked, progress, where
 from imagen_jax.data.checked import CLEANING, NoImage
 from imagen_jax.data.encoding import BYTES, RAW, Encoding
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import IGNORABLE, source_options
 from imagen_jax.data.tar_update import below, common_folder
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import aspect
 from imagen_jax.io.decode import RESIZING
 
 FORMAT_VERSION = 3
@@ -120,7 +121,11 @@ def plan(spec: Spec, *, max_bad: float) -> tuple[Spec, list[Shard]]:
     raise UsageError(
       f'is needed, because source {options["kind"]} is endless.', key='num'
     )
+  # Before the first of thousands of shards finds out.
+  aspect.shapes(spec.size, options.get('aspect') or 'crop')
+  where.parse(options.get('where'))
   tars = cls.find_shards(given['path']) if 'path' in given else None
+  _check_split(options, cls.has_eval_split or tars is None)
   if tars is not None:
     for key, value in (('num', spec.number), ('part_size', spec.part_size)):
       if value:
@@ -133,6 +138,7 @@ def plan(spec: Spec, *, max_bad: float) -> tuple[Spec, list[Shard]]:
     names = enumerate(tars)
     return spec, [Shard(i, tar, below(root, tar)) for i, tar in names]
   source = cls(**given)
+  _check_split(options, source.has_eval_split)
   number = min(spec.number or len(source), len(source))
   size = spec.part_size
   if not size:
@@ -142,6 +148,16 @@ def plan(spec: Spec, *, max_bad: float) -> tuple[Spec, list[Shard]]:
     spec, number=number, part_size=size, fingerprint=source.fingerprint
   )
   return spec, ranges_of(number, size)
+
+
+def _check_split(options: Mapping[str, Any], held_out: bool) -> None:
+  """Refuses the eval split of a source that would give the same images."""
+  if options.get('split') == 'eval' and not held_out:
+    raise UsageError(
+      f'source {options["kind"]} has no images of its own for eval; give the '
+      'path of held-out ones.',
+      key='split',
+    )
 
 
 def ranges_of(number: int, size: int) -> list[Shard]:

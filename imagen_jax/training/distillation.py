@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ class DistillExperiment(StageExperiment):
       ),
       (
         'text.path',
-        self.text_record() == dict(self._record.text),
+        _encoder(self.text_record()) == _encoder(self._record.text),
         f'{self._record.path} was trained with another text encoder or length',
       ),
       (
@@ -178,3 +179,12 @@ class DistillExperiment(StageExperiment):
 
   def start(self, shardings: Tree, init_from: StageRecord | None) -> Start:
     return super().start(shardings, init_from or self._record)
+
+
+def _encoder(record: Mapping[str, Any]) -> dict[str, Any]:
+  """What two stages' text must have in common; without a kind it is T5's.
+
+  Embeddings may be stored in another precision.
+  """
+  same = ('kind', 'dim', 'max_len', 'digest')
+  return {key: {'kind': 't5', **record}[key] for key in same}

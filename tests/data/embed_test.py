@@ -251,6 +251,17 @@ def test_a_damaged_record_has_no_embedding_and_its_neighbours_have(out):
   assert numbers == [i + (i == lost) for i in range(5)]
 
 
+def test_nothing_is_written_among_other_files(out, tmp_path):
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'notes.txt').write_text('mine')
+  before = tree(out)
+  for folder in out, tmp_path / 'mine':
+    with pytest.raises(UsageError) as error:
+      prepared.add_text(out, folder)
+    assert error.value.key == 'out'
+  assert tree(out) == before
+
+
 def test_a_full_disk_stops_at_once(out, monkeypatch):
   parts = []
 

@@ -200,14 +200,6 @@ def test_a_worker_of_another_version_does_not_mix_its_images(
   assert 'resizing' in outcome.problem
 
 
-def test_a_part_has_some_tens_of_megabytes_by_default(tmp_path):
-  for size in (64, 256, 1024):
-    spec = shards.Spec({'kind': 'shapes'}, size, number=10**6)
-    spec, found = shards.plan(spec, max_bad=0)
-    assert 40e6 < spec.part_size * size**2 * 3 < 210e6
-    assert len(found) == -(-(10**6) // spec.part_size)
-
-
 def test_several_captions_of_an_image_are_all_stored(images, tmp_path, source):
   source.captions = ('one', 'two')
   prepare(tmp_path / 'out', **from_folder(images) | {'kind': source.kind})
@@ -468,7 +460,6 @@ def test_imagen_prepare_writes_reports_and_repeats(images, tmp_path, capsys):
     ('--source folder --size 8 --path . --resize best', 2, 'best'),
     ('--source webdataset --size 8 --path s3://b/*.tar', 2, 's3://b/*.tar'),
     ('--source webdataset --size 8 --path /no/*.tar', 3, '/no/*.tar'),
-    ('--source shapes --size 8', 2, '--num'),
     ('--source shapes --size 8 --num 2 --shard 2/2', 2, '--shard'),
     ('--source shapes --size 8 --num 2 -- --project x', 2, '--project'),
     ('--merge --size 8', 2, '--size'),
@@ -484,6 +475,49 @@ def test_imagen_prepare_names_what_is_wrong(
   rest = ['--', beam] if beam else []
   assert run(*command.split(), '--out', tmp_path / 'out', *rest) == code
   assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'words, named',
+  [
+    (['--aspect', 'round'], '--aspect'),
+    (['--aspect', 'buckets', '--size', 60], '--aspect'),
+    (['--where', 'side=5'], '--where'),
+    (['--split', 'eval'], '--split'),
+  ],
+)
+def test_what_is_wrong_for_every_tar_is_said_before_the_first(
+  words, named, tars, tmp_path, capsys
+):
+  command = ['--source', 'webdataset', '--path', tars, '--size', 16]
+  assert run(*command, '--out', tmp_path / 'out', *words) == 2
+  assert named in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_without_a_held_out_split_gives_none(images, tmp_path, capsys):
+  command = ['--source', 'folder', '--path', images, '--size', 16]
+  assert run(*command, '--out', tmp_path / 'out', '--split', 'eval') == 2
+  assert '--split' in capsys.readouterr().err
+
+
+def test_a_set_is_not_opened_while_parts_of_it_are_others(tars, tmp_path):
+  out = tmp_path / 'out'
+  prepare(out, **from_tars(tars))
+  write(tars / '1.tar', sample('new', 5))
+  spec, found = begun(out, **from_tars(tars))
+  prepare_shard(found[1], out, spec)
+  with pytest.raises(DataError, match='not finished'):
+    ArrayRecordSource(out, 16)
+
+
+def test_a_set_is_not_opened_after_a_merge_that_fails(tars, tmp_path):
+  out = tmp_path / 'out'
+  prepare(out, **from_tars(tars))
+  (out / 'part-00000.array_record').unlink()
+  with pytest.raises(DataError):
+    merge(out, max_bad=0)
+  assert not (out / 'dataset.json').exists()
 
 
 def test_tars_take_no_number_of_images(tars, tmp_path, capsys):

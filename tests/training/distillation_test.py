@@ -1,5 +1,8 @@
 """A finished stage becomes the teacher of one with fewer steps."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -129,6 +132,18 @@ def test_what_does_not_go_together_is_refused(model, overrides, key):
   with pytest.raises(UsageError) as error:
     make_experiment(config)
   assert error.value.key == f'config.{key}'
+
+
+def test_a_teacher_of_before_kinds_has_t5s(model, tmp_path):
+  """And one that was trained on embeddings of another precision is no other."""
+  folder = shutil.copytree(model / 'base', tmp_path / 'base')
+  for change in {}, {'kind': 't5', 'store': 'int8'}:
+    record = json.loads((folder / 'stage.json').read_text())
+    for key in 'kind', 'store':
+      record['text'].pop(key, None)
+    record['text'] |= change
+    (folder / 'stage.json').write_text(json.dumps(record))
+    make_experiment(distilled(folder))
 
 
 def test_a_teacher_that_cannot_be_read_is_refused(model, tmp_path):
