@@ -9,8 +9,10 @@ image to detect later changes. Images are decoded when they are used.
 import bisect
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
+import logging
 import os
 import tarfile
 import tempfile
@@ -273,5 +275,14 @@ def find_tars(path: AnyPath) -> dict[str, State | None]:
     raise DataError(
       f'there is no tar at {path}; give a tar, a folder of tars, or a quoted '
       "pattern such as 'shards/*.tar'."
+    )
+  named = {name for name in ranges.expand(path) if not glob.has_magic(name)}
+  if len(named) > 1 and (missing := sorted(named - found.keys())):
+    logging.getLogger(__name__).warning(
+      '%s: %d of the tars named are not there (%s%s).',
+      path,
+      len(missing),
+      ', '.join(missing[:3]),
+      ', …' if len(missing) > 3 else '',
     )
   return found

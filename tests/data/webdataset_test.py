@@ -19,7 +19,7 @@ from imagen_jax.cli import index as command_line
 from imagen_jax.data import checked, tar_index, tar_scan, tar_update
 from imagen_jax.data.checked import write_skipped
 from imagen_jax.data.sources import make_source
-from imagen_jax.data.webdataset import WebDatasetSource
+from imagen_jax.data.webdataset import WebDatasetSource, find_tars
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import ranges
 
@@ -613,3 +613,14 @@ def test_a_list_of_captions_in_the_json_is_several(tmp_path):
   image, said = encoded(pixels()), b'{"caption": ["one", "two ", "one"]}'
   tar = write(tmp_path / 'a.tar', [('1.png', image), ('1.json', said)])
   assert WebDatasetSource(tar, 16)[0]['captions'] == ('one', 'two')
+
+
+def test_tars_that_are_named_and_not_there_are_said(tmp_path, caplog):
+  for i in (0, 2, 3):
+    write(tmp_path / f'{i}.tar', sample('a', i))
+  assert len(find_tars(f'{tmp_path}/{{0..3}}.tar')) == 3
+  assert '1.tar' in caplog.text and '2.tar' not in caplog.text
+  caplog.clear()
+  assert len(find_tars(f'{tmp_path}/*.tar')) == 3
+  assert len(find_tars(tmp_path)) == 3
+  assert not caplog.text
