@@ -85,13 +85,12 @@ def test_one_that_was_in_jaxs_cache_can_be_kept(run, setting):
 @pytest.mark.parametrize(
   'change',
   [
-    lambda data: b'',
     lambda data: data[: programs.LENGTH],
     lambda data: data[:-1],
     lambda data: b'X' + data[1:],
     *(
       (lambda data, i=i: data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
-      for i in (25, 60, 100, -1000, -1)
+      for i in (25, 60, -1000)
     ),
   ],
 )
