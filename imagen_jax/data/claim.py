@@ -87,8 +87,9 @@ def check_claim(folder: pathlib.Path, spec: Spec) -> dict[str, Any]:
   wrong = [key for key in keys if before.get(key) != now.get(key)]
   if wrong:
     key = wrong[0]
+    name = {'of': 'a number of images of'}.get(key, key)
     raise UsageError(
-      f'{folder} holds a set prepared with {key} {short(before.get(key))!r}, '
+      f'{folder} holds a set prepared with {name} {short(before.get(key))!r}, '
       f'and this call has {short(now.get(key))!r}; choose another folder, or '
       'give all workers the same settings and version of imagen_jax.',
       key='out',

@@ -137,7 +137,9 @@ def find(folder: AnyPath, text: str | None) -> pathlib.Path | None:
     return bucket.at(text)
   above = bucket.at(folder) / FOLDER
   there = above.iterdir() if above.exists() else ()
-  names = sorted(p.name for p in there if not p.name.startswith('.'))
+  names = sorted(
+    p.name for p in there if p.is_dir() and not p.name.startswith('.')
+  )
   if text == 'auto' and len(names) < 2:
     return above / names[0] if names else None
   if text not in names:

@@ -119,6 +119,8 @@ def test_of_several_embeddings_a_run_chooses_one(out, tmp_path):
     assert 'coarse, fine' in str(error.value)
   assert source(out, 'coarse').text_header['store'] == 'int8'
   elsewhere = shutil.move(out / 'text' / 'fine', tmp_path / 'fine')
+  (out / 'text' / 'notes.txt').touch()  # no embeddings
+  assert source(out).text_header['store'] == 'int8'
   assert source(out, str(elsewhere)).text_header['store'] == 'bfloat16'
 
 
