@@ -48,14 +48,16 @@ def set_cpu_devices(n: int | None = None) -> None:
   )
   if chosen:
     return
-  if n is None:
-    # The affinity mask, not cpu_count: containers and `taskset` narrow it.
-    affinity = getattr(os, 'sched_getaffinity', None)
-    n = len(affinity(0)) if affinity else os.cpu_count() or 1
   try:
-    jax.config.update('jax_num_cpu_devices', n)
+    jax.config.update('jax_num_cpu_devices', n or usable_cores())
   except RuntimeError:  # the backends have started
     pass
+
+
+def usable_cores() -> int:
+  """The CPU cores of this process, which containers and `taskset` narrow."""
+  affinity = getattr(os, 'sched_getaffinity', None)  # not on macOS
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def make_mesh(
@@ -401,19 +403,22 @@ def per_device(
 ) -> Callable[..., Any]:
   """The function as each device calls it, with its own rows of a batch.
 
-  For use inside jitted code under `jax.set_mesh`, where nothing is sent between
-  devices. Without a mesh it is `function`.
+  For use inside jitted code under `jax.set_mesh`, with a batch that the devices
+  divide: nothing is sent between them. Without a mesh, or on one device, it is
+  `function`.
 
   Args:
     function: arrays -> tree of arrays.
     in_axes, out_axes: the batch axis of each argument and result.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or mesh.size == 1:
     return function
   rows = lambda axis: PartitionSpec(*[None] * axis, *BATCH)
   in_specs, out_specs = jax.tree.map(rows, (in_axes, out_axes))
-  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+  return jax.shard_map(
+    function, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
 
 
 def constrain_batch(x: Tree) -> Tree:
@@ -437,18 +442,3 @@ def platform() -> tuple[str, int]:
     return jax.default_backend(), 1
   device = mesh.abstract_device
   return device.platform if device else jax.default_backend(), mesh.size
-
-
-def each_device(
-  function: Callable[..., jax.Array],
-) -> Callable[..., jax.Array]:
-  """`function` of arrays [B, …], applied on each device to the rows it has.
-
-  For use under `jax.set_mesh`, with a B that the devices divide, for what XLA's
-  partitioner would gather. Without a mesh, or on one device, it is `function`.
-  """
-  if platform()[1] == 1:
-    return function
-  return jax.shard_map(
-    function, in_specs=BATCH, out_specs=BATCH, check_vma=False
-  )

@@ -264,7 +264,7 @@ class Cascade:
     low = None if low_res is None else _from_uint8(low_res, len(request.rows))
     if embedding is None:
       embedding = self.embed(request.prompts, negative_prompt)
-    sizes = self._sizes(image, low)
+    sizes, runs = self._sizes(image, low), self._runs(configs)
 
     def inputs(i: int, low: Image | None) -> Callable[..., SampleInputs]:
       rule = self._records[i].config['data']['resize']
@@ -276,7 +276,7 @@ class Cascade:
       shape = (len(request.rows), height, width, 3)
       runs[i].prepare(request, inputs(i, np.broadcast_to(np.float32(0), shape)))
 
-    runs, results = self._runs(configs), {}
+    results = {}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       for i in range(1, len(runs)):
         pool.submit(prepare, i)

@@ -21,13 +21,16 @@ import jax
 from jax.experimental import serialize_executable
 
 import imagen_jax
+from imagen_jax import sharding
 from imagen_jax.dtypes import NUMERICS
 from imagen_jax.io import files, paths
 
 FOLDER, MOST = 'programs', 64  # files that are kept
 MAGIC = b'imagen_jax program 1\n'
 LENGTH = len(MAGIC) + 64
-# The source code on which a program depends.
+# jax's settings, besides `NUMERICS`, and the source code, on which a program
+# depends.
+OPTIONS = ('jax_default_matmul_precision', 'jax_disable_most_optimizations')
 CODE = ('cascade', 'diffusion', 'nets', 'dtypes.py', 'sharding.py')
 
 
@@ -114,7 +117,8 @@ def _folder() -> pathlib.Path | None:
     status = folder.stat()
   except OSError:
     return None
-  ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
+  user = os.getuid() if hasattr(os, 'getuid') else status.st_uid  # Windows
+  ours = status.st_uid == user and not status.st_mode & 0o022
   return folder if ours else None
 
 
@@ -145,18 +149,13 @@ def _machine() -> str:
       device.client.platform_version,
       device.device_kind,
       len(jax.devices()),
-      _cores(),
+      sharding.usable_cores(),
       options,
-      jax.config.values['jax_disable_most_optimizations'],
+      [str(jax.config.values[name]) for name in OPTIONS],
       [os.environ.get(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')],
       features,
     ]
   )
-
-
-def _cores() -> int:
-  affinity = getattr(os, 'sched_getaffinity', None)  # not on macOS
-  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @functools.cache

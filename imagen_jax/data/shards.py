@@ -125,8 +125,8 @@ def plan(spec: Spec, *, max_bad: float) -> tuple[Spec, list[Shard]]:
   aspect.shapes(spec.size, options.get('aspect') or 'crop')
   where.parse(options.get('where'))
   tars = cls.find_shards(given['path']) if 'path' in given else None
-  _check_split(options, cls.has_eval_split or tars is None)
   if tars is not None:
+    _check_split(options, cls.has_eval_split)
     for key, value in (('num', spec.number), ('part_size', spec.part_size)):
       if value:
         raise UsageError(

@@ -102,7 +102,7 @@ def _by_head(q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> jax.Array:
     out = _heads(split(q), split(k), split(v), jnp.repeat(bias, heads, axis=0))
     return jnp.swapaxes(out.reshape(-1, heads, *out.shape[1:]), 1, 2)
 
-  return sharding.each_device(local)(q, k, v, bias)
+  return sharding.per_device(local, (0, 0, 0, 0), 0)(q, k, v, bias)
 
 
 @jax.custom_vjp
