@@ -17,24 +17,6 @@ from imagen_jax.errors import DataError
 from tests import prepared
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-
-
-@pytest.fixture
-def images(tmp_path):
-  """A folder of ten images of 16 pixels."""
-  folder = tmp_path / 'images'
-  folder.mkdir()
-  for i in range(10):
-    rng = np.random.default_rng(i)
-    image = rng.integers(0, 256, (16, 16, 3), np.uint8)
-    Image.fromarray(image).save(folder / f'{i}.png')
-    (folder / f'{i}.txt').write_text(f'caption {i} ü')
-  return folder
-
-
 def write(folder, out, **options):
   options = {'kind': 'folder', 'path': str(folder), 'part_size': 4} | options
   return prepared.prepare(out, **options)

@@ -14,11 +14,6 @@ from tests import prepared
 from tests.data.webdataset_test import good, write
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-
-
 def upload(folder, bucket, name):
   url = f'{bucket.url}/{name}'
   buckets.filesystem(url).put(str(folder), url, recursive=True)

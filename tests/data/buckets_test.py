@@ -18,11 +18,6 @@ SIZES = [(64, 64), (72, 56), (200, 60), (56, 72), (64, 64), (40, 80), (80, 64)]
 SHAPES = [(64, 64), (56, 72), (32, 128), (72, 56), (64, 64), None, (56, 72)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-
-
 def image(i):
   width, height = SIZES[i]
   rng = np.random.default_rng(i)

@@ -17,12 +17,6 @@ from imagen_jax.data.folder import FolderSource
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io.decode import decode as read_image
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-
-
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 

@@ -28,22 +28,6 @@ from tests.prepared import begun, prepare
 SAYS = ('report.html', 'report.json')  # with measured times
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-
-
-@pytest.fixture
-def images(tmp_path):
-  """A folder of ten images of 16 pixels."""
-  folder = tmp_path / 'images'
-  folder.mkdir()
-  for i in range(10):
-    Image.fromarray(pixels(i)).save(folder / f'{i}.png')
-    (folder / f'{i}.txt').write_text(f'caption {i}')
-  return folder
-
-
 @pytest.fixture
 def tars(tmp_path):
   """Four tars of 3, 4, 5 and 6 images, and one with a bad and a small one."""
@@ -395,7 +379,7 @@ def test_exact_duplicates_are_found_and_on_request_removed(images, tmp_path):
   ] == (10)
   source = ArrayRecordSource(out, 16)
   assert [source[i]['caption'] for i in range(len(source))] == [
-    f'caption {i}' for i in range(10)
+    f'caption {i} ü' for i in range(10)
   ]
   prepare(out, **from_folder(images))
   assert tree(out) == bytes_of_all

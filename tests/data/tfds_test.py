@@ -16,11 +16,6 @@ from imagen_jax.data.tfds import TfdsSource, find_build
 from imagen_jax.errors import DataError, UsageError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-
-
 def png(value, side=16):
   out = io.BytesIO()
   Image.new('RGB', (side, side), (value, 0, 0)).save(out, 'PNG')

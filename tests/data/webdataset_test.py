@@ -24,13 +24,6 @@ from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import ranges
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-  cache = tmp_path_factory.mktemp('cache')
-  monkeypatch.setenv('XDG_CACHE_HOME', str(cache))
-  return cache
-
-
 def pixels(seed=0, height=16, width=16):
   rng = np.random.default_rng(seed)
   return rng.integers(0, 256, (height, width, 3), np.uint8)
