@@ -72,7 +72,8 @@ def _programs(params: dict[str, Any]) -> list[Jaxpr | ClosedJaxpr]:
 
 def _saving(value: Any) -> Any:
   """A program, or several, in which `jax.checkpoint` saves everything."""
-  if isinstance(value, ClosedJaxpr):
+  # From jax 0.12.0.1 on a program and a closed one are the same type.
+  if isinstance(value, ClosedJaxpr) and value.jaxpr is not value:
     return value.replace(jaxpr=_saving(value.jaxpr))
   if isinstance(value, tuple) and _programs({'': value}):
     return tuple(map(_saving, value))

@@ -3,9 +3,10 @@
 import pathlib
 import re
 import runpy
+import sys
+import types
 
 import pytest
-import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -20,7 +21,11 @@ LINES = [
 def asked_for(monkeypatch):
   """The requirements of setup.py with all extras but two."""
   found = {}
-  monkeypatch.setattr(setuptools, 'setup', found.update)
+  # An environment of Python 3.12 or later need not have setuptools.
+  setuptools = types.SimpleNamespace(
+    setup=found.update, find_packages=lambda **_: []
+  )
+  monkeypatch.setitem(sys.modules, 'setuptools', setuptools)
   runpy.run_path(str(ROOT / 'setup.py'))
   extras = found['extras_require']
   # These have environments, or versions, of their own in .ci/run.
