@@ -263,14 +263,20 @@ def unpack(record: bytes) -> tuple[dict[str, Any], memoryview]:
   return header, memoryview(record)[start:]
 
 
-def read_set(folder: pathlib.Path) -> tuple[dict[str, Any], list[Part]]:
-  """(header, parts that hold records) of a prepared set.
+def read_set(
+  folder: pathlib.Path,
+) -> tuple[dict[str, Any], list[Part], dict[str, DataError]]:
+  """A prepared set, of which parts may be missing.
+
+  Returns:
+    (header, parts that hold records, {path: the error} of those of them that
+    are missing or, in a bucket, of another size).
 
   Raises:
-    DataError: it is missing, unfinished, damaged or of a newer format.
+    DataError: the set is missing, unfinished or of a newer format.
   """
-  header = _read_header(folder)
-  return header, [*_parts(folder, header)]
+  header, missing = _read_header(folder), dict[str, DataError]()
+  return header, [*_parts(folder, header, missing)], missing
 
 
 def _folders(path: AnyPath) -> list[pathlib.Path]:
@@ -293,15 +299,23 @@ def _folders(path: AnyPath) -> list[pathlib.Path]:
   return [bucket.at(folder) for folder in found]
 
 
-def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
+def _parts(
+  folder: pathlib.Path,
+  header: Mapping[str, Any],
+  missing: dict[str, DataError] | None = None,
+) -> Iterator[Part]:
   """A set's parts that hold records.
 
   One listing finds those that are missing. A bucket's has the sizes too; on a
   disk a part's size is checked when it is opened, since asking for 5,000 of
   them at each start takes minutes on a network file system.
 
+  Args:
+    folder, header: of the set.
+    missing: gets {path: the error} of what is missing; None: it is raised.
+
   Raises:
-    DataError: one is missing, or outside the folder.
+    DataError: a part is missing, or outside the folder.
   """
   url = os.fspath(folder)
   there: Mapping[str, int | None]
@@ -326,7 +340,9 @@ def _parts(folder: pathlib.Path, header: Mapping[str, Any]) -> Iterator[Part]:
     )
     at += number
     if there.get(entry['name'], -1) not in (None, part.bytes):
-      raise wrong(part)
+      if missing is None:
+        raise wrong(part)
+      missing[part.path] = wrong(part)
     if len(part) != sum(number for _, number in part.runs()):
       raise DataError(
         f'{folder / DATASET} has other numbers of shapes than of records of '

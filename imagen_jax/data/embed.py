@@ -103,7 +103,7 @@ def embed(
       been embedded.
   """
   folder = bucket.at(out)
-  images, parts = read_set(bucket.at(path))
+  images, parts, missing = read_set(bucket.at(path))
   of = {entry['name']: entry['sha256'] for entry in images['parts']}
   names = [os.path.basename(part.path) for part in parts]
   files.make_folder(folder)
@@ -121,7 +121,7 @@ def embed(
   progress = Progress(f'{out}:', sum(part.count for part in mine))
   problems: dict[str, str] = {}
   with thread_pool() as pool:
-    chunks = _ahead(_chunks(mine, encoder, pool))
+    chunks = _ahead(_chunks(mine, missing, encoder, pool))
     for part, some in itertools.groupby(chunks, key=lambda chunk: chunk.part):
       name = os.path.basename(part.path)
       try:
@@ -141,7 +141,10 @@ def embed(
 
 
 def _chunks(
-  parts: Iterable[Part], encoder: Encoder, pool: concurrent.futures.Executor
+  parts: Iterable[Part],
+  missing: Mapping[str, DataError],
+  encoder: Encoder,
+  pool: concurrent.futures.Executor,
 ) -> Iterator[_Chunk]:
   """The captions of all parts, as many at a time as fit in memory."""
   identity = encoder.identity
@@ -152,6 +155,8 @@ def _chunks(
     records = Records([Part(part.path, part.bytes, part.count)])
     read = functools.partial(_captions, records)
     try:
+      if part.path in missing:
+        raise missing[part.path]
       for start in range(0, part.count, size):
         some = range(start, min(start + size, part.count))
         texts = [*pool.map(read, some)]

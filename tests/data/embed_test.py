@@ -228,8 +228,12 @@ def test_a_cut_part_is_made_again_and_other_embeddings_are_refused(out):
   assert tree(folder) == whole
 
 
-def test_a_part_that_cannot_be_read_stops_no_other(out):
-  (out / 'part-00001.array_record').write_bytes(b'cut')
+@pytest.mark.parametrize('harm', ['cut', 'missing'])
+def test_a_part_that_cannot_be_read_stops_no_other(out, harm):
+  if harm == 'cut':
+    (out / 'part-00001.array_record').write_bytes(b'cut')
+  else:
+    (out / 'part-00001.array_record').unlink()
   folder = out / 'text' / 'fake'
   with pytest.raises(DataError, match='part-00001'):
     embed.embed(out, folder, prepared.encoder())
