@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -210,7 +211,7 @@ def _write(
       'input': size,
       'count': count,
       **sizes,
-      **work.report(skipped=bool(shard.path) or first),
+      **work.report(bool(shard.path) or first, os.path.dirname(shard.name)),
     }
   files.write_lines(file.with_suffix('.json'), [part])
   return part
@@ -277,11 +278,12 @@ class _Part:
         f'({error.strerror or error}); run the same command again.'
       ) from error
 
-  def report(self, skipped: bool) -> dict[str, Any]:
+  def report(self, skipped: bool, folder: str) -> dict[str, Any]:
     """The entries of the part's .json.
 
     Args:
       skipped: whether what the source skips is of this part.
+      folder: of the shard, which the source does not know.
     """
     source = self._source
     dropped, bad = [*self._failed], len(self._failed)
@@ -290,13 +292,16 @@ class _Part:
       dropped = [*source.skipped, *dropped]
       bad += len(source.bad) + source.unlisted_bad
       more = {**source.unlisted, 'it is damaged': source.unlisted_bad}
+    named = lambda rows: [
+      (os.path.join(folder, name), *row) for name, *row in rows
+    ]
     return {
       'buckets': self._buckets,
       'words': self._words,
       'bad': bad,
-      'dropped': dropped,
+      'dropped': named(dropped),
       'unlisted': {reason: n for reason, n in more.items() if n},
-      'thumbnails': _thumbnails(source, dropped),
+      'thumbnails': named(_thumbnails(source, dropped)),
       'digests': base64.b64encode(self._digests).decode(),
     }
 

@@ -14,7 +14,6 @@ from imagen_jax.data.checked import CLEANING, NoImage
 from imagen_jax.data.encoding import BYTES, RAW, Encoding
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import IGNORABLE, source_options
-from imagen_jax.data.tar_update import below, common_folder
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import aspect
 from imagen_jax.io.decode import RESIZING
@@ -134,9 +133,10 @@ def plan(spec: Spec, *, max_bad: float) -> tuple[Spec, list[Shard]]:
           'path of fewer tars.',
           key=key,
         )
-    root = common_folder(tars)
-    names = enumerate(tars)
-    return spec, [Shard(i, tar, below(root, tar)) for i, tar in names]
+    names = enumerate(tars.items())
+    found = [Shard(i, tar, name) for i, (name, tar) in names]
+    cls.check_shard(**given | {'path': found[0].path})
+    return spec, found
   source = cls(**given)
   _check_split(options, source.has_eval_split)
   number = min(spec.number or len(source), len(source))

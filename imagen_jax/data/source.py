@@ -86,12 +86,18 @@ class Source(abc.ABC):
     return None
 
   @classmethod
-  def find_shards(cls, path: str) -> typing.Sequence[str] | None:
+  def find_shards(cls, path: str) -> typing.Mapping[str, str] | None:
     """The files of a set that can be read each for itself, such as its tars.
 
-    None: there are none, and the set is prepared by ranges of its samples.
+    Returns:
+      {name: path}, sorted; a file's name depends on no other file. None: there
+      are none, and the set is prepared by ranges of its samples.
     """
     return None
+
+  @classmethod
+  def check_shard(cls, path: str, **options: typing.Any) -> None:
+    """Raises UsageError if `open_shard` would, for a reason seen at once."""
 
   @classmethod
   def open_shard(
@@ -100,7 +106,7 @@ class Source(abc.ABC):
     """The source of one of these files alone, from nothing but that file.
 
     Args:
-      path: of the file.
+      path: of the file, with whose name those of its samples begin.
       **options: the constructor's other arguments.
 
     Raises:

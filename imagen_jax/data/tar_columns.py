@@ -4,6 +4,7 @@ The columns come from the index (sizes), the tar (captions), and the table that
 img2dataset writes beside a tar, which is joined by the samples' keys.
 """
 
+import contextlib
 import dataclasses
 import os
 import tarfile
@@ -112,6 +113,17 @@ def examine(
   return Columns(codes, captions, bad)
 
 
+def check(
+  shard: str, where: Sequence[str] | None, captions: Sequence[str] | str | None
+) -> None:
+  """Raises UsageError if a tar's table, which is there, lacks a column."""
+  columns = [captions] if isinstance(captions, str) else captions
+  wanted = Wanted(conditions.parse(where), columns)
+  if wanted.table:
+    with contextlib.suppress(DataError):  # of this tar, not of all
+      _table(shard, wanted)
+
+
 def _captions(
   count: int, read: Callable[[int], tuple[str, ...]], bad: dict[int, str]
 ) -> list[tuple[str, ...]]:
@@ -150,9 +162,27 @@ def _joined(
   rows: np.ndarray, shard: str, file: str, wanted: Wanted
 ) -> list[dict[str, Any]]:
   """The table's row of each sample; {} where there is none."""
-  stem = next(
-    shard.removesuffix(k) for k in tar_scan.KINDS if shard.endswith(k)
-  )
+  place, table = _table(shard, wanted)
+  known = {str(row[KEY]): row for _, row in table.rows}
+  with thread_pool() as pool:
+    names = pool.map(lambda row: member(file, int(row['image'])), rows)
+    # `tar -C folder .` puts ./ before the names.
+    keys = [
+      os.path.splitext(os.path.normpath(name.lstrip('/')))[0] for name in names
+    ]
+  joined = [known.get(key, {}) for key in keys]
+  if keys and not any(joined):
+    raise DataError(
+      f'{place} is not the table of {shard}: it has none of its keys, such as '
+      f'{keys[0]}.'
+    )
+  return joined
+
+
+def _table(shard: str, wanted: Wanted) -> tuple[str, metadata.Table]:
+  """(path, table) of what img2dataset writes beside a tar."""
+  found = (shard.removesuffix(k) for k in tar_scan.KINDS if shard.endswith(k))
+  stem = next(found, shard)
   place = f'{stem}.parquet'
   if not bucket.at(place).exists():
     raise DataError(
@@ -167,14 +197,4 @@ def _joined(
       f'{place} has no column {KEY}, which names the samples of the tar; it '
       f'has {", ".join(table.columns)}.'
     )
-  known = {str(row[KEY]): row for _, row in table.rows}
-  with thread_pool() as pool:
-    names = pool.map(lambda row: member(file, int(row['image'])), rows)
-    keys = [os.path.splitext(name.lstrip('/'))[0] for name in names]
-  joined = [known.get(key, {}) for key in keys]
-  if keys and not any(joined):
-    raise DataError(
-      f'{place} is not the table of {shard}: it has none of its keys, such as '
-      f'{keys[0]}.'
-    )
-  return joined
+  return place, table

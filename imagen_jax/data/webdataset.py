@@ -165,8 +165,15 @@ class WebDatasetSource(Checked):
     return codes
 
   @classmethod
-  def find_shards(cls, path: str) -> list[str]:
-    return [*find_tars(path)]
+  def find_shards(cls, path: str) -> dict[str, str]:
+    found = find_tars(path)
+    # Not their common folder, which is another if some vanish.
+    root = ranges.top(path, found)
+    return {below(root, tar): tar for tar in found}
+
+  @classmethod
+  def check_shard(cls, path: str, **options: Any) -> None:
+    tar_columns.check(path, options.get('where'), options.get('captions'))
 
   @classmethod
   @contextlib.contextmanager

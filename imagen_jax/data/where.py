@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int8
 from imagen_jax.errors import UsageError
 
 _PARTS = re.compile(r'\s*([^\s<>=!]+)\s*(<=|>=|==|!=|<|>)\s*(.*\S)\s*')
+_QUOTED = re.compile(r'([\'"])(.*)\1')
 _COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
   '<': operator.lt,
   '<=': operator.le,
@@ -80,7 +81,8 @@ def parse(texts: Iterable[str] | None) -> tuple[Condition, ...]:
   for text in [texts] if isinstance(texts, str) else texts or ():
     parts = _PARTS.fullmatch(text) if isinstance(text, str) else None
     column, compare, value = parts.groups() if parts else ('', '', '')
-    number = _number(value)
+    bare = _QUOTED.sub(r'\2', value)
+    number = _number(value)  # "5" is a word
     word = np.isnan(number)
     if not parts or (word and compare not in ('==', '!=')):
       raise UsageError(
@@ -89,7 +91,7 @@ def parse(texts: Iterable[str] | None) -> tuple[Condition, ...]:
         'as side>=512 or NSFW==UNLIKELY.',
         key=KEY,
       )
-    found.append(Condition(text, column, compare, value if word else number))
+    found.append(Condition(text, column, compare, bare if word else number))
   return tuple(found)
 
 

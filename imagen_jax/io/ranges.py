@@ -4,6 +4,7 @@ import fnmatch
 import glob
 import os
 import re
+from collections.abc import Container
 from typing import Any, TypeAlias
 
 from imagen_jax.errors import DataError
@@ -59,6 +60,19 @@ def expand(pattern: str) -> list[str]:
     for number in numbers
     for name in expand(f'{head}{number:0{len(first)}d}{tail}')
   ]
+
+
+def top(path: str, found: Container[str]) -> str:
+  """The folder below which all lies that a path or pattern can ever match.
+
+  Args:
+    path: see `find`.
+    found: what it matches now.
+  """
+  magic = re.search(r'[*?[{]', path)
+  if path in found or (magic and not os.path.isdir(path)):
+    return os.path.dirname(path[: magic.start() if magic else None]) or '.'
+  return path.rstrip('/') or '/'
 
 
 def find(path: str, suffixes: tuple[str, ...]) -> dict[str, State | None]:

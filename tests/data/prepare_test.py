@@ -20,9 +20,16 @@ from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.merge import merge
 from imagen_jax.data.prepare import attempt, prepare_shard
 from imagen_jax.data.records import Part
+from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import bucket as buckets
-from tests.data.webdataset_test import encoded, pixels, sample, write
+from tests.data.webdataset_test import (
+  encoded,
+  pixels,
+  sample,
+  write,
+  write_table,
+)
 from tests.prepared import begun, prepare
 
 SAYS = ('report.html', 'report.json')  # with measured times
@@ -335,6 +342,39 @@ def test_a_lost_shard_is_named_and_the_others_are_prepared(
   assert tree(out) == tree(whole)
 
 
+def test_tars_of_equal_names_in_folders_are_told_apart(tmp_path):
+  tars = tmp_path / 'tars'
+  for folder in 'a', 'b':
+    (tars / folder).mkdir(parents=True)
+    small = ('1.png', encoded(pixels(1, 9, 9))), ('1.txt', b'small')
+    write(tars / folder / '0.tar', [*sample('0', ord(folder)), *small])
+  out, given = tmp_path / 'out', {'kind': 'webdataset', 'path': str(tars)}
+  prepare(out, **given)
+  lines = (out / 'dropped.jsonl').read_text().splitlines()
+  names = [json.loads(line)['name'] for line in lines]
+  assert names == ['a/0.tar/1.png', 'b/0.tar/1.png']
+  assert 'b/0.tar/1.png' in (out / 'report.html').read_text()
+  # Without the others of one, it is the same.
+  (tars / 'a' / '0.tar').unlink()
+  spec, found = begun(out, **given)
+  assert [shard.name for shard in found] == ['a/0.tar', 'b/0.tar']
+  assert str(found[0]) == str(tars / 'a' / '0.tar')
+  prepare_shard(found[1], out, spec)
+
+
+@pytest.mark.parametrize(
+  'path, top',
+  [
+    ('', ''), ('/', ''), ('/below', '/below'), ('/*.tar', ''),
+    ('/0.tar', ''), ('/**/{0..3}.tar', ''), ('/below/[12].tar', '/below'),
+  ],
+)  # fmt: skip
+def test_a_tars_name_depends_on_the_path_alone(tars, path, top):
+  found = WebDatasetSource.find_shards(f'{tars}{path}')
+  for name, tar in found.items():
+    assert os.path.samefile(tar, f'{tars}{top}/{name}') and '..' not in name
+
+
 def test_tars_that_are_new_are_another_set(tars, tmp_path):
   prepare(tmp_path / 'out', **from_tars(tars))
   write(tars / 'new.tar', sample('new', 50))
@@ -468,14 +508,18 @@ def test_imagen_prepare_names_what_is_wrong(
     (['--aspect', 'buckets', '--size', 60], '--aspect'),
     (['--where', 'side=5'], '--where'),
     (['--split', 'eval'], '--split'),
+    (['--where', 'similar>0.3'], '--where'),
+    (['--where', 'similarity>0.3', '--captions', 'alt'], '--captions'),
   ],
 )
 def test_what_is_wrong_for_every_tar_is_said_before_the_first(
   words, named, tars, tmp_path, capsys
 ):
+  write_table(tars / '0.tar', [{'key': '00', 'similarity': 0.5}])
   command = ['--source', 'webdataset', '--path', tars, '--size', 16]
   assert run(*command, '--out', tmp_path / 'out', *words) == 2
-  assert named in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert said.count(named) == 1 and len(said.splitlines()) == 1
   assert not (tmp_path / 'out').exists()
 
 

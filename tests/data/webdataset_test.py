@@ -579,6 +579,14 @@ def test_captions_out_of_the_table_beside_a_tar(tmp_path):
   assert len(WebDatasetSource(tar, 16, where=('caption_words>=2',))) == 6
 
 
+def test_a_table_is_joined_whatever_tar_puts_before_the_names(tmp_path):
+  tar, rows = as_img2dataset(tmp_path)
+  write(tar, [(f'./{name}', data) for name, data in good(6)])
+  write_table(tar, rows)
+  source = WebDatasetSource(tar, 16, captions='caption', max_bad=0)
+  assert [source.caption(i) for i in (0, 5)] == ['image 0', 'image 5']
+
+
 def test_a_table_that_does_not_fit_its_tar_is_refused(tmp_path):
   tar, rows = as_img2dataset(tmp_path)
   where = ('similarity>=0.2',)

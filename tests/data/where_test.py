@@ -33,6 +33,12 @@ def test_words_are_equal_or_not_and_a_missing_one_never_passes():
   ]  # fmt: skip
 
 
+@pytest.mark.parametrize('value', ['"Not safe"', "'not safe'", 'NOT SAFE'])
+def test_quotes_around_a_word_are_no_part_of_it(value):
+  (condition,) = where.parse([f'nsfw == {value}'])
+  assert condition.holds(['not safe', '"not safe"']).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
   'text', ['', 'side', 'side>', '>3', 'side=3', 'a b>3', 'nsfw<unlikely', 3]
 )
