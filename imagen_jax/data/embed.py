@@ -26,7 +26,7 @@ from imagen_jax.data.embeddings import FORMAT_VERSION, HEADER, IDENTITY
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.records import Part, Records
 from imagen_jax.data.shards import short
-from imagen_jax.errors import DataError, UsageError
+from imagen_jax.errors import DataError, NumericError, UsageError
 from imagen_jax.io import bucket, embeddings, files
 from imagen_jax.io.decode import BadSample
 from imagen_jax.io.files import AnyPath
@@ -101,6 +101,7 @@ def embed(
     UsageError: `out` has embeddings of another encoder or of other images.
     DataError: the set is unusable; or parts of it are, after all others have
       been embedded.
+    NumericError: an embedding is NaN or Inf.
   """
   folder = bucket.at(out)
   images, parts, missing = read_set(bucket.at(path))
@@ -204,6 +205,12 @@ def _write(
       packed: list[tuple[int, bytes]] = [(0, b'')] * len(ids)
       for i, rows in encoder.encode(ids, mask):
         tokens = rows[: mask[i].sum()]
+        if not np.isfinite(tokens).all():
+          raise NumericError(
+            f'the text encoder gives NaN or Inf for caption {i} of the '
+            f'{len(ids)} read from {chunk.part.path}; check its weights, or '
+            'embed with --dtype float32 if it was bfloat16.'
+          )
         packed[i] = embeddings.pack_caption(tokens, encoder.identity['store'])
       numbers['captions'] += len(ids)
       numbers['tokens'] += int(mask.sum())

@@ -209,7 +209,13 @@ def _parts(
   for part in parts:
     name = os.path.basename(part.path)
     entry = named.get(name)
-    if entry is None or (entry['of'], entry['count']) != (of[name], part.count):
+    if entry is None:
+      raise DataError(
+        f'{folder} has no embeddings of {name}, whose images were all left out '
+        'as duplicates when the others were embedded; repeat the imagen-embed '
+        'command, which adds them.'
+      )
+    if (entry['of'], entry['count']) != (of[name], part.count):
       raise DataError(
         f'{folder} was made for other images than those of {part.path}; make '
         'it again with imagen-embed, in another folder, or set data.text=None.'

@@ -14,6 +14,7 @@ import hashlib
 import json
 import mimetypes
 import pathlib
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -59,19 +60,22 @@ class FolderSource(Checked):
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     self.path = pathlib.Path(path)
-    found, rows, bad = self._find()
-    self.unused = dict(_unused(self.path, found.keys() | bad.keys()))
-    sizes, unreadable = _check(self.path, list(found))
-    names = [*sizes]
+    table_file = _table_fileof(self.path)
+    found, rows, bad = self._find(table_file)
+    known = found.keys() | bad.keys()
+    self.unused = dict(_unused(self.path, known, table_file))
+    states, unreadable = _check(self.path, list(found))
+    names = [*states]
     columns: dict[str, Any] = {}
     if self.conditions:
       columns = {
         one.column: [rows[name].get(one.column) for name in names]
         for one in self.conditions
       } | conditions.caption_columns([found[name] for name in names])
-    table = np.array([*sizes.values()], np.int64).reshape(-1, 2)
-    order, left = self.select(names, table, columns)
+    table = np.array([*states.values()], np.int64).reshape(-1, 3)
+    order, left = self.select(names, table[:, :2], columns)
     self.names = tuple(names[i] for i in order)
+    self._crcs = table[order, 2].tolist()
     self._captions = tuple(found[name] for name in self.names)
     return bad | unreadable, left
 
@@ -80,8 +84,8 @@ class FolderSource(Checked):
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the names and captions."""
-    whole = json.dumps([self.names, self._captions])
+    """sha256 of the names, the captions, and the images' checksums."""
+    whole = json.dumps([self.names, self._captions, self._crcs])
     return hashlib.sha256(whole.encode()).hexdigest()
 
   def name(self, i: int) -> str:
@@ -104,25 +108,16 @@ class FolderSource(Checked):
       raise BadSample('it does not exist') from None
 
   def _find(
-    self,
+    self, table_file: pathlib.Path | None
   ) -> tuple[dict[str, tuple[str, ...]], dict[str, dict], dict[str, str]]:
     """({name: captions}, {name: row of the metadata}, {name: problem}).
 
     Sorted by name.
     """
     path = self.path
-    if not path.is_dir():
-      raise DataError(
-        f'{path} is not a folder: set data.path to one that holds images.'
-      )
-    tables = [path / f'metadata{suffix}' for suffix in metadata.SUFFIXES]
-    tables = [file for file in tables if file.is_file()]
-    if len(tables) > 1:
-      names = ' and '.join(file.name for file in tables)
-      raise DataError(f'{path} has {names}; keep one of them.')
     raw: dict[str, Any]
-    if tables:
-      raw, rows, bad = _read_metadata(tables[0], self.columns)
+    if table_file:
+      raw, rows, bad = _read_metadata(table_file, self.columns)
       known = {name for row in rows.values() for name in row}
     else:
       metadata.check_columns(self.columns or (), (), path)
@@ -132,11 +127,25 @@ class FolderSource(Checked):
     found = {}
     for name in sorted(raw):
       try:
-        texts = raw[name] if tables else _read_captions(path / name)
+        texts = raw[name] if table_file else _read_captions(path / name)
         found[name] = clean_captions(texts)
       except BadSample as error:
         bad[name] = str(error)
     return found, rows, bad
+
+
+def _table_fileof(path: pathlib.Path) -> pathlib.Path | None:
+  """The metadata of a folder, which list its images; None: there are none."""
+  if not path.is_dir():
+    raise DataError(
+      f'{path} is not a folder: set data.path to one that holds images.'
+    )
+  tables = [path / f'metadata{suffix}' for suffix in metadata.SUFFIXES]
+  tables = [file for file in tables if file.is_file()]
+  if len(tables) > 1:
+    names = ' and '.join(file.name for file in tables)
+    raise DataError(f'{path} has {names}; keep one of them.')
+  return tables[0] if tables else None
 
 
 def _images(path: pathlib.Path) -> Iterator[str]:
@@ -147,7 +156,9 @@ def _images(path: pathlib.Path) -> Iterator[str]:
       yield name.as_posix()
 
 
-def _unused(path: pathlib.Path, known: Collection[str]) -> Iterator[tuple]:
+def _unused(
+  path: pathlib.Path, known: Collection[str], table_file: pathlib.Path | None
+) -> Iterator[tuple]:
   """(name, reason) of the images that are no samples, sorted by name."""
   for file in sorted(path.rglob('*')):
     name = file.relative_to(path)
@@ -157,8 +168,8 @@ def _unused(path: pathlib.Path, known: Collection[str]) -> Iterator[tuple]:
     if image and not files.is_hidden(name) and name.as_posix() not in known:
       yield (
         name.as_posix(),
-        'metadata.jsonl does not list it'
-        if suffix in SUFFIXES
+        f'{table_file.name} does not list it'
+        if table_file and suffix in SUFFIXES
         else f'only {", ".join(SUFFIXES)} are read',
       )
 
@@ -204,8 +215,8 @@ def _read_captions(image: pathlib.Path) -> list[bytes]:
 
 def _check(
   path: pathlib.Path, names: Sequence[str]
-) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-  """({name: (width, height)}, {name: what is wrong}), both sorted.
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+  """({name: (width, height, CRC-32)}, {name: what is wrong}), both sorted.
 
   Cached; an image is read again if its `_state` has changed.
   """
@@ -215,17 +226,27 @@ def _check(
   states = {name: _state(path / name) for name in names}
   new = [n for n in names if known.get(n, ())[:2] != states[n]]
   found, bad = survey(
-    new, lambda name: inspect(path / name), f'checking {path}'
+    new,
+    lambda name: (*inspect(path / name), _crc(path / name)),
+    f'checking {path}',
   )
-  sizes: dict[str, tuple[int, int]] = {
-    name: found.get(name) or (known[name][2], known[name][3])
+  good: dict[str, tuple[int, ...]] = {
+    name: found.get(name) or known[name][2:]
     for name in names
     if name not in bad
   }
   if new:
-    table = [[*states[name], *size] for name, size in sizes.items()]
-    index_cache.save('folder', location, {'names': list(sizes)}, table)
-  return sizes, bad
+    table = [[*states[name], *row] for name, row in good.items()]
+    index_cache.save('folder', location, {'names': list(good)}, table)
+  return good, bad
+
+
+def _crc(file: pathlib.Path) -> int:
+  crc = 0
+  with file.open('rb') as data:
+    while some := data.read(2**20):
+      crc = zlib.crc32(some, crc)
+  return crc
 
 
 def _state(file: pathlib.Path) -> tuple[int, int]:

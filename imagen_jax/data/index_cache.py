@@ -15,7 +15,7 @@ import numpy as np
 from imagen_jax.data.checked import UNREADABLE
 from imagen_jax.io import files, paths
 
-VERSION = 3
+VERSION = 4
 
 
 def cached(

@@ -23,7 +23,12 @@ from imagen_jax.data import report
 from imagen_jax.data.arrayrecord import DATASET, DUPLICATES
 from imagen_jax.data.checked import EXAMPLES
 from imagen_jax.data.claim import claimed_shards, read_claim
-from imagen_jax.data.prepare import WORDS, read_failure, read_report
+from imagen_jax.data.prepare import (
+  WORDS,
+  is_whole,
+  read_failure,
+  read_report,
+)
 from imagen_jax.data.progress import Progress
 from imagen_jax.data.report import Thumbnail
 from imagen_jax.data.shards import Shard, digest
@@ -144,9 +149,7 @@ def _read(
     part = read_report(file)
     if part['spec'] != of or part['shard'] != shard.identity:
       return f'{file} was written by another spec; remove it.'
-    whole = part['bytes'] == sizes[file.name]
-    if whole and not bucket.is_bucket(str(folder)):
-      whole = part['sha256'] == files.digest(file)['sha256']
+    whole = is_whole(file, part, sizes[file.name])
     _ = [part[key] for key in (*PART, *COUNTED)]
     return part if whole else f'{file} is damaged; prepare it again.'
   except (DataError, OSError) as error:

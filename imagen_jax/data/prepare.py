@@ -16,7 +16,7 @@ import hashlib
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.data.arrayrecord import DATASET, pack, unpack, write_records
@@ -84,6 +84,8 @@ def attempt(
       part = finished(file, shard, spec)
       if part:  # another worker's, whose merge has removed this one's file
         return Outcome(shard.number, str(shard), part['count'])
+      # What is there is damaged, or of the tar as it was.
+      file.with_suffix('.json').unlink(missing_ok=True)
       failure = {'format_version': FORMAT_VERSION, 'reason': problem}
       files.write_json(_failed(file), failure)
     except Exception as another:
@@ -153,12 +155,27 @@ def finished(
   """The report of a part that is complete, undamaged, and of this shard."""
   try:
     part = read_report(file)
-    whole = part['sha256'] == files.digest(file)['sha256']
+    whole = is_whole(file, part, ranges.state(str(file))[0])
     same = part['shard'] == shard.identity
     same = same and part['spec'] == digest(spec.header())
   except (DataError, OSError, KeyError):
     return None
   return part if whole and same and not _changed(part, shard) else None
+
+
+def is_whole(file: pathlib.Path, part: Mapping[str, Any], size: int) -> bool:
+  """Whether a part is as its report states; in a bucket, whether its size is.
+
+  An object is whole or not there, and to read all of them takes hours.
+
+  Args:
+    file: of the part.
+    part: its report.
+    size: of the file.
+  """
+  if part['bytes'] != size or bucket.is_bucket(str(file)):
+    return part['bytes'] == size
+  return part['sha256'] == files.digest(file)['sha256']
 
 
 def _changed(part: dict[str, Any], shard: Shard) -> bool:

@@ -12,8 +12,9 @@ from PIL import Image
 from imagen_jax.cli import embed as command_line
 from imagen_jax.data import arrayrecord, embed
 from imagen_jax.data.arrayrecord import ArrayRecordSource, write_records
+from imagen_jax.data.merge import merge
 from imagen_jax.data.sources import make_source
-from imagen_jax.errors import DataError, UsageError
+from imagen_jax.errors import DataError, NumericError, UsageError
 from imagen_jax.io.embeddings import pack
 from tests import prepared
 
@@ -99,6 +100,23 @@ def test_an_image_left_out_as_a_duplicate_keeps_its_place(tmp_path):
   prepared.add_text(tmp_path / 'out')
   found = source(tmp_path / 'out')
   assert [int(example['text'][0, 0]) for example in found] == [0, 1, 3, 4]
+
+
+def test_a_part_whose_images_are_duplicates_no_more_is_said_to_lack_embeddings(
+  tmp_path,
+):
+  for i in range(4):
+    Image.new('RGB', (16, 16), (i % 2, 0, 0)).save(tmp_path / f'{i}.png')
+    (tmp_path / f'{i}.txt').write_text(f'caption {i}')
+  out, made = tmp_path / 'out', dict(kind='folder', path=str(tmp_path))
+  prepared.prepare(out, part_size=2, remove_duplicates=True, **made)
+  prepared.add_text(out)
+  merge(out, max_bad=0)
+  with pytest.raises(DataError, match='part-00001.*repeat') as error:
+    source(out)
+  assert 'other images' not in str(error.value)
+  prepared.add_text(out)
+  assert [int(e['text'][0, 0]) for e in source(out)] == [0, 1, 2, 3]
 
 
 def test_a_run_may_leave_the_embeddings_alone(out):
@@ -279,6 +297,21 @@ def test_a_full_disk_stops_at_once(out, monkeypatch):
   with pytest.raises(DataError, match='part-00000'):
     prepared.add_text(out)
   assert len(parts) == 1
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_not_stored(out, value):
+  fake = prepared.encoder()
+
+  def broken(captions, mask):
+    for i, rows in fake.encode(captions, mask):
+      rows[-1, -1] = value if captions[i].startswith('caption 5') else 1
+      yield i, rows
+
+  with pytest.raises(NumericError, match='part-00001'):
+    prepared.add_text(out, made=dataclasses.replace(fake, encode=broken))
+  stored = {p.stem for p in (out / 'text' / 'fake').iterdir()}
+  assert stored == {'part-00000'}
 
 
 def test_captions_are_read_a_few_at_a_time(out, monkeypatch):

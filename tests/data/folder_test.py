@@ -219,6 +219,7 @@ def test_a_row_without_an_image_is_bad_and_an_image_without_a_row_unused(
   source = FolderSource(tmp_path, 16, max_bad=0.5)
   assert source.names == ('here.png',) and list(source.bad) == ['gone.png']
   assert [name for name, _ in source.skipped] == ['gone.png', 'other.png']
+  assert 'metadata.csv' in dict(source.skipped)['other.png']
 
 
 def test_conditions_on_images_and_captions(tmp_path):

@@ -177,6 +177,11 @@ def test_other_settings_or_other_files_are_not_overwritten(images, tmp_path):
   with pytest.raises(UsageError, match='fingerprint') as error:
     prepare(out, **options)
   assert error.value.key == 'out'
+  (images / '0.txt').write_text('caption 0 ü')
+  prepare(out, **options)
+  (images / '1.png').write_bytes((images / '0.png').read_bytes())
+  with pytest.raises(UsageError, match='fingerprint'):
+    prepare(out, **options)
 
 
 def test_a_worker_of_another_version_does_not_mix_its_images(
@@ -373,6 +378,26 @@ def test_a_tars_name_depends_on_the_path_alone(tars, path, top):
   found = WebDatasetSource.find_shards(f'{tars}{path}')
   for name, tar in found.items():
     assert os.path.samefile(tar, f'{tars}{top}/{name}') and '..' not in name
+
+
+def test_a_part_of_a_tar_that_is_cut_now_is_lost_until_it_is_mended(
+  tars, tmp_path, capsys
+):
+  whole, out, bad = tmp_path / 'whole', tmp_path / 'out', tars / '1.tar'
+  prepare(whole, **from_tars(tars))
+  command = ['--source', 'webdataset', '--path', tars, '--size', 16]
+  command += ['--out', out, '--workers', 1, '--max_bad', 0.1]
+  assert run(*command) == 0
+  good = bad.read_bytes()
+  bad.write_bytes(good[: len(good) // 2])
+  capsys.readouterr()
+  assert run(*command) == 3
+  assert '1.tar' in capsys.readouterr().err
+  assert run(*command, '--max_bad', 0.5) == 0
+  assert len(ArrayRecordSource(out, 16)) == 14
+  bad.write_bytes(good)
+  assert run(*command) == 0
+  assert tree(out) == tree(whole)
 
 
 def test_tars_that_are_new_are_another_set(tars, tmp_path):
@@ -572,7 +597,7 @@ def test_jobs_of_an_array_and_a_merge_are_one_command(tars, tmp_path, capsys):
   assert timing['images'] == 18 and timing['images_per_process_second'] > 0
 
 
-def test_a_bucket_gets_the_bytes_of_a_disk(tars, tmp_path, bucket):
+def test_a_bucket_gets_the_bytes_of_a_disk(tars, tmp_path, bucket, monkeypatch):
   prepare(tmp_path / 'whole', **from_tars(tars))
   url = f'{bucket.url}/prepare-tars'
   buckets.filesystem(url).put(str(tars), url, recursive=True)
@@ -580,7 +605,9 @@ def test_a_bucket_gets_the_bytes_of_a_disk(tars, tmp_path, bucket):
   command = ['--source', 'webdataset', '--path', f'{url}/**/*.tar']
   command += ['--size', 16, '--out', out, '--workers', 1, '--max_bad', 0.1]
   command[3] = url
-  for _ in range(2):
+  assert run(*command) == 0
+  with monkeypatch.context() as m:  # no finished part is downloaded again
+    m.setattr('imagen_jax.io.files.digest', None)
     assert run(*command) == 0
   assert tree(bucket.folder / 'prepare-out') == tree(tmp_path / 'whole')
   assert len(ArrayRecordSource(out, 16)) == 18
