@@ -59,7 +59,7 @@ def buckets(max_len: int) -> list[int]:
 
 def encode_by_length(
   module: TextTower, params: Params, ids: Int[Array, 'b l'], mask: TextMask
-) -> TextEmb:
+) -> tuple[TextEmb, Float[Array, ' buckets']]:
   """`encode_tokens` in a training step, with little work on padding.
 
   Each device sorts its captions by length and encodes them in up to `PARTS`
@@ -70,11 +70,12 @@ def encode_by_length(
     module, params, ids, mask: see `encode_tokens`.
 
   Returns:
-    [B, L, D] float32, equal to `encode_tokens` up to rounding.
+    [B, L, D] float32, equal to `encode_tokens` up to rounding; and the fraction
+    of the captions that was encoded in each of `buckets(L)`.
   """
   length, sizes = ids.shape[1], buckets(ids.shape[1])
   if len(sizes) == 1:
-    return encode_tokens(module, params, ids, mask)
+    return encode_tokens(module, params, ids, mask), jnp.ones(1)
 
   def sort(ids: Array, mask: Array) -> tuple[jax.Array, ...]:
     """A device's rows as [parts, rows / parts, …], and their order."""
@@ -90,15 +91,16 @@ def encode_by_length(
     emb = encode_tokens(module, params, ids[:, :size], mask[:, :size])
     return jnp.pad(emb, ((0, 0), (0, length - size), (0, 0)))
 
-  def part(given: tuple[Array, Array]) -> jax.Array:
+  def part(given: tuple[Array, Array]) -> tuple[jax.Array, jax.Array]:
     ids, mask = map(sharding.constrain_batch, given)
     bucket = jnp.sum(_longest(mask).max() > jnp.array(sizes[:-1]))
     branches = [functools.partial(encode, size) for size in sizes]
-    return sharding.constrain_batch(jax.lax.switch(bucket, branches, ids, mask))
+    emb = jax.lax.switch(bucket, branches, ids, mask)
+    return sharding.constrain_batch(emb), jax.nn.one_hot(bucket, len(sizes))
 
   *given, order = sharding.per_device(sort, (0, 0), (1, 1, 0))(ids, mask)
-  emb = jax.lax.map(part, tuple(given))
-  return sharding.per_device(unsort, (0, 1), 0)(order, emb)
+  emb, ran = jax.lax.map(part, tuple(given))
+  return sharding.per_device(unsort, (0, 1), 0)(order, emb), ran.mean(axis=0)
 
 
 def _longest(mask: Array) -> Any:

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -163,10 +163,19 @@ class Experiment(abc.ABC):
     """The batch as `loss` takes it; computed once a step, no gradient.
 
     `loss` may be given a part of it at a time, with a key for each: what
-    depends on the whole batch is made here.
+    depends on the whole batch is made here. Its entry `measured` is a dict of
+    further metrics of the step.
     """
     del key, frozen
     return batch
+
+  def spared_flops(self) -> Sequence[float]:
+    """FLOPs that a step takes less than `count_flops` finds, by text bucket.
+
+    If all captions were encoded in that one of `text.encoder.buckets`; the
+    fraction of each is the metric `text_buckets`. Empty: it takes them all.
+    """
+    return ()
 
   def frozen_spec(self) -> Tree:
     """Shapes of the frozen arrays."""

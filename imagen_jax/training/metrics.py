@@ -37,6 +37,7 @@ class Metrics:
     devices: number of devices that run a step.
     flops: FLOPs of a step over all devices, or None.
     model_flops: those without rematerialization.
+    spared: see `Experiment.spared_flops`.
     peak: peak FLOPs per second of a device, or None.
     loggers: from `loggers.make_loggers`.
   """
@@ -50,6 +51,7 @@ class Metrics:
   devices: int = 1
   flops: float | None = None
   model_flops: float = 0.0
+  spared: Sequence[float] = ()
   peak: float | None = None
   loggers: Sequence[Logger] = ()
 
@@ -95,7 +97,7 @@ class Metrics:
     spent = {part: self._spent[part] - before[part] for part in TRAINING}
     seconds = max(sum(spent.values()), 1e-9)
     row: dict[str, Any] = {'step': step, **_means(recent), **values}
-    row |= self._speed(images, steps, seconds)
+    row |= self._speed(images, steps, seconds, recent)
     row['data_wait_percent'] = round(100 * spent['data_wait'] / seconds, 1)
     row |= _pace(paced, slow)
     row['goodput_percent'] = round(ledgers.goodput(self._spent), 2)
@@ -122,7 +124,9 @@ class Metrics:
     self.ledger.move(waited * len(paced), 'step', 'data_wait')
     return pace.find_slow(hosts)
 
-  def _speed(self, images: int, steps: int, seconds: float) -> dict[str, float]:
+  def _speed(
+    self, images: int, steps: int, seconds: float, recent: Sequence[Results]
+  ) -> dict[str, float]:
     """Images and FLOPs per second, and fractions of the peak."""
     rate = images * steps / seconds
     row = {
@@ -130,8 +134,12 @@ class Metrics:
       'images_per_sec_per_device': round(rate / self.devices, 3),
     }
     if self.flops and steps:
+      spared = 0.0
+      if len(self.spared) and recent:
+        ran = np.mean([values['text_buckets'] for values in recent], axis=0)
+        spared = float(ran @ np.array(self.spared))
       model, hardware = (
-        flops * steps / seconds / self.devices
+        (flops - spared) * steps / seconds / self.devices
         for flops in (self.model_flops, self.flops)
       )
       row['tflops_per_device'] = float(f'{model / 1e12:.4g}')

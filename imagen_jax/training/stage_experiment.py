@@ -22,7 +22,9 @@ from imagen_jax.io import model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
   TextEncoder,
+  buckets,
   encode_by_length,
+  encode_tokens,
   find_mark,
   load_text_encoder,
 )
@@ -35,6 +37,7 @@ from imagen_jax.training.experiment import (
   Tree,
 )
 from imagen_jax.training.export import export_stage
+from imagen_jax.training.flops import count_flops
 from imagen_jax.training.preview import make_image_preview
 from imagen_jax.typing import Array
 
@@ -139,13 +142,14 @@ class StageExperiment(Experiment):
     return stages.init_params(self.stage, key)
 
   def condition(self, key: jax.Array, batch: Tree, frozen: Tree) -> Tree:
-    text = batch.get('text')
+    text, measured = batch.get('text'), {}
     if text is None:
-      text = encode_by_length(
+      text, measured['text_buckets'] = encode_by_length(
         self.text.module, frozen, batch['ids'], batch['mask']
       )
     text = jax.lax.stop_gradient(text.astype(jnp.float32))
     made = {'image': batch['image'], 'text': text, 'mask': batch['mask']}
+    made['measured'] = measured
     if self.stage.stratified:
       made['t'] = times(key, len(text), stratified=True)
     return made
@@ -174,6 +178,20 @@ class StageExperiment(Experiment):
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.text.params
     )
+
+  def spared_flops(self) -> list[float]:
+    if self.cached_text:
+      return []
+    module, params = self.text.module, self.text.params
+
+    def flops(length: int) -> float:
+      shape = self.config.train.batch_size, length
+      tokens = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool))
+      encode = functools.partial(encode_tokens, module)
+      return count_flops(jax.make_jaxpr(encode)(params, *tokens))
+
+    *some, longest = map(flops, buckets(self.config.text.max_len))
+    return [longest - each for each in (*some, longest)]
 
   def load_frozen(self) -> Tree:
     if self.cached_text:

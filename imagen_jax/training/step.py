@@ -48,7 +48,8 @@ def make_train_step(
       uses the same noise as an uninterrupted one.
     ema_limit: the EMA's decay after its warm-up.
     condition: (key, batch, frozen) -> batch, computed once a step without a
-      gradient, such as embedding the captions.
+      gradient, such as embedding the captions. An entry `measured` of the
+      batch is a dict of further metrics, and not given to `loss_fn`.
     accumulate: number of parts of the batch, whose gradients are computed in
       turn and averaged, to save memory; a divisor of B / number of devices.
       Each part has its own key, so the noise depends on this number.
@@ -68,7 +69,10 @@ def make_train_step(
     state: TrainState, batch: Tree, frozen: Tree
   ) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    batch = condition(condition_key(key), batch, frozen)
+    batch, measured = condition(condition_key(key), batch, frozen), {}
+    if isinstance(batch, dict):
+      batch = {**batch}
+      measured = batch.pop('measured', {})
     if accumulate == 1:
       (loss, bands), grads = gradient(state.params, key, batch, frozen)
     else:
@@ -76,7 +80,8 @@ def make_train_step(
       (loss, bands), grads = _accumulated(
         part, state.params, key, batch, accumulate, unroll
       )
-    return _update(state, tx, loss, grads, bands, ema_limit)
+    state, metrics = _update(state, tx, loss, grads, bands, ema_limit)
+    return state, metrics | measured
 
   return train_step
 

@@ -90,13 +90,14 @@ def test_a_step_embeds_by_length_what_it_would_embed_padded(folder, mesh):
   params, by_length = encoder.params, text_encoder.encode_by_length
   step = jax.jit(lambda *args: by_length(encoder.module, *args))
   if mesh is None:
-    emb = step(params, ids, mask)
+    emb, _ = step(params, ids, mask)
   else:
     made = sharding.make_mesh(*mesh, devices=jax.devices()[:4])
     place = sharding.state_shardings(params, made, min_size=2)
     batch = sharding.put_whole_batch((ids, mask), made)
     with jax.set_mesh(made):
-      emb = sharding.fetch(step(jax.device_put(params, place), *batch))
+      emb, _ = step(jax.device_put(params, place), *batch)
+      emb = sharding.fetch(emb)
   np.testing.assert_allclose(emb, padded, atol=1e-5)
 
 
@@ -110,9 +111,10 @@ def test_a_step_gives_each_part_of_its_captions_their_bucket(
     return jnp.full((*ids.shape, 1), ids.shape[1])
 
   monkeypatch.setattr(text_encoder, 'encode_tokens', spy)
-  emb = text_encoder.encode_by_length(encoder.module, {}, ids, mask)
+  emb, ran = text_encoder.encode_by_length(encoder.module, {}, ids, mask)
   assert emb.shape == (24, 64, 1)
   assert emb[:, 0, 0].tolist() == [32, 16, 16, 16] * 6
+  assert ran.tolist() == [0.75, 0.25, 0]  # of 16, 32 and 64 positions
 
 
 def test_max_len_comes_from_the_argument_the_folder_or_128(folder):

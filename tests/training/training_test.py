@@ -21,10 +21,11 @@ from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, NumericError, UsageError
 from imagen_jax.io import lock
 from imagen_jax.io.checkpoint import Checkpoints
-from imagen_jax.text.encoder import load_text_encoder
+from imagen_jax.text.encoder import encode_tokens, load_text_encoder
 from imagen_jax.training import loop, power_ema
 from imagen_jax.training import program as program_module
 from imagen_jax.training.experiment import make_experiment
+from imagen_jax.training.flops import count_flops
 from imagen_jax.training.guard import check_finite
 from imagen_jax.training.input import eval_batches, split_index, train_batches
 from imagen_jax.training.optimizer import learning_rate, matrix_axes, optimizer
@@ -235,6 +236,30 @@ def step(model):
   image = np.full((4, 8, 8, 3), [250, 20, 20], np.uint8)
   batch = {'image': image, 'ids': ids, 'mask': mask}
   return jax.jit(fn), state, batch, encoder.params
+
+
+def test_the_flops_that_short_captions_spare_are_those_of_their_encoding(model):
+  encoder = load_text_encoder(model / 'text')
+  config = tiny_model.config()
+  config.text.max_len, config.train.batch_size = 40, 4
+  made = StageExperiment(config, text=encoder)
+
+  def flops(function, *tokens):
+    return count_flops(jax.make_jaxpr(function)(encoder.params, *tokens))
+
+  def condition(text, **batch):
+    return made.condition(jax.random.key(0), batch, text)['text']
+
+  batch = made.batch_spec(4)
+  whole = flops(lambda text, batch: condition(text, **batch), batch)
+  for spared, size in zip(made.spared_flops(), (16, 32, 40), strict=True):
+    tokens = [
+      jax.ShapeDtypeStruct((4, size), kind) for kind in (jnp.int32, bool)
+    ]
+    alone = flops(functools.partial(encode_tokens, encoder.module), *tokens)
+    assert whole - spared == pytest.approx(alone, rel=0.02)
+  cached = StageExperiment(config, text=encoder, cached_text=True)
+  assert not cached.spared_flops()
 
 
 def test_loss_falls_on_one_repeated_batch(step):

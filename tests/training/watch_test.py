@@ -134,6 +134,23 @@ def test_the_loss_is_the_mean_over_its_bands(metrics, tmp_path):
   assert (row['goodput_percent'], row['seconds_data_wait']) == (75.0, 0.25)
 
 
+def test_a_text_encoder_counts_with_the_lengths_that_ran(metrics, tmp_path):
+  metrics, _, clock = metrics
+  metrics.flops, metrics.model_flops, metrics.peak = 1.2e12, 1e12, 2e12
+  metrics.spared = [4e11, 3e11, 0]
+  step = dict(loss=2.0, grad_norm=1.0, param_norm=3.0, skipped=0)
+  step |= dict(band_loss=np.ones(4), band_count=np.ones(4))
+  ran = [0.75, 0.0, 0.25], [0.25, 0.5, 0.25]
+  recent = [step | {'text_buckets': np.array(some)} for some in ran]
+  clock.pass_seconds(2)
+  metrics.log(2, 8, recent, [])
+  row = rows(tmp_path)[2]
+  spared = 0.5 * 0.4 + 0.25 * 0.3  # TFLOPs a step, of a second
+  assert row['tflops_per_device'] == pytest.approx(1 - spared)
+  assert row['mfu_percent'] == pytest.approx(50 * (1 - spared), abs=0.01)
+  assert row['hfu_percent'] == pytest.approx(50 * (1.2 - spared), abs=0.01)
+
+
 def test_evaluation_is_not_training_time(metrics, tmp_path):
   metrics, ledger, clock = metrics
   clock.pass_seconds(10)
