@@ -11,6 +11,8 @@ installed (`pip install img2dataset webdataset torch`):
   prepare            `prepare_shard`: index, decode, crop, area, encode, write
   resize (4:4:4)     the same without the files: bytes -> JPEG of quality 95
   resize (4:2:0)     with the chroma subsampled, as img2dataset stores it
+  resize (stored)    as `prepare (jpeg)` stores it: a JPEG of that size, not
+                     of more quality, keeps its bytes and is only checked
   img2dataset        its Resizer: bytes -> JPEG of quality 95, center_crop, area
   load               batches of a source of tars, area
   torch DataLoader   webdataset, Pillow's bicubic, as torchvision resizes
@@ -35,10 +37,14 @@ from imagen_jax.data.claim import claim
 from imagen_jax.data.encoding import Encoding
 from imagen_jax.data.prepare import prepare_shard
 from imagen_jax.data.webdataset import WebDatasetSource
-from imagen_jax.io.decode import decode
+from imagen_jax.io.decode import fitted
 
 CASES = ((512, 64), (512, 256), (1024, 64), (1024, 256), (1024, 1024))
-PAIRS = (('resize (4:2:0)', 'img2dataset'), ('load', 'torch DataLoader'))
+PAIRS = (
+  ('resize (4:2:0)', 'img2dataset'),
+  ('resize (stored)', 'img2dataset'),
+  ('load', 'torch DataLoader'),
+)
 BATCH = 16
 ROUNDS = 5  # the fastest counts: others disturb in one direction only
 
@@ -141,7 +147,9 @@ def measure(tar, size):
 
   def resize(subsampling):
     for one in data:
-      image = Image.fromarray(decode(one, size))
+      image = fitted(one, size)
+      if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
       image.save(io.BytesIO(), 'jpeg', quality=95, subsampling=subsampling)
 
   def load():  # without the threads of training, which would read ahead
@@ -154,6 +162,7 @@ def measure(tar, size):
     'prepare (jpeg)': lambda: prepared(tar, size, jpeg),
     'resize (4:4:4)': lambda: resize(0),
     'resize (4:2:0)': lambda: resize(2),
+    'resize (stored)': lambda: [jpeg.encode(fitted(x, size), x) for x in data],
     'load': load,
   }
   peers = {

@@ -241,13 +241,16 @@ def pack(example: Mapping[str, Any], encoding: Encoding = RAW) -> bytes:
   """A record of an example.
 
   Args:
-    example: `image` uint8 [h, w, 3], and `caption` or a sequence of `captions`.
+    example: `image` uint8 [h, w, 3] or of Pillow, `caption` or a sequence of
+      `captions`, and the encoded `file` if there is one.
     encoding: of the image.
   """
-  pixels = encoding.encode(example['image'])
+  image = example['image']
+  pixels = encoding.encode(image, example.get('file'))
+  array = isinstance(image, np.ndarray)
   header = {
     'captions': list(example.get('captions') or [example['caption']]),
-    'shape': example['image'].shape[:2],
+    'shape': image.shape[:2] if array else image.size[::-1],
     'image': len(pixels),
   }
   head = json.dumps(header).encode()

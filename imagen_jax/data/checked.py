@@ -27,7 +27,7 @@ from imagen_jax.data.source import Source
 from imagen_jax.errors import DataError
 from imagen_jax.io import aspect as aspects
 from imagen_jax.io import files
-from imagen_jax.io.decode import BadSample, decode
+from imagen_jax.io.decode import BadSample, decode, fitted
 from imagen_jax.io.files import AnyPath
 
 Key = TypeVar('Key')
@@ -236,6 +236,13 @@ class Checked(Source):
     data, captions = self.read(i)
     image = decode(data, self.size, self.resize, self.aspect)
     return {'image': image} | captioned(captions)
+
+  def to_store(self, i: int) -> dict[str, Any]:
+    if type(self).example is not Checked.example:
+      return self.example(i)
+    data, captions = self.read(i)
+    image = fitted(data, self.size, self.resize, self.aspect)
+    return {'image': image, 'file': data} | captioned(captions)
 
   def note(self, name: str, reason: str) -> None:
     """Counts a bad sample; raises DataError if there are too many."""

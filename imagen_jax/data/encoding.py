@@ -1,6 +1,7 @@
 """How the images of a prepared set are stored: as pixels, or compressed."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from imagen_jax.errors import UsageError
 from imagen_jax.io.decode import BadSample, opened, upright
@@ -55,15 +57,50 @@ class Encoding:
         f'is {self.quality}; it must be from 1 to 100.', key='quality'
       )
 
-  def encode(self, image: UInt8[np.ndarray, 'h w 3']) -> bytes:
-    """An image as bytes."""
+  def encode(
+    self,
+    image: Image.Image | UInt8[np.ndarray, 'h w 3'],
+    file: bytes | None = None,
+  ) -> bytes:
+    """An image as bytes.
+
+    Args:
+      image: as `decode.fitted` gives it.
+      file: that it was decoded from; see `keeps`.
+    """
     if self.kind == 'raw':
-      return np.ascontiguousarray(image).tobytes()
-    out, options = io.BytesIO(), dict(OPTIONS[self.kind])
-    if self.quality is not None:
-      options['quality'] = self.quality
-    Image.fromarray(image).save(out, self.kind, **options)
+      return image.tobytes()
+    if file is not None and self.keeps(image):
+      return file
+    if isinstance(image, np.ndarray):
+      image = Image.fromarray(image)
+    image.info = {}  # Pillow would write comments and profiles
+    out = io.BytesIO()
+    image.save(out, self.kind, **OPTIONS[self.kind], **self._quality)
     return out.getvalue()
+
+  @property
+  def _quality(self) -> dict[str, int]:
+    return {} if self.quality is None else {'quality': self.quality}
+
+  def keeps(self, image: Image.Image | np.ndarray) -> bool:
+    """Whether the file of an image is kept as it is.
+
+    It is if it is such a JPEG as this would write, of no more quality, and was
+    not changed by decoding: encoded again, it would only lose.
+    """
+    if not isinstance(image, JpegImageFile) or self.kind != 'jpeg':
+      return False
+    plain = {name for name, _ in image.applist} <= {'APP0', 'APP14'}
+    most = _tables(self.quality or 0)
+    return (
+      plain
+      and 'progressive' not in image.info
+      and all(
+        (np.array(table) >= most[min(i, 1)]).all()
+        for i, table in image.quantization.items()
+      )
+    )
 
   def decode(
     self, data: bytes | memoryview, height: int, width: int
@@ -81,6 +118,15 @@ class Encoding:
     if pixels.shape != shape:
       raise BadSample(f'it is not {width} pixels wide and {height} high')
     return pixels
+
+
+@functools.cache
+def _tables(quality: int) -> dict[int, list[int]]:
+  """The quantization of brightness and of colour in JPEGs of a quality."""
+  out = io.BytesIO()
+  Image.new('RGB', (8, 8)).save(out, 'jpeg', quality=quality)
+  with Image.open(out, formats=['JPEG']) as image:
+    return image.quantization  # type: ignore[attr-defined]
 
 
 RAW = Encoding()

@@ -256,37 +256,34 @@ class _Part:
 
   def records(self, pool: concurrent.futures.Executor) -> Iterator[bytes]:
     """The records, in the order of the source."""
-    for example, record in self._packed(pool):
-      shape = example['image'].shape[:2]
+    for record in self._packed(pool):
+      header, pixels = unpack(record)
+      shape = tuple(header['shape'])
       if not self._buckets or self._buckets[-1][:2] != [*shape]:
         self._buckets.append([*shape, 0])
       self._buckets[-1][2] += 1
       found = hashlib.sha256(f'{shape} '.encode())
-      found.update(unpack(record)[1])
+      found.update(pixels)
       self._digests += found.digest()[:DIGEST]
-      for caption in example.get('captions') or [example['caption']]:
+      for caption in header['captions']:
         self._words[bisect.bisect_left(WORDS, caption.count(' ') + 1)] += 1
       yield record
 
-  def _packed(
-    self, pool: concurrent.futures.Executor
-  ) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """(example, record) of the good samples, in order."""
+  def _packed(self, pool: concurrent.futures.Executor) -> Iterator[bytes]:
+    """The records of the good samples, in order."""
     indices = self._indices
     for start in range(0, len(indices), BATCH):
       some = indices[start : start + BATCH]
-      good = []
-      for i, example in zip(some, pool.map(self._example, some)):
-        if isinstance(example, BadSample):
-          self._failed.append((self._source.name(i), str(example)))
+      for i, record in zip(some, pool.map(self._record, some)):
+        if isinstance(record, BadSample):
+          self._failed.append((self._source.name(i), str(record)))
         else:
-          good.append(example)
-      yield from zip(good, pool.map(self._pack, good))
+          yield record
       self._tell(start + len(some), len(indices))
 
-  def _example(self, i: int) -> dict[str, Any] | BadSample:
+  def _record(self, i: int) -> bytes | BadSample:
     try:
-      return retried(self._source.example, i)
+      example = retried(self._source.to_store, i)
     except BadSample as error:
       return error
     except OSError as error:  # not bad, and perhaps back in an hour
@@ -294,6 +291,7 @@ class _Part:
         f'{self._source.name(i)} cannot be read now '
         f'({error.strerror or error}); run the same command again.'
       ) from error
+    return self._pack(example)
 
   def report(self, skipped: bool, folder: str) -> dict[str, Any]:
     """The entries of the part's .json.

@@ -73,6 +73,10 @@ class Source(abc.ABC):
     """As `self[i]`, but a damaged example raises `BadSample`."""
     return self[i]
 
+  def to_store(self, i: int) -> dict:
+    """As `example(i)`, but as `pack` takes it, if that is cheaper."""
+    return self.example(i)
+
   def caption(self, i: int) -> str:
     """The caption of example `i`, without the image if that is cheaper."""
     return self[i]['caption']

@@ -34,6 +34,7 @@ MIN_SIDE = 8  # below this, an image is a line or a tracking pixel
 RESIZE = ('area', 'bicubic', 'lanczos')
 # Version of `RESIZE`, recorded with prepared images.
 RESIZING = 'exact-area-1'
+WHOLE = 2**26  # bytes of a file that are read at once
 BAND = 2**18  # pixels that `area` holds as floats at a time
 # Pillow only warns about sizes that are rejected here.
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
@@ -58,14 +59,29 @@ def decode(
   Raises:
     BadSample: it is damaged, unsupported, too large to unpack, or too small.
   """
+  return np.asarray(fitted(data, size, resize, aspect))
+
+
+def fitted(
+  data: Encoded, size: int, resize: str = 'area', aspect: str = 'crop'
+) -> Image.Image | UInt8[np.ndarray, 'h w 3']:
+  """`decode`, as a Pillow image where that is what there is.
+
+  Pillow keeps four bytes a pixel, so each way costs as much as to halve it.
+
+  Returns:
+    the opened image itself, which has a `format`, if nothing had to be changed.
+  """
   with opened(data) as image:
+    # Not block by block, whose unfinished rows are decoded twice.
+    image.decodermaxblock = WHOLE  # type: ignore[attr-defined]
     (number,) = choose([upright_size(image)], size, aspect)
     if number == SMALL:
       raise BadSample(f'it is smaller than {size} pixels')
     height, width = shapes(size, aspect)[number]
     if aspect == 'pad':
       return padded(upright(image), size, resize)
-    return fit(upright(image), width, height, resize)
+    return _fit(upright(image), width, height, resize)
 
 
 def inspect(data: Encoded) -> tuple[int, int]:
@@ -136,21 +152,27 @@ def fit(
     width, height: of the result.
     resize: as in `decode`; an image that is too small is upsampled by bicubic.
   """
+  return np.asarray(_fit(image, width, height, resize))
+
+
+def _fit(
+  image: Image.Image, width: int, height: int, resize: str
+) -> Image.Image | UInt8[np.ndarray, '{height} {width} ...']:
   if image.size == (width, height):
-    return np.asarray(image)
+    return image
   box = central(image.size, width, height)
   if width > box[2] - box[0]:
     resize = 'bicubic'
   if resize == 'area':
-    return area(image, width, height, box)
+    return _area(image, width, height, box)
   # Pillow scales the kernels with the ratio: they antialias.
   kernel = Image.Resampling[resize.upper()]
-  return np.asarray(image.resize((width, height), kernel, box))
+  return image.resize((width, height), kernel, box)
 
 
-def area(
+def _area(
   image: Image.Image, width: int, height: int, box: Box
-) -> UInt8[np.ndarray, '{height} {width} ...']:
+) -> Image.Image | UInt8[np.ndarray, '{height} {width} ...']:
   """The mean over each target pixel's area, fractions of pixels included.
 
   Pillow's BOX is not that mean: it counts a pixel whole or not at all.
@@ -161,7 +183,7 @@ def area(
   factors = inner_width // width, inner_height // height
   if whole and (factors[0] * factors[1]).bit_count() == 1:
     # Pillow's means of blocks are exact, and faster, for powers of two.
-    return np.asarray(image.reduce(factors, box))
+    return image.reduce(factors, box)
   # Band by band, because floats take four times the memory of an image.
   rows = max(1, BAND // inner_width * height // inner_height)
   _, _, across = _overlaps(inner_width, width, 0, width)

@@ -169,6 +169,7 @@ class Experiment(abc.ABC):
     del key, frozen
     return batch
 
+  @property
   def spared_flops(self) -> Sequence[float]:
     """FLOPs that a step takes less than `count_flops` finds, by text bucket.
 

@@ -179,7 +179,8 @@ class StageExperiment(Experiment):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.text.params
     )
 
-  def spared_flops(self) -> list[float]:
+  @functools.cached_property
+  def spared_flops(self) -> list[float]:  # type: ignore[override]
     if self.cached_text:
       return []
     module, params = self.text.module, self.text.params

@@ -1,20 +1,24 @@
 """Prepared data: complete, never half-written."""
 
+import itertools
 import json
 import os
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from imagen_jax.cli import prepare as command_line
-from imagen_jax.data import arrayrecord
+from imagen_jax.data import arrayrecord, encoding
 from imagen_jax.data.arrayrecord import ArrayRecordSource
+from imagen_jax.data.encoding import Encoding
 from imagen_jax.data.folder import FolderSource
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError
+from imagen_jax.io import decode
 from tests import prepared
+from tests.data.webdataset_test import encoded, pixels
 
 
 def write(folder, out, **options):
@@ -213,3 +217,53 @@ def test_a_smaller_size_keeps_the_aspect_ratio(images, tmp_path):
   source = ArrayRecordSource(tmp_path / 'out', 8)
   source._records = [record]
   assert source.example(0)['image'].shape == (4, 12, 3)
+
+
+def test_an_image_is_encoded_the_same_from_pillow_and_from_numpy():
+  text = PngImagePlugin.PngInfo()
+  text.add_text('comment', 'secret')
+  for side, kind in itertools.product((16, 24, 32), encoding.KINDS):
+    data = encoded(pixels(side, side, side), icc_profile=b'x', pnginfo=text)
+    how = Encoding(kind, encoding.QUALITY.get(kind))
+    stored = how.encode(decode.fitted(data, 16), data)
+    assert stored == how.encode(decode.decode(data, 16))
+    assert b'secret' not in stored
+
+
+@pytest.mark.parametrize(
+  'options, kept',
+  [
+    ({}, True), ({'quality': 70}, True), ({'subsampling': 2}, True),
+    ({'quality': 96}, False), ({'progressive': True}, False),
+    ({'comment': b'of mine'}, False), ({'icc_profile': b'x'}, False),
+    ({'exif': b'Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0'}, False),
+    ({'height': 24}, False), ({'grey': True}, False), ({'kind': 'PNG'}, False),
+  ],
+)  # fmt: skip
+def test_a_jpeg_that_need_not_change_keeps_its_bytes(options, kept):
+  options = {'kind': 'JPEG', 'quality': 95} | options
+  image = pixels(0, options.pop('height', 16), 16)
+  if options.pop('grey', False):
+    image = image[..., 0]
+  data = encoded(image, **options)
+  stored = Encoding('jpeg', 95).encode(decode.fitted(data, 16), data)
+  assert (stored == data) == kept
+  assert Encoding('webp', 95).encode(decode.fitted(data, 16), data) != data
+  example = {'image': decode.fitted(data, 16), 'caption': 'a', 'file': data}
+  header, found = arrayrecord.unpack(
+    arrayrecord.pack(example, Encoding('jpeg', 95))
+  )
+  assert (header['shape'], bytes(found)) == ([16, 16], stored)
+
+
+def test_jpegs_of_the_prepared_size_are_stored_as_they_are(tmp_path):
+  folder, data = tmp_path / 'images', encoded(pixels(), 'JPEG', quality=90)
+  folder.mkdir()
+  (folder / '0.jpg').write_bytes(data)
+  (folder / '0.txt').write_text('a')
+  write(folder, tmp_path / 'out', encoding=Encoding('jpeg', 95))
+  stored = make_source(kind='arrayrecord', path=tmp_path / 'out', size=16)
+  assert arrayrecord.unpack(stored._records[0])[1] == data
+  np.testing.assert_array_equal(
+    stored[0]['image'], FolderSource(folder, 16)[0]['image']
+  )

@@ -252,14 +252,14 @@ def test_the_flops_that_short_captions_spare_are_those_of_their_encoding(model):
 
   batch = made.batch_spec(4)
   whole = flops(lambda text, batch: condition(text, **batch), batch)
-  for spared, size in zip(made.spared_flops(), (16, 32, 40), strict=True):
+  for spared, size in zip(made.spared_flops, (16, 32, 40), strict=True):
     tokens = [
       jax.ShapeDtypeStruct((4, size), kind) for kind in (jnp.int32, bool)
     ]
     alone = flops(functools.partial(encode_tokens, encoder.module), *tokens)
     assert whole - spared == pytest.approx(alone, rel=0.02)
   cached = StageExperiment(config, text=encoder, cached_text=True)
-  assert not cached.spared_flops()
+  assert not cached.spared_flops
 
 
 def test_loss_falls_on_one_repeated_batch(step):
