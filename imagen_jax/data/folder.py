@@ -60,7 +60,7 @@ class FolderSource(Checked):
 
   def scan(self, path: AnyPath) -> tuple[dict[str, str], dict[str, str]]:
     self.path = pathlib.Path(path)
-    table_file = _table_fileof(self.path)
+    table_file = _table_of(self.path)
     found, rows, bad = self._find(table_file)
     known = found.keys() | bad.keys()
     self.unused = dict(_unused(self.path, known, table_file))
@@ -134,7 +134,7 @@ class FolderSource(Checked):
     return found, rows, bad
 
 
-def _table_fileof(path: pathlib.Path) -> pathlib.Path | None:
+def _table_of(path: pathlib.Path) -> pathlib.Path | None:
   """The metadata of a folder, which list its images; None: there are none."""
   if not path.is_dir():
     raise DataError(

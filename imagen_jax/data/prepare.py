@@ -84,8 +84,7 @@ def attempt(
       part = finished(file, shard, spec)
       if part:  # another worker's, whose merge has removed this one's file
         return Outcome(shard.number, str(shard), part['count'])
-      # What is there is damaged, or of the tar as it was.
-      file.with_suffix('.json').unlink(missing_ok=True)
+      _forget_old(file, shard)
       failure = {'format_version': FORMAT_VERSION, 'reason': problem}
       files.write_json(_failed(file), failure)
     except Exception as another:
@@ -176,6 +175,16 @@ def is_whole(file: pathlib.Path, part: Mapping[str, Any], size: int) -> bool:
   if part['bytes'] != size or bucket.is_bucket(str(file)):
     return part['bytes'] == size
   return part['sha256'] == files.digest(file)['sha256']
+
+
+def _forget_old(file: pathlib.Path, shard: Shard) -> None:
+  """Makes a part that is of another content of its tar one that is lost."""
+  try:
+    old = _changed(read_report(file), shard)
+  except (DataError, KeyError):
+    return
+  if old:
+    file.with_suffix('.json').unlink(missing_ok=True)
 
 
 def _changed(part: dict[str, Any], shard: Shard) -> bool:

@@ -81,7 +81,8 @@ def parse(texts: Iterable[str] | None) -> tuple[Condition, ...]:
   for text in [texts] if isinstance(texts, str) else texts or ():
     parts = _PARTS.fullmatch(text) if isinstance(text, str) else None
     column, compare, value = parts.groups() if parts else ('', '', '')
-    bare = _QUOTED.sub(r'\2', value)
+    quoted = _QUOTED.fullmatch(value)
+    bare = quoted[2] if quoted else value
     number = _number(value)  # "5" is a word
     word = np.isnan(number)
     if not parts or (word and compare not in ('==', '!=')):

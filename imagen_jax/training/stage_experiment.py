@@ -180,7 +180,7 @@ class StageExperiment(Experiment):
     )
 
   @functools.cached_property
-  def spared_flops(self) -> list[float]:  # type: ignore[override]
+  def spared_flops(self) -> list[float]:
     if self.cached_text:
       return []
     module, params = self.text.module, self.text.params

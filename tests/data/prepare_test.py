@@ -188,12 +188,16 @@ def test_a_worker_of_another_version_does_not_mix_its_images(
   images, tmp_path, monkeypatch
 ):
   spec, found = begun(tmp_path / 'out', **from_folder(images))
+  prepare(tmp_path / 'out', **from_folder(images))
+  before = tree(tmp_path / 'out')
   monkeypatch.setattr(shards, 'RESIZING', 'exact-area-2')
   with pytest.raises(UsageError) as error:
     prepare_shard(found[0], tmp_path / 'out', spec)
   assert error.value.key == 'out'
   outcome = attempt(found[0], tmp_path / 'out', spec)
   assert 'resizing' in outcome.problem
+  (tmp_path / 'out' / 'part-00000.failed.json').unlink()
+  assert tree(tmp_path / 'out') == before
 
 
 def test_several_captions_of_an_image_are_all_stored(images, tmp_path, source):
