@@ -7,7 +7,7 @@ given image, and IF's style transfer; its arguments select the task.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -258,8 +258,12 @@ class IF:
       weights_dtype=self.dtype,
       place=functools.partial(sharding.leaf_sharding, mesh=mesh),
     )
-    sample = functools.partial(run, module, params)
-    finite = functools.partial(sample, finite=True)
+    finite = functools.partial(run, module, params, finite=True)
+
+    def sample(arrays: SampleInputs) -> Iterator[batching.Partial]:
+      images = run(module, params, arrays)
+      yield 1, 1, images, images
+
     images = batching.generate(request, part.name, mesh, inputs, sample, finite)
     batching.free(params)
     return images
