@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def _main(argv: list[str]) -> None:
     from imagen_jax.web import page
 
     made = page.make(_names(args.model), out)
+    # Gradio ends its server after a Ctrl-C, and the folder is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
       page.launch(
         made,

@@ -1,6 +1,5 @@
 """The page: a form, images while they are sampled, and a gallery."""
 
-import contextlib
 import dataclasses
 import pathlib
 import random
@@ -109,21 +108,20 @@ class Page:
     self.task = gr.Radio(
       list(LABELS), value='Text', label='Start from', elem_id='task'
     )
-    self.image = uploads.upload(
-      label='Image',
-      sources=['upload', 'clipboard'],
-      visible=False,
-      elem_id='image',
-    )
-    self.painting = uploads.painting(
-      label='Image; paint white where to inpaint',
-      visible=False,
-      brush=gr.Brush(colors=['#ffffff'], color_mode='fixed'),
-      transforms=(),
-      layers=False,
-      sources=('upload', 'clipboard'),
-      elem_id='painting',
-    )
+    # An input that is itself hidden or shown would lose its `preprocess`.
+    with gr.Group(visible=False) as self.of_image:
+      self.image = uploads.upload(
+        label='Image', sources=['upload', 'clipboard'], elem_id='image'
+      )
+    with gr.Group(visible=False) as self.of_painting:
+      self.painting = uploads.painting(
+        label='Image; paint white where to inpaint',
+        brush=gr.Brush(colors=['#ffffff'], color_mode='fixed'),
+        transforms=(),
+        layers=False,
+        sources=('upload', 'clipboard'),
+        elem_id='painting',
+      )
     self.strength = gr.Slider(
       0.05, 1, 0.6, label='Strength: how far from the image', visible=False
     )
@@ -154,11 +152,12 @@ class Page:
       columns=5,
       height='auto',
       object_fit='contain',
+      fit_columns=False,
       interactive=False,
       buttons=['download', 'fullscreen'],
       elem_id='gallery',
     )
-    with gr.Row(visible=False) as self.of_image:
+    with gr.Row(visible=False) as self.details:
       with gr.Column(scale=3):
         self.facts = gr.HTML(elem_id='facts')
       with gr.Column(scale=1, min_width=130):
@@ -170,7 +169,8 @@ class Page:
   def _varying(self) -> list[Any]:
     """What depends on the model and the task."""
     return [
-      self.image, self.painting, self.strength, *self.steps, *self.guidance
+      self.of_image, self.of_painting, self.strength,
+      *self.steps, *self.guidance,
     ]  # fmt: skip
 
   def _events(self) -> None:
@@ -203,15 +203,17 @@ class Page:
     self.gallery.select(
       self._select,
       self.entries,
-      [self.chosen, self.of_image, self.facts, self.save],
+      [self.chosen, self.details, self.facts, self.save],
       **quick,
     )
 
   def _fields(self, model: str, label: str) -> list[Any]:
     """Updates of `_varying`."""
     task = LABELS[label]
-    with _told():
+    try:
       cascade = self.studio.cascade(model, task)
+    except ImagenError as error:
+      raise gr.Error(str(error), print_exception=False) from error
     configs = list(zip(cascade.stages, cascade.settings()))
     unused = [gr.update(visible=False, value=None)] * (
       self.slots - len(configs)
@@ -248,7 +250,7 @@ class Page:
       prompt=form[self.prompt].strip(),
       negative_prompt=form[self.negative].strip(),
       seed=int(form[self.seed] or 0),
-      num_images=int(form[self.count]),
+      num_images=int(form[self.count] or 0),
       sampler=None if sampler == OWN else sampler,
       steps=tuple(form[field] for field in self.steps[:stages]),
       guidance=tuple(form[field] for field in self.guidance[:stages]),
@@ -273,68 +275,60 @@ class Page:
     return upload, mask and str(mask)
 
   def _generate(self, form: Mapping[Any, Any]) -> Iterator[list[Any]]:
-    with _told():
+    try:
       job = self._job(form)
-    yield from self._watch(job, form[self.entries])
+    except ImagenError as error:
+      yield [view.problem(str(error)), gr.skip(), gr.skip()]
+    else:
+      yield from self._watch(job, form[self.entries])
 
   def _again(
-    self, entries: list[Entry], chosen: int | None
+    self, entries: list[Entry], chosen: Entry | None
   ) -> Iterator[list[Any]]:
     if chosen is not None:
-      yield from self._watch(entries[chosen][1], entries)
+      yield from self._watch(chosen[1], entries)
 
   def _vary(
-    self, entries: list[Entry], chosen: int | None
+    self, entries: list[Entry], chosen: Entry | None
   ) -> Iterator[list[Any]]:
     if chosen is not None:
       seed = random.randrange(batching.SEEDS)
-      job = entries[chosen][1]
-      job = dataclasses.replace(job, seed=seed, num_images=VARIATIONS)
+      job = dataclasses.replace(chosen[1], seed=seed, num_images=VARIATIONS)
       yield from self._watch(job, entries)
 
   def _watch(self, job: Job, entries: list[Entry]) -> Iterator[list[Any]]:
     """Updates of the results while a job runs; closing it ends the job."""
-    same = gr.skip()
+    same, finished = gr.skip(), 0
     yield [view.waiting('Loading the model …'), same, same]
-    with _told(job.image):
-      cascade = self.studio.cascade(job.model, job.task)
-      stages = [(stage.name, stage.resolution) for stage in cascade.stages]
+    try:
+      stages = self.studio.cascade(job.model, job.task).stages
+      sides = [(stage.name, stage.resolution) for stage in stages]
       for preview, paths, notes in self.studio.run(job):
-        shown = view.live(stages, preview, notes)
-        if preview.images is None:
+        shown = view.live(sides, preview, notes)
+        if len(paths) == finished:
           yield [shown, same, same]
-        else:
-          made = [(str(path), job, i) for i, path in enumerate(paths)]
-          entries = made + entries
-          images = [
-            (path, job.prompt or 'unconditional') for path, job, _ in entries
-          ]
-          yield [shown, entries, gr.Gallery(images, selected_index=None)]
+          continue
+        finished = len(paths)
+        made = [(str(path), job, i) for i, path in enumerate(paths)] + entries
+        images = [
+          (path, job.prompt or 'unconditional') for path, job, _ in made
+        ]
+        yield [shown, made, gr.Gallery(images, selected_index=None)]
+    except ImagenError as error:
+      sentence = str(error)
+      if job.image is not None:  # of which the user knows the name only
+        name = pathlib.PurePath(job.image).name
+        sentence = sentence.replace(job.image, name)
+      yield [view.problem(sentence), same, same]
 
   def _select(self, entries: list[Entry], event: gr.SelectData) -> list[Any]:
-    path, job, index = entries[event.index]
+    entry = path, job, index = entries[event.index]
     return [
-      event.index,
+      entry,
       gr.update(visible=True),
       view.facts(job, index),
       gr.update(value=path),
     ]
-
-
-@contextlib.contextmanager
-def _told(upload: str | None = None) -> Iterator[None]:
-  """A user's mistake inside is shown as its sentence.
-
-  Args:
-    upload: a file, of which the user knows the name only.
-  """
-  try:
-    yield
-  except ImagenError as error:
-    sentence = str(error)
-    if upload is not None:
-      sentence = sentence.replace(upload, pathlib.Path(upload).name)
-    raise gr.Error(sentence, print_exception=False) from error
 
 
 def make(models: Mapping[str, str | None], out: pathlib.Path) -> gr.Blocks:

@@ -1,7 +1,8 @@
 """Gradio's inputs of images, without its decoding.
 
 An upload is given on as it came, for the one rule in `io.decode`. Gradio writes
-a file beside every subclass of a component, so these are none.
+a file beside every subclass of a component, so these are none; an input that an
+event updates would be made anew, and must not be.
 """
 
 from typing import Any

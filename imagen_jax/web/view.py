@@ -33,6 +33,7 @@ CSS = """
   color: var(--body-text-color-subdued)}
 .live .idle {border: 1px dashed var(--border-color-primary);
   border-radius: 8px; padding: 120px 16px; text-align: center; margin: 0}
+.live .problem {border: 1px solid #dc2626; color: #dc2626}
 .facts {display: grid; grid-template-columns: max-content 1fr;
   gap: 2px 14px; font-size: 13px; overflow-wrap: anywhere}
 .facts b {font-weight: 500; color: var(--body-text-color-subdued)}
@@ -46,6 +47,14 @@ IDLE = (
 def waiting(text: str) -> str:
   """The place of the images before there are any."""
   return f'<div class="live"><div class="idle">{html.escape(text)}</div></div>'
+
+
+def problem(sentence: str) -> str:
+  """The same place when there will be none."""
+  return (
+    '<div class="live"><div class="idle problem">'
+    f'{html.escape(sentence)}</div></div>'
+  )
 
 
 def live(

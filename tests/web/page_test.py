@@ -22,7 +22,7 @@ pytestmark = [
   pytest.mark.skipif(CHROMIUM is None, reason='chromium is not installed'),
 ]
 PROMPT, ENDLESS = 'a red circle', '900000'
-SECONDS = 60_000  # milliseconds, for what should take a second or two
+SECONDS = 30_000  # milliseconds, for what should take a second or two
 # Keeps the source of every image that is shown while sampling.
 WATCH = """() => {
   window.seen = new Set();
@@ -117,11 +117,11 @@ def pixels(path):
   return np.asarray(PIL.Image.open(path))
 
 
-def told(page):
-  """The text of the newest message."""
-  message = page.locator('.toast-text').last
-  message.wait_for()
-  return message.inner_text()
+def expect_problem(page, *words):
+  problem = page.locator('#live .problem')
+  api.expect(problem).to_contain_text(words[0], timeout=SECONDS)
+  text = problem.inner_text()
+  assert all(word in text for word in words) and '/' not in text
 
 
 def test_an_image_is_watched_and_is_that_of_sample_py(tab, model, tmp_path):
@@ -141,7 +141,9 @@ def test_an_image_is_watched_and_is_that_of_sample_py(tab, model, tmp_path):
   assert sample.main(['--model', str(model), *flags]) == 0
   (other,) = (tmp_path / 'cli').glob('000_*.png')
   np.testing.assert_array_equal(pixels(made), pixels(other))
-  assert images.read_metadata(made) == images.read_metadata(other)
+  records = [images.read_metadata(path) for path in (made, other)]
+  assert records[1].pop('devices') != records[0].pop('devices')  # the tests' 8
+  assert records[0] == records[1]
   own = re.compile(r'(http://127\.0\.0\.1:\d+/|data:|blob:)')
   assert [url for url in requests if not own.match(url)] == []
 
@@ -196,9 +198,9 @@ def test_a_closed_tab_ends_its_job(tab):
 def test_a_mistake_is_told_in_a_sentence(tab, tmp_path):
   page = tab()
   generate(page, Images='999')
-  assert '999' in told(page)
+  expect_problem(page, '999')
   generate(page, Images='1', Guidance_base='-1')
-  assert 'guidance' in told(page)
+  expect_problem(page, 'guidance')
   expect_images(page, 0)
 
 
@@ -217,11 +219,10 @@ def test_uploads_are_read_by_the_one_rule(tab, tmp_path):
     upload.set_input_files(file)
     page.locator('#image img').wait_for()
     generate(page)
-    message = told(page)
-    assert word in message and 'tmp' not in message
-    page.locator('#image').get_by_label('Remove').click()
+    expect_problem(page, word)
+    page.locator('#image').get_by_label('Remove Image').click()
   upload.set_input_files(huge)
-  assert 'size' in told(page)
+  api.expect(page.locator('.toast-message-text')).to_contain_text('huge.png')
   upload.set_input_files(whole)
   page.locator('#image img').wait_for()
   generate(page)
