@@ -169,9 +169,10 @@ def generate(
         if not np.isfinite(done).all():
           raise _not_finite(name, sharding.fetch(finite(arrays)))
         if request.preview is not None:
-          z = done if step == steps else sharding.fetch(z)[: count - start]
-          z, x = to_uint8(z), to_uint8(done)
-          request.preview(Preview(name, start, step, steps, z, x))
+          noisy = x if step == steps else z  # the last z is not used
+          shown = to_uint8(sharding.fetch(noisy)[: count - start])
+          seen = Preview(name, start, step, steps, shown, to_uint8(done))
+          request.preview(seen)
     done = np.clip(done, -1, 1)
     generated.append(done)
     if request.finished is not None:

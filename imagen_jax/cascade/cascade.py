@@ -286,7 +286,8 @@ class Cascade:
       runs[i].prepare(request, inputs(i, np.broadcast_to(np.float32(0), shape)))
 
     results = {}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
       for i in range(1, len(runs)):
         pool.submit(prepare, i)
       for i, run in enumerate(runs):
@@ -295,9 +296,12 @@ class Cascade:
           dataclasses.replace(request, finished=last), inputs(i, low)
         )
         results[run.stage.name] = conditioning.to_uint8(low)
+    finally:
+      pool.shutdown(cancel_futures=True)
     if preview is not None:
-      last, steps = results[run.stage.name], configs[-1].steps
-      preview(Preview(run.stage.name, 0, steps, steps, last, last, results))
+      name, steps = run.stage.name, run.num_steps(from_image=image is not None)
+      images = results[name]
+      preview(Preview(name, 0, steps, steps, images, images, results))
     return results
 
   def stream(

@@ -171,8 +171,9 @@ def _reverse(
     prediction=stage.prediction,
     spec=spec,
   )
-  keys, start = _fold(inputs.keys, 0), _start(spec, inputs)
-  if image is not None and start < 1:
+  keys, start = _fold(inputs.keys, 0), 1.0
+  if image is not None and spec.strength < 1:
+    start = spec.strength
     eps = _normal(inputs.keys, 2, image.shape[1:])
     z = process.diffuse(image, eps, stage.logsnr_fn(jnp.float32(start)))
   else:
@@ -185,16 +186,6 @@ def _reverse(
   logsnr = reverse.logsnr_grid(stage.logsnr_fn, spec, start=start)
   memory = spec.memory(z, len(inputs.weights))
   return Reverse(keys, z, logsnr, denoise, spec, inpaint, memory)
-
-
-def _start(spec: SamplerSpec, inputs: SampleInputs) -> float:
-  """The time in (0, 1] at which sampling starts."""
-  return 1.0 if inputs.image is None else spec.strength
-
-
-def num_steps(spec: SamplerSpec, inputs: SampleInputs) -> int:
-  """The number of steps of `sample`."""
-  return reverse.num_steps(spec, _start(spec, inputs))
 
 
 def _low_res(

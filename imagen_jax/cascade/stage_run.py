@@ -17,6 +17,7 @@ from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.programs import Program
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
+from imagen_jax.diffusion import reverse
 from imagen_jax.dtypes import pinned
 from imagen_jax.errors import ModelError
 from imagen_jax.io import model_folder
@@ -49,6 +50,11 @@ class StageRun:
     if self.weak is not None:
       size += model_folder.float32_bytes(self.weak[0])
     return self.mesh_for(size)
+
+  def num_steps(self, *, from_image: bool) -> int:
+    """The number of steps, fewer from an image with a `strength` below 1."""
+    spec = self.config.spec
+    return reverse.num_steps(spec, spec.strength if from_image else 1.0)
 
   @property
   def program(self) -> Program:
@@ -125,7 +131,7 @@ class StageRun:
 
     def sample(arrays: SampleInputs) -> Iterator[batching.Partial]:
       arrays = arrays._replace(**given)
-      steps = sampling.num_steps(spec, arrays)
+      steps = self.num_steps(from_image=arrays.image is not None)
       state: Any = sampling.no_state(stage, spec, arrays)
       state = sharding.put_whole_batch(state, self.mesh)
       first = np.int32(0)
