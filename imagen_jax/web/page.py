@@ -19,7 +19,7 @@ from imagen_jax.web.jobs import Job, Studio, size_of, write_mask
 MAX_UPLOAD = '20mb'
 MAX_WAITING = 64  # jobs in the queue
 VARIATIONS = 4
-OWN = "each stage's own"
+OWN = 'default'
 LABELS = {
   'Text': 'text',
   'Image': 'image',

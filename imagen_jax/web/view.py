@@ -18,7 +18,7 @@ CSS = """
 #dice {align-self: center}
 .live {display: flex; flex-direction: column; gap: 14px}
 .live .stages {display: flex; gap: 8px}
-.live .stage {flex: 1; font-size: 13px}
+.live .stage {flex: 1; font-size: 13px; white-space: nowrap}
 .live .bar {height: 6px; border-radius: 3px; margin-top: 4px;
   background: var(--border-color-primary); overflow: hidden}
 .live .bar i {display: block; height: 100%; background: var(--color-accent);
@@ -76,7 +76,7 @@ def live(
     percent, steps = (100 if i < at or whole else 0), ''
     if i == at and not whole:
       percent = 100 * seen.step // seen.steps
-      steps = f' · step {seen.step} of {seen.steps}'
+      steps = f' · step {seen.step}/{seen.steps}'
     bars.append(
       f'<div class="stage">{html.escape(name)} · {side} px{steps}'
       f'<div class="bar"><i style="width:{percent}%"></i></div></div>'
