@@ -249,7 +249,7 @@ class IF:
     part: Stage,
     request: Request,
     inputs: Callable[[np.ndarray], SampleInputs],
-    run: Callable[[IFUNet, dict, SampleInputs], jax.Array],
+    run: Callable[..., jax.Array],
   ) -> np.ndarray:
     """Samples all rows with one stage: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(weights.num_bytes(part.folder / 'unet'))

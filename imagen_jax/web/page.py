@@ -265,14 +265,13 @@ class Page:
     """The files of an image and of the mask that was painted on it."""
     if upload is None:
       return None, None
-    folder = self.studio.out / 'uploads'
-    name = secrets.token_hex(8)
+    path = self.studio.out / 'uploads' / secrets.token_hex(8)
     if isinstance(upload, bytes):
-      folder.mkdir(parents=True, exist_ok=True)
-      files.write_bytes(folder / f'{name}.png', upload)
-      upload = str(folder / f'{name}.png')
-    mask = write_mask(folder / f'{name}_mask.png', layers, size_of(upload))
-    return upload, mask and str(mask)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      files.write_bytes(path, upload)
+      upload = str(path)
+    mask = write_mask(path.with_suffix('.png'), layers, size_of(upload))
+    return upload, None if mask is None else str(mask)
 
   def _generate(self, form: Mapping[Any, Any]) -> Iterator[list[Any]]:
     try:
