@@ -93,6 +93,8 @@ setuptools.setup(
     'notebook': ['ipykernel', 'nbclient'],
     'tensorboard': ['tensorboardX'],
     'wandb': ['wandb'],
+    # Wants an older Pillow than the others, and is not in the lock.
+    'web': ['gradio>=6'],
   },
   entry_points={
     'console_scripts': [
@@ -107,6 +109,7 @@ setuptools.setup(
       'imagen-evaluate = imagen_jax.cli.evaluate:main',
       'imagen-supervise = imagen_jax.cli.supervise:main',
       'imagen-watch = imagen_jax.cli.watch:main',
+      'imagen-web = imagen_jax.web.command:main',
     ]
   },
 )

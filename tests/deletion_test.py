@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-LEAVES = ('worlds', 'deepfloyd', 'planning')
+LEAVES = ('worlds', 'deepfloyd', 'planning', 'web')
 COMMANDS = ('train', 'sample', 'evaluate', 'prepare', 'export')
 CORE = ('diffusion', 'nets', 'io', 'text', 'cascade', 'data')
 

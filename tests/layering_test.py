@@ -40,6 +40,7 @@ BELOW = {
   'planning': {
     'errors', 'cascade', 'io', 'nets', 'sharding', 'text', 'training'
   },
+  'web': {'errors', 'cascade', 'cli', 'diffusion', 'io'},
 }  # fmt: skip
 DOORS = {
   'apache_beam': {'cli/beam.py'},
@@ -52,6 +53,7 @@ DOORS = {
   'array_record': {'data/arrayrecord.py', 'data/records.py'},
   'grain': {'data/'},
   'pyarrow': {'data/metadata.py'},
+  'gradio': {'web/'},
   'optax': {'training/', 'worlds/network.py'},
 }
 

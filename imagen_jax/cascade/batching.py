@@ -7,7 +7,7 @@ padded), so an image does not depend on what else is generated.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.cascade.conditioning import to_uint8
+from imagen_jax.cascade.preview import EVERY, Emit, Preview
 from imagen_jax.errors import NumericError, UsageError
 from imagen_jax.typing import KeyData
 
@@ -23,6 +24,8 @@ SEEDS = 2**32  # jax silently drops higher bits
 TUPLES = ('guidance_interval', 'guidance_schedule')
 MAX_BATCH = 4096  # every batch is padded to its size
 MAX_IMAGES = 10**6  # of a call, which keeps them all in memory
+# Steps done, all steps, z and x [B, H, W, 3].
+Partial = tuple[int, int, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Request:
     callback: called as callback(stage name, images done, images in total).
     finished: called as finished(i, images) with images i, i + 1, … of the last
       stage, uint8 [n, H, W, 3], after each of its batches.
+    preview: called with a `Preview` after every `every` steps of each batch.
+    every: steps.
 
   Raises:
     UsageError: there is nothing to generate, or a number is out of range.
@@ -48,6 +53,8 @@ class Request:
   batch_size: int | None = None
   callback: Callable[[str, int, int], None] | None = None
   finished: Callable[[int, np.ndarray], None] | None = None
+  preview: Emit | None = None
+  every: int = EVERY
 
   def __post_init__(self) -> None:
     batch, indices = self.batch_size, self.indices
@@ -68,6 +75,7 @@ class Request:
         f'num_images is at least 1, and at most {MAX_IMAGES:,} images are '
         'generated at a time',
       ),
+      ('every', self.every >= 1, f'every is {self.every}; it is at least 1'),
       (
         'batch_size',
         batch is None or 0 < batch <= MAX_BATCH,
@@ -130,7 +138,7 @@ def generate(
   name: str,
   mesh: jax.sharding.Mesh,
   inputs: Callable[[np.ndarray], Any],
-  sample: Callable[[Any], jax.Array],
+  sample: Callable[[Any], Iterable[Partial]],
   finite: Callable[[Any], jax.Array],
 ) -> np.ndarray:
   """Generates one stage's images for all rows of a request.
@@ -140,12 +148,13 @@ def generate(
     name: of the stage, for the callback.
     mesh: to generate on.
     inputs: indices of rows [B] -> tree of host arrays [B, ...].
-    sample: that tree, on the mesh -> [B, H, W, 3].
+    sample: that tree, on the mesh -> (steps done, all steps, z, x) after some
+      of the steps and after the last one, of which x are the images.
     finite: that tree -> bool [steps], whether each step's images are finite;
       called if the result is not.
 
   Returns:
-    [N, H, W, 3] on the host.
+    [N, H, W, 3] in [−1, 1], on the host.
 
   Raises:
     NumericError: an image is NaN or Inf.
@@ -153,11 +162,18 @@ def generate(
   count, generated = len(request.rows), []
   for start, rows in batches(request, mesh):
     arrays = sharding.put_whole_batch(inputs(rows), mesh)
+    done = np.empty(0)
     with jax.set_mesh(mesh):
-      images = sample(arrays)
-      done = sharding.fetch(images)[: count - start]
-      if not np.isfinite(done).all():
-        raise _not_finite(name, sharding.fetch(finite(arrays)))
+      for step, steps, z, x in sample(arrays):
+        done = sharding.fetch(x)[: count - start]
+        if not np.isfinite(done).all():
+          raise _not_finite(name, sharding.fetch(finite(arrays)))
+        if request.preview is not None:
+          noisy = x if step == steps else z  # the last z is not used
+          shown = to_uint8(sharding.fetch(noisy)[: count - start])
+          seen = Preview(name, start, step, steps, shown, to_uint8(done))
+          request.preview(seen)
+    done = np.clip(done, -1, 1)
     generated.append(done)
     if request.finished is not None:
       request.finished(start, to_uint8(done))

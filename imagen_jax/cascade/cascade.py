@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,10 @@ from imagen_jax.cascade import (
   settings,
   stage_config,
 )
+from imagen_jax.cascade import preview as preview_lib
 from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.embedding import Embedding, check_kind, embed
+from imagen_jax.cascade.preview import EVERY, Preview
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
 from imagen_jax.cascade.stage_run import StageRun
@@ -197,6 +199,8 @@ class Cascade:
     batch_size: int | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     finished: Callable[[int, np.ndarray], None] | None = None,
+    preview: Callable[[Preview], None] | None = None,
+    every: int = EVERY,
     **choices: Any,
   ) -> dict[str, np.ndarray]:
     """Samples images from prompts.
@@ -222,6 +226,9 @@ class Cascade:
       callback: called as callback(stage_name, done, total) after each batch.
       finished: called as finished(i, images) with images i, i + 1, … of the
         result, uint8 [n, H, W, 3], as soon as they are finished.
+      preview: called with a `Preview` after every `every` steps of each batch
+        of each stage, and with the result; it changes no image.
+      every: steps.
       **choices: fields of `SamplingConfig` (sampler, steps, guidance, …), one
         value or a list with one per stage.
 
@@ -250,6 +257,8 @@ class Cascade:
       indices=tuple(range(num_images) if indices is None else indices),
       batch_size=batch_size,
       callback=callback,
+      preview=preview,
+      every=every,
     )
     first = self.stages[0]
     image, mask = given_images.upright(image, mask)
@@ -277,7 +286,8 @@ class Cascade:
       runs[i].prepare(request, inputs(i, np.broadcast_to(np.float32(0), shape)))
 
     results = {}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
       for i in range(1, len(runs)):
         pool.submit(prepare, i)
       for i, run in enumerate(runs):
@@ -286,7 +296,38 @@ class Cascade:
           dataclasses.replace(request, finished=last), inputs(i, low)
         )
         results[run.stage.name] = conditioning.to_uint8(low)
+    finally:
+      pool.shutdown(cancel_futures=True)
+    if preview is not None:
+      name, steps = run.stage.name, run.num_steps(from_image=image is not None)
+      images = results[name]
+      preview(Preview(name, 0, steps, steps, images, images, results))
     return results
+
+  def stream(
+    self,
+    prompts: str | Sequence[str] | Embedding,
+    *,
+    every: int = EVERY,
+    **call: Any,
+  ) -> Iterator[Preview]:
+    """Samples images and yields them while they become visible.
+
+    The last preview has the `images` that `sample` returns for the same
+    arguments, bit for bit. Sampling is at most one preview ahead, in a thread
+    of its own; closing the iterator ends it there and waits for that.
+
+    Args:
+      prompts: as of `sample`.
+      every: steps between two previews.
+      **call: arguments of `sample`.
+
+    Raises:
+      ImagenError: as `sample`, at the first or a later preview.
+    """
+    work = lambda emit: self.sample(prompts, preview=emit, every=every, **call)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      yield from preview_lib.stream(work, pool)
 
   def _sizes(
     self, image: PIL.Image.Image | None, low: Image | None

@@ -37,8 +37,9 @@ CODE = ('cascade', 'diffusion', 'nets', 'dtypes.py', 'sharding.py')
 class Program:
   """A jitted function that takes its compiled form from disk if it is there.
 
-  For functions of positional arrays with one array as the result, called under
-  `jax.set_mesh`. In a job of several processes it is the jitted function.
+  For functions of positional trees of arrays whose result has the structure of
+  the last one, called under `jax.set_mesh`. In a job of several processes it is
+  the jitted function.
   """
 
   def __init__(
@@ -88,8 +89,7 @@ class Program:
       return self._jitted.lower(*args).compile()
     whole = f'{_machine()}\n{_code()}\n{self._identity}\n{key}'.encode()
     file = folder / hashlib.sha256(whole).hexdigest()
-    structure = jax.tree.structure((args, {}))
-    found = _read(file, whole, structure)
+    found = _read(file, whole, args)
     if found is None:
       # With a name of its own, so that jax's cache has no such program: on a
       # CPU one that has been on disk cannot be written there again.
@@ -170,7 +170,7 @@ def _code() -> str:
   return digest.hexdigest()
 
 
-def _read(file: pathlib.Path, whole: bytes, structure: Any) -> Any | None:
+def _read(file: pathlib.Path, whole: bytes, args: Any) -> Any | None:
   """The program of a file, or None if it is missing, damaged or another's."""
   try:
     data = memoryview(file.read_bytes())
@@ -181,9 +181,10 @@ def _read(file: pathlib.Path, whole: bytes, structure: Any) -> Any | None:
     return None
   mesh = jax.sharding.get_mesh()
   devices = jax.devices()[:1] if mesh.empty else [*mesh.devices.flat]
+  structures = jax.tree.structure((args, {})), jax.tree.structure(args[-1])
   try:
     found = serialize_executable.deserialize_and_load(
-      data[LENGTH:], structure, jax.tree.structure(0), execution_devices=devices
+      data[LENGTH:], *structures, execution_devices=devices
     )
     os.utime(file)  # the longest unused are removed
   except Exception:  # XLA's, of many types

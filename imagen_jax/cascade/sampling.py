@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool
 
 from imagen_jax.cascade import stage as stages
@@ -14,7 +15,7 @@ from imagen_jax.cascade.conditioning import low_res_input, null_where
 from imagen_jax.cascade.programs import Program
 from imagen_jax.cascade.stage import Stage
 from imagen_jax.diffusion import guidance, process, reverse
-from imagen_jax.diffusion.reverse import Inpaint, Reverse, Trajectory
+from imagen_jax.diffusion.reverse import Inpaint, Reverse, State, Trajectory
 from imagen_jax.diffusion.samplers import SamplerSpec
 from imagen_jax.typing import (
   Array,
@@ -34,7 +35,7 @@ class SampleInputs(NamedTuple):
   """The arrays that images are sampled from; None where there are none.
 
   Attributes:
-    keys: [B] keys, one per image; `compiled` takes their data, uint32 [B, 2].
+    keys: [B] keys, one per image; `program` takes their data, uint32 [B, 2].
     text: [B, L, D] embeddings.
     mask: [B, L] bool, True at real tokens.
     low_res: [B, h, w, 3] in [−1, 1], for a super-resolution stage.
@@ -144,7 +145,7 @@ def trajectory(
 def finite(
   stage: Stage, params: dict, spec: SamplerSpec, inputs: SampleInputs
 ) -> Bool[Array, ' n']:
-  """Whether the predictions of each step of `compiled` are finite."""
+  """Whether the predictions of each step of `program` are finite."""
   inputs = inputs._replace(keys=_wrapped(inputs.keys))
   return reverse.finite(_reverse(stage, params, spec, inputs))
 
@@ -232,6 +233,17 @@ def sampler(
   return run
 
 
+def no_state(stage: Stage, spec: SamplerSpec, inputs: SampleInputs) -> State:
+  """Zeros [B, ...] for `program` to start from, for inputs with key data."""
+
+  def first(inputs: SampleInputs) -> State:
+    inputs = inputs._replace(keys=_wrapped(inputs.keys))
+    return reverse.first_state(_reverse(stage, {}, spec, inputs))
+
+  zeros = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
+  return jax.tree.map(zeros, jax.eval_shape(first, inputs))
+
+
 @functools.lru_cache(maxsize=32)
 def program(
   stage: Stage,
@@ -239,14 +251,28 @@ def program(
   shardings: jax.sharding.Sharding,
   identity: str | None,
 ) -> Program:
-  """`sampler`, compiled, and kept in memory and on disk.
+  """Steps of `sample`, compiled, and kept in memory and on disk.
+
+  As a function of (params, inputs with key data for keys, first, stop, state)
+  it takes the steps `first` … `stop` − 1. The images are the last state's x,
+  clipped; a state before step 0 has no effect.
 
   Args:
     stage: the stage.
     spec: the sampler's settings.
-    shardings: of the images.
+    shardings: of the state.
     identity: of the stage; None keeps the program in memory only.
   """
+
+  def run(
+    params: dict, inputs: SampleInputs, first: Array, stop: Array, state: State
+  ) -> State:
+    inputs = inputs._replace(keys=_wrapped(inputs.keys))
+    made = _reverse(stage, params, spec, inputs)
+    start = reverse.first_state(made)
+    given = jax.tree.map(lambda a, b: jnp.where(first > 0, a, b), state, start)
+    return reverse.advance(made, given, first, stop)
+
   if identity is not None:
     identity = f'{identity} {spec} {shardings}'
-  return Program(sampler(stage, spec), identity, out_shardings=shardings)
+  return Program(run, identity, out_shardings=shardings)

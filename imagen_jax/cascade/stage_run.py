@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.errors
@@ -17,6 +17,7 @@ from imagen_jax.cascade.batching import Request
 from imagen_jax.cascade.programs import Program
 from imagen_jax.cascade.sampling import SampleInputs
 from imagen_jax.cascade.stage import SamplingConfig, Stage
+from imagen_jax.diffusion import reverse
 from imagen_jax.dtypes import pinned
 from imagen_jax.errors import ModelError
 from imagen_jax.io import model_folder
@@ -50,9 +51,14 @@ class StageRun:
       size += model_folder.float32_bytes(self.weak[0])
     return self.mesh_for(size)
 
+  def num_steps(self, *, from_image: bool) -> int:
+    """The number of steps, fewer from an image with a `strength` below 1."""
+    spec = self.config.spec
+    return reverse.num_steps(spec, spec.strength if from_image else 1.0)
+
   @property
   def program(self) -> Program:
-    """(parameters, `SampleInputs`) -> images."""
+    """See `sampling.program`."""
     stage, identity = self.stage, None
     # The source code of a network of the user's own is not known.
     ours = type(stage.net).__module__.startswith('imagen_jax.nets.')
@@ -96,7 +102,10 @@ class StageRun:
       _, rows = next(batching.batches(request, self.mesh))
       arrays = jax.tree.map(array, inputs(rows))
       arrays = arrays._replace(**self.config.scalars)
-      self.program.prepare(params, arrays)
+      state = sampling.no_state(self.stage, self.config.spec, arrays)
+      step = np.int32(0)
+      state = jax.tree.map(array, state)
+      self.program.prepare(params, arrays, step, step, state)
 
   def generate(
     self, request: Request, inputs: Callable[[np.ndarray], SampleInputs]
@@ -117,10 +126,23 @@ class StageRun:
     if self.weak is not None:
       weak = model_folder.load_params(self.weak[0], put=self._put)
       given['weak'] = autoguidance.Weak(self.weak[1], weak)
-    program = self.program
-    sample = lambda arrays: program(params, arrays._replace(**given))
+    spec, program = self.config.spec, self.program
+    every = None if request.preview is None else request.every
+
+    def sample(arrays: SampleInputs) -> Iterator[batching.Partial]:
+      arrays = arrays._replace(**given)
+      steps = self.num_steps(from_image=arrays.image is not None)
+      state: Any = sampling.no_state(stage, spec, arrays)
+      state = sharding.put_whole_batch(state, self.mesh)
+      first = np.int32(0)
+      advance = program.prepare(params, arrays, first, first, state)
+      for stop in (*range(every or steps, steps, every or steps), steps):
+        state = advance(params, arrays, first, np.int32(stop), state)
+        first = np.int32(stop)
+        yield stop, steps, state.z, state.x
+
     finite = lambda arrays: sampling.finite(
-      stage, params, self.config.spec, arrays._replace(**given)
+      stage, params, spec, arrays._replace(**given)
     )
     try:
       images = batching.generate(
@@ -132,5 +154,6 @@ class StageRun:
         f'config describes ({str(error).partition(" (http")[0]}); '
         f'{COPY_AGAIN}.'
       ) from error
-    batching.free((params, given.get('weak')))
+    finally:
+      batching.free((params, given.get('weak')))
     return images

@@ -21,6 +21,9 @@ class Output:
 
     with Output('out', grid=True) as output:
       cascade.sample(prompts, finished=output.of(records))
+
+  Attributes:
+    paths: of what is written.
   """
 
   def __init__(self, out: str | pathlib.Path, *, grid: bool):
@@ -35,7 +38,7 @@ class Output:
     """
     self._out = paths.check_folder(out, key='out')
     self._grid = grid
-    self._paths: list[pathlib.Path] = []
+    self.paths: list[pathlib.Path] = []
     self._images: list[np.ndarray] = []
     self._prompts: set[str] = set()
 
@@ -67,7 +70,7 @@ class Output:
   def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
     if error is None and self._grid and self._images:
       self._write_grid()
-    for path in self._paths:
+    for path in self.paths:
       print(path)
 
   def _write_grid(self) -> None:
@@ -101,7 +104,7 @@ class Output:
       last = max([int(match[1]) for match in found if match], default=-1)
       path = self._out / name.format(last + 1)
       image_io.save_png(path, image, record)
-    self._paths.append(path)
+    self.paths.append(path)
 
 
 def _slug(prompt: str) -> str:

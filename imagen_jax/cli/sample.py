@@ -4,7 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -202,8 +202,9 @@ def _generate(
     shape = cascade.shape_for(images['image'])
     input_images.note_crop(args.init_image, images['image'].size, *shape)
   embedding = cascade.embed(prompts, negative)
-  _notes(cascade, embedding)
-  record = _record(cascade, configs, args) | {'batch_size': request.batch}
+  for text in notes(cascade, embedding):
+    output.note(text)
+  made = record(cascade, configs, args) | {'batch_size': request.batch}
   cascade.sample(
     embedding,
     seed=args.seed,
@@ -212,27 +213,27 @@ def _generate(
     **images,
     batch_size=request.batch,
     callback=output.progress(),
-    finished=out.of(request.records(record)),
+    finished=out.of(request.records(made)),
     **choices,
   )
 
 
-def _notes(cascade: 'Cascade', embedding: Any) -> None:
-  """Prints notes on the prompts to stderr, one per line."""
+def notes(cascade: 'Cascade', embedding: Any) -> Iterator[str]:
+  """Notes on the prompts, a sentence each."""
   every = *embedding.prompts, embedding.negative_prompt
   for prompt, cut in zip(every, embedding.cut):
     if cut:
       short = prompt if len(prompt) <= 40 else prompt[:39] + '…'
-      output.note(
+      yield (
         f'{short!r} is too long: its last {cut} tokens were cut, '
         f'{embedding.mask.shape[1]} remain.'
       )
   empty = any(not prompt.strip() for prompt in embedding.prompts)
   if empty and embedding.negative is None:
-    output.note('an empty prompt is unconditional: guidance has no effect.')
+    yield 'an empty prompt is unconditional: guidance has no effect.'
   repeats = len(embedding.prompts) - len(set(embedding.prompts))
   if repeats:
-    output.note(
+    yield (
       f'{repeats} prompts repeat others, and so do their images; --num_images '
       'makes several of a prompt.'
     )
@@ -243,16 +244,22 @@ def _notes(cascade: 'Cascade', embedding: Any) -> None:
       source = find_source(*cascade.data_kinds)
     except (ImagenError, ImportError):
       return  # sampling does not need the training data
-    for text in source.prompt_notes(embedding.prompts):
-      output.note(text)
+    yield from source.prompt_notes(embedding.prompts)
 
 
-def _record(
+def record(
   cascade: 'Cascade',
   configs: Sequence['SamplingConfig'],
   args: argparse.Namespace,
 ) -> dict[str, Any]:
-  """The settings of a call, stored in its PNGs for --from_image."""
+  """The settings of a call, stored in its PNGs for --from_image.
+
+  Args:
+    cascade: that generates.
+    configs: of its stages.
+    args: the flags `seed`, `model`, `weak_model`, `negative_prompt`, `low_res`,
+      `init_image` and `mask`.
+  """
   import jax
 
   settings = {}

@@ -7,7 +7,7 @@ given image, and IF's style transfer; its arguments select the task.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -249,7 +249,7 @@ class IF:
     part: Stage,
     request: Request,
     inputs: Callable[[np.ndarray], SampleInputs],
-    run: Callable[[IFUNet, dict, SampleInputs], jax.Array],
+    run: Callable[..., jax.Array],
   ) -> np.ndarray:
     """Samples all rows with one stage: float32 [N, H, W, 3] in [−1, 1]."""
     mesh = self._mesh(weights.num_bytes(part.folder / 'unet'))
@@ -258,8 +258,12 @@ class IF:
       weights_dtype=self.dtype,
       place=functools.partial(sharding.leaf_sharding, mesh=mesh),
     )
-    sample = functools.partial(run, module, params)
-    finite = functools.partial(sample, finite=True)
+    finite = functools.partial(run, module, params, finite=True)
+
+    def sample(arrays: SampleInputs) -> Iterator[batching.Partial]:
+      images = run(module, params, arrays)
+      yield 1, 1, images, images
+
     images = batching.generate(request, part.name, mesh, inputs, sample, finite)
     batching.free(params)
     return images

@@ -11,10 +11,8 @@ from jaxtyping import Bool, Float
 
 from imagen_jax.diffusion.guidance import Denoise, Memory
 from imagen_jax.diffusion.process import diffuse
-from imagen_jax.diffusion.samplers import SAMPLERS, Past, SamplerSpec, Step
+from imagen_jax.diffusion.samplers import SAMPLERS, SamplerSpec, Step
 from imagen_jax.typing import Array, Image, Keys, PixelMask
-
-Carry = tuple[Array, Past, Past, Memory]
 
 
 class Inpaint(NamedTuple):
@@ -44,6 +42,22 @@ class Trajectory(NamedTuple):
   z: Float[Array, 'n b h w c']
   x: Float[Array, 'n b h w c']
   logsnr: Float[Array, ' n']
+
+
+class State(NamedTuple):
+  """What one step of the reverse process leaves to the next.
+
+  Attributes:
+    z: [B, H, W, C], the noisy images.
+    x: [B, H, W, C], the prediction of the step before; 0 at the first.
+    before: the prediction of the step before that.
+    memory: of `Reverse.denoise`.
+  """
+
+  z: Image
+  x: Image
+  before: Image
+  memory: Memory
 
 
 class Reverse(NamedTuple):
@@ -90,6 +104,11 @@ def _noise(
   return jax.vmap(row)(keys)
 
 
+def num_steps(spec: SamplerSpec, start: float = 1.0) -> int:
+  """The number of steps from time `start` to 0, in proportion to it."""
+  return max(1, round(spec.steps * start))
+
+
 def logsnr_grid(
   logsnr_fn: Callable[[Array], Array],
   spec: SamplerSpec,
@@ -101,12 +120,12 @@ def logsnr_grid(
 
   Args:
     logsnr_fn: the schedule, t -> logsnr.
-    spec: its `grid` and `steps`; there are N = max(1, round(steps · start))
-      steps, and N + 1 log-SNRs.
+    spec: its `grid` and `steps`; there are N = `num_steps` steps, and N + 1
+      log-SNRs.
     start: a time in (0, 1].
     dtype: float32 or wider.
   """
-  steps = max(1, round(spec.steps * start))
+  steps = num_steps(spec, start)
   if spec.grid == 'time':
     return logsnr_fn(jnp.linspace(start, 0.0, steps + 1, dtype=dtype))
   first, final = logsnr_fn(jnp.asarray([start, 0.0], dtype))
@@ -116,53 +135,80 @@ def logsnr_grid(
 def sample(reverse: Reverse) -> Image:
   """Samples images from noise, with one evaluation of `denoise` per step.
 
-  The steps are one lax.scan, so the network is compiled once, whatever their
-  number.
+  The steps are one loop, so the network is compiled once, whatever their
+  number. The last prediction is the result; the z after it is not used.
   """
-  return _run(reverse, lambda z, x: None)[0]
+  return advance(reverse, first_state(reverse), 0, _steps(reverse)).x
+
+
+def first_state(reverse: Reverse) -> State:
+  """The state before the first step."""
+  none = jnp.zeros_like(reverse.z)
+  return State(reverse.z, none, none, reverse.memory)
+
+
+def advance(
+  reverse: Reverse, state: State, first: int | Array, stop: int | Array
+) -> State:
+  """The state after the steps `first` … `stop` − 1, which may be traced.
+
+  Compiled once for traced numbers, the same program takes all steps in one call
+  or a few at a time, with the same result to the bit.
+  """
+  step = _make_step(reverse)
+  return jax.lax.fori_loop(first, stop, lambda i, state: step(state, i), state)
 
 
 def trajectory(reverse: Reverse) -> Trajectory:
   """The trajectory of `sample`."""
-  _, (z, x) = _run(reverse, lambda z, x: (z, x))
+  z, x = _record(reverse, lambda z, x: (z, x))
   return Trajectory(z, x, reverse.logsnr[:-1])
 
 
 def finite(reverse: Reverse) -> Bool[Array, ' n']:
   """Whether all predictions of `sample` are finite at each step."""
-  return _run(reverse, lambda z, x: jnp.isfinite(x).all())[1]
+  return _record(reverse, lambda z, x: jnp.isfinite(x).all())
 
 
-def _run(
-  reverse: Reverse, record: Callable[[Array, Array], Any]
-) -> tuple[Image, Any]:
-  """(images, `record(z, x)` of all steps)."""
-  keys, z, logsnr, denoise, spec, inpaint, memory = reverse
-  sampler, steps, dtype = SAMPLERS[spec.sampler], len(logsnr) - 1, z.dtype
+def _record(reverse: Reverse, see: Callable[[Array, Array], Any]) -> Any:
+  """`see(z, x)` of all steps, z before and x of each."""
+  step = _make_step(reverse)
+
+  def body(state: State, i: Array) -> tuple[State, Any]:
+    after = step(state, i)
+    return after, see(state.z, after.x)
+
+  steps = jnp.arange(_steps(reverse))
+  return jax.lax.scan(body, first_state(reverse), steps)[1]
+
+
+def _steps(reverse: Reverse) -> int:
+  return len(reverse.logsnr) - 1
+
+
+def _make_step(reverse: Reverse) -> Callable[[State, Array], State]:
+  """step(state, i), the state after step i."""
+  keys, start, logsnr, denoise, spec, inpaint, _ = reverse
+  sampler, steps, dtype = SAMPLERS[spec.sampler], _steps(reverse), start.dtype
   options = {name: getattr(spec, name) for name in sampler.options}
-  step = functools.partial(sampler.step, **options)
+  solve = functools.partial(sampler.step, **options)
   fresh = sampler.stochastic(spec)
-  normal = lambda index: _noise(keys, index, z.shape[1:], dtype)
+  normal = lambda index: _noise(keys, index, start.shape[1:], dtype)
+  grid = jnp.concatenate([jnp.full(2, -jnp.inf, dtype), logsnr.astype(dtype)])
 
-  def body(
-    carry: Carry, step_input: tuple[Array, Array, Array]
-  ) -> tuple[Carry, Any]:
-    z, last, before, memory = carry
-    i, logsnr_t, logsnr_s = step_input
-    x, memory = denoise(z, jnp.full(z.shape[:1], logsnr_t), memory)
+  def step(state: State, i: Array) -> State:
+    z, x_last, x_before, memory = state
+    before, last, t, s = (grid[i + n] for n in range(4))
+    x, memory = denoise(z, jnp.full(z.shape[:1], t), memory)
     x = x.astype(dtype)
     noise = normal(i + 1) if fresh else jnp.zeros_like(z)
-    z_next = step(z, x, noise, Step(logsnr_t, logsnr_s, last, before))
+    at = Step(t, s, (x_last, last), (x_before, before))
+    z_next = solve(z, x, noise, at)
     if inpaint is not None:
       # A separate noise index: the sampler's noise is the same without a mask.
-      kept = diffuse(inpaint.known, normal(steps + 1 + i), logsnr_s)
+      kept = diffuse(inpaint.known, normal(steps + 1 + i), s)
       z_next = jnp.where(inpaint.mask > 0, z_next, kept)
       x = jnp.where((inpaint.mask > 0) | (i < steps - 1), x, inpaint.known)
-    return (z_next, (x, logsnr_t), last, memory), record(z, x)
+    return State(z_next, x, x_last, memory)
 
-  past: Past = jnp.zeros_like(z), jnp.asarray(-jnp.inf, dtype)
-  # The result is the last prediction; the z after it is not used.
-  (_, (x, _), _, _), seen = jax.lax.scan(
-    body, (z, past, past, memory), (jnp.arange(steps), logsnr[:-1], logsnr[1:])
-  )
-  return x, seen
+  return step

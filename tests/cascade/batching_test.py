@@ -51,8 +51,12 @@ def test_every_row_has_its_own_inputs_and_the_last_batch_is_padded():
     batches.append(rows.tolist())
     return {'x': np.asarray(rows, np.float32)[:, None, None, None] / 5}
 
+  def sample(arrays):
+    for step in 1, 2:  # the images are those after the last step
+      yield step, 2, arrays['x'], step * arrays['x'] - 1
+
   out = batching.generate(
-    request, 'base', mesh, inputs, lambda a: 2 * a['x'] - 1, jax.numpy.isfinite
+    request, 'base', mesh, inputs, sample, jax.numpy.isfinite
   )
   np.testing.assert_allclose(out[:, 0, 0, 0], np.linspace(-1, 1, 6), atol=1e-6)
   assert shown == [(0, [0, 51, 102, 153]), (4, [204, 255])]
@@ -74,7 +78,7 @@ def test_images_that_are_no_numbers_are_an_error_and_are_not_kept(value):
       'sr1',
       mesh,
       lambda rows: good[rows],
-      lambda x: x,
+      lambda x: [(1, 1, x, x)],
       lambda x: jax.numpy.array([True, True, False, False]),
     )
   assert shown == [0, 1]

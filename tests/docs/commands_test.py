@@ -18,13 +18,14 @@ MAIN = {
   **{
     f'imagen-{n}': n for n in ('prepare', 'embed', 'index', 'export', 'watch')
   },
+  'imagen-web': 'web',
 }
 BLOCK = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.M | re.S)
 COMMAND = re.compile(rf'(?:^|[ ;])({"|".join(map(re.escape, MAIN))}) (--.*)')
 
 
 def commands(page):
-  """(module in cli/, arguments) of each command of a page."""
+  """(name, arguments) of each command of a page."""
   text = page.read_text(encoding='utf-8')
   for language, block in BLOCK.findall(text):
     if language:
@@ -42,8 +43,9 @@ def _end(argv):
 
 def known_flags(name):
   out = io.StringIO()
+  module = 'web.command' if name == 'web' else f'cli.{name}'
   with contextlib.redirect_stdout(out):
-    importlib.import_module(f'imagen_jax.cli.{name}').main(['--help'])
+    importlib.import_module(f'imagen_jax.{module}').main(['--help'])
   return set(re.findall(r'--\w+', out.getvalue()))
 
 
