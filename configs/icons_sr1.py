@@ -2,9 +2,9 @@ r"""The first super-resolution model of the icons cascade: 32→64 (F.2, small).
 
   python train.py --config icons_sr1 --workdir runs/icons/sr1
 
-As `shapes_sr1`, which has the reasons for x-prediction and levels up to 0.4. 64 is
-only twice 32, so that the last stage ends at 256, the size of the icons of the
-style "3D".
+As `shapes_sr1`, which has the reasons for x-prediction and levels up to 0.4.
+64 is only twice 32, so that the last stage ends at 256, which is the size of
+the icons of the style "3D".
 
 Result: not trained yet.
 """
