@@ -27,7 +27,14 @@ TEST = [
   'resvg-py',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
-PARITY = ['torch', 'clean-fid', 'diffusers', 'pytorch-fid', *DEEPFLOYD]
+PARITY = [
+  'torch',
+  'clean-fid',
+  'diffusers',
+  'efficientnet-lite-pytorch',
+  'pytorch-fid',
+  *DEEPFLOYD,
+]
 
 setuptools.setup(
   name='imagen_jax',

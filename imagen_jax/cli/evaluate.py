@@ -118,7 +118,11 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
     default=EvalConfig.num_images,
     help='prompts, clip: images per prompt',
   )
-  add('--data', type=user_path, help='fid: real images with captions')
+  add(
+    '--data',
+    type=user_path,
+    help='fid: real images with captions; icons: the folder of the packages',
+  )
   add(
     '--source',
     default=EvalConfig.source,
@@ -134,6 +138,11 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
     default=EvalConfig.fid_mode,
     help='fid: resize images for Inception as the package clean-fid (clean) or '
     'pytorch-fid does',
+  )
+  add(
+    '--efficientnet',
+    type=user_path,
+    help='fid, icons: EfficientNet-Lite0 weights, .safetensors',
   )
   add(
     '--clip',

@@ -65,18 +65,21 @@ def listed() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
   return found
 
 
-def choose(sets: Sequence[IconSet], number: int | None) -> tuple[Thing, ...]:
+def choose(
+  sets: Sequence[IconSet], every: Sequence[IconSet], number: int | None
+) -> tuple[Thing, ...]:
   """The things that all sets show, those of `icons.txt` first.
 
   Args:
-    sets: of the styles to use; at least one has names.
+    sets: of the styles to use.
+    every: all that there are, from which the names come.
     number: of things; None: all.
 
   Raises:
     UsageError: there are fewer than `number`, or fewer than two.
   """
   names: dict[str, str] = {}
-  for one in sets:
+  for one in every:
     names |= {c: n for c, n in one.names.items() if c not in names}
   common = [c for c in names if all(c in one.images for one in sets)]
   order = {short: i for i, short in enumerate(listed())}
@@ -84,7 +87,8 @@ def choose(sets: Sequence[IconSet], number: int | None) -> tuple[Thing, ...]:
   if len(common) < max(2, number or 0):
     raise UsageError(
       f'data.things is {number}, and the styles {_list(s.style for s in sets)} '
-      f'have {len(common)} things in common; choose fewer things or styles.',
+      f'have {len(common)} named things in common; choose fewer things or '
+      'styles, or put a set with names, such as twemoji, beside them.',
       key='config.data.things',
     )
   things = [_thing(code, names[code]) for code in common[:number]]

@@ -65,8 +65,9 @@ class IconsSource(Source):
     num: int = 1_000_000,
   ) -> None:
     self.size, self.num = size, num
-    sets = _choose(read_sets(path), styles, licences)
-    chosen = icon_things.choose(sets, things)
+    every = read_sets(path)
+    sets = _choose(every, styles, licences)
+    chosen = icon_things.choose(sets, every, things)
     self.world = World(chosen, tuple(s.style for s in sets), seed, split)
     data = [one.images[thing.code] for one in sets for thing in chosen]
     self._digest = _digest(data)

@@ -60,6 +60,8 @@ def test_things_are_those_of_all_styles_the_everyday_ones_first(folder):
   assert names == ['dog', 'cat', 'fox', 'car', 'red heart']
   assert source.world.styles == ('3D', 'cartoon', 'flat')
   assert len(icons.IconsSource(folder, 32, things=2).world.things) == 2
+  alone = icons.IconsSource(folder, 32, styles=('3D',))  # names of the others
+  assert [thing.name for thing in alone.world.things] == names
 
 
 def test_an_image_shows_the_things_where_the_scene_says(folder):
@@ -175,7 +177,7 @@ def test_held_out_scenes_show_what_is_held_out():
 
 def test_a_held_out_name_that_another_thing_has_is_dropped(folder):
   sets = read_sets(folder)
-  (car,) = [t for t in icon_things.choose(sets, None) if t.name == 'car']
+  (car,) = [t for t in icon_things.choose(sets, sets, None) if t.name == 'car']
   assert car.heldout == ('automobile',)
   cab = {'1f696': 'oncoming automobile'}
   more = [
@@ -187,7 +189,7 @@ def test_a_held_out_name_that_another_thing_has_is_dropped(folder):
     )
     for s in sets
   ]
-  (car,) = [t for t in icon_things.choose(more, None) if t.name == 'car']
+  (car,) = [t for t in icon_things.choose(more, more, None) if t.name == 'car']
   assert car.heldout == ()
 
 
