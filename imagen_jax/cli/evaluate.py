@@ -278,9 +278,11 @@ class _Console(Listener):
     for category, score in categories.items():
       if 'accuracy' in score:
         low, high = score['ci95']
+        own = score.get('judge')
+        beside = '' if own is None else f', true images {100 * own:.1f} %'
         print(
           f'  {category:<20}{100 * score["accuracy"]:6.1f} %  '
-          f'({100 * low:.1f} to {100 * high:.1f}), n = {score["n"]}'
+          f'({100 * low:.1f} to {100 * high:.1f}), n = {score["n"]}{beside}'
         )
       else:
         values = ', '.join(f'{k} {_number(v)}' for k, v in score.items())

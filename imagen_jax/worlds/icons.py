@@ -118,6 +118,12 @@ class IconsSource(Source):
   def name(self, i: int) -> str:
     return f'scene {i}'
 
+  @classmethod
+  def suite(cls, config: typing.Any) -> typing.Any:
+    from imagen_jax.worlds.icons_suite import IconsSuite
+
+    return IconsSuite.from_config(config)
+
 
 def _choose(
   sets: Sequence[IconSet],
