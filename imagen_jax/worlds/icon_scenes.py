@@ -291,13 +291,13 @@ def _write(
   link = pick(rng, captions.SAID[relation]) if relation else 'and'
   text = f' {link} '.join(nouns)
   if style is None or before:
-    opening = ('a picture of ', 'an icon of ', '', '', '', '')
+    opening = (*captions.OPENINGS[:3], 'an icon of ', *[''] * 8)
     return pick(rng, opening) + text, ''
   if rng.random() < 0.25:
     return text, f', {style}'
   a = article(style)
   way = pick(
-    rng, ('{a} {s} icon of {t}', '{a} {s} picture of {t}', '{t} in {s} style')
+    rng, ('{a} {s} icon of {t}', '{a} {s} image of {t}', '{t} in {s} style')
   )
   return way.format(a=a, s=style, t=text), ''
 

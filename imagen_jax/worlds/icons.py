@@ -1,4 +1,4 @@
-"""The icons world: captioned scenes of a thousand drawn things.
+"""The icons world: captioned scenes of a thousand things.
 
 The icons come from packages on the user's disk (see `icon_sets`), and are not
 part of this one. Example i of a split is a function of (seed, split, i) and the

@@ -23,7 +23,7 @@ RIDGE = 1e-3  # of the mean variance of a feature, times the examples
 SEED = 1128  # of the renders that the probes are fitted to
 LOOKS, CROWDS = 4, 2  # renders of each thing and style alone, and of several
 
-Picture = UInt8[np.ndarray, 'h w 3']
+Pixels = UInt8[np.ndarray, 'h w 3']
 Features = Float[np.ndarray, 'n d']
 Labels = Sequence[int]
 
@@ -60,23 +60,23 @@ class Judge:
     thing, style, count: probes; `count` gives the number less one.
   """
 
-  features: Callable[[Iterable[Picture]], Features]
+  features: Callable[[Iterable[Pixels]], Features]
   thing: Probe
   style: Probe
   count: Probe
 
-  def whole(self, images: Iterable[Picture]) -> Features:
+  def whole(self, images: Iterable[Pixels]) -> Features:
     """Features of all that is in front of the background."""
     return self.features(crop(image, foreground(image)) for image in images)
 
-  def parts(self, images: Iterable[Picture]) -> np.ndarray:
+  def parts(self, images: Iterable[Pixels]) -> np.ndarray:
     """The thing in each of two parts, [N, 2]: left or upper part first."""
     crops = (part for image in images for part in _parts(image))
     return self.thing.best(self.features(crops))[:, 0].reshape(-1, 2)
 
 
 def fit(
-  source: IconsSource, features: Callable[[Iterable[Picture]], Features]
+  source: IconsSource, features: Callable[[Iterable[Pixels]], Features]
 ) -> Judge:
   """A judge for images of the source's size, fitted to its renders.
 
@@ -111,14 +111,14 @@ def training_scenes(world: World) -> Iterator[Scene]:
           yield dataclasses.replace(found, groups=groups, style=style)
 
 
-def foreground(image: Picture) -> Bool[np.ndarray, 'h w']:
+def foreground(image: Pixels) -> Bool[np.ndarray, 'h w']:
   """Where an image differs from its border's median colour."""
   x = image.astype(np.int16)
   border = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
   return np.abs(x - np.median(border, 0)).max(2) > DIFFERENT
 
 
-def crop(image: Picture, mask: Bool[np.ndarray, 'h w']) -> Picture:
+def crop(image: Pixels, mask: Bool[np.ndarray, 'h w']) -> Pixels:
   """The square around a mask, enlarged to `SIZE`; all if the mask is empty."""
   rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
   shown = Image.fromarray(image)
@@ -163,6 +163,6 @@ def halves(
   return mask & first, mask & ~first, axis
 
 
-def _parts(image: Picture) -> list[Picture]:
+def _parts(image: Pixels) -> list[Pixels]:
   first, second, _ = halves(foreground(image))
   return [crop(image, first), crop(image, second)]
