@@ -85,18 +85,22 @@ def choose(
   order = {short: i for i, short in enumerate(listed())}
   common.sort(key=lambda c: (order.get(names[c], len(order)), c))
   if len(common) < max(2, number or 0):
+    styles = ', '.join(one.style for one in sets)
     raise UsageError(
-      f'data.things is {number}, and the styles {_list(s.style for s in sets)} '
+      f'data.things is {number}, and the styles {styles} '
       f'have {len(common)} named things in common; choose fewer things or '
       'styles, or put a set with names, such as twemoji, beside them.',
       key='config.data.things',
     )
   things = [_thing(code, names[code]) for code in common[:number]]
+  names_of_things = {thing.name for thing in things}
   said = {name for t in things for name in (t.name, *t.synonyms)}
   taken = {form for name in said for form in (name, plural(name))}
   return tuple(
     dataclasses.replace(
-      t, heldout=tuple(h for h in t.heldout if not _within(h, taken))
+      t,
+      synonyms=tuple(s for s in t.synonyms if s not in names_of_things),
+      heldout=tuple(h for h in t.heldout if not _within(h, taken)),
     )
     for t in things
   )
@@ -117,10 +121,6 @@ def _thing(code: str, short: str) -> Thing:
 def _within(phrase: str, names: Iterable[str]) -> bool:
   """Whether a phrase is part of one of the names, in whole words."""
   return any(f' {phrase} '.lower() in f' {name} '.lower() for name in names)
-
-
-def _list(words: Iterable[str]) -> str:
-  return ', '.join(words)
 
 
 def held_style(thing: Thing, styles: Sequence[str]) -> str | None:

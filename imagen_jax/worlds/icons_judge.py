@@ -1,27 +1,33 @@
-"""The judge of the icons world: linear probes on a network's features.
+"""The judge of the icons world: a linear probe on a network's features.
 
 What is in front of the background is cropped and enlarged, so that size and
 place do not matter, and ridge regression on the features of renders says which
-thing, which style and how many. Two things are told apart by the widest gap
-between them. How often the judge itself errs is measured on other renders.
+thing it is in which style. Two things are told apart by the widest gap between
+them, and things are counted as connected parts. How often the judge itself errs
+is measured on other renders.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
+from scipy import ndimage
 
-from imagen_jax.worlds.icon_scenes import Scene, World, scene
+from imagen_jax.worlds.icon_scenes import Group, Scene, World, scene
 from imagen_jax.worlds.icons import IconsSource
 
 SIZE = 224  # of the crops
 MARGIN = 0.06  # around what is cropped, as a fraction of its side
 DIFFERENT = 20  # of 255, in one channel: no background
-RIDGE = 1e-3  # of the mean variance of a feature, times the examples
-SEED = 1128  # of the renders that the probes are fitted to
-LOOKS, CROWDS = 4, 2  # renders of each thing and style alone, and of several
+RIDGE = 0.03  # of the mean variance of a feature, times the examples
+SEED = 1128  # of the renders that the probe is fitted to
+LOOKS = 6  # renders of each thing in each style
+# Parts of a thing are nearer than twice this fraction of the image, and parts
+# that have less than a fraction of the largest one's pixels do not count.
+REACH, LEAST = 0.02, 0.2
 
 Pixels = UInt8[np.ndarray, 'h w 3']
 Features = Float[np.ndarray, 'n d']
@@ -46,9 +52,8 @@ class Probe:
     weights = np.linalg.solve(square, centred.T @ (y - middle))
     return cls(weights, middle - mean @ weights)
 
-  def best(self, x: Features, number: int = 1) -> np.ndarray:
-    """The `number` likeliest classes of each row, the likeliest first."""
-    return np.argsort(-(x @ self.weights + self.bias), axis=1)[:, :number]
+  def __call__(self, x: Features) -> Float[np.ndarray, 'n k']:
+    return x @ self.weights + self.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +62,26 @@ class Judge:
 
   Attributes:
     features: images of `SIZE` pixels -> [N, D].
-    thing, style, count: probes; `count` gives the number less one.
+    probe: of the pairs (thing, style), the styles of a thing side by side.
+    styles: their number.
   """
 
   features: Callable[[Iterable[Pixels]], Features]
-  thing: Probe
-  style: Probe
-  count: Probe
+  probe: Probe
+  styles: int
 
-  def whole(self, images: Iterable[Pixels]) -> Features:
-    """Features of all that is in front of the background."""
-    return self.features(crop(image, foreground(image)) for image in images)
+  def icons(
+    self, images: Iterable[Pixels]
+  ) -> Float[np.ndarray, 'n things styles']:
+    """How likely each icon is all that an image shows; the largest is."""
+    x = self.features(crop(image, foreground(image)) for image in images)
+    return self.probe(x).reshape(len(x), -1, self.styles)
 
-  def parts(self, images: Iterable[Pixels]) -> np.ndarray:
-    """The thing in each of two parts, [N, 2]: left or upper part first."""
+  def parts(self, images: Iterable[Pixels]) -> Int[np.ndarray, 'n 2']:
+    """The thing in each of two parts: of the left or upper part first."""
     crops = (part for image in images for part in _parts(image))
-    return self.thing.best(self.features(crops))[:, 0].reshape(-1, 2)
+    best = self.probe(self.features(crops)).argmax(1)
+    return best.reshape(-1, 2) // self.styles
 
 
 def fit(
@@ -88,27 +97,40 @@ def fit(
   x = features(
     crop(image, foreground(image)) for image in map(source.render, shown)
   )
-  world = source.world
-  things = [s.things[0] for s in shown]
-  return Judge(
-    features,
-    Probe.fit(x, things, len(world.things)),
-    Probe.fit(x, [s.style for s in shown], len(world.styles)),
-    Probe.fit(x, [len(s.things) - 1 for s in shown], 4),
-  )
+  styles = len(source.world.styles)
+  labels = [scene.things[0] * styles + scene.style for scene in shown]
+  classes = len(source.world.things) * styles
+  return Judge(features, Probe.fit(x, labels, classes), styles)
 
 
 def training_scenes(world: World) -> Iterator[Scene]:
-  """Scenes of every thing in every style: alone, and several of it."""
+  """`LOOKS` scenes of every thing in every style, half of them half as large.
+
+  Things are that small in pairs.
+  """
   other = dataclasses.replace(world, seed=SEED, split='eval')
-  for category, number in (('single', LOOKS), ('count', CROWDS)):
-    for i in range(number):
-      for thing in range(len(world.things)):
-        for style in range(len(world.styles)):
-          place = (i * len(world.things) + thing) * len(world.styles) + style
-          found = scene(other, place, category)
-          groups = (dataclasses.replace(found.groups[0], thing=thing),)
-          yield dataclasses.replace(found, groups=groups, style=style)
+  every = itertools.product(
+    range(LOOKS), range(len(world.things)), range(len(world.styles))
+  )
+  for i, (look, thing, style) in enumerate(every):
+    found = scene(other, i, 'single')
+    (x, y, diameter) = found.places[0]
+    yield dataclasses.replace(
+      found,
+      groups=(Group(thing),),
+      style=style,
+      places=((x, y, diameter / (1 + look % 2)),),
+    )
+
+
+def count(image: Pixels) -> int:
+  """The number of things in front of the background."""
+  mask = foreground(image)
+  side = 2 * max(1, round(REACH * len(mask))) + 1
+  joined = ndimage.binary_dilation(mask, np.ones((side, side)))
+  labels, number = ndimage.label(joined, np.ones((3, 3)))
+  sizes = ndimage.sum_labels(mask, labels, range(1, number + 1))
+  return int((sizes > LEAST * sizes.max(initial=0)).sum())
 
 
 def foreground(image: Pixels) -> Bool[np.ndarray, 'h w']:

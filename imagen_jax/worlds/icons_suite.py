@@ -27,7 +27,7 @@ from imagen_jax.evaluation.suite import Item, Records
 from imagen_jax.io import model_folder
 from imagen_jax.worlds.icon_scenes import CATEGORIES, MIXTURE, Scene
 from imagen_jax.worlds.icons import IconsSource
-from imagen_jax.worlds.icons_judge import Judge, fit, foreground, halves
+from imagen_jax.worlds.icons_judge import Judge, count, fit, foreground, halves
 
 SEED = 2205  # of the evaluation scenes; nothing else uses it
 REAL = 2  # real images per generated one, for the distance
@@ -95,10 +95,10 @@ class IconsSuite(suites.Suite):
 
   def heading(self) -> tuple[str, str]:
     return 'Does the image show the thing that the prompt names?', (
-      'Linear probes on features of EfficientNet-Lite0, fitted to renders, say '
-      'which thing, style and number an image shows; in brackets are Wilson’s '
-      '95 % intervals. The green tick is the accuracy of the probes on true '
-      'images of the same scenes.'
+      'A linear probe on features of EfficientNet-Lite0, fitted to renders, '
+      'says which thing an image shows in which style; things are counted as '
+      'connected parts. Whiskers are Wilson’s 95 % intervals. The green tick '
+      'is the accuracy on true images of the same scenes.'
     )
 
   def scene(self, item: Item) -> Scene:
@@ -166,31 +166,30 @@ class IconsSuite(suites.Suite):
     judge = self.judge_of_renders
     if category in ('pair', 'heldout_pair'):
       seen = judge.parts(images)
-      right = [
-        _pair_is_right(scene, things, image)
-        for scene, things, image in zip(shown, seen, images)
-      ]
-      return {category: np.array(right)}
-    x = judge.whole(images)
+      every = zip(shown, seen, images)
+      return {category: np.array([_pair_is_right(*one) for one in every])}
     if category == 'count':
-      numbers = np.array([len(scene.things) for scene in shown])
-      return {category: judge.count.best(x)[:, 0] + 1 == numbers}
+      return {
+        category: np.array(
+          [count(image) == len(s.things) for s, image in zip(shown, images)]
+        )
+      }
+    found = judge.icons(images)
     wanted = np.array([scene.things[0] for scene in shown])
-    top5 = judge.thing.best(x, 5)
+    top5 = np.argsort(-found.max(2), axis=1)[:, :5]
     thing = top5[:, 0] == wanted
     styles = np.array([scene.style for scene in shown])
-    style = judge.style.best(x)[:, 0] == styles
+    style = found.max(1).argmax(1) == styles
     if category == 'heldout_style':
       return {category: thing & style}
-    found = {
+    right = {
       category: thing,
       f'{category}_top5': (top5 == wanted[:, None]).any(1),
     }
     if category == 'single':
       # Where the caption leaves the style open, any is right.
-      styled = np.array([self._says_style(scene) for scene in shown])
-      found['style'] = style[styled]
-    return found
+      right['style'] = style[[self._says_style(scene) for scene in shown]]
+    return right
 
   def _says_style(self, scene: Scene) -> bool:
     return (
