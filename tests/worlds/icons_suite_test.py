@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from imagen_jax.cli import evaluate as command_line
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.config import EvalConfig
@@ -148,3 +149,10 @@ def test_all_categories_have_their_scenes(suite):
   assert set(suite.categories) < set(CATEGORIES)
   digest = suite.digest()
   assert len(digest) == 16 and suite.num == 20
+
+
+def test_the_command_line_prints_the_judges_accuracy_beside_a_score(capsys):
+  score = {'accuracy': 0.5, 'n': 4, 'ci95': [0.15, 0.85], 'judge': 0.97}
+  command_line._Console().scored('icons', {'single': score})
+  (line,) = capsys.readouterr().out.splitlines()[1:]
+  assert line.split()[:3] == ['single', '50.0', '%'] and '97.0 %' in line
