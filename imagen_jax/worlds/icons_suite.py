@@ -8,14 +8,16 @@ on true images of the same scenes stands beside each score.
 import copy
 import dataclasses
 import functools
+import glob
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.errors import UsageError
+from imagen_jax.data.claim import SPEC
+from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation import scores
 from imagen_jax.evaluation import suite as suites
 from imagen_jax.evaluation.config import EvalConfig
@@ -24,7 +26,7 @@ from imagen_jax.evaluation.fid_suite import efflite0_scores
 from imagen_jax.evaluation.generation import read_images
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Item, Records
-from imagen_jax.io import model_folder
+from imagen_jax.io import files, model_folder
 from imagen_jax.worlds.icon_scenes import CATEGORIES, MIXTURE, Scene
 from imagen_jax.worlds.icons import IconsSource
 from imagen_jax.worlds.icons_judge import Judge, count, fit, foreground, halves
@@ -56,11 +58,11 @@ class IconsSuite(suites.Suite):
   def from_config(cls, config: EvalConfig) -> 'IconsSuite':
     path = config.model or model_folder.demo_path()
     record = model_folder.find_stages(path, config.stages)[-1]
-    data = record.config['data']
-    if data['kind'] != 'icons':
+    data = _settings(record.config['data'])
+    if not data:
       raise UsageError(
-        f'suite icons needs a model of icons; {path} was trained on '
-        f'{data["kind"]}.',
+        f'suite icons needs a model of icons; {path} was trained on other '
+        'data, or on a prepared set that is gone: its spec.json is enough.',
         key='suite',
       )
     if not config.efficientnet:
@@ -69,13 +71,18 @@ class IconsSuite(suites.Suite):
         'EfficientNet-Lite0 as safetensors, see docs/icons.md.',
         key='efficientnet',
       )
-    options = {key: data[key] for key in ('styles', 'things', 'licences')}
+    if not (config.data or data.get('path')):
+      raise UsageError(
+        'data is not set; it names the folder of the icon packages, which a '
+        'prepared set does not know.',
+        key='data',
+      )
     source = IconsSource(
       config.data or data['path'],
       record.resolution,
       seed=SEED,
       split='eval',
-      **options,
+      **{key: data.get(key) for key in ('styles', 'things', 'licences')},
     )
     return cls(
       source,
@@ -215,6 +222,22 @@ class IconsSuite(suites.Suite):
       'efficientnet_sha256': self.extractor.digest,
       'efficientnet_preprocessing': self.extractor.preprocessing,
     }
+
+
+def _settings(data: Mapping[str, typing.Any]) -> Mapping[str, typing.Any]:
+  """The settings of the icons that a model was trained on; {} if unknown.
+
+  Args:
+    data: section of its config; of a prepared set, its folder has them.
+  """
+  if data['kind'] == 'icons':
+    return data
+  for folder in sorted(glob.glob(str(data.get('path') or ''))):
+    spec = pathlib.Path(folder) / SPEC
+    if data['kind'] == 'arrayrecord' and spec.exists():
+      settings = files.read_json(spec, error=DataError)['settings']
+      return settings if settings['source'] == 'icons' else {}
+  return {}
 
 
 def _pair_is_right(

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import evaluate as command_line
+from imagen_jax.data import claim, shards
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.extractors import Extractor
 from imagen_jax.io import model_folder
-from imagen_jax.worlds import icons, icons_judge
+from imagen_jax.worlds import icons, icons_judge, icons_suite
 from imagen_jax.worlds.icon_scenes import CATEGORIES
 from imagen_jax.worlds.icons_suite import IconsSuite
 from tests.evaluation.runs import finish
@@ -143,6 +144,29 @@ def test_the_suite_needs_a_model_of_icons_and_the_networks_weights(
   with pytest.raises(UsageError) as error:
     icons.IconsSource.suite(EvalConfig(model='m', **options))
   assert error.value.key == key
+
+
+def test_a_model_of_a_prepared_set_is_judged_by_the_sets_settings(
+  suite, tmp_path, monkeypatch
+):
+  packages = tiny_icons.write(tmp_path)
+  source = {'kind': 'icons', 'path': str(packages), 'styles': ['flat']}
+  spec = shards.Spec({**source, 'split': 'train', 'things': 3}, 32, number=9)
+  claim.claim(tmp_path / 'set', *shards.plan(spec, max_bad=0))
+  data = {'kind': 'arrayrecord', 'path': str(tmp_path / 'se*')}
+  config = {'data': data, 'stage': {'resolution': 32}}
+  record = model_folder.StageRecord(None, config, {})
+  monkeypatch.setattr(model_folder, 'find_stages', lambda *_: [record])
+  monkeypatch.setattr(
+    icons_suite, 'load_efficientnet', lambda path: suite.extractor
+  )
+  asked = {'model': 'm', 'efficientnet': 'w'}
+  made = IconsSuite.from_config(EvalConfig(data=packages, **asked))
+  assert made.source.world.styles == ('flat',) and made.num == 300
+  assert len(made.source.world.things) == 3 and made.source.size == 32
+  with pytest.raises(UsageError) as error:
+    IconsSuite.from_config(EvalConfig(**asked))
+  assert error.value.key == 'data'
 
 
 def test_all_categories_have_their_scenes(suite):
