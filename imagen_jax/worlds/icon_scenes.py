@@ -184,8 +184,8 @@ def _contents(
   wanted = category == 'heldout_pair'
   for _ in range(1000):
     second = pick(rng, free)
-    held = held_pair(things[first], things[second])
-    if second != first and held == wanted:
+    untrained = held_pair(things[first], things[second])
+    if second != first and untrained == wanted:
       return style, [Group(first), Group(second)]
   raise _nothing(category)
 

@@ -9,6 +9,7 @@ images that are named by their code points (`assets/1f98a.webp`,
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import tarfile
@@ -60,7 +61,7 @@ class IconSet:
   names: Mapping[str, str]
 
 
-def read_sets(path: str | pathlib.Path) -> list[IconSet]:
+def read_sets(path: str | os.PathLike[str]) -> list[IconSet]:
   """The icon sets of a folder, in the order of their files' names.
 
   Args:

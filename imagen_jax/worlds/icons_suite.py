@@ -82,7 +82,9 @@ class IconsSuite(suites.Suite):
       record.resolution,
       seed=SEED,
       split='eval',
-      **{key: data.get(key) for key in ('styles', 'things', 'licences')},
+      styles=data.get('styles'),
+      things=data.get('things'),
+      licences=data.get('licences'),
     )
     return cls(
       source,
