@@ -174,16 +174,15 @@ def _contents(
   free: Sequence[int] = world.free[style]
   if category == 'synonym':
     free = [t for t in free if things[t].heldout]
-  first = pick(rng, _some(free, category))
   if category in ('single', 'synonym'):
-    return style, [Group(first)]
+    return style, [Group(pick(rng, _some(free, category)))]
   if category == 'count':
     countable = [t for t in free if not is_plural(things[t].name)]
     many = pick(rng, (2, 3, 4))
     return style, [Group(pick(rng, _some(countable, category)), many)]
-  wanted = category == 'heldout_pair'
+  wanted, free = category == 'heldout_pair', _some(free, category)
   for _ in range(1000):
-    second = pick(rng, free)
+    first, second = pick(rng, free), pick(rng, free)
     untrained = held_pair(things[first], things[second])
     if second != first and untrained == wanted:
       return style, [Group(first), Group(second)]
@@ -282,11 +281,8 @@ def _write(
     )
     for i, (name, group) in enumerate(zip(names, groups))
   ]
-  if before and not both and len(nouns) == 2 and rng.random() < 0.3:
+  if len(nouns) == 2 and rng.random() < 0.3:  # the same from the other side
     relation = relation and captions.OPPOSITE[relation]
-    nouns.reverse()
-  elif relation and rng.random() < 0.3:  # the same from the other side
-    relation = captions.OPPOSITE[relation]
     nouns.reverse()
   link = pick(rng, captions.SAID[relation]) if relation else 'and'
   text = f' {link} '.join(nouns)

@@ -21,7 +21,13 @@ from PIL import Image
 from imagen_jax.data.source import Source
 from imagen_jax.errors import UsageError
 from imagen_jax.worlds import icon_images, icon_things
-from imagen_jax.worlds.icon_scenes import BACKGROUNDS, Scene, World, scene
+from imagen_jax.worlds.icon_scenes import (
+  BACKGROUNDS,
+  CATEGORIES,
+  Scene,
+  World,
+  scene,
+)
 from imagen_jax.worlds.icon_sets import IconSet, read_sets
 
 
@@ -80,6 +86,17 @@ class IconsSource(Source):
     names = [(t.name, t.synonyms, t.heldout) for t in self.world.things]
     text = json.dumps([self._digest, names, self.world.styles])
     return hashlib.sha256(text.encode()).hexdigest()
+
+  def categories(self) -> list[str]:
+    """Those of `CATEGORIES` for which there are things."""
+
+    def there_are(category: str) -> bool:
+      try:
+        return bool(scene(self.world, 0, category))
+      except ValueError:
+        return False
+
+    return [category for category in CATEGORIES if there_are(category)]
 
   def scene(self, i: int, category: str | None = None) -> Scene:
     return scene(self.world, i, category)

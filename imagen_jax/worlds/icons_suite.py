@@ -89,7 +89,7 @@ class IconsSuite(suites.Suite):
     return cls(
       source,
       load_efficientnet(config.efficientnet),
-      suites.choose(config.categories, CATEGORIES),
+      suites.choose(config.categories, source.categories()),
       config.num or 300,
       config.from_truth,
     )

@@ -164,6 +164,8 @@ def test_a_model_of_a_prepared_set_is_judged_by_the_sets_settings(
   made = IconsSuite.from_config(EvalConfig(data=packages, **asked))
   assert made.source.world.styles == ('flat',) and made.num == 300
   assert len(made.source.world.things) == 3 and made.source.size == 32
+  # There is one style, and no pair of the three is held out.
+  assert made.categories == ('single', 'count', 'pair', 'synonym')
   with pytest.raises(UsageError) as error:
     IconsSuite.from_config(EvalConfig(**asked))
   assert error.value.key == 'data'
