@@ -144,7 +144,8 @@ def scene(world: World, i: int, category: str | None = None) -> Scene:
     [_alone(rng, size, where)] if lone else _together(rng, groups, relation)
   )
   names = [_name(rng, world.things[g.thing], category) for g in groups]
-  said = world.styles[style] if rng.random() < 0.9 else None
+  styled = rng.random() < 0.9 or category == 'heldout_style'
+  said = world.styles[style] if styled else None
   text, after = _write(rng, groups, names, said, size, relation)
   text += f' {where}' if where else ''
   text += _background(rng, colour) + after

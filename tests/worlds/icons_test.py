@@ -165,6 +165,7 @@ def test_held_out_scenes_show_what_is_held_out():
     found = scene(EVAL, i, 'heldout_style')
     style = icon_things.held_style(MANY[found.things[0]], EVAL.styles)
     assert style == EVAL.styles[found.style]
+    assert style.lower() in found.caption.lower()
     found = scene(EVAL, i, 'heldout_pair')
     assert icon_things.held_pair(*(MANY[t] for t in found.things))
     found = scene(EVAL, i, 'synonym')
