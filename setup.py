@@ -24,9 +24,17 @@ TEST = [
   'pytest-xdist>=3.2',
   'jsonschema',
   'pyyaml',
+  'resvg-py',
 ]
 DEEPFLOYD = ['beautifulsoup4', 'ftfy']
-PARITY = ['torch', 'clean-fid', 'diffusers', 'pytorch-fid', *DEEPFLOYD]
+PARITY = [
+  'torch',
+  'clean-fid',
+  'diffusers',
+  'efficientnet-lite-pytorch',
+  'pytorch-fid',
+  *DEEPFLOYD,
+]
 
 setuptools.setup(
   name='imagen_jax',
@@ -47,7 +55,9 @@ setuptools.setup(
   # The configs stay at the top level, where people read them, and are
   # installed too, so that `--config shapes_base` works without a checkout.
   package_dir={'imagen_jax.configs': 'configs'},
-  package_data={'imagen_jax': ['assets/**/*', 'worlds/*.json', 'py.typed']},
+  package_data={
+    'imagen_jax': ['assets/**/*', 'worlds/*.json', 'worlds/*.txt', 'py.typed']
+  },
   install_requires=[
     'absl-py',
     'array_record>=0.8',
@@ -85,6 +95,7 @@ setuptools.setup(
     'gcs': ['gcsfs'],  # gs://…
     # Wants an older protobuf than the others, and is not in the lock.
     'beam': ['apache-beam>=2.70'],
+    'icons': ['resvg-py'],  # SVG
     'parquet': ['pyarrow'],  # metadata in Parquet
     'deepfloyd': DEEPFLOYD,  # text cleaning
     'cuda12': ['jax[cuda12]'],

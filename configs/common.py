@@ -71,6 +71,7 @@ RANGES = {
   'text.max_len': '[2, 65536]',
   'data.seed': '[0, 4294967295]',
   'data.max_bad': '[0, 1]',
+  'data.things': '[2, inf)',
   'data.num_scenes': '[1, inf)',
   'data.num_eval_scenes': '[1, inf)',
   'train.num_steps': '[0, inf)',
@@ -278,8 +279,8 @@ def data() -> dict[str, Any]:
   """The captioned images."""
   return {
     # 'folder', 'webdataset', 'arrayrecord' (what imagen-prepare writes),
-    # 'tfds', 'shapes', 'emoji', 'mixture' (of several of these), or a class of
-    # yours, 'my_module:MySource'.
+    # 'tfds', 'shapes', 'emoji', 'icons', 'mixture' (of several of these), or a
+    # class of yours, 'my_module:MySource'.
     'kind': 'folder',
     # A directory; for tars a pattern such as 'shards/*.tar'.
     'path': placeholder(str),
@@ -292,7 +293,7 @@ def data() -> dict[str, Any]:
     # Held-out data of the same kind, for the held-out loss; None: the source's
     # own split, if it has one.
     'eval_path': placeholder(str),
-    # Seed of the scenes that 'shapes' and 'emoji' generate.
+    # Seed of the scenes that 'shapes', 'emoji' and 'icons' generate.
     'seed': 0,
     # How images are downsampled: 'area', 'bicubic' or 'lanczos'.
     'resize': 'area',
@@ -315,6 +316,14 @@ def data() -> dict[str, Any]:
     # {'kind': 'webdataset', 'path': 'shards/*.tar', 'weight': 0.75}}.
     # Of 'shapes': {category: fraction of the scenes}; None: its default.
     'mixture': None,
+    # Of 'icons': the styles, such as ('3D', 'flat'); None: all that there are.
+    'styles': placeholder(tuple),
+    # Of 'icons': the number of things, the everyday ones first; None: all that
+    # all styles show.
+    'things': placeholder(int),
+    # Of 'icons': the licences whose icons are used, by their SPDX names, such
+    # as ('MIT', 'CC-BY-4.0'); None: all.
+    'licences': placeholder(tuple),
   }
 
 

@@ -118,7 +118,11 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
     default=EvalConfig.num_images,
     help='prompts, clip: images per prompt',
   )
-  add('--data', type=user_path, help='fid: real images with captions')
+  add(
+    '--data',
+    type=user_path,
+    help='fid: real images with captions; icons: the folder of the packages',
+  )
   add(
     '--source',
     default=EvalConfig.source,
@@ -134,6 +138,11 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
     default=EvalConfig.fid_mode,
     help='fid: resize images for Inception as the package clean-fid (clean) or '
     'pytorch-fid does',
+  )
+  add(
+    '--efficientnet',
+    type=user_path,
+    help='fid, icons: EfficientNet-Lite0 weights, .safetensors',
   )
   add(
     '--clip',
@@ -269,9 +278,11 @@ class _Console(Listener):
     for category, score in categories.items():
       if 'accuracy' in score:
         low, high = score['ci95']
+        own = score.get('judge')
+        beside = '' if own is None else f', true images {100 * own:.1f} %'
         print(
           f'  {category:<20}{100 * score["accuracy"]:6.1f} %  '
-          f'({100 * low:.1f} to {100 * high:.1f}), n = {score["n"]}'
+          f'({100 * low:.1f} to {100 * high:.1f}), n = {score["n"]}{beside}'
         )
       else:
         values = ', '.join(f'{k} {_number(v)}' for k, v in score.items())

@@ -27,7 +27,8 @@ SAID = 10  # lost shards, and reasons, that the last lines name
 SIDE = functools.partial(errors.positive, most=65536)
 # Keys of a config's `data` section that have a flag of their name.
 SETTINGS = (
-  'path', 'split', 'seed', 'resize', 'aspect', 'where', 'captions'
+  'path', 'split', 'seed', 'resize', 'aspect', 'where', 'captions', 'styles',
+  'things', 'licences',
 )  # fmt: skip
 # The flags of keys of a config's `data` section.
 FLAGS = {f'config.data.{key}': key for key in (*SETTINGS, 'max_bad')} | {
@@ -51,8 +52,8 @@ def _parser() -> errors.Parser:
   add = parser.add_argument
   add(
     '--source',
-    help='kind of source: folder, webdataset, tfds, arrayrecord, shapes or '
-    'emoji',
+    help='kind of source: folder, webdataset, tfds, arrayrecord, shapes, emoji '
+    'or icons',
   )
   add('--path', type=user_path, help="where it is, such as 'shards/*.tar'")
   add('--size', type=SIDE, help='side of the images in pixels')
@@ -66,7 +67,10 @@ def _parser() -> errors.Parser:
   )
   add('--captions', nargs='+', help='columns of the metadata with captions')
   add('--split', default='train', choices=('train', 'eval'), help='which part')
-  add('--seed', type=int, default=0, help='of shapes and emoji')
+  add('--seed', type=int, default=0, help='of shapes, emoji and icons')
+  add('--styles', nargs='+', help='of icons, such as 3D flat')
+  add('--things', type=errors.positive, help='of icons: their number')
+  add('--licences', nargs='+', help='of icons, by SPDX name, such as MIT')
   add('--num', type=errors.positive, help='write the first NUM images only')
   add(
     '--max_bad',

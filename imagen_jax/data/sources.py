@@ -19,6 +19,7 @@ KINDS = {
   'mixture': 'imagen_jax.data.mixture:MixtureSource',
   'shapes': 'imagen_jax.worlds.shapes:ShapesSource',
   'emoji': 'imagen_jax.worlds.emoji:EmojiSource',
+  'icons': 'imagen_jax.worlds.icons:IconsSource',
 }
 # Values that match what a source without the option does anyway.
 IGNORABLE = {

@@ -45,10 +45,11 @@ class EvalConfig:
       combination. A key is one of `SAMPLING`, for all stages or for one.
     prompts: a .csv, .tsv, .jsonl or .txt file (prompts, clip).
     num_images: images per prompt (prompts, clip).
-    data: real images with captions (fid).
+    data: real images with captions (fid), or the icon packages (icons).
     source: the data kind of `data` (fid).
     inception: file of InceptionV3 weights (fid).
     fid_mode: how images enter Inception, 'clean' or 'pytorch-fid' (fid).
+    efficientnet: file of EfficientNet-Lite0 weights (fid, icons).
     clip: folder of a CLIP model in Hugging Face layout (clip, fid).
     sampling: {one of `SAMPLING`: a value, or a list of one per stage};
       settings left out keep each stage's default.
@@ -79,6 +80,7 @@ class EvalConfig:
   source: str = 'folder'
   inception: str | os.PathLike | None = None
   fid_mode: str = 'clean'
+  efficientnet: str | os.PathLike | None = None
   clip: str | os.PathLike | None = None
   sampling: Mapping[str, Value | Sequence[Value]] = dataclasses.field(
     default_factory=dict

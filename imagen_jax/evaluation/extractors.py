@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from imagen_jax.errors import UsageError
-from imagen_jax.evaluation import clip, inception
+from imagen_jax.evaluation import clip, efficientnet, inception
 from imagen_jax.evaluation.preprocessing import MODES
 from imagen_jax.evaluation.weights import read_tensors, with_weights
 from imagen_jax.text.tokenizer import load_tokenizer
@@ -77,6 +77,28 @@ def load_inception(path: str | os.PathLike, mode: str = 'clean') -> Extractor:
   apply = with_weights(module, _image(size), tensors, path, ignored=ignored)
   image = lambda batch: apply(MODES[mode](batch))
   return Extractor(_batched(image), digest, mode)
+
+
+def load_efficientnet(path: str | os.PathLike) -> Extractor:
+  """EfficientNet-Lite0, from a file of its weights as safetensors.
+
+  Raises:
+    ModelError: the file cannot be read or is of another network.
+  """
+  tensors, digest = read_tensors(path)
+  module, size = efficientnet.EfficientNetLite0(), efficientnet.SIZE
+  ignored = ('_fc.', '.num_batches_tracked')
+  apply = with_weights(module, _image(size), tensors, path, ignored=ignored)
+
+  mean, std = (
+    np.array(x, np.float32) for x in (efficientnet.MEAN, efficientnet.STD)
+  )
+
+  def image(batch: np.ndarray) -> jax.Array:
+    return apply((_resized(batch, size).astype(np.float32) - mean) / std)
+
+  preprocessing = f'Pillow bicubic to {size}, rounded'
+  return Extractor(_batched(image), digest, preprocessing)
 
 
 def load_clip(folder: str | os.PathLike) -> TextExtractor:

@@ -21,6 +21,7 @@ from imagen_jax.evaluation.extractors import (
   Extractor,
   TextExtractor,
   load_clip,
+  load_efficientnet,
   load_inception,
 )
 from imagen_jax.evaluation.generation import read_images
@@ -45,6 +46,7 @@ class Fid(Suite):
     num: number of captions.
     seed: of the choice of captions.
     inception: `Extractor` for the Fréchet distance, KID, precision, recall.
+    efficientnet: `Extractor` for the distance in its features, FD-EffLite0.
     clip: `TextExtractor` for CMMD and the CLIP score.
     settings: JSON-ready, what `source` was made from.
   """
@@ -53,10 +55,19 @@ class Fid(Suite):
   num: int
   seed: int
   inception: Extractor | None = None
+  efficientnet: Extractor | None = None
   clip: TextExtractor | None = None
   settings: Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
   label = 'fid'
-  uses = ('num', 'data', 'source', 'inception', 'fid_mode', 'clip')
+  uses = (
+    'num',
+    'data',
+    'source',
+    'inception',
+    'fid_mode',
+    'efficientnet',
+    'clip',
+  )
 
   @classmethod
   def from_config(cls, config: EvalConfig, resolution: int) -> 'Fid':
@@ -66,10 +77,10 @@ class Fid(Suite):
         'captions.',
         key='data',
       )
-    if not (config.inception or config.clip):
+    if not (config.inception or config.efficientnet or config.clip):
       raise UsageError(
-        'inception is not set, nor is clip; suite fid needs the weights of a '
-        'network to compare images with.',
+        'none of inception, efficientnet and clip is set; suite fid needs the '
+        'weights of a network to compare images with.',
         key='inception',
       )
     if not config.inception and config.fid_mode != EvalConfig.fid_mode:
@@ -77,9 +88,11 @@ class Fid(Suite):
         'fid_mode has no effect without inception; leave it out.',
         key='fid_mode',
       )
-    inception = clip = None
+    inception = efficientnet = clip = None
     if config.inception:
       inception = load_inception(config.inception, config.fid_mode)
+    if config.efficientnet:
+      efficientnet = load_efficientnet(config.efficientnet)
     if config.clip:
       clip = load_clip(config.clip)
     settings: dict[str, typing.Any] = {
@@ -91,7 +104,8 @@ class Fid(Suite):
     }
     source = make_source(**settings)
     num = config.num or 30_000
-    return cls(source, num, config.seed, inception, clip, settings)
+    networks = inception, efficientnet, clip
+    return cls(source, num, config.seed, *networks, settings)
 
   def heading(self) -> tuple[str, str]:
     return 'Distance from real images', (
@@ -122,14 +136,16 @@ class Fid(Suite):
       generated = extractor.image(read_images(folder, records, items))
       return generated, self._real(folder, extractor)
 
+    frechet = self.inception or self.efficientnet
+    if frechet and min(len(items), len(self.source)) < 4:
+      raise DataError(
+        f'{len(items)} generated and {len(self.source)} real images are too '
+        'few to compare; raise num, or give more data.'
+      )
     if self.inception:
-      generated, real = features(self.inception)
-      if min(len(generated), len(real)) < 4:
-        raise DataError(
-          f'{len(generated)} generated and {len(real)} real images are too few '
-          'to compare; raise num, or give more data.'
-        )
-      result |= _inception_scores(generated, real)
+      result |= _inception_scores(*features(self.inception))
+    if self.efficientnet:
+      result |= efflite0_scores(*features(self.efficientnet))
     if self.clip:
       generated, real = features(self.clip)
       result['cmmd'] = distances.cmmd(generated, real)
@@ -170,7 +186,7 @@ class Fid(Suite):
 
   def provenance(self) -> dict[str, typing.Any]:
     found = {'num': self.num, 'real': self.real}
-    for name in ('inception', 'clip'):
+    for name in ('inception', 'efficientnet', 'clip'):
       if extractor := getattr(self, name):
         found[f'{name}_sha256'] = extractor.digest
         found[f'{name}_preprocessing'] = extractor.preprocessing
@@ -184,6 +200,24 @@ class Fid(Suite):
       f'{few} images bias the Fréchet distance upwards; compare it only with '
       'values of the same number. The paper uses 30000.'
     ]
+
+
+def efflite0_scores(generated: FeaturesA, real: FeaturesB) -> Score:
+  """The Fréchet distance in EfficientNet-Lite0's features; it is no FID.
+
+  `real_against_real` is its floor, the distance of real images from the others:
+  of as many as were generated, or of half, whichever are fewer.
+  """
+  number = min(len(generated), len(real) // 2)
+  order = np.random.default_rng(0).permutation(len(real))
+  some, others = real[order[:number]], real[order[number:]]
+  between = lambda a, b: distances.frechet(
+    *distances.moments(a), *distances.moments(b)
+  )
+  return {
+    'FD-EffLite0': between(generated, real),
+    'FD-EffLite0 real_against_real': between(some, others),
+  }
 
 
 def _inception_scores(generated: FeaturesA, real: FeaturesB) -> Score:

@@ -106,7 +106,8 @@ def _section(
   """The section of one run: scores, confusions, images by category."""
   categories = found[label]
   yield page.heading(section.title, section.description)
-  if all('accuracy' in score for score in categories.values()):
+  accuracies = {k: v for k, v in categories.items() if 'accuracy' in v}
+  if accuracies:
     reference = found.get(section.reference or '', {})
     rows = [
       charts.Bar(
@@ -115,11 +116,13 @@ def _section(
         mark=reference.get(name, {}).get('accuracy'),
         control=name in section.controls,
       )
-      for name, score in categories.items()
+      for name, score in accuracies.items()
     ]
     yield page.cards([charts.bars(rows)])
-  else:
-    yield page.numbers(categories)
+  if len(accuracies) < len(categories):
+    yield page.numbers(
+      {k: v for k, v in categories.items() if k not in accuracies}
+    )
   tables = [
     charts.matrix(counts, f'{name}: prompted, seen')
     for name, counts in section.confusions.items()

@@ -1,7 +1,8 @@
 """Scores with confidence intervals, and the file that holds them.
 
 `scores.json` holds {suite: {category: {'accuracy', 'n', 'ci95'}}}, and under
-`provenance` what each suite was measured on.
+`provenance` what each suite was measured on. A score may have the accuracy on
+true images besides, as 'judge'.
 """
 
 import os

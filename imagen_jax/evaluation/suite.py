@@ -121,7 +121,8 @@ def check_uses(suite: Suite, config: EvalConfig) -> None:
     UsageError: an option would have no effect.
   """
   ours = ('num', 'categories', 'from_truth', 'prompts', 'num_images', 'data')
-  for key in (*ours, 'source', 'inception', 'fid_mode', 'clip'):
+  networks = ('inception', 'fid_mode', 'efficientnet', 'clip')
+  for key in (*ours, 'source', *networks):
     given = getattr(config, key) != getattr(EvalConfig, key)
     if given and key not in suite.uses:
       raise UsageError(

@@ -11,7 +11,7 @@ from imagen_jax.evaluation.generation import read_records
 from imagen_jax.evaluation.scores import Categories, Score
 
 FRACTIONS = ('accuracy', 'precision', 'recall')
-NO_CURVE = ('n', 'n_real', 'ci95', 'kid_sd')
+NO_CURVE = ('n', 'n_real', 'ci95', 'judge', 'kid_sd')
 ROWS, COLUMNS = 4, 8  # prompts and runs whose images are shown
 
 Curves = dict[str, list[tuple[float | str, Categories]]]

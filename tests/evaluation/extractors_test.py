@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.evaluation import (
   clip,
+  efficientnet,
   extractors,
   inception,
   preprocessing,
@@ -29,14 +30,24 @@ def inception_shapes():
   return jax.eval_shape(module.init, jax.random.key(0), example)['params']
 
 
+def efficientnet_shapes():
+  module = efficientnet.EfficientNetLite0()
+  example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  return jax.eval_shape(module.init, jax.random.key(0), example)['params']
+
+
 def random_inception():
+  return random_tensors(inception_shapes())
+
+
+def random_tensors(shapes):
   rng = np.random.default_rng(0)
   tensors = {}
-  for name, s in inception_shapes().items():
+  for name, s in shapes.items():
     tensors[name] = rng.normal(size=s.shape).astype(np.float32)
-    if name.endswith('conv.weight'):
+    if len(s.shape) == 4:
       tensors[name] *= (2 / np.prod(s.shape[1:])) ** 0.5
-    elif name.endswith(('running_var', 'bn.weight')):
+    elif name.endswith(('running_var', '.weight')):
       tensors[name] = 1 + 0.3 * np.abs(tensors[name])
     else:
       tensors[name] *= 0.1
@@ -54,6 +65,37 @@ def test_inception_has_the_published_tensors():
   assert shapes['Mixed_6b.branch7x7dbl_5.conv.weight'].shape == (192, 128, 1, 7)
   assert shapes['Mixed_7c.branch_pool.conv.weight'].shape == (192, 2048, 1, 1)
   assert shapes['Conv2d_1a_3x3.bn.running_mean'].shape == (32,)
+
+
+def test_efficientnet_has_the_published_tensors():
+  shapes = efficientnet_shapes()
+  assert len(shapes) == 49 * 5  # a stem, 15 expansions, 16 + 16, a head
+  learned = [s for name, s in shapes.items() if 'running' not in name]
+  # Lite0 has 4,652,008 parameters; 1280·1000 + 1000 are in the classifier.
+  assert sum(int(np.prod(s.shape)) for s in learned) == 4_652_008 - 1_281_000
+  assert shapes['_blocks.3._depthwise_conv.weight'].shape == (144, 1, 5, 5)
+
+
+@pytest.mark.parity
+def test_efficientnet_equals_the_package(tmp_path):
+  torch = pytest.importorskip('torch')
+  package = pytest.importorskip('efficientnet_lite_pytorch')
+  tensors = random_tensors(efficientnet_shapes())
+  rest = {'_fc.weight': np.zeros((1000, 1280), np.float32)}
+  rest['_fc.bias'] = np.zeros(1000, np.float32)
+  save_file(tensors | rest, tmp_path / 'w.safetensors')
+  network = package.EfficientNet.from_name('efficientnet-lite0').eval()
+  state = {k: torch.from_numpy(v) for k, v in (tensors | rest).items()}
+  assert not network.load_state_dict(state, strict=False).unexpected_keys
+  images = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3), np.uint8)
+  x = (images.astype(np.float32) - efficientnet.MEAN) / efficientnet.STD
+  with torch.no_grad():
+    maps = network.extract_features(torch.tensor(x).permute(0, 3, 1, 2).float())
+  expected = maps.mean((2, 3)).numpy()
+  ours = extractors.load_efficientnet(tmp_path / 'w.safetensors')
+  difference = np.abs(ours.image(images) - expected).max() / expected.max()
+  print(f'largest difference {difference:.1e} of the largest feature')
+  assert difference < 1e-4 and expected.std() > 0.01
 
 
 @pytest.mark.slow

@@ -49,6 +49,20 @@ def test_captions_are_a_random_subset_and_none_is_generated_twice():
   assert len({(x.prompt, x.index) for x in suite.items()}) == 10
 
 
+def test_the_distance_in_efficientnets_features_comes_with_its_floor(tmp_path):
+  suite = Fid(Greys(), 6, 0, efficientnet=INCEPTION)
+  exact = finish(tmp_path, suite, grey)['fid']['all']
+  floor = exact['FD-EffLite0 real_against_real']
+  assert 0 < floor < 1 and 'frechet' not in exact
+  black = lambda item: 0 * grey(item)
+  far = finish(tmp_path, suite, black, 'guidance=1')['fid']['all']
+  assert far['FD-EffLite0 real_against_real'] == floor
+  # Real images have means of 0 to 220 in 255, evenly spaced, in 3 channels.
+  levels = 20 * np.arange(12) / 255
+  expected = 3 * (levels.mean() ** 2 + levels.var(ddof=1))
+  assert far['FD-EffLite0'] == pytest.approx(expected, rel=1e-4)
+
+
 def test_images_near_the_real_ones_score_better_than_others(tmp_path):
   suite = Fid(Greys(), 10, 0, inception=INCEPTION, clip=CLIP)
   near = finish(tmp_path, suite, grey, 'guidance=1')['fid']['all']
