@@ -150,19 +150,22 @@ def _encode(
   tokenizer = load_tokenizer(folder / 'tokenizer')
   module, params = encoder(folder, dtype)
   ids, mask, _ = tokenizer(prompts, MAX_LEN)
-
-  @jax.jit
-  def apply(params: dict, ids: Int[Array, 'b l'], mask: TextMask) -> TextEmb:
-    out: Any = module.apply({'params': params}, ids, mask, keep_padding=True)
-    return out
-
   for start in range(0, len(prompts), batch_size):
     rows = slice(start, start + batch_size)
     fill = ((0, batch_size - len(ids[rows])), (0, 0))
-    out = apply(params, np.pad(ids[rows], fill), np.pad(mask[rows], fill))
+    given = np.pad(ids[rows], fill), np.pad(mask[rows], fill)
+    out = _apply(module, params, *given)
     yield from zip(prompts[rows], np.asarray(out))
   # Not left to the garbage collector: the U-Net needs the memory now.
   batching.free(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(
+  module: T5Encoder, params: dict, ids: Int[Array, 'b l'], mask: TextMask
+) -> TextEmb:
+  out: Any = module.apply({'params': params}, ids, mask, keep_padding=True)
+  return out
 
 
 @functools.cache

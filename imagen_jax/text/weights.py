@@ -168,12 +168,18 @@ def _stack_on_device(
   sharding: jax.sharding.Sharding,
 ) -> jax.Array:
   """Fills a sharded stack layer by layer, in place."""
-  zeros = lambda: jnp.zeros(leaf.shape, leaf.dtype)
-  stack = jax.jit(zeros, out_shardings=sharding)()
+  stack = _zeros(leaf.shape, leaf.dtype, sharding)()
   for i, part in enumerate(parts):
     # Waiting keeps the host from reading ahead of the devices.
     stack = jax.block_until_ready(_put_layer(stack, part, i))
   return stack
+
+
+@functools.cache  # compiled once, however often an encoder is loaded
+def _zeros(
+  shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding
+) -> Callable[[], jax.Array]:
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

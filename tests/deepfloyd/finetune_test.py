@@ -1,5 +1,6 @@
 """Fine-tuning of DeepFloyd IF: its loss, its adapters, and whole runs."""
 
+import functools
 import json
 
 import jax
@@ -40,6 +41,16 @@ def knowing(x, *, miss=0.0, fraction=0.0):
   return predict
 
 
+@functools.partial(jax.jit, static_argnames=('weight', 'channels'))
+def losses(
+  key, x, *, miss=0.0, fraction=0.0, weight=loss.WEIGHT, channels=None
+):
+  """The loss of `knowing`, of its first channels only if they are given."""
+  oracle = knowing(x, miss=miss, fraction=fraction)
+  predict = lambda z, t: oracle(z, t)[..., :channels]
+  return loss.hybrid_loss(key, predict, x, PLAN, weight=weight)
+
+
 def test_the_plan_goes_from_each_step_to_the_one_before():
   abar = schedule.alphas_cumprod(IF)
   assert PLAN.t.tolist() == list(range(1000))
@@ -51,7 +62,7 @@ def test_the_plan_goes_from_each_step_to_the_one_before():
 
 def test_knowing_the_image_and_the_lower_variance_costs_nothing():
   x = images()
-  values, details = loss.hybrid_loss(jax.random.key(0), knowing(x), x, PLAN)
+  values, details = losses(jax.random.key(0), x)
   later = np.asarray(details['t'] > 0)
   # 1 / alpha magnifies rounding errors of eps at high noise levels.
   early = later & np.asarray(details['t'] < 0.9)
@@ -64,9 +75,7 @@ def test_knowing_the_image_and_the_lower_variance_costs_nothing():
 
 def test_bound_is_the_divergence_of_two_gaussians():
   x, fraction, miss = images(64), 0.7, 0.2
-  _, details = loss.hybrid_loss(
-    jax.random.key(1), knowing(x, miss=miss, fraction=fraction), x, PLAN
-  )
+  _, details = losses(jax.random.key(1), x, miss=miss, fraction=fraction)
   t = np.rint(np.asarray(details['t']) * 1000).astype(int)
   row = schedule.Plan(*(np.float64(c)[t] for c in PLAN))
   low, high = np.exp(row.log_low), np.exp(row.log_high)
@@ -84,22 +93,19 @@ def test_bound_teaches_the_variance_and_not_the_noise():
   x = images(8)
 
   def bound(miss, fraction):
-    predict = knowing(x, miss=miss, fraction=fraction)
-    _, details = loss.hybrid_loss(jax.random.key(2), predict, x, PLAN)
+    key = jax.random.key(2)
+    _, details = losses(key, x, miss=miss, fraction=fraction)
     return jnp.mean(details['bound'])
 
-  of_miss, of_share = jax.grad(bound, (0, 1))(0.2, 0.5)
+  of_miss, of_share = jax.jit(jax.grad(bound, (0, 1)))(0.2, 0.5)
   assert of_miss == 0 and abs(of_share) > 0
 
 
 def test_without_a_variance_only_the_noise_counts():
   x = images(8)
-  whole = knowing(x, miss=0.3)
-  values, details = loss.hybrid_loss(
-    jax.random.key(3), lambda z, t: whole(z, t)[..., :3], x, PLAN
-  )
+  values, details = losses(jax.random.key(3), x, miss=0.3, channels=3)
   np.testing.assert_allclose(values, details['mse'])
-  same, _ = loss.hybrid_loss(jax.random.key(3), whole, x, PLAN, weight=0)
+  same, _ = losses(jax.random.key(3), x, miss=0.3, weight=0)
   np.testing.assert_allclose(values, same)
 
 

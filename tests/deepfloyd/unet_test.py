@@ -231,7 +231,7 @@ def test_pooling_is_one_query_over_mean_and_tokens():
   rng = np.random.default_rng(0)
   text = rng.normal(size=(2, 5, 12)).astype(np.float32)
   module = blocks.AttentionPool(3, jnp.float32)
-  params = module.init(jax.random.key(1), text)['params']
+  params = jax.jit(module.init)(jax.random.key(1), text)['params']
   exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   expected = [pooling(row.astype(np.float64), exact, 3) for row in text]
   got = module.apply({'params': params}, text)

@@ -1,5 +1,7 @@
 """A student's step ends where its teacher's steps end."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,12 @@ def double():
     yield
 
 
+# Operations that run one by one would be compiled one by one.
+targets = jax.jit(teacher_target, static_argnames=('denoise', 'parts'))
+ddim = jax.jit(ddim_step)
+
+
+@jax.jit
 def exact(z, logsnr):
   """E[x | z] of Gaussian data."""
   alpha, sigma = alpha_sigma(jnp.reshape(logsnr, (-1, 1, 1, 1)))
@@ -58,14 +66,15 @@ def test_a_step_to_the_target_is_the_teachers_steps(parts, kind):
   fine, coarse = grid(steps * parts, kind), grid(steps, kind)
   np.testing.assert_allclose(fine[::parts], coarse, rtol=1e-12)
   z, index = noise(steps), jnp.arange(steps)
-  aim = teacher_target(z, index, exact, grid=fine, parts=parts)
+  aim = targets(z, index, exact, grid=fine, parts=parts)
+  z, aim, fine, coarse = map(np.asarray, (z, aim, fine, coarse))
   for i in range(steps):
     row = z[i : i + 1]
     for here, there in zip(fine[i * parts :], fine[i * parts + 1 :][:parts]):
       x = exact(row, here)
-      row = ddim_step(row, x, jnp.zeros_like(row), Step(here, there))
+      row = ddim(row, x, np.zeros_like(row), Step(here, there))
     at = Step(coarse[i], coarse[i + 1])
-    one = ddim_step(z[i : i + 1], aim[i], jnp.zeros_like(row), at)
+    one = ddim(z[i : i + 1], aim[i : i + 1], np.zeros_like(row), at)
     if i == steps - 1:  # the last step returns the prediction itself
       one, row = aim[i], x[0]
     np.testing.assert_allclose(one, row, rtol=1e-9)
@@ -84,27 +93,31 @@ def test_the_exact_student_samples_what_its_teacher_samples():
   teacher = lambda z, logsnr, memory: (exact(z, logsnr), memory)
   spec = SamplerSpec(sampler='ddim', steps=steps)
   keys = jax.random.split(jax.random.key(0), 6)
-  images = [
-    sample(Reverse(keys, noise(6), logsnr, denoise, spec))
-    for logsnr, denoise in ((fine, teacher), (coarse, student))
-  ]
-  np.testing.assert_allclose(*images, rtol=1e-6)
-  few = sample(Reverse(keys, noise(6), coarse, teacher, spec))
-  assert np.abs(few - images[0]).max() > 0.01  # what there was to learn
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def images(logsnr, denoise):
+    return sample(Reverse(keys, noise(6), logsnr, denoise, spec))
+
+  many, ours, few = (
+    images(*pair)
+    for pair in ((fine, teacher), (coarse, student), (coarse, teacher))
+  )
+  np.testing.assert_allclose(many, ours, rtol=1e-6)
+  assert np.abs(few - many).max() > 0.01  # what there was to learn
 
 
 def test_the_student_of_gaussian_data_keeps_their_standard_deviation():
   steps, parts = 2, 60
   fine = grid(steps * parts)
   z, index = noise(4), jnp.zeros(4, int)
-  aim = teacher_target(z, index, exact, grid=fine, parts=parts)
+  aim = targets(z, index, exact, grid=fine, parts=parts)
   at = Step(fine[0], fine[parts])
-  middle = ddim_step(z, aim, jnp.zeros_like(z), at)
+  middle = ddim(z, aim, jnp.zeros_like(z), at)
   index = index + 1
-  x = teacher_target(middle, index, exact, grid=fine, parts=parts)
+  x = targets(middle, index, exact, grid=fine, parts=parts)
   # The exact ODE maps noise to MEAN + STD · noise.
   np.testing.assert_allclose(x, MEAN + STD * z, atol=3e-2)
-  few = teacher_target(z, 0 * index, exact, grid=grid(1), parts=1)
+  few = targets(z, 0 * index, exact, grid=grid(1), parts=1)
   assert np.abs(few - (MEAN + STD * z)).max() > 0.3
 
 
@@ -114,18 +127,19 @@ def test_the_loss_of_the_exact_student_is_zero(prediction):
   fine, coarse = grid(steps * parts), grid(steps)
   spec = LossSpec(prediction=prediction, stratified=True)
 
-  def student(z, logsnr, shift=0.0):
+  def student(z, logsnr, shift):
     index = jnp.searchsorted(coarse, logsnr - 1e-9)
-    x = teacher_target(z, index, exact, grid=fine, parts=parts) + shift
+    x = targets(z, index, exact, grid=fine, parts=parts) + shift
     return target(prediction, x, eps_from_x(z, x, logsnr), logsnr)
 
-  def losses(predict):
+  @functools.partial(jax.jit, static_argnums=2)
+  def losses(key, x, shift):
+    predict = functools.partial(student, shift=shift)
     return distillation_loss(
-      jax.random.key(1), noise(8), predict, exact,
-      grid=fine, parts=parts, spec=spec,
-    )  # fmt: skip
+      key, x, predict, exact, grid=fine, parts=parts, spec=spec
+    )
 
-  loss, details = losses(student)
+  loss, details = losses(jax.random.key(1), noise(8), 0.0)
   np.testing.assert_allclose(loss, 0, atol=1e-12)
   # Every step is met, at the time where it begins.
   np.testing.assert_array_equal(
@@ -135,8 +149,8 @@ def test_the_loss_of_the_exact_student_is_zero(prediction):
     details['logsnr'], COSINE(np.float64(details['t'])), atol=1e-9
   )
   # The unweighted error of x and of v: 1 and 1 + snr times that of x.
-  loss, details = losses(lambda z, logsnr: student(z, logsnr, 0.1))
-  snr = jnp.exp(details['logsnr'])
+  loss, details = losses(jax.random.key(1), noise(8), 0.1)
+  snr = np.exp(details['logsnr'])
   factor = {'x': 1, 'v': 1 + snr, 'eps': snr}[prediction]
   np.testing.assert_allclose(loss, 0.01 * factor, rtol=1e-6)
 
@@ -144,6 +158,7 @@ def test_the_loss_of_the_exact_student_is_zero(prediction):
 def test_the_target_has_no_gradient():
   fine = grid(4)
 
+  @jax.value_and_grad
   def loss(scale):
     return distillation_loss(
       jax.random.key(0),
@@ -155,8 +170,8 @@ def test_the_target_has_no_gradient():
       spec=LossSpec(prediction='x'),
     )[0].sum()
 
-  assert loss(1.0) > 0
-  assert jax.grad(loss)(1.0) == 0
+  value, gradient = jax.jit(loss)(1.0)
+  assert value > 0 and gradient == 0
 
 
 def test_the_trajectory_of_the_sampler_is_that_of_the_targets():
@@ -166,10 +181,13 @@ def test_the_trajectory_of_the_sampler_is_that_of_the_targets():
   spec = SamplerSpec(sampler='ddim', steps=steps)
   keys = jax.random.split(jax.random.key(0), 3)
   teacher = lambda z, logsnr, memory: (exact(z, logsnr), memory)
-  path = trajectory(Reverse(keys, noise(3), fine, teacher, spec))
+  run = jax.jit(
+    lambda keys, z: trajectory(Reverse(keys, z, fine, teacher, spec))
+  )
+  path = run(keys, noise(3))
   for i in range(steps):
     index = jnp.full(3, i)
-    aim = teacher_target(path.z[i], index, exact, grid=fine, parts=1)
+    aim = targets(path.z[i], index, exact, grid=fine, parts=1)
     np.testing.assert_allclose(aim, path.x[i], rtol=1e-12)
 
 

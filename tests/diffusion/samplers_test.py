@@ -75,22 +75,27 @@ def trajectory(denoise, num=2, **options):
 # Accuracy.
 
 
+@functools.partial(jax.jit, static_argnames='sampler')
+def flow_error(z, logsnr, *, sampler):
+  """The error of the images against the closed form, of any grid."""
+  spec = SamplerSpec(sampler=sampler, gamma=0.0)
+  denoise = stateless(gaussian_denoise)
+  images = reverse.sample(
+    reverse.Reverse(keys(len(z)), z, logsnr, denoise, spec)
+  )
+  exact = gaussian_flow(z, logsnr[0])
+  return jnp.sqrt(jnp.mean((images - exact) ** 2))
+
+
 def flow_errors(sampler, grid, all_steps):
   with jax.enable_x64(True):
     z = jax.random.normal(jax.random.key(1), (64, 1, 1, 1), jnp.float64)
-    exact = gaussian_flow(z, cosine_logsnr(jnp.float64(1)))
-    return [
-      float(jnp.sqrt(jnp.mean((image - exact) ** 2)))
-      for image in (
-        run(
-          keys(64),
-          z,
-          steps=steps,
-          options=(('sampler', sampler), ('grid', grid)),
-        )
-        for steps in all_steps
-      )
-    ]
+    errors = []
+    for steps in all_steps:
+      spec = SamplerSpec(grid=grid, steps=steps)
+      logsnr = reverse.logsnr_grid(cosine_logsnr, spec, dtype=jnp.float64)
+      errors.append(float(flow_error(z, logsnr, sampler=sampler)))
+    return errors
 
 
 @pytest.mark.parametrize(
@@ -122,30 +127,34 @@ def test_error_falls_on_the_time_uniform_grid(sampler):
   assert (ratios > least).all(), errors
 
 
-def moments(sampler, steps, **options):
+@functools.partial(jax.jit, static_argnames=('sampler', 'options'))
+def affine(before, now, then, *, sampler, options):
+  """(z_s, x) without z, x_last, and noise; what a unit of each adds to them."""
+  step = functools.partial(SAMPLERS[sampler].step, **dict(options))
+
+  def probe(z, x_last, noise):
+    x = gaussian_denoise(z, now)
+    last = x_last, before
+    return jnp.stack([step(z, x, noise, Step(now, then, last)), x])
+
+  shift = probe(*jnp.zeros(3))
+  return shift, [probe(*row) - shift for row in jnp.eye(3)]
+
+
+def moments(sampler, steps, options):
   """Mean and standard deviation of the images, without sampling.
 
   Each step is affine in (z, x_last, noise), so four probes give its
   coefficients.
   """
   with jax.enable_x64(True):
-    logsnr = cosine_logsnr(jnp.linspace(1.0, 0.0, steps + 1))
-    step = functools.partial(SAMPLERS[sampler].step, **options)
-
-    @jax.jit
-    def affine(before, now, then):
-      def probe(z, x_last, noise):
-        x = gaussian_denoise(z, now)
-        last = x_last, before
-        return jnp.stack([step(z, x, noise, Step(now, then, last)), x])
-
-      shift = probe(*jnp.zeros(3))
-      return shift, [probe(*row) - shift for row in jnp.eye(3)]
-
+    logsnr = np.asarray(cosine_logsnr(jnp.linspace(1.0, 0.0, steps + 1)))
     mean, cov = np.zeros(2), np.diag([1.0, 0.0])
-    befores = [-jnp.inf, *logsnr[:-3]]
-    for before, now, then in zip(befores, logsnr[:-2], logsnr[1:-1]):
-      shift, (on_z, on_x, on_noise) = affine(before, now, then)
+    befores = [-np.inf, *logsnr[:-3]]
+    for at in zip(befores, logsnr[:-2], logsnr[1:-1]):
+      shift, (on_z, on_x, on_noise) = affine(
+        *at, sampler=sampler, options=options
+      )
       matrix = np.stack([on_z, on_x], axis=1)
       mean = matrix @ mean + shift
       cov = matrix @ cov @ matrix.T + np.outer(on_noise, on_noise)
@@ -166,7 +175,8 @@ def moments(sampler, steps, **options):
 def test_moments_of_the_stochastic_samplers_converge_to_the_datas(
   sampler, options, least, most
 ):
-  results = [moments(sampler, steps, **options) for steps in (32, 64, 128)]
+  options = tuple(options.items())
+  results = [moments(sampler, steps, options) for steps in (32, 64, 128)]
   # For any number of steps the only error of the mean is the start, N(0, 1).
   np.testing.assert_allclose([m for m, _ in results], MU, atol=1e-6)
   errors = np.abs([s - S for _, s in results])

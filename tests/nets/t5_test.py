@@ -162,9 +162,8 @@ def test_order_matters():
 def test_layers_are_stacked_and_differ_at_the_start():
   module, _ = tiny()
   ids = jnp.zeros((1, 2), jnp.int32)
-  query = module.init(jax.random.key(0), ids, ids == 0)['params']['layers'][
-    'query'
-  ]
+  params = jax.jit(module.init)(jax.random.key(0), ids, ids == 0)['params']
+  query = params['layers']['query']
   assert query.shape == (2, 16, 2, 8)
   assert np.abs(query[0] - query[1]).max() > 0.01
 

@@ -24,7 +24,7 @@ from tests import tiny_model
 
 @pytest.fixture(scope='module')
 def config(model):
-  config = tiny_model.config(sample_every=6, profile_at=1)
+  config = tiny_model.config(sample_every=6, profile_at=4)
   config.text.path = str(model / 'text')
   return config
 

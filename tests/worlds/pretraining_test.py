@@ -209,6 +209,7 @@ def emoji_run(small_run, tmp_path_factory):
   """(config, workdir, provenance) of no steps on the captions of emoji."""
   config = changed(small_run[0], num_steps=0)
   config.data.update(kind='emoji', num_scenes=150)
+  config.decoder.num_layers = 0  # of no use here
   workdir = tmp_path_factory.mktemp('emoji')
   return config, workdir, quick(config, workdir)
 
