@@ -267,7 +267,8 @@ def test_a_stage_of_our_own_upsamples_what_if_generated(
   ours = tiny_model.write(tmp_path / 'ours')
   # Of one program with `generated`.
   argv = ['--model', str(folder), '--prompt', 'a star', '--steps', '4']
-  argv += ['--dtype', 'float32', '--guidance', '3', '--out', str(tmp_path)]
+  argv += ['--dtype', 'float32', '--guidance', '3', '--batch_size', '4']
+  argv += ['--out', str(tmp_path)]
   first = ['--stages', FIRST]
   assert sample.main([*argv, *first, '--upsample_with', f'{ours}/sr1']) == 0
   with Image.open(capsys.readouterr().out.split()[0]) as image:
