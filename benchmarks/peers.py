@@ -19,6 +19,7 @@ for fused products, see docs/speed.md. Nothing else should be running.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -274,8 +275,13 @@ def machine() -> dict:
       found[library] = importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
       continue
+  cpu = platform.machine()
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    names = [line for line in lines if line.startswith('model name')]
+    cpu = names[0].split(': ')[1] if names else cpu
   cores = len(os.sched_getaffinity(0))
-  return {'cores': cores, 'cpu': platform.machine(), 'versions': found}
+  return {'cores': cores, 'cpu': cpu, 'versions': found}
 
 
 def ratios(row: dict) -> dict[str, float]:
