@@ -26,6 +26,7 @@ OPEN = (
 TEMPLATES = {
   'distill': 'distill',
   'if_finetune': 'if_finetune',
+  'moments': 'moments',
   'text': 'shapes_text',
 }
 

@@ -1,7 +1,7 @@
 """Distillation: one step of a student for several of its teacher's.
 
-Progressive distillation (Salimans and Ho 2022) of a guided teacher (Meng et al.
-2023): the student learns the x with which one DDIM step ends where the
+`distillation_loss` is progressive distillation (Salimans and Ho 2022) of a
+guided teacher (Meng et al. 2023): the student learns the x with which one DDIM step ends where the
 teacher's steps end. In terms of z / sigma, a DDIM step from t to s adds
 
   (u_s − u_t) x,   u = alpha / sigma,
@@ -9,6 +9,9 @@ teacher's steps end. In terms of z / sigma, a DDIM step from t to s adds
 so that x is the mean of the teacher's predictions over the student's step, with
 the weights of their parts of the increase of u. At the last step, where sigma
 ends at 0, it is the teacher's last prediction.
+
+`moment_loss` is moment matching (Salimans et al. 2024): the student's steps are
+random, as the ancestral sampler's, and what is matched is their distribution.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from imagen_jax.diffusion.loss import LossSpec, times, weighted_error
-from imagen_jax.diffusion.process import diffuse, eps_from_x, over, target
+from imagen_jax.diffusion.process import (
+  diffuse,
+  eps_from_x,
+  over,
+  posterior,
+  target,
+  to_x,
+)
 from imagen_jax.diffusion.samplers import Step, ddim_step
 from imagen_jax.typing import Array, Image, LogSNR, PixelMask
 
@@ -100,3 +110,77 @@ def distillation_loss(
     spec=spec,
     pixel_weight=pixel_weight,
   )
+
+
+def moment_loss(
+  key: jax.Array,
+  x: Image,
+  student: Denoise,
+  auxiliary: Denoise,
+  denoise: Denoise,
+  *,
+  grid: Grid,
+  parts: int,
+  spec: LossSpec,
+  finish: Callable[[Array], Array] = lambda x: x,
+  t: LogSNR | None = None,
+) -> tuple[LogSNR, dict[str, LogSNR]]:
+  """Matches the mean of x given z_s under the student with its teacher's.
+
+  From z_t at the beginning of one of its steps the student predicts x̃, and z_s
+  ~ q(z_s | z_t, x̃) is a noisy image inside the step. If the student's images
+  were distributed as the teacher's data, E[x̃ | z_s] would be the teacher's
+  prediction. An auxiliary network learns that mean, and the student follows the
+  difference of the two (Salimans et al. 2024, Algorithm 2, with both networks
+  updated in every step):
+
+    L(auxiliary) = ‖x̃ − g‖² + ‖x_teacher − g‖²,   g = auxiliary(z_s)
+    L(student)   = w(s) x̃ · (g − x_teacher),      w = min(1 / sigma_s², 20)
+
+  The second one is written as a square with the same gradient, so that its value
+  is the squared difference. The result is their sum.
+
+  Args:
+    key: a jax.random key.
+    x: [B, H, W, C], images in [−1, 1], to which noise is added.
+    student, auxiliary: (z, logsnr [B]) -> the network's output.
+    denoise: the teacher, guided: (z, logsnr [B]) -> x.
+    grid: log-SNRs, `parts` intervals for a step of the student; s is one of
+      their ends.
+    parts: see there.
+    spec: of the auxiliary network's error, see `LossSpec`.
+    finish: what the sampler does to a prediction, such as thresholding.
+    t: [B] in [0, 1), times whose steps are taken; None samples them.
+
+  Returns:
+    as `diffusion_loss`; `t` is the time at which the step begins, and `mse` the
+    error of x that the moments differ by.
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  key_t, key_s, key_eps, key_z = jax.random.split(key, 4)
+  steps = (len(grid) - 1) // parts
+  if t is None:
+    t = times(key_t, len(x), stratified=spec.stratified, dtype=x.dtype)
+  index = steps - 1 - jnp.floor(t * steps).astype(jnp.int32)
+  inside = jax.random.randint(key_s, t.shape, 1, parts + 1)
+  logsnr_t, logsnr = grid[index * parts], grid[index * parts + inside]
+
+  normal = lambda key: jax.random.normal(key, x.shape, x.dtype)
+  z_t = diffuse(x, normal(key_eps), logsnr_t)
+  made = to_x(spec.prediction, student(z_t, logsnr_t), z_t, logsnr_t)
+  sampled = finish(jax.lax.stop_gradient(made))
+  mean, variance = posterior(z_t, sampled, logsnr_t=logsnr_t, logsnr_s=logsnr)
+  z = mean + jnp.sqrt(variance) * normal(key_z)
+
+  wanted = jax.lax.stop_gradient(denoise(z, logsnr))
+  output = auxiliary(z, logsnr).astype(x.dtype)
+  total = jnp.zeros_like(t)
+  for aim in sampled, wanted:
+    aim = target(spec.prediction, aim, eps_from_x(z, aim, logsnr), logsnr)
+    total += weighted_error(output, aim, t=t, logsnr=logsnr, spec=spec)[0]
+  guess = jax.lax.stop_gradient(to_x(spec.prediction, output, z, logsnr))
+  aim = jax.lax.stop_gradient(made) - (guess - wanted)
+  mse = jnp.mean((made - aim) ** 2, axis=range(1, x.ndim))
+  weight = jnp.minimum(1 / jax.nn.sigmoid(-logsnr), 20)
+  details = dict(t=(steps - index) / steps, logsnr=logsnr, mse=mse)
+  return total + weight * mse / 2, details | {'weight': weight}

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 MAX_SIZE = 65536  # of an image's side, a text's length and an embedding
 RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
+# Parameters of a network that training needs beside the stage's own.
+AUXILIARY = 'auxiliary'
 DTYPES: dict[str, Any] = {'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 
@@ -269,6 +271,11 @@ def find_stages(
   return found
 
 
+def without_auxiliary(params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters that sample, of those that are trained."""
+  return {name: part for name, part in params.items() if name != AUXILIARY}
+
+
 def load_params(
   record: StageRecord,
   *,
@@ -292,7 +299,7 @@ def load_params(
     step, _ = record.checkpoint
     with _checkpoints(record) as checkpoints:
       tree, _, _ = checkpoints.restore_subtree('ema_params', step)
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put, without_auxiliary(tree))
   file = record.path / WEIGHTS
   try:
     intact = files.digest(file)['sha256'] == record.weights['sha256']

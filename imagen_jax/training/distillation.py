@@ -1,30 +1,35 @@
 """Distilling a finished stage into one that samples in fewer steps."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.cascade import objective, sampling, stage_config
 from imagen_jax.diffusion import guidance
-from imagen_jax.diffusion.distillation import distillation_loss
+from imagen_jax.diffusion.distillation import distillation_loss, moment_loss
 from imagen_jax.diffusion.reverse import logsnr_grid
+from imagen_jax.diffusion.threshold import threshold
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
 from imagen_jax.io import model_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.io.paths import user_path
-from imagen_jax.training.experiment import Start, Tree
+from imagen_jax.training.experiment import Preview, Start, Tree
 from imagen_jax.training.stage_experiment import (
   StageExperiment,
   matching_params,
 )
 from imagen_jax.typing import Array
+
+LEVELS = 64  # of noise in a step of the student, at which moments are matched
 
 
 class DistillExperiment(StageExperiment):
@@ -45,6 +50,7 @@ class DistillExperiment(StageExperiment):
   """
 
   frozen_name = 'teacher, text encoder'
+  eta: ClassVar[float] = 0.0  # of the student's DDIM steps
 
   def __init__(
     self,
@@ -70,21 +76,21 @@ class DistillExperiment(StageExperiment):
     student, teacher, config = self.stage, self.teacher, self.config.teacher
     settings = student.sampling
     plain = (settings.sampler, settings.eta, settings.guidance) == (
-      'ddim', 0.0, 1.0,
+      'ddim', self.eta, 1.0,
     )  # fmt: skip
     sides = lambda stage: (stage.resolution, stage.low_resolution)
     for key, valid, rule in (
       (
         'teacher.steps',
-        config.steps % settings.steps == 0,
-        f'it is {config.steps}, which must be a multiple of the '
+        config.get('steps', settings.steps) % settings.steps == 0,
+        f'it is {config.get("steps")}, which must be a multiple of the '
         f"student's steps, {settings.steps}",
       ),
       (
         'stage.sampling',
         plain and settings.autoguidance == 1,
-        "a student is sampled with DDIM, eta 0 and no guidance: the teacher's "
-        'guidance is teacher.guidance',
+        f'a student is sampled with DDIM, eta {self.eta:g} and no guidance: '
+        "the teacher's guidance is teacher.guidance",
       ),
       (
         'teacher.path',
@@ -127,15 +133,40 @@ class DistillExperiment(StageExperiment):
   def loss(
     self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
   ) -> tuple[Array, dict]:
-    student, teacher, config = self.stage, self.teacher, self.config.teacher
-    given = objective.training_inputs(
-      student, key, batch['image'], batch['text'], batch['mask']
+    given = self._given(key, batch)
+    return distillation_loss(
+      given.keys['loss'],
+      given.x,
+      objective.predictor(self.stage, params, given),
+      self._denoise(given, key, frozen),
+      grid=self._grid(self.config.teacher.steps),
+      parts=self.config.teacher.steps // self.stage.sampling.spec.steps,
+      spec=self.stage.loss_spec,
+      pixel_weight=given.weight,
+      t=batch.get('t'),
     )
-    weight = None if config.guidance == 1 else config.guidance
+
+  def _given(self, key: jax.Array, batch: Tree) -> objective.TrainingInputs:
+    return objective.training_inputs(
+      self.stage, key, batch['image'], batch['text'], batch['mask']
+    )
+
+  def _grid(self, steps: int) -> Array:
+    spec = dataclasses.replace(self.stage.sampling.spec, steps=steps)
+    return logsnr_grid(self.stage.logsnr_fn, spec)
+
+  def _denoise(
+    self, given: objective.TrainingInputs, key: jax.Array, frozen: Tree
+  ) -> Callable[[Array, Array], Array]:
+    """The teacher, guided and thresholded: (z, logsnr [B]) -> x."""
+    teacher, spec = self.teacher, self.stage.sampling.spec
+    weight = self.config.teacher.guidance
     inputs = sampling.SampleInputs(
-      keys=key, text=given.text, mask=given.mask, guidance=weight
+      keys=key,
+      text=given.text,
+      mask=given.mask,
+      guidance=None if weight == 1 else weight,
     )
-    spec = student.sampling.spec
     guided = guidance.guided(
       sampling.network(teacher, frozen['teacher'], inputs, given.low_res),
       weights=inputs.weights,
@@ -146,26 +177,13 @@ class DistillExperiment(StageExperiment):
         percentile=spec.percentile,
       ),
     )
-    grid = logsnr_grid(
-      student.logsnr_fn, dataclasses.replace(spec, steps=config.steps)
-    )
-    return distillation_loss(
-      given.keys['loss'],
-      given.x,
-      objective.predictor(student, params, given),
-      lambda z, logsnr: guided(z, logsnr, ())[0],
-      grid=grid,
-      parts=config.steps // spec.steps,
-      spec=student.loss_spec,
-      pixel_weight=given.weight,
-      t=batch.get('t'),
-    )
+    return lambda z, logsnr: guided(z, logsnr, ())[0]
 
   def condition(self, key: jax.Array, batch: Tree, frozen: Tree) -> Tree:
     return super().condition(key, batch, frozen['text'])
 
   def frozen_spec(self) -> Tree:
-    teacher = jax.eval_shape(self.init, jax.random.key(0))
+    teacher = jax.eval_shape(super().init, jax.random.key(0))
     return {'text': super().frozen_spec(), 'teacher': teacher}
 
   def load_frozen(self) -> Tree:
@@ -179,6 +197,53 @@ class DistillExperiment(StageExperiment):
 
   def start(self, shardings: Tree, init_from: StageRecord | None) -> Start:
     return super().start(shardings, init_from or self._record)
+
+
+class MomentExperiment(DistillExperiment):
+  """Trains a stage whose random steps are distributed as its teacher's.
+
+  The student is sampled with DDIM and eta 1, the ancestral sampler, in
+  `stage.sampling.steps` steps. Beside it an auxiliary network of the same size
+  is trained, and forgotten in the end.
+  """
+
+  eta = 1.0
+
+  def init(self, key: jax.Array) -> Tree:
+    params = super().init(key)
+    return params | {model_folder.AUXILIARY: params}
+
+  def loss(
+    self, params: Tree, key: jax.Array, batch: Tree, frozen: Tree
+  ) -> tuple[Array, dict]:
+    given, spec = self._given(key, batch), self.stage.sampling.spec
+    predict = functools.partial(objective.predictor, self.stage, given=given)
+    return moment_loss(
+      given.keys['loss'],
+      given.x,
+      predict(model_folder.without_auxiliary(params)),
+      predict(params[model_folder.AUXILIARY]),
+      self._denoise(given, key, frozen),
+      grid=self._grid(spec.steps * LEVELS),
+      parts=LEVELS,
+      spec=self.stage.loss_spec,
+      finish=functools.partial(
+        threshold, kind=spec.threshold, percentile=spec.percentile
+      ),
+      t=batch.get('t'),
+    )
+
+  def start(self, shardings: Tree, init_from: StageRecord | None) -> Start:
+    both = dict(shardings)
+    placed = both.pop(model_folder.AUXILIARY)
+    first = super().start(both, init_from)
+    copy = jax.device_put(jax.tree.map(jnp.copy, first.params), placed)
+    params = first.params | {model_folder.AUXILIARY: copy}
+    return dataclasses.replace(first, params=params)
+
+  def make_preview(self, frozen: Tree) -> Callable[[Tree], Preview | None]:
+    preview = super().make_preview(frozen)
+    return lambda params: preview(model_folder.without_auxiliary(params))
 
 
 def _encoder(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from imagen_jax.typing import Array
 KINDS = {
   'stage': 'imagen_jax.training.stage_experiment:StageExperiment',
   'distill': 'imagen_jax.training.distillation:DistillExperiment',
+  'moments': 'imagen_jax.training.distillation:MomentExperiment',
   'text': 'imagen_jax.worlds.pretraining:TextExperiment',
   'if_finetune': 'imagen_jax.deepfloyd.experiment:IFExperiment',
 }

@@ -74,11 +74,14 @@ def trained_params(
   directory = model_folder.checkpoint_folder(request.workdir, config)
   if request.ema is not None:
     lengths = config['train'].get('ema_lengths')
-    return power_ema.reconstruct(directory, lengths, request.ema, request.step)
+    params, step = power_ema.reconstruct(
+      directory, lengths, request.ema, request.step
+    )
+    return model_folder.without_auxiliary(params), step
   part = {'ema': 'ema_params', 'raw': 'params'}[request.weights]
   with Checkpoints(directory) as checkpoints:
     params, _, step = checkpoints.restore_subtree(part, request.step)
-  return params, step
+  return model_folder.without_auxiliary(params), step
 
 
 def provenance(command: str) -> dict:

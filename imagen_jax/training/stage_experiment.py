@@ -184,7 +184,9 @@ class StageExperiment(Experiment):
   def start(self, shardings: Tree, init_from: StageRecord | None) -> Start:
     if init_from is None:
       return super().start(shardings, init_from)
-    spec = jax.eval_shape(self.init, jax.random.key(0))
+    spec = jax.eval_shape(
+      functools.partial(stages.init_params, self.stage), jax.random.key(0)
+    )
     params = matching_params(init_from, spec)
     origin = f'starts from the weights of {init_from.path}'
     return Start(jax.device_put(params, shardings), origin)

@@ -85,7 +85,14 @@ def _single(rng: random.Random, background: str) -> Content:
 
 
 def _pair(rng: random.Random, background: str) -> Content:
-  number = 2 if rng.random() < 0.75 else 3
+  return _several(rng, background, 2 if rng.random() < 0.75 else 3)
+
+
+def _trio(rng: random.Random, background: str) -> Content:
+  return _several(rng, background, 3)
+
+
+def _several(rng: random.Random, background: str, number: int) -> Content:
   groups: Sequence[Group] = _distinct(number, _group, rng, background)
   if rng.random() < 0.25:  # 'a small red circle and a large blue square'
     groups = [dataclasses.replace(g, size=_size_word(rng, 0.7)) for g in groups]
@@ -111,7 +118,14 @@ def _relation(rng: random.Random, background: str) -> Content:
 
 
 def _count(rng: random.Random, background: str) -> Content:
-  number = 1 + int(rng.random() * 5)
+  return _many(rng, background, 1 + int(rng.random() * 5))
+
+
+def _crowd(rng: random.Random, background: str) -> Content:
+  return _many(rng, background, 5 if rng.random() < 0.7 else 4)
+
+
+def _many(rng: random.Random, background: str, number: int) -> Content:
   if number > 1 and rng.random() < 0.2:  # 'two red stars and a blue moon'
     first = 1 + int(rng.random() * (number - 1))
     groups = _distinct(2, _group, rng, background)
@@ -160,5 +174,7 @@ INVENT: dict[str, Callable[[random.Random, str], Content]] = {
   'count': _count,
   'fill': _fill,
   'fill_pair': _fill_pair,
+  'trio': _trio,
+  'crowd': _crowd,
   'heldout': _heldout,
 }

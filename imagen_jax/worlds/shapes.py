@@ -35,6 +35,8 @@ MIXTURE = {
   'count': 0.18,
   'fill': 0.12,
   'fill_pair': 0.0,  # 'fill', but always of two things
+  'trio': 0.0,  # 'pair', but always of three
+  'crowd': 0.0,  # 'count', but always of four or five
 }
 
 

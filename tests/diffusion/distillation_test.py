@@ -3,10 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from imagen_jax.diffusion import schedule
-from imagen_jax.diffusion.distillation import distillation_loss, teacher_target
+from imagen_jax.diffusion.distillation import (
+  distillation_loss,
+  moment_loss,
+  teacher_target,
+)
 from imagen_jax.diffusion.loss import LossSpec
 from imagen_jax.diffusion.process import eps_from_x, target
 from imagen_jax.diffusion.reverse import (
@@ -166,3 +171,86 @@ def test_the_trajectory_of_the_sampler_is_that_of_the_targets():
     index = jnp.full(3, i)
     aim = teacher_target(path.z[i], index, exact, grid=fine, parts=1)
     np.testing.assert_allclose(aim, path.x[i], rtol=1e-12)
+
+
+def moments(student, auxiliary, *, steps=2, parts=4, key=0, batch=8, **options):
+  """The loss of networks that predict x, on data of one pixel."""
+  data = jax.random.normal(jax.random.key(key + 1), (batch, 1, 1, 1))
+  return moment_loss(
+    jax.random.key(key), MEAN + STD * data, student, auxiliary, exact,
+    grid=grid(steps * parts), parts=parts,
+    spec=LossSpec(prediction='x', stratified=True), **options,
+  )  # fmt: skip
+
+
+def test_moments_that_agree_move_only_the_auxiliary_network():
+  student = lambda shift: lambda z, logsnr: exact(z, logsnr) + shift
+
+  def loss(student_shift, auxiliary_shift):
+    return moments(student(student_shift), student(auxiliary_shift))[0].sum()
+
+  ours, its = jax.grad(loss, (0, 1))(0.0, 0.0)
+  assert ours == 0 and its != 0
+  # Where the auxiliary network sees too bright images, they become darker.
+  assert jax.grad(loss)(0.0, 0.1) > 0 > jax.grad(loss)(0.0, -0.1)
+
+
+def test_moments_are_compared_inside_the_step_and_valued_by_their_difference():
+  loss, details = moments(exact, lambda z, logsnr: exact(z, logsnr) + 0.3)
+  np.testing.assert_allclose(details['mse'], 0.09)
+  fine, step = grid(8), np.asarray(details['t']) * 2  # 2: the first, 1
+  low = np.where(step == 2, fine[0], fine[4])
+  high = np.where(step == 2, fine[4], fine[8])
+  here = np.asarray(details['logsnr'])
+  assert (low < here).all() and (here <= high).all() and set(step) == {1, 2}
+  np.testing.assert_allclose(
+    details['weight'], np.minimum(1 + np.exp(here), 20)
+  )
+  # What the sampler does to a prediction precedes z_s and the mean.
+  zero = lambda z, *_: 0 * z
+  loss, details = moments(exact, zero, finish=zero)
+  np.testing.assert_allclose(
+    loss, details['mse'] * (1 + details['weight'] / 2), rtol=1e-9
+  )
+
+
+def test_two_random_steps_of_the_trained_student_keep_the_data():
+  """The mean and standard deviation of Gaussian data, trained from nothing."""
+  steps, parts = 2, 4
+  levels = grid(steps * parts)
+
+  def affine(table):
+    def predict(z, logsnr):
+      row = table[jnp.searchsorted(levels, logsnr - 1e-9)]
+      return row[:, :1, None, None] + row[:, 1:, None, None] * z
+
+    return predict
+
+  tables = (jnp.zeros((len(levels), 2)),) * 2
+  tx = optax.adam(optax.cosine_decay_schedule(0.03, 1500))
+
+  @jax.jit
+  def train(carry, key):
+    tables, state = carry
+
+    def loss(tables):
+      return moments(*map(affine, tables), key=key, batch=512)[0].mean()
+
+    updates, state = tx.update(jax.grad(loss)(tables), state)
+    return (optax.apply_updates(tables, updates), state), None
+
+  (tables, _), _ = jax.lax.scan(
+    train, (tables, tx.init(tables)), jnp.arange(1500)
+  )
+  spec = SamplerSpec(sampler='ddim', eta=1.0, steps=steps)
+  keys = jax.random.split(jax.random.key(0), 4000)
+  noise = jax.random.normal(jax.random.key(1), (4000, 1, 1, 1))
+
+  def sampled(predict):
+    denoise = lambda z, logsnr, memory: (predict(z, logsnr), memory)
+    return sample(Reverse(keys, noise, grid(steps), denoise, spec))
+
+  x = sampled(affine(tables[0]))
+  np.testing.assert_allclose(x.mean(), MEAN, atol=0.03)
+  np.testing.assert_allclose(x.std(), STD, atol=0.03)
+  assert sampled(exact).std() < 0.8 * STD  # the teacher in as many steps

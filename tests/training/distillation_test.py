@@ -12,7 +12,8 @@ from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import ImagenError, ModelError, UsageError
 from imagen_jax.io import model_folder
 from imagen_jax.training import loop
-from imagen_jax.training.experiment import make_experiment
+from imagen_jax.training.distillation import DistillExperiment
+from imagen_jax.training.experiment import Export, make_experiment
 
 SHORT = (
   'dtype=float32', 'mesh.data=2', 'train.num_steps=2', 'train.batch_size=8',
@@ -110,6 +111,30 @@ def test_a_student_is_trained_sampled_and_a_teacher_in_its_turn(
   again = distilled(work)
   assert (again.teacher.steps, again.stage.sampling.steps) == (2, 1)
   make_experiment(again)
+
+
+def test_moments_are_matched_by_two_networks_of_which_one_is_kept(
+  model, tmp_path
+):
+  (tmp_path / 'text').symlink_to(model / 'text')
+  config = load_config(
+    f'moments:{model / "base"}', [*SHORT, 'stage.sampling.steps=2']
+  )
+  work, out = tmp_path / 'base', tmp_path / 'out/base'
+  assert loop.train(config, work) == 2
+  assert (work / 'samples/step_0000002.png').exists()
+  DistillExperiment.export(Export(work, out, dtype='float32'))
+  teacher, *students = (
+    model_folder.load_params(model_folder.load_stage(folder))
+    for folder in (model / 'base', work, out)
+  )
+  jax.tree.map(np.testing.assert_array_equal, *students)
+  change = jax.tree.map(lambda a, b: np.abs(a - b).max(), students[0], teacher)
+  assert 0 < max(jax.tree.leaves(change)) < 0.01  # it starts from them
+  cascade = imagen_jax.load(out.parent)
+  (settings,) = cascade.settings()
+  assert (settings.steps, settings.eta, settings.guidance) == (2, 1.0, 1.0)
+  assert cascade.sample('a red circle')['base'].shape == (1, 8, 8, 3)
 
 
 @pytest.mark.parametrize(

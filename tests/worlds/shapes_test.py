@@ -233,6 +233,16 @@ def test_a_mixture_sets_the_fractions_of_the_categories():
   ]
 
 
+@pytest.mark.parametrize(
+  'category, numbers', [('trio', {3}), ('crowd', {4, 5})]
+)
+def test_crowded_categories_have_many_things(category, numbers):
+  scenes = [
+    shapes.scene(0, 'train', i, mixture={category: 1.0}) for i in range(40)
+  ]
+  assert {len(scene.things) for scene in scenes} == numbers
+
+
 def test_fill_pair_is_always_of_two_things():
   made = [
     shapes.scene(0, 'train', i, mixture={'fill_pair': 1.0}) for i in range(60)
