@@ -16,7 +16,7 @@ def _ours(side, steps, low=None):
   made = nets.stage(nets.config(side, low))
   params = jax.jit(lambda key: stage.init_params(made, key))(jax.random.key(0))
   mesh = sharding.sampling_mesh(0)
-  spec = SamplerSpec(sampler='ancestral', steps=steps)
+  spec = SamplerSpec(sampler='ddpm', steps=steps)
   rows = sharding.batch_sharding(mesh)
   run = sampling.program(made, spec, rows, None)
   inputs = sampling.SampleInputs(
