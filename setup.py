@@ -83,6 +83,8 @@ setuptools.setup(
   extras_require={
     'test': TEST,
     'parity': TEST + PARITY,
+    # For benchmarks/peers.py; with torch, and not in the lock.
+    'peers': ['diffusers', 'imagen-pytorch==2.1.0', 'torch', 'webdataset'],
     'dev': [*TEST, 'mypy==2.4.1', 'pre-commit', 'ruff==0.17.6'],
     # mkdocs 2 drops plugins, on which mkdocstrings rests.
     'docs': [

@@ -53,9 +53,8 @@ class ClipImage(ClipTower):
     x = jnp.concatenate([first, x], axis=1)
     x = x + self.tensor(f'{name}.position_embedding.weight', *x.shape[1:])
     x = self.norm('vision_model.pre_layrnorm', x)  # spelt so in the files
-    seen = jnp.ones((1, 1, 1, x.shape[1]), bool)
     for i in range(self.num_hidden_layers):
-      x = self.layer(x, seen, f'vision_model.encoder.layers.{i}.')
+      x = self.layer(x, f'vision_model.encoder.layers.{i}.', causal=False)
     x = self.norm('vision_model.post_layernorm', x[:, 0])
     return self.linear('visual_projection', x, self.projection_dim, bias=False)
 
@@ -71,9 +70,9 @@ class ClipTextFeatures(ClipTextTower):
 
   @nn.compact
   def __call__(self, ids: Int[Array, 'b l']) -> Float[Array, 'b d']:
-    x, seen = self.inputs(ids)
+    x = self.inputs(ids)
     for i in range(self.num_hidden_layers):
-      x = self.layer(x, seen, f'{self.PREFIX}.{i}.')
+      x = self.layer(x, f'{self.PREFIX}.{i}.')
     x = self.norm('text_model.final_layer_norm', x)
     # Old configs give 2 as eos; the real end token has the highest id.
     eos = self.eos_token_id

@@ -35,7 +35,7 @@ class BertLayer(Tower):
     self, x: Float[Array, 'b l d'], mask: TextMask
   ) -> tuple[Float[Array, 'b l d'], None]:
     width, parts = self.hidden_size, ('query', 'key', 'value')
-    h = self.attention('attention.self', x, parts, mask[:, None, None])
+    h = self.attention('attention.self', x, parts, mask)
     h = self.linear('attention.output.dense', h, width)
     x = self.norm('attention.output.LayerNorm', x + h)
     h = self.linear('intermediate.dense', x, self.intermediate_size)

@@ -5,8 +5,9 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from imagen_jax.nets.dot_product import MASKED, Logits
 from imagen_jax.nets.tower import ACTIVATIONS, Tower
 from imagen_jax.typing import Array, TextEmb, TextMask
 
@@ -32,13 +33,19 @@ class ClipTower(Tower):
   def layer(
     self,
     x: Float[Array, 'b l d'],
-    seen: Bool[Array, '1 1 #l l'],
     name: str = '',
+    causal: bool = True,
   ) -> Float[jax.Array, 'b l d']:
-    """One block of attention and MLP; its tensors' names start with `name`."""
-    width, parts = x.shape[-1], ('q_proj', 'k_proj', 'v_proj')
+    """One block of attention and MLP; its tensors' names start with `name`.
+
+    A token sees those before it, never the padding, which is at the end; in an
+    image, which is not `causal`, all see all.
+    """
+    (_, length, width), parts = x.shape, ('q_proj', 'k_proj', 'v_proj')
+    seen = jnp.tril(jnp.ones((1, length, length), bool))
+    logits = Logits(bias=jnp.where(seen, 0.0, MASKED)) if causal else None
     h = self.norm(f'{name}layer_norm1', x)
-    h = self.attention(f'{name}self_attn', h, parts, seen)
+    h = self.attention(f'{name}self_attn', h, parts, logits=logits)
     y: Any = x + self.linear(f'{name}self_attn.out_proj', h, width)
     h = self.norm(f'{name}layer_norm2', y)
     h = self.linear(f'{name}mlp.fc1', h, self.intermediate_size)
@@ -50,8 +57,8 @@ class ClipLayer(ClipTower):
   """One layer of a stack: the residual streams before and after it."""
 
   @nn.compact
-  def __call__(self, x: Streams, seen: Array) -> tuple[Streams, None]:
-    return (x[1], self.layer(x[1], seen)), None
+  def __call__(self, x: Streams) -> tuple[Streams, None]:
+    return (x[1], self.layer(x[1])), None
 
 
 class ClipTextTower(ClipTower):
@@ -69,17 +76,13 @@ class ClipTextTower(ClipTower):
   max_position_embeddings: int = 77
   PREFIX = 'text_model.encoder.layers'
 
-  def inputs(
-    self, ids: Int[Array, 'b l']
-  ) -> tuple[Float[jax.Array, 'b l d'], Bool[jax.Array, '1 1 l l']]:
-    """(what enters the first layer, the tokens that each token sees)."""
+  def inputs(self, ids: Int[Array, 'b l']) -> Float[jax.Array, 'b l d']:
+    """What enters the first layer."""
     name, length = 'text_model.embeddings', ids.shape[1]
     x = self.embed(f'{name}.token_embedding', ids, self.vocab_size)
-    x = x + self.positions(
+    return x + self.positions(
       f'{name}.position_embedding', length, self.max_position_embeddings
     )
-    # A token sees those before it, never the padding, which is at the end.
-    return x, jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
 class ClipText(ClipTextTower):
@@ -104,8 +107,8 @@ class ClipText(ClipTextTower):
     Returns:
       [B, L, D] float32, exact zeros at padding.
     """
-    x, seen = self.inputs(ids)
-    before, last = self.stack(ClipLayer, (x, x), seen)
+    x = self.inputs(ids)
+    before, last = self.stack(ClipLayer, (x, x))
     last = self.norm('text_model.final_layer_norm', last)
     x = before if self.penultimate else last
     return jnp.where(mask[..., None], x, 0)

@@ -3,6 +3,8 @@
 One function; how it computes is chosen by the platform and by the shapes.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
@@ -21,12 +23,34 @@ Keys = Float[Array, 'b s heads size']
 KeyMask = Bool[Array, 'b s']
 
 
+@dataclasses.dataclass(frozen=True)
+class Logits:
+  """cap · tanh(scale · q kᵀ / cap) + bias, what the softmax is of.
+
+  Attributes:
+    scale: None is 1 / √size; T5 has 1.
+    cap: None caps none (Gemma 2).
+    bias: [N, T, S] or [1, T, S], of T5's distances or a causal mask.
+  """
+
+  scale: float | None = None
+  cap: float | None = None
+  bias: Float[Array, '#heads t s'] | None = None
+
+  def __call__(self, products: Array, size: int) -> Array:
+    """Those of products q kᵀ [B, N, T, S] of heads of a size."""
+    x = products * (size**-0.5 if self.scale is None else self.scale)
+    x = x if self.cap is None else self.cap * jnp.tanh(x / self.cap)
+    return x if self.bias is None else x + self.bias
+
+
 def attention(
   q: Queries,
   k: Keys,
   v: Keys,
   mask: KeyMask | None = None,
   *,
+  logits: Logits | None = None,
   implementation: str = 'xla',
 ) -> Queries:
   """softmax(q kᵀ / √size) v, in which masked keys contribute nothing.
@@ -42,6 +66,8 @@ def attention(
     mask: [B, S] bool, False where a key is masked; None masks none. A row
       whose keys are all masked gives exact zeros (softmax alone would give the
       mean of v).
+    logits: what the softmax is of; None is q kᵀ / √size. Others are computed
+      for all heads in one batch, on every platform: captions are short.
     implementation: 'xla', or 'cudnn' on an NVIDIA GPU. cuDNN supports half
       precision and head sizes that are multiples of 8 up to 128; 'xla' is used
       for all else.
@@ -55,9 +81,11 @@ def attention(
   if implementation not in ('xla', 'cudnn'):
     raise ValueError(f'attention implementation {implementation!r}')
   platform, devices = sharding.platform()
-  if platform == 'cpu':
-    large = q.shape[1] * k.shape[1] >= LARGE and q.shape[0] % devices == 0
-    out = (_by_head if large else _heads_first)(q, k, v, mask)
+  large = q.shape[1] * k.shape[1] >= LARGE and q.shape[0] % devices == 0
+  if logits or (platform == 'cpu' and not large):
+    out = _heads_first(q, k, v, mask, logits or Logits())
+  elif platform == 'cpu':
+    out = _by_head(q, k, v, mask)
   else:
     fused = implementation == 'cudnn' and platform == 'gpu' and _cudnn_can(q)
     keys_mask = None if mask is None else mask[:, None, None, :]
@@ -75,16 +103,18 @@ def _cudnn_can(q: Queries) -> bool:
   return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
-def _heads_first(q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> Array:
+def _heads_first(
+  q: Queries, k: Keys, v: Keys, mask: KeyMask | None, logits: Logits
+) -> Array:
   """One batched product of all heads, whose operands are made contiguous."""
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  logits = jnp.einsum(
+  products = jnp.einsum(
     'bnth,bnsh->bnts', q, k, preferred_element_type=jnp.float32
   )
-  logits *= q.shape[-1] ** -0.5
+  x = logits(products, q.shape[-1])
   if mask is not None:
-    logits = jnp.where(mask[:, None, None, :], logits, MASKED)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    x = jnp.where(mask[:, None, None, :], x, MASKED)
+  weights = jax.nn.softmax(x, axis=-1).astype(v.dtype)
   out = jnp.einsum(
     'bnts,bnsh->bnth', weights, v, preferred_element_type=jnp.float32
   )

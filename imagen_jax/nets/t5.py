@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from imagen_jax import sharding
+from imagen_jax.nets.dot_product import Logits, attention
 from imagen_jax.typing import Array, TextEmb, TextMask
 
 # T5 v1.1 and Flan by name, as in `T5Encoder(**SIZES['xxl'])`: Imagen's encoder
@@ -78,7 +79,8 @@ class _Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'b l d'],
-    bias: Float[Array, 'b heads l l'],
+    bias: Float[Array, 'heads l l'],
+    mask: TextMask,
   ) -> tuple[Float[Array, 'b l d'], None]:
     """The residual stream x after this layer, in float32."""
     width, heads, size = x.shape[-1], self.num_heads, self.head_dim
@@ -108,9 +110,8 @@ class _Block(nn.Module):
     q = product('btd,dnh->btnh', h, weight('query', heads_in, width * size))
     k = product('btd,dnh->btnh', h, weight('key', heads_in, width))
     v = product('btd,dnh->btnh', h, weight('value', heads_in, width))
-    logits = product('btnh,bsnh->bnts', q, k, jnp.float32) + bias
-    seen = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    h = product('bnts,bsnh->btnh', seen, v)
+    with jax.default_matmul_precision(precision):
+      h = attention(q, k, v, mask, logits=Logits(scale=1.0, bias=bias))
     w = weight('out', (heads, size, width), heads * size)
     x = x + product('btnh,nhd->btd', h, w, jnp.float32)
 
@@ -187,8 +188,6 @@ class T5Encoder(nn.Module):
       max_distance=self.max_distance,
     )
     bias = jnp.moveaxis(distances[buckets], -1, 0).astype(jnp.float32)
-    # Finite, so that a row without any token gives a mean, not NaN.
-    bias = jnp.where(mask[:, None, None, :], bias, -1e9)
     blocks = nn.scan(
       _Block,
       variable_axes={'params': 0},
@@ -206,7 +205,7 @@ class T5Encoder(nn.Module):
     )
     # Else the sharding of the table would spread to all activations.
     x: Array = sharding.constrain_batch(table[ids].astype(jnp.float32))
-    x, _ = blocks(x, bias)
+    x, _ = blocks(x, bias, mask)
     scale = self.param('norm', nn.initializers.ones, (self.width,))
     x = _rms_norm(x, scale, self.epsilon)
     return x if keep_padding else jnp.where(mask[..., None], x, 0)

@@ -9,8 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from imagen_jax.nets.dot_product import Logits
 from imagen_jax.nets.tower import ACTIVATIONS, Tower
 from imagen_jax.typing import Array, TextEmb, TextMask
 
@@ -65,7 +66,7 @@ class T5GemmaLayer(_Gemma):
     self, x: Float[Array, 'b l d'], mask: TextMask
   ) -> tuple[Float[Array, 'b l d'], None]:
     h = self.norm('pre_self_attn_layernorm', x)
-    h = self.grouped_attention('self_attn', h, mask[:, None, None])
+    h = self.grouped_attention('self_attn', h, mask)
     x = x + self.norm('post_self_attn_layernorm', h)
     h = self.norm('pre_feedforward_layernorm', x)
     width = self.intermediate_size
@@ -76,7 +77,7 @@ class T5GemmaLayer(_Gemma):
     return x + self.norm('post_feedforward_layernorm', h), None
 
   def grouped_attention(
-    self, name: str, x: Float[Array, 'b l d'], seen: Bool[Array, 'b 1 1 l']
+    self, name: str, x: Float[Array, 'b l d'], mask: TextMask
   ) -> Float[jax.Array, 'b l d']:
     """Attention whose heads share keys and values in groups."""
 
@@ -90,11 +91,8 @@ class T5GemmaLayer(_Gemma):
     q, k = (rotate(y, self.rope_theta).astype(self.dtype) for y in (q, k))
     v = project('v', shared).astype(self.dtype)
     k, v = (jnp.repeat(y, heads // shared, axis=2) for y in (k, v))
-    logits = self.product('bqhd,bkhd->bhqk', q, k)
-    cap = self.attn_logit_softcapping
-    logits = logits * self.query_pre_attn_scalar**-0.5
-    logits = cap * jnp.tanh(logits / cap)
-    h = self.attend(logits, v, seen).reshape(*x.shape[:2], -1)
+    scale, cap = self.query_pre_attn_scalar**-0.5, self.attn_logit_softcapping
+    h = self.attend(q, k, v, mask, Logits(scale, cap))
     return self.linear(f'{name}.o_proj', h, self.hidden_size, bias=False)
 
 

@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from imagen_jax import sharding
-from imagen_jax.typing import Array
+from imagen_jax.nets.dot_product import Logits, attention
+from imagen_jax.typing import Array, TextMask
 
 ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -120,7 +121,8 @@ class Tower(nn.Module):
     name: str,
     x: Float[Array, 'b l d'],
     parts: tuple[str, str, str],
-    seen: Bool[Array, '#b 1 #l l'],
+    mask: TextMask | None = None,
+    logits: Logits | None = None,
   ) -> Float[jax.Array, 'b l d']:
     """Multi-head self-attention before its output projection.
 
@@ -128,7 +130,7 @@ class Tower(nn.Module):
       name: of the attention's tensors.
       x: what attends and is attended to.
       parts: last names of the query's, key's and value's projections.
-      seen: the keys that each query attends to.
+      mask, logits: see `dot_product.attention`.
     """
     batch, length, width = x.shape
     q, k, v = (
@@ -137,25 +139,17 @@ class Tower(nn.Module):
       .astype(self.dtype)
       for part in parts
     )
-    logits = self.product('bqhd,bkhd->bhqk', q, k) * q.shape[-1] ** -0.5
-    return self.attend(logits, v, seen).reshape(batch, length, width)
+    return self.attend(q, k, v, mask, logits)
 
   def attend(
     self,
-    logits: Float[Array, 'b h l l'],
+    q: Float[Array, 'b l h s'],
+    k: Float[Array, 'b l h s'],
     v: Float[Array, 'b l h s'],
-    seen: Bool[Array, '#b 1 #l l'],
-  ) -> Float[jax.Array, 'b l h s']:
-    """The values, weighted by the softmax of the logits of seen keys."""
-    # Finite, so that a row without any token gives a mean, not NaN.
-    weights = jax.nn.softmax(jnp.where(seen, logits, -1e9), axis=-1)
-    return self.product('bhqk,bkhd->bqhd', weights.astype(self.dtype), v)
-
-  def product(self, equation: str, a: Array, b: Array) -> Any:
-    return jnp.einsum(
-      equation,
-      a,
-      b,
-      precision=self.precision,
-      preferred_element_type=jnp.float32,
-    )
+    mask: TextMask | None,
+    logits: Logits | None,
+  ) -> Float[jax.Array, 'b l d']:
+    """`dot_product.attention` of heads, side by side."""
+    with jax.default_matmul_precision(self.precision):
+      out: Any = attention(q, k, v, mask, logits=logits)
+    return out.reshape(*q.shape[:2], -1)

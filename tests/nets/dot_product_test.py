@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.nets import dot_product
-from imagen_jax.nets.dot_product import attention
+from imagen_jax.nets.dot_product import Logits, attention
 from imagen_jax.training import flops
 
 # (queries, keys, queries of a head at a time)
@@ -135,3 +135,26 @@ def test_cudnn_falls_back_where_it_cannot():
   )
   with pytest.raises(ValueError):
     attention(q, k, v, implementation='flash9')
+
+
+def test_scale_cap_and_bias_and_their_gradients():
+  """x = cap · tanh(scale · q kᵀ / cap) + bias, in which ∂x/∂bias is 1."""
+  q, k, v, mask = inputs(*SMALL[:2])
+  d_out = np.random.default_rng(1).normal(size=q.shape)
+  bias = np.random.default_rng(2).normal(size=(2, q.shape[1], k.shape[1]))
+  scale, cap = 0.5, 3.0
+
+  def loss(bias):
+    out = attention(q, k, v, mask, logits=Logits(scale, cap, bias))
+    return jnp.sum(out * d_out)
+
+  value, gradient = jax.value_and_grad(loss)(jnp.asarray(bias, jnp.float32))
+  products = np.einsum('btnh,bsnh->bnts', *(np.float64(x) for x in (q, k)))
+  x = cap * np.tanh(scale * products / cap) + bias
+  weights = np.exp(x) * np.asarray(mask)[:, None, None, :]
+  weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+  d_weights = np.einsum('btnh,bsnh->bnts', d_out, np.float64(v))
+  mean = np.sum(d_weights * weights, axis=-1, keepdims=True)
+  np.testing.assert_allclose(value, np.sum(d_weights * weights), rtol=1e-5)
+  right = np.sum(weights * (d_weights - mean), axis=0)
+  np.testing.assert_allclose(gradient, right, atol=2e-6)

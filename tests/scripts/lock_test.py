@@ -19,7 +19,7 @@ LINES = [
 
 
 def asked_for(monkeypatch):
-  """The requirements of setup.py with all extras but two."""
+  """The requirements of setup.py with all extras but three."""
   found = {}
   # An environment of Python 3.12 or later need not have setuptools.
   setuptools = types.SimpleNamespace(
@@ -29,7 +29,7 @@ def asked_for(monkeypatch):
   runpy.run_path(str(ROOT / 'setup.py'))
   extras = found['extras_require']
   # These have environments, or versions, of their own in .ci/run.
-  del extras['parity'], extras['beam']
+  del extras['parity'], extras['peers'], extras['beam']
   return [
     Requirement(text)
     for text in sum(extras.values(), found['install_requires'])
