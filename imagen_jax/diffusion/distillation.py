@@ -1,8 +1,9 @@
 """Distillation: one step of a student for several of its teacher's.
 
 `distillation_loss` is progressive distillation (Salimans and Ho 2022) of a
-guided teacher (Meng et al. 2023): the student learns the x with which one DDIM step ends where the
-teacher's steps end. In terms of z / sigma, a DDIM step from t to s adds
+guided teacher (Meng et al. 2023): the student learns the x with which one DDIM
+step ends where the teacher's steps end. In terms of z / sigma, a DDIM step from
+t to s adds
 
   (u_s − u_t) x,   u = alpha / sigma,
 
@@ -137,8 +138,8 @@ def moment_loss(
     L(auxiliary) = ‖x̃ − g‖² + ‖x_teacher − g‖²,   g = auxiliary(z_s)
     L(student)   = w(s) x̃ · (g − x_teacher),      w = min(1 / sigma_s², 20)
 
-  The second one is written as a square with the same gradient, so that its value
-  is the squared difference. The result is their sum.
+  The second one is written as a square with the same gradient, so that its
+  value is the squared difference. The result is their sum.
 
   Args:
     key: a jax.random key.
