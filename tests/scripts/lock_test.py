@@ -19,7 +19,7 @@ LINES = [
 
 
 def asked_for(monkeypatch):
-  """The requirements of setup.py with all extras but three."""
+  """The requirements of setup.py with all extras but four."""
   found = {}
   # An environment of Python 3.12 or later need not have setuptools.
   setuptools = types.SimpleNamespace(
@@ -29,7 +29,8 @@ def asked_for(monkeypatch):
   runpy.run_path(str(ROOT / 'setup.py'))
   extras = found['extras_require']
   # These have environments, or versions, of their own in .ci/run.
-  del extras['parity'], extras['peers'], extras['beam']
+  for name in 'parity', 'peers', 'beam', 'web':
+    del extras[name]
   return [
     Requirement(text)
     for text in sum(extras.values(), found['install_requires'])
