@@ -175,7 +175,8 @@ def test_padding_gives_zeros_and_changes_nothing_else(kind, tmp_path):
   other = encode_tokens(module, params, np.where(mask, ids, 7), mask)
   np.testing.assert_array_equal(out, other)
   alone = encode_tokens(module, params, ids[1:2, :4], mask[1:2, :4])
-  np.testing.assert_allclose(out[1, :4], alone[0], atol=2e-6)
+  rounding = 1e-6 * max(2, np.abs(out).max())
+  np.testing.assert_allclose(out[1, :4], alone[0], atol=rounding)
   # A row of padding alone, which fills a batch, is zeros and not NaN.
   none = encode_tokens(module, params, 0 * ids, np.zeros_like(mask))
   np.testing.assert_array_equal(none, 0 * np.asarray(out))
