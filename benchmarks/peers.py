@@ -85,7 +85,7 @@ ROWS = {
     *(TORCH, [0.75]),
   ),
   'train256': Row(
-    'training step, 23 M Efficient U-Net, 64→256, batch 4',
+    'training step, 20 M Efficient U-Net, 64→256, batch 4',
     'train',
     ({'side': 256, 'low': 64, 'batch': 4}, {'side': 64, 'low': 16, 'batch': 2}),
     *(TORCH, [0.70]),
@@ -97,7 +97,7 @@ ROWS = {
     *(TORCH, [0.40]),
   ),
   'sample256': Row(
-    'sampling, 23 M Efficient U-Net, 4 images 64→256, {steps} steps, guided',
+    'sampling, 20 M Efficient U-Net, 4 images 64→256, {steps} steps, guided',
     'sample',
     (
       {'side': 256, 'low': 64, 'steps': 100},

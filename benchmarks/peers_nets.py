@@ -38,7 +38,7 @@ TORCH_BASE = {
   'text_embed_dim': WIDTH,
 }
 TORCH_SR = {
-  'dim': 32,
+  'dim': 24,
   'num_resnet_blocks': (1, 2, 4, 4),
   'attn_heads': 8,
   'cond_dim': 256,
