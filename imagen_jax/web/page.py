@@ -186,11 +186,9 @@ class Page:
     kept = [self.entries, self.chosen]
     for button, act in (self.again, self._again), (self.vary, self._vary):
       started.append(button.click(act, kept, results, **QUEUED))
-    self.stop.click(
-      lambda: view.waiting('Stopped.'),
-      outputs=self.live,
-      cancels=started,
-      queue=False,
+    # Afterwards, or a preview that is on its way would replace the word.
+    self.stop.click(None, cancels=started, queue=False).then(
+      lambda: view.waiting('Stopped.'), outputs=self.live, queue=False
     )
     quick: dict[str, Any] = {'show_progress': 'hidden', 'queue': False}
     self.dice.click(
