@@ -15,6 +15,7 @@ ends at 0, it is the teacher's last prediction.
 random, as the ancestral sampler's, and what is matched is their distribution.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -124,6 +125,7 @@ def moment_loss(
   parts: int,
   spec: LossSpec,
   finish: Callable[[Array], Array] = lambda x: x,
+  pixel_weight: PixelMask | None = None,
   t: LogSNR | None = None,
 ) -> tuple[LogSNR, dict[str, LogSNR]]:
   """Matches the mean of x given z_s under the student with its teacher's.
@@ -151,6 +153,7 @@ def moment_loss(
     parts: see there.
     spec: of the auxiliary network's error, see `LossSpec`.
     finish: what the sampler does to a prediction, such as thresholding.
+    pixel_weight: see `diffusion_loss`.
     t: [B] in [0, 1), times whose steps are taken; None samples them.
 
   Returns:
@@ -175,13 +178,16 @@ def moment_loss(
 
   wanted = jax.lax.stop_gradient(denoise(z, logsnr))
   output = auxiliary(z, logsnr).astype(x.dtype)
+  error = functools.partial(
+    weighted_error, t=t, logsnr=logsnr, pixel_weight=pixel_weight
+  )
   total = jnp.zeros_like(t)
   for aim in sampled, wanted:
     aim = target(spec.prediction, aim, eps_from_x(z, aim, logsnr), logsnr)
-    total += weighted_error(output, aim, t=t, logsnr=logsnr, spec=spec)[0]
+    total += error(output, aim, spec=spec)[0]
   guess = jax.lax.stop_gradient(to_x(spec.prediction, output, z, logsnr))
   aim = jax.lax.stop_gradient(made) - (guess - wanted)
-  mse = jnp.mean((made - aim) ** 2, axis=range(1, x.ndim))
+  mse, _ = error(made, aim, spec=LossSpec(prediction='x'))
   weight = jnp.minimum(1 / jax.nn.sigmoid(-logsnr), 20)
   details = dict(t=(steps - index) / steps, logsnr=logsnr, mse=mse)
   return total + weight * mse / 2, details | {'weight': weight}

@@ -70,20 +70,22 @@ def magnitude_percentile(x: Sample, percentile: float) -> LogSNR:
   position = percentile / 100 * (x.shape[1] - 1)
   rank, fraction = math.floor(position), position % 1
 
-  # The greatest bit pattern with at most `rank` values strictly below it is
-  # the value of that rank: set its bits from the top (the sign bit is 0).
-  def settle(i: Array, value: Array) -> Array:
-    trial = value | (jnp.ones_like(value) << (num_bits - 2 - i))
-    below = jnp.sum(bits < trial[:, None], axis=1)
-    return jnp.where(below <= rank, trial, value)
+  def of_rank(rank: int) -> Array:
+    """The greatest bit pattern with at most `rank` values strictly below it."""
 
-  value = jax.lax.fori_loop(0, num_bits - 1, settle, jnp.zeros_like(bits[:, 0]))
-  # The value of the next rank is the same one if it is repeated, else the
-  # smallest value above it.
-  as_float = jax.lax.bitcast_convert_type(value, x.dtype)
-  at_most = jnp.sum(bits <= value[:, None], axis=1)
-  above = jnp.min(jnp.where(bits > value[:, None], x, jnp.inf), axis=1)
-  following = jnp.where(at_most > rank + 1, as_float, above)
+    def settle(i: Array, value: Array) -> Array:
+      trial = value | (jnp.ones_like(value) << (num_bits - 2 - i))
+      below = jnp.sum(bits < trial[:, None], axis=1)
+      return jnp.where(below <= rank, trial, value)
+
+    # From the top; the sign bit is 0.
+    zeros = jnp.zeros_like(bits[:, 0])
+    value = jax.lax.fori_loop(0, num_bits - 1, settle, zeros)
+    return jax.lax.bitcast_convert_type(value, x.dtype)
+
+  low = of_rank(rank)
   if fraction == 0:
-    return as_float
-  return as_float * (1 - fraction) + following * fraction
+    return low
+  # Not "the next value above": where a compiler computes x anew for each pass
+  # and rounds otherwise, that could be the same pixel.
+  return low * (1 - fraction) + of_rank(rank + 1) * fraction

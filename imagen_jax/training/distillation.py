@@ -230,6 +230,7 @@ class MomentExperiment(DistillExperiment):
       finish=functools.partial(
         threshold, kind=spec.threshold, percentile=spec.percentile
       ),
+      pixel_weight=given.weight,
       t=batch.get('t'),
     )
 

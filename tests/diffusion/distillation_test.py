@@ -232,6 +232,16 @@ def test_moments_are_compared_inside_the_step_and_valued_by_their_difference():
   )
 
 
+def test_moments_are_weighted_by_pixel():
+  half = jnp.full((8, 1, 1, 1), 0.5)
+  whole, part = (
+    moments(exact, lambda z, _: 0 * z, pixel_weight=weight)
+    for weight in (None, half)
+  )
+  np.testing.assert_allclose(part[0], whole[0] / 2, rtol=1e-9)
+  np.testing.assert_allclose(part[1]['mse'], whole[1]['mse'] / 2, rtol=1e-9)
+
+
 def test_two_random_steps_of_the_trained_student_keep_the_data():
   """The mean and standard deviation of Gaussian data, trained from nothing."""
   steps, parts = 2, 4

@@ -242,7 +242,7 @@ def test_the_plan_prints_the_flops_without_rematerialization(tmp_path, capsys):
   more, model = (float(x.split()[0]) for x in lines if 'FLOPs per step' in x)
   work = tiny_job(unet=True, batch_size=64)
   plain = count_flops(work.trace('train', 64))
-  assert model == pytest.approx(plain, rel=0.01) and more > 1.03 * plain
+  assert model == float(f'{plain:.4g}') and more > 1.03 * plain
 
 
 def test_a_sampling_step_is_planned_too(tmp_path, capsys):
