@@ -74,12 +74,13 @@ def _run(
   except SystemExit as stop:  # argparse after --help
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    return 130
+    return _interrupted()
   except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
+    if _is_interrupt(error):
+      return _interrupted()
     sentence = _sentence(error, flags)
     if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
       raise
@@ -98,13 +99,32 @@ def catch_interrupts() -> None:
 
 def outcome(error: BaseException) -> tuple[str, int]:
   """(sentence, exit code) of an error, for the other processes of a job."""
-  if isinstance(error, KeyboardInterrupt):
+  if _is_interrupt(error):
     return 'it was interrupted.', 130
   sentence = _sentence(error, {})
   if sentence is None:
     text = ' '.join(str(error).split())[:500]
     return f'{type(error).__name__}: {text}', 1
   return sentence, _exit_code(error)
+
+
+def _interrupted() -> int:
+  """Says so, and returns the exit code."""
+  print('interrupted', file=sys.stderr)
+  return 130
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+  """Whether a Ctrl-C is the error, or what led to it.
+
+  jax raises errors of its own from one that comes while it compares trees, and
+  XLA quotes one that comes in a callback.
+  """
+  while error is not None:
+    if isinstance(error, KeyboardInterrupt) or 'KeyboardInterrupt' in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _open_streams() -> None:
