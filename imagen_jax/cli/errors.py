@@ -1,6 +1,7 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
@@ -43,6 +44,9 @@ def run(
     or what `main` returned.
   """
   code = 1  # Python's, after a traceback
+  if argv is None:
+    # The first that is registered is called last, after those of jax.
+    atexit.register(lambda: _leave(code))
   if argv is None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # The imports of jax do not survive an exception in the middle.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -121,7 +125,9 @@ def _is_interrupt(error: BaseException | None) -> bool:
   XLA quotes one that comes in a callback.
   """
   while error is not None:
-    if isinstance(error, KeyboardInterrupt) or 'KeyboardInterrupt' in str(error):
+    if isinstance(error, KeyboardInterrupt):
+      return True
+    if 'KeyboardInterrupt' in str(error):
       return True
     error = error.__cause__ or error.__context__
   return False
@@ -138,6 +144,19 @@ def _open_streams() -> None:
         while os.open(os.devnull, os.O_RDWR) < number:
           pass
       setattr(sys, name, open(os.devnull, 'r' if number == 0 else 'w'))
+
+
+def _leave(code: int) -> None:
+  """Ends the process after an error, before Python takes itself down.
+
+  What jax was doing then may still run, and has crashed there: exit code -11.
+  """
+  if code:
+    with contextlib.suppress(OSError, ValueError):
+      sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+      sys.stderr.flush()
+    os._exit(code)
 
 
 def _end(code: int) -> None:

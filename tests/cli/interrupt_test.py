@@ -62,12 +62,9 @@ def test_one_that_a_library_turns_into_its_own_error(capsys):
 
   def main(argv):
     try:
-      raise KeyboardInterrupt
-    except KeyboardInterrupt as interrupt:
-      try:
-        raise ValueError('cannot compare') from interrupt
-      except ValueError:
-        raise RuntimeError('cannot trace')
+      raise ValueError('cannot compare') from KeyboardInterrupt()
+    except ValueError as error:
+      raise RuntimeError('cannot trace') from error
 
   assert errors.run(main, []) == 130
   assert capsys.readouterr().err == 'interrupted\n'
