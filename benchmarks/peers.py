@@ -11,8 +11,8 @@ with networks of the same sizes: their parameters are within 2 %. Each contender
 is a process of its own. They take turns, and wait while another works, so that
 other load affects all alike. Printed are the times of a call in ms (minimum,
 median, maximum), the ratio of our median to the peer's, and the most memory
-that each process has held, its imports and workers included. A peer that is not installed
-is named, and left out.
+that each process has held, its imports and workers included. A peer that is not
+installed is named, and left out.
 
 With `--layouts` a row is also run with one device of XLA's, and with its flag
 for fused products, see docs/speed.md. Nothing else should be running.
