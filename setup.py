@@ -61,6 +61,7 @@ setuptools.setup(
   install_requires=[
     'absl-py',
     'array_record>=0.8',
+    'cloudpickle',
     'etils[epath]',
     'flax>=0.12',
     'grain>=0.2.15',

@@ -5,9 +5,9 @@ r"""Images per second of the data loader alone, compared with training.
       --kind webdataset --path 'shards/*.tar'
 
 The loader is that of training: source, order, tokens, batches, prefetching
-threads. The rate of training is the median `images_per_sec` of the workdir's
-`metrics.jsonl`; it should be from the same machine. Nothing else should be
-running.
+threads or `--workers` processes. The rate of training is the median
+`images_per_sec` of the workdir's `metrics.jsonl`; it should be from the same
+machine. Nothing else should be running.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from imagen_jax.io import text_folder
 from imagen_jax.text.tokenizer import load_tokenizer
 
 
-def loader_rate(source, tokenizer, *, batch_size, max_len, seconds):
-  """Images per second over `seconds`, after ten batches of warm-up."""
+def loader_rate(source, tokenizer, *, order, max_len, seconds, workers):
+  """Images per second over `seconds`, after 20 batches of warm-up."""
 
   def transform(example):
     ids, mask, _ = tokenizer([example['caption']], max_len)
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
-  data = batches(source, Order(0, batch_size), transform=transform)
-  for _ in range(10):  # discard batches that were prefetched
+  data = batches(source, order, transform=transform, workers=workers)
+  for _ in range(20):  # discard batches that were prefetched
     next(data)
   start, images = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:
     next(data)
-    images += batch_size
+    images += order.batch_size
   return images / (time.perf_counter() - start)
 
 
@@ -56,15 +56,17 @@ def main():
   parser.add_argument('--batch_size', type=int, default=32)
   parser.add_argument('--max_len', type=int, default=32)
   parser.add_argument('--text', default='demo')
+  parser.add_argument('--workers', type=int, default=0, help='processes')
   parser.add_argument('--seconds', type=float, default=10)
   parser.add_argument('--workdir', help='of a run to compare with')
   args = parser.parse_args()
   rate = loader_rate(
     make_source(kind=args.kind, path=args.path, size=args.size),
     load_tokenizer(text_folder.find(args.text)),
-    batch_size=args.batch_size,
+    order=Order(0, args.batch_size),
     max_len=args.max_len,
     seconds=args.seconds,
+    workers=args.workers,
   )
   print(f'loader: {rate:.0f} images/s of {args.kind} at {args.size} pixels')
   takes = training_rate(args.workdir) if args.workdir else None

@@ -11,8 +11,8 @@ with networks of the same sizes: their parameters are within 2 %. Each contender
 is a process of its own. They take turns, and wait while another works, so that
 other load affects all alike. Printed are the times of a call in ms (minimum,
 median, maximum), the ratio of our median to the peer's, and the most memory
-that each process has held, its imports included. A peer that is not installed
-is named, and left out.
+that each process has held, its imports and workers included. A peer that is not
+installed is named, and left out.
 
 With `--layouts` a row is also run with one device of XLA's, and with its flag
 for fused products, see docs/speed.md. Nothing else should be running.
@@ -24,6 +24,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -198,6 +199,16 @@ class Contender:
     }
 
 
+def megabytes() -> float:
+  """The most that this process has held, and what its workers hold now."""
+  held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  for worker in multiprocessing.active_children():
+    lines = pathlib.Path(f'/proc/{worker.pid}/smaps_rollup').read_text()
+    # A page that processes share counts once among them.
+    held += int(lines.split('Pss:')[1].split()[0])
+  return held / 1024
+
+
 def serve(row: str, name: str, given: dict, devices: int) -> None:
   """Runs in a contender's process: builds the work, and times it when told."""
   out = os.fdopen(os.dup(1), 'w')
@@ -233,8 +244,7 @@ def serve(row: str, name: str, given: dict, devices: int) -> None:
     for _ in range(number):
       work()
     seconds = (time.perf_counter() - start) / number
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    say(seconds=seconds, megabytes=peak / 1024)
+    say(seconds=seconds, megabytes=megabytes())
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:

@@ -74,7 +74,9 @@ def _ours(stored, kind):
     return {'image': example['image'], 'ids': ids[0], 'mask': mask[0]}
 
   source = WebDatasetSource(_pattern(stored, kind), SIZE)
-  return _work(batches(source, Order(0, BATCH), transform=tokens))
+  return _work(
+    batches(source, Order(0, BATCH), transform=tokens, workers=WORKERS)
+  )
 
 
 def _torch(stored, kind):

@@ -71,6 +71,7 @@ RANGES = {
   'text.max_len': '[2, 65536]',
   'data.seed': '[0, 4294967295]',
   'data.max_bad': '[0, 1]',
+  'data.workers': '[0, 1024]',
   'data.things': '[2, inf)',
   'data.num_scenes': '[1, inf)',
   'data.num_eval_scenes': '[1, inf)',
@@ -312,6 +313,9 @@ def data() -> dict[str, Any]:
     'flip': False,
     # Fraction of damaged images above which a run stops.
     'max_bad': 0.01,
+    # Processes of each host that read images, for small ones above all; 0:
+    # threads of the training process do.
+    'workers': 0,
     # Of 'mixture': {name: a section like this one with a 'weight', such as
     # {'kind': 'webdataset', 'path': 'shards/*.tar', 'weight': 0.75}}.
     # Of 'shapes': {category: fraction of the scenes}; None: its default.

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import pathlib
+import re
 import resource
 import threading
 import time
@@ -44,6 +45,7 @@ SUBSTITUTES = 100  # neighbours tried before giving up
 PAUSES = (0.1, 1, 4, 10)  # seconds before a failed read is repeated
 # What is said of a sample that could not be read this time.
 UNREADABLE = 'it cannot be read now'
+_SURROGATE = re.compile('[\ud800-\udfff]')
 # Errors of the file system that no repetition heals.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
@@ -325,7 +327,7 @@ def clean_caption(text: str | bytes) -> str:
   if '\0' in text:
     raise BadSample('its caption is binary')
   # JSON can contain lone surrogates, which UTF-8 cannot encode.
-  if any('\ud800' <= c <= '\udfff' for c in text):
+  if _SURROGATE.search(text):
     raise BadSample('its caption is not UTF-8')
   text = ' '.join(text.split())
   if not text:

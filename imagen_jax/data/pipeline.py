@@ -21,6 +21,7 @@ import grain
 import numpy as np
 
 from imagen_jax.data.source import Source
+from imagen_jax.data.workers import InWorkers
 from imagen_jax.errors import DataError, UsageError
 
 Example: TypeAlias = dict[str, Any]
@@ -70,6 +71,7 @@ def batches(
   *,
   augment: Callable[[Example, np.random.Generator], Example] | None = None,
   transform: Callable[[Example], Example] | None = None,
+  workers: int = 0,
 ) -> Iterator[Example]:
   """An endless iterator over this host's part of the batches.
 
@@ -86,41 +88,52 @@ def batches(
     transform: example -> example, or None; runs last, before batching. It and
       `augment` must not return None, which would misalign the hosts. `index`
       is kept in any case.
+    workers: processes that read, decode and augment; 0: threads of this one
+      do. It does not change what comes out.
 
   Returns:
     an iterator over dicts of numpy arrays [batch_size / num_hosts, ...];
     strings become arrays of strings, and `index` holds the examples' positions
-    in the source. It prefetches in threads.
+    in the source. It prefetches.
 
   Raises:
     DataError: the source is empty.
+    UsageError: the source cannot be copied to workers.
   """
   if len(source) == 0:
     raise DataError('the data set has no images; check data.path.')
 
-  def randomized(example: Example, rng: np.random.Generator) -> Example:
-    example = one_caption(example, rng)
+  def make(
+    chosen: tuple[Source, int, int], rng: np.random.Generator
+  ) -> Example:
+    part, number, index = chosen
+    example = one_caption(part[number] | {'index': index}, rng)
     return example if augment is None else augment(example, rng)
+
+  def batch(examples: list[Example]) -> Example:
+    if transform is not None:
+      examples = [transform(e) | {'index': e['index']} for e in examples]
+    return grain.experimental.batch_and_pad(examples, batch_size=order.rows)
 
   weights, shapes = [], []
   for weight, data in _shuffled(source, order.seed):
-    data = data.random_map(randomized)
-    if transform is not None:
-      data = data.map(
-        lambda example: transform(example) | {'index': example['index']}
-      )
+    # One step from a number to its example: each step costs time per image.
+    rows = _HostRows(data.random_map(make), order)
     weights.append(weight)
-    shapes.append(_HostRows(data, order).batch(order.rows))
+    shapes.append(rows.batch(order.rows, batch_fn=list))
   data = shapes[0]
   if len(shapes) > 1:
     data = grain.MapDataset.mix(shapes, weights)
-  # Threads suffice: decoding and numpy release the GIL. Unlike the number of
-  # worker processes, their number does not change the order.
+  # The number of threads and of workers does not change the order.
   threads = min(PREFETCH, os.cpu_count() or 1)
+  if workers:
+    data = InWorkers(data, source.parts or (source,), workers)
+    threads = min(PREFETCH, 2 * workers)  # which wait for workers
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=PREFETCH
   )
-  iterator = iter(data.to_iter_dataset(options))
+  data = data.map(batch).to_iter_dataset(options)
+  iterator = iter(data)
   iterator.set_state({'next_index': order.start_step})
   return iterator
 
@@ -128,7 +141,7 @@ def batches(
 def _shuffled(
   source: Source, seed: int
 ) -> list[tuple[float, grain.MapDataset]]:
-  """(weight, endless sequence) of the examples of each shape.
+  """(weight, endless sequence of `_Chosen`) of the examples of each shape.
 
   It has each epoch of a source, or of each part of a mixture. A mixture takes
   turns in a fixed pattern, so a batch has the parts' fractions as nearly as
@@ -141,8 +154,8 @@ def _shuffled(
     own = (number,) if source.parts else ()
     whole: Mapping[tuple[int, ...], Sequence[int]] = {(): range(len(part))}
     for shape, chosen in (part.buckets or whole).items():
-      data = grain.MapDataset.source(_Numbered(part, chosen, start))
-      data = data.seed(_derived(seed, *own, *shape)).shuffle().repeat(None)
+      data = _Chosen(part, chosen, start).seed(_derived(seed, *own, *shape))
+      data = data.shuffle().repeat(None)
       fraction = weight * len(chosen) / len(part)
       shapes.setdefault(shape, []).append((fraction, data))
     start += len(part)
@@ -163,18 +176,19 @@ def _derived(seed: int, *numbers: int) -> int:
   return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])
 
 
-class _Numbered:
-  """Examples of a source, with their `index`, which begins at `start`."""
+class _Chosen(grain.MapDataset):
+  """(source, number in it, `index`) of examples; `index` begins at `start`."""
 
   def __init__(self, source: Source, chosen: Sequence[int], start: int) -> None:
+    super().__init__()
     self._source, self._chosen, self._start = source, chosen, start
 
   def __len__(self) -> int:
     return len(self._chosen)
 
-  def __getitem__(self, i: int) -> Example:
-    number = int(self._chosen[i])
-    return self._source[number] | {'index': self._start + number}
+  def __getitem__(self, index: Any) -> Any:
+    number = int(self._chosen[index % len(self._chosen)])
+    return self._source, number, self._start + number
 
 
 class _HostRows(grain.MapDataset):

@@ -5,6 +5,7 @@ so that little of it is lost. The shapes are whole eighths of `size`: those of
 256 pixels are four times those of 64, as a cascade needs them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -79,3 +80,10 @@ def choose(
     found = np.where(nearer, np.where(large, number, SMALL), found)
     least = np.minimum(ratio, least)
   return found.astype(np.int8)
+
+
+@functools.lru_cache(2**14)
+def nearest(pixels: tuple[int, int], size: int, aspect: str) -> Shape | None:
+  """The shape of an image of (width, height) pixels; None: it is too small."""
+  (number,) = choose([pixels], size, aspect)
+  return None if number == SMALL else shapes(size, aspect)[number]

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from scipy import sparse
 
-from imagen_jax.io.aspect import SMALL, choose, shapes
+from imagen_jax.io.aspect import nearest
 from imagen_jax.io.files import AnyPath
 
 Box: TypeAlias = tuple[int, int, int, int]
@@ -75,10 +75,10 @@ def fitted(
   with opened(data) as image:
     # Not block by block, whose unfinished rows are decoded twice.
     image.decodermaxblock = WHOLE  # type: ignore[attr-defined]
-    (number,) = choose([upright_size(image)], size, aspect)
-    if number == SMALL:
+    shape = nearest(upright_size(image), size, aspect)
+    if shape is None:
       raise BadSample(f'it is smaller than {size} pixels')
-    height, width = shapes(size, aspect)[number]
+    height, width = shape
     if aspect == 'pad':
       return padded(upright(image), size, resize)
     return _fit(upright(image), width, height, resize)

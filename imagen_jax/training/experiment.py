@@ -223,6 +223,7 @@ class Experiment(abc.ABC):
     """The data set of 'train' or 'eval'; `source` is this, cached."""
     data = self.config.data.to_dict()
     data.pop('flip')  # see `augmentation`
+    data.pop('workers')  # see `input`
     return make_source(**data, size=self.resolution, split=split)
 
   def augmentation(self, split: str) -> Augment | None:

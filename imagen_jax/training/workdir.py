@@ -33,6 +33,7 @@ FREE = (
   'data.path',
   'data.index',
   'data.max_bad',
+  'data.workers',
   'data.eval_path',
   'stage.sampling',
   'train.log_every',

@@ -438,6 +438,7 @@ def test_a_change_that_cannot_be_made_names_the_key_or_type(
     'train.optimizer.options.b2=abc',
     'text.max_len=0',
     'data.max_bad=1.5',
+    'data.workers=-1',
     'mesh.data=99999999999999999999',
     'seed=-1',
     'seed=4294967296',

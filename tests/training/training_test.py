@@ -439,6 +439,18 @@ def test_only_crops_go_to_the_devices(model):
     assert jax.tree.map(jax.typeof, batch) == jax.tree.map(jax.typeof, spec)
 
 
+@pytest.mark.slow
+def test_worker_processes_make_a_runs_batches(model):
+  config = tiny_model.config('sr1')
+  config.stage.crop, config.data.flip = 8, True
+  config.text.path = str(model / 'text')
+  here = train_batches(make_experiment(config), 1)
+  config.data.workers = 2
+  there = train_batches(make_experiment(config), 1)
+  for _ in range(3):
+    assert jax.tree.all(jax.tree.map(np.array_equal, next(here), next(there)))
+
+
 def test_low_resolution_noise_is_added_before_upsampling(model):
   encoder = load_text_encoder(model / 'text')
   made = tiny_model.build(tiny_model.config('sr1'), encoder)
