@@ -132,24 +132,6 @@ def upsample(x: Float[Array, 'b h w c']) -> Float[Array, 'b 2*h 2*w c']:
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-def to_patches(
-  x: Float[Array, 'b h w c'], side: int
-) -> Float[Array, 'b h//{side} w//{side} c*{side}**2']:
-  """The pixels of each square as the channels of one position."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h // side, side, w // side, side, c)
-  return x.swapaxes(2, 3).reshape(b, h // side, w // side, c * side**2)
-
-
-def from_patches(
-  x: Float[Array, 'b h w c'], side: int
-) -> Float[Array, 'b h*{side} w*{side} c//{side}**2']:
-  """The inverse of `to_patches`."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h, w, side, side, c // side**2)
-  return x.swapaxes(2, 3).reshape(b, h * side, w * side, c // side**2)
-
-
 class ResBlock(nn.Module):
   """A residual block with scale-shift conditioning (BigGAN; Figure A.27).
 

@@ -19,9 +19,7 @@ from imagen_jax.nets.layers import (
   ResBlock,
   conv,
   conv_in,
-  from_patches,
   remat,
-  to_patches,
 )
 from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
@@ -49,9 +47,6 @@ class UNet(Network):
     head_dim: size of an attention head.
     emb_channels: width of the conditioning vector; None is 4 × channels.
     text_width: width to which the text is projected first; None: it is not.
-    patch: side of the squares of pixels that are one position's channels, at
-      the input and at the output: 1, or more for less computation at the full
-      resolution (Hoogeboom et al. 2023; not in the paper).
     qk_norm: whether attentions normalise queries and keys, see
       `TextAttention`.
     dropout: rate in the residual blocks.
@@ -71,7 +66,6 @@ class UNet(Network):
   head_dim: int = 64
   emb_channels: int | None = None
   text_width: int | None = None
-  patch: int = 1
   qk_norm: bool = False
   dropout: float = 0.0
   norm_groups: int = 32
@@ -82,7 +76,7 @@ class UNet(Network):
 
   @property
   def multiple(self) -> int:
-    return self.patch * 2 ** (len(self.channel_mults) - 1)
+    return 2 ** (len(self.channel_mults) - 1)
 
   @nn.compact
   def __call__(
@@ -98,7 +92,7 @@ class UNet(Network):
     """Predicts eps, v or x, whichever it was trained for.
 
     Args:
-      z: [B, H, W, 3] noisy images; H and W divisible by `multiple`.
+      z: [B, H, W, 3] noisy images; H and W divisible by 2^(levels − 1).
       logsnr: [B] their log-SNR.
       text: [B, L, D] text embeddings.
       mask: [B, L] bool, True at real tokens.
@@ -145,8 +139,7 @@ class UNet(Network):
     def attend(
       h: Float[Array, 'b h w c'], level: int, name: str
     ) -> Float[Array, 'b h w c']:
-      side = self.resolution // self.patch >> level
-      if side not in self.attention_resolutions:
+      if self.resolution >> level not in self.attention_resolutions:
         return h
       return attention(
         self.head_dim,
@@ -158,7 +151,7 @@ class UNet(Network):
       )(h, text, mask)
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
-    h = conv_in(to_patches(h, self.patch), self.channels, self.dtype)
+    h = conv_in(h, self.channels, self.dtype)
     skips = [h]
     for level, width in enumerate(widths):
       for i in range(blocks[level]):
@@ -189,10 +182,6 @@ class UNet(Network):
         h = res(h, width, f'up_{level}_resample', 'up')
 
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(h)
-    h = conv(
-      self.out_channels * self.patch**2,
-      zero=True,
-      dtype=jnp.float32,
-      name='conv_out',
+    return conv(
+      self.out_channels, zero=True, dtype=jnp.float32, name='conv_out'
     )(nn.swish(h).astype(jnp.float32))
-    return from_patches(h, self.patch)

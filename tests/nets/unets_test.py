@@ -11,7 +11,6 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.nets import attention as attention_module
-from imagen_jax.nets import layers
 from imagen_jax.nets.attention import TextAttention, TextPool
 from imagen_jax.nets.efficient_unet import EfficientUNet
 from imagen_jax.nets.norm import GroupNorm, LayerNorm
@@ -337,21 +336,3 @@ def test_no_gradient_is_summed_in_bfloat16(name):
   ]
   # A bias that all keys have changes no softmax, so it has no gradient.
   assert rounded in ([], ["['conditioning']['text_pool']['key']['bias']"])
-
-
-def test_patches_are_the_pixels_of_squares_and_go_back():
-  x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-  patches = layers.to_patches(x, 2)
-  assert patches.shape == (2, 2, 3, 12)
-  np.testing.assert_array_equal(patches[1, 1, 2], x[1, 2:, 4:].reshape(12))
-  np.testing.assert_array_equal(layers.from_patches(patches, 2), x)
-
-
-def test_with_patches_a_net_computes_at_the_lower_resolution():
-  net = BASE.clone(resolution=16, patch=2)
-  given = inputs(BASE, size=16)
-  shapes = jax.eval_shape(net.init, jax.random.key(0), *given)['params']
-  assert shapes['conv_in']['kernel'].shape == (3, 3, 12, 16)
-  assert 'down_1_attn_0' in shapes and 'down_0_attn_0' not in shapes
-  out = jax.eval_shape(net.apply, {'params': shapes}, *given)
-  assert out.shape == given[0].shape and net.multiple == 4
