@@ -18,6 +18,6 @@ def get_config():
   config = icons_sr1.get_config()
   config.stage.net.update(channels=(24, 48, 96), num_res_blocks=(1, 1, 2))
   config.data.mixture = icons_cpu_base.MIXTURE
-  config.train.num_steps = 10_000
+  config.train.num_steps = 20_000
   config.train.optimizer.decay = True
   return config
