@@ -17,6 +17,9 @@ the captions in each step 2 %, so neither is stored.
 
   python benchmarks/first_steps.py --config icons_cpu_base --steps 200
 
+Cost: 5.3 M parameters. The 40,000 steps take about 5 hours at that speed, and 9
+beside another training (39 images/s).
+
 Result: not trained yet.
 """
 

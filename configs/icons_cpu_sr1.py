@@ -5,7 +5,8 @@ r"""The first super-resolution model of `icons_cpu_base`'s cascade: 32→64.
 As `icons_sr1`, with fewer channels at 32×32 and one residual block less. The
 environment of `icons_cpu_base` makes it faster.
 
-SPEEDS
+Cost: 2.54 M parameters, and 35 images/s in batches of 16 on 2 cores
+that also trained another model: the 20,000 steps take about 2.5 hours.
 
 Result: not trained yet.
 """

@@ -4,7 +4,8 @@ r"""The last super-resolution model of `icons_cpu_base`'s cascade: 64→256.
 
 As `icons_sr2`, with one residual block per level and fewer channels.
 
-SPEEDS
+Cost: 1.42 M parameters, and 36 crops/s in batches of 16 on 2 cores
+that also trained another model: the 20,000 steps take about 2.5 hours.
 
 Result: not trained yet.
 """
@@ -19,6 +20,6 @@ def get_config():
     channels=(16, 32, 48, 64), num_res_blocks=(1, 1, 1, 1)
   )
   config.data.mixture = icons_cpu_base.MIXTURE
-  config.train.num_steps = 6000
+  config.train.num_steps = 20_000
   config.train.optimizer.decay = True
   return config
