@@ -230,9 +230,8 @@ class Page:
       cascade = self.studio.cascade(model, task)
     except ImagenError as error:
       raise gr.Error(str(error), print_exception=False) from error
-    kept = typed.kept | dict(
-      zip(typed.shown, zip(values[: self.slots], values[self.slots :]))
-    )
+    given = zip(values[: self.slots], values[self.slots :])
+    kept = {**typed.kept, **dict(zip(typed.shown, given))}
     configs = zip(cascade.stages, cascade.settings())
     of = {(model, s.name): (c.steps, c.guidance) for s, c in configs}
     unused = [gr.update(visible=False, value=None)] * (self.slots - len(of))

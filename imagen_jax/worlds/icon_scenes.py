@@ -136,8 +136,8 @@ def scene(world: World, i: int, category: str | None = None) -> Scene:
     raise ValueError(f"scenes of {category} are never in split 'train'")
   rng = random.Random(f'icons/{world.seed}/{world.split}/{category}/{i}')
   if category is None:
-    names, fractions = zip(*world.mixture.items())
-    category = rng.choices(names, fractions)[0]
+    fractions = [world.mixture.get(name, 0) for name in MIXTURE]
+    category = rng.choices(list(MIXTURE), fractions)[0]
   style, groups = _contents(rng, world, category)
   related = len(groups) == 2 and rng.random() < 0.7
   relation = pick(rng, captions.RELATIONS) if related else None
