@@ -37,7 +37,9 @@ def make_errors(run):
   """A jitted function: EMA parameters, frozen weights -> errors at `TIMES`."""
   source, stage = run.source('eval'), run.stage
   rows = [run.example(source[i]) for i in range(IMAGES)]
-  batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+  batch = {
+    key: jnp.asarray(np.stack([row[key] for row in rows])) for key in rows[0]
+  }
 
   @jax.jit
   def errors(params, frozen):

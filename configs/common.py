@@ -318,7 +318,8 @@ def data() -> dict[str, Any]:
     'workers': 0,
     # Of 'mixture': {name: a section like this one with a 'weight', such as
     # {'kind': 'webdataset', 'path': 'shards/*.tar', 'weight': 0.75}}.
-    # Of 'shapes': {category: fraction of the scenes}; None: its default.
+    # Of 'shapes' and 'icons': {category: fraction of the scenes}; None: their
+    # default.
     'mixture': None,
     # Of 'icons': the styles, such as ('3D', 'flat'); None: all that there are.
     'styles': placeholder(tuple),

@@ -31,6 +31,21 @@ Entry = tuple[str, Job, int]  # the file of an image, its job, its index there
 QUEUED: dict[str, Any] = {'concurrency_id': 'device', 'concurrency_limit': 1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Typed:
+  """What the fields of stages hold.
+
+  Attributes:
+    shown: (model, stage) of each slot that is shown.
+    kept: {(model, stage): (steps, guidance)} of those shown before.
+  """
+
+  shown: tuple[tuple[str, str], ...] = ()
+  kept: Mapping[tuple[str, str], tuple[float | None, float | None]] = (
+    dataclasses.field(default_factory=dict)
+  )
+
+
 def theme() -> gr.themes.Base:
   """Fonts of the system: the page loads nothing from elsewhere."""
   return gr.themes.Base(
@@ -138,11 +153,9 @@ class Page:
         with gr.Row():
           self.steps.append(gr.Number(precision=0, min_width=120))
           self.guidance.append(gr.Number(step=0.5, min_width=120))
+    self.typed = gr.State(Typed())
     self.blocks.load(
-      self._fields,
-      [self.model, self.task],
-      self._varying,
-      show_progress='hidden',
+      self._fields, self._fixing, self._varying, show_progress='hidden'
     )
 
   def _results(self) -> None:
@@ -166,10 +179,15 @@ class Page:
         self.save = gr.DownloadButton('Download', size='sm', elem_id='save')
 
   @property
+  def _fixing(self) -> list[Any]:
+    """What the fields depend on."""
+    return [self.model, self.task, self.typed, *self.steps, *self.guidance]
+
+  @property
   def _varying(self) -> list[Any]:
     """What depends on the model and the task."""
     return [
-      self.of_image, self.of_painting, self.strength,
+      self.of_image, self.of_painting, self.strength, self.typed,
       *self.steps, *self.guidance,
     ]  # fmt: skip
 
@@ -195,9 +213,7 @@ class Page:
       lambda: random.randrange(batching.SEEDS), outputs=self.seed, **quick
     )
     for field in self.model, self.task:
-      field.change(
-        self._fields, [self.model, self.task], self._varying, **quick
-      )
+      field.change(self._fields, self._fixing, self._varying, **quick)
     self.gallery.select(
       self._select,
       self.entries,
@@ -205,31 +221,37 @@ class Page:
       **quick,
     )
 
-  def _fields(self, model: str, label: str) -> list[Any]:
-    """Updates of `_varying`."""
+  def _fields(
+    self, model: str, label: str, typed: Typed, *values: float | None
+  ) -> list[Any]:
+    """Updates of `_varying`; a stage that was shown before keeps its values."""
     task = LABELS[label]
     try:
       cascade = self.studio.cascade(model, task)
     except ImagenError as error:
       raise gr.Error(str(error), print_exception=False) from error
-    configs = list(zip(cascade.stages, cascade.settings()))
-    unused = [gr.update(visible=False, value=None)] * (
-      self.slots - len(configs)
-    )
+    given = zip(values[: self.slots], values[self.slots :])
+    kept = {**typed.kept, **dict(zip(typed.shown, given))}
+    configs = zip(cascade.stages, cascade.settings())
+    of = {(model, s.name): (c.steps, c.guidance) for s, c in configs}
+    unused = [gr.update(visible=False, value=None)] * (self.slots - len(of))
+
+    def fields(said: str, i: int) -> list[Any]:
+      updates = [
+        gr.update(
+          label=f'{said}, {key[1]}', value=kept.get(key, own)[i], visible=True
+        )
+        for key, own in of.items()
+      ]
+      return updates + unused
+
     return [
       gr.update(visible=task in ('image', 'upsample')),
       gr.update(visible=task == 'inpaint'),
       gr.update(visible=task == 'image'),
-      *(
-        gr.update(label=f'Steps, {s.name}', value=c.steps, visible=True)
-        for s, c in configs
-      ),
-      *unused,
-      *(
-        gr.update(label=f'Guidance, {s.name}', value=c.guidance, visible=True)
-        for s, c in configs
-      ),
-      *unused,
+      Typed(tuple(of), kept),
+      *fields('Steps', 0),
+      *fields('Guidance', 1),
     ]
 
   def _job(self, form: Mapping[Any, Any]) -> Job:

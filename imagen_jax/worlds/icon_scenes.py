@@ -8,7 +8,7 @@ where it says nothing of the place, one thing is in the middle.
 import dataclasses
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import pick
@@ -95,12 +95,16 @@ class World:
     things, styles: that exist.
     seed: any int.
     split: 'train' or 'eval'; they share no random stream.
+    mixture: {category: fraction} of the scenes.
   """
 
   things: tuple[Thing, ...]
   styles: tuple[str, ...]
   seed: int = 0
   split: str = 'train'
+  mixture: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: MIXTURE
+  )
 
   @functools.cached_property
   def held(self) -> tuple[str | None, ...]:
@@ -122,7 +126,7 @@ def scene(world: World, i: int, category: str | None = None) -> Scene:
   Args:
     world: of the things.
     i: any int ≥ 0.
-    category: one of `CATEGORIES`; None: the training mixture.
+    category: one of `CATEGORIES`; None: as the world's mixture has it.
 
   Raises:
     ValueError: nothing is held out that the category could show, or the split
@@ -132,7 +136,8 @@ def scene(world: World, i: int, category: str | None = None) -> Scene:
     raise ValueError(f"scenes of {category} are never in split 'train'")
   rng = random.Random(f'icons/{world.seed}/{world.split}/{category}/{i}')
   if category is None:
-    category = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    fractions = [world.mixture.get(name, 0) for name in MIXTURE]
+    category = rng.choices(list(MIXTURE), fractions)[0]
   style, groups = _contents(rng, world, category)
   related = len(groups) == 2 and rng.random() < 0.7
   relation = pick(rng, captions.RELATIONS) if related else None

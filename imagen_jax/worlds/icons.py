@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,11 +24,13 @@ from imagen_jax.worlds import icon_images, icon_things
 from imagen_jax.worlds.icon_scenes import (
   BACKGROUNDS,
   CATEGORIES,
+  MIXTURE,
   Scene,
   World,
   scene,
 )
 from imagen_jax.worlds.icon_sets import IconSet, read_sets
+from imagen_jax.worlds.world import check_mixture
 
 
 class IconsSource(Source):
@@ -44,6 +46,7 @@ class IconsSource(Source):
       show.
     licences: SPDX names; sets with another licence are left out. None: all are
       used.
+    mixture: {category: fraction}, adding up to 1; None: `MIXTURE`.
     num: number of scenes.
 
   Attributes:
@@ -52,7 +55,8 @@ class IconsSource(Source):
   Raises:
     DataError: there are no icon sets, or one is damaged.
     UsageError: no set has one of the styles and licences, there are too few
-      things, or SVG icons are to be rendered and resvg is not installed.
+      things, SVG icons are to be rendered and resvg is not installed, or
+      `mixture` is wrong, see `check_mixture`.
   """
 
   path_is = 'the folder of the icon packages'
@@ -68,13 +72,17 @@ class IconsSource(Source):
     styles: Sequence[str] | None = None,
     things: int | None = None,
     licences: Sequence[str] | None = None,
+    mixture: Mapping[str, float] | None = None,
     num: int = 1_000_000,
   ) -> None:
     self.size, self.num = size, num
+    mixture = MIXTURE if mixture is None else mixture
+    check_mixture(mixture, MIXTURE)
     every = read_sets(path)
     sets = _choose(every, styles, licences)
     chosen = icon_things.choose(sets, every, things)
-    self.world = World(chosen, tuple(s.style for s in sets), seed, split)
+    names_of_styles = tuple(s.style for s in sets)
+    self.world = World(chosen, names_of_styles, seed, split, mixture)
     data = [one.images[thing.code] for one in sets for thing in chosen]
     self._digest = _digest(data)
     names = [f'{thing.name}, {s.style}' for s in sets for thing in chosen]

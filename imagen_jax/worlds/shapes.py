@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.errors import UsageError
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Meaning, describe, pick, vocabulary
 from imagen_jax.worlds.contents import INVENT
 from imagen_jax.worlds.layout import LARGE, LEAST, diameter, place
 from imagen_jax.worlds.prompts import shape_nouns
 from imagen_jax.worlds.render import render
-from imagen_jax.worlds.world import World
+from imagen_jax.worlds.world import World, check_mixture
 
 SPLITS = ('train', 'eval')
 CATEGORIES = ('single', 'pair', 'relation', 'count', 'fill', 'heldout')
@@ -123,24 +122,6 @@ def scene(
   return Scene(caption, things, background, category, meaning)
 
 
-def _check_mixture(mixture: Mapping[str, float]) -> None:
-  for name, fraction in mixture.items():
-    if name not in MIXTURE:
-      raise UsageError(
-        f'data.mixture names {name!r}; it can name {", ".join(MIXTURE)}.'
-      )
-    if not fraction >= 0:
-      raise UsageError(
-        f'data.mixture.{name} is {fraction}; it must be 0 or more.'
-      )
-  total = sum(mixture.values())
-  if abs(total - 1) > 1e-6:
-    raise UsageError(
-      f'The fractions of data.mixture add up to {total:g}; they must add up '
-      'to 1.'
-    )
-
-
 class ShapesSource(World):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
@@ -171,7 +152,7 @@ class ShapesSource(World):
     self.seed, self.split, self.size = seed, split, size
     self.num, self.category, self.mixture = num, category, mixture
     if mixture is not None:
-      _check_mixture(mixture)
+      check_mixture(mixture, MIXTURE)
 
   @classmethod
   def prompt_notes(cls, prompts: Sequence[str]) -> Sequence[str]:

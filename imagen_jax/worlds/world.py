@@ -2,12 +2,13 @@
 
 import abc
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.data.source import Source
+from imagen_jax.errors import UsageError
 from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds.captions import Meaning
 
@@ -73,3 +74,32 @@ class World(Source):
       raise IndexError(f'scene {i} of {self.num}')
     scene = self.scene(int(i))
     return {'image': self.render(scene), 'caption': scene.caption}
+
+
+def check_mixture(
+  mixture: Mapping[str, float], known: typing.Collection[str]
+) -> None:
+  """Checks the fractions of a world's categories.
+
+  Raises:
+    UsageError: a category is unknown, a fraction is negative, or they do not
+      add up to 1.
+  """
+  for name, fraction in mixture.items():
+    if name not in known:
+      raise UsageError(
+        f'data.mixture names {name!r}; it can name {", ".join(known)}.',
+        key='config.data.mixture',
+      )
+    if not fraction >= 0:
+      raise UsageError(
+        f'data.mixture.{name} is {fraction}; it must be 0 or more.',
+        key='config.data.mixture',
+      )
+  total = sum(mixture.values())
+  if abs(total - 1) > 1e-6:
+    raise UsageError(
+      f'The fractions of data.mixture add up to {total:g}; they must add up '
+      'to 1.',
+      key='config.data.mixture',
+    )

@@ -255,3 +255,17 @@ def test_what_is_painted_is_inpainted_and_the_rest_kept(tab, tmp_path):
   kept = images.to_mask(mask, 16, 16)[..., 0] == 0
   assert 0.3 < kept.mean() < 1
   np.testing.assert_array_equal(pixels(made)[kept], colours[kept])
+
+
+def test_the_fields_of_a_stage_outlive_a_change_of_task(tab):
+  page = tab()
+  base, sr1 = (page.get_by_label(f'Steps, {name}') for name in ('base', 'sr1'))
+  base.fill('7')
+  sr1.fill('5')
+  page.locator('#task').get_by_label('Upsample').check()
+  api.expect(base).to_have_count(0)
+  api.expect(sr1).to_have_value('5')
+  sr1.fill('6')
+  page.locator('#task').get_by_label('Text').check()
+  api.expect(base).to_have_value('7')
+  api.expect(sr1).to_have_value('6')

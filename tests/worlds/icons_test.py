@@ -118,12 +118,21 @@ def test_a_damaged_icon_is_named(folder, tmp_path):
     ({'licences': ('OFL-1.1',)}, 'licences'),
     ({'styles': ('cartoon',), 'licences': ('MIT',)}, 'styles'),
     ({'things': 6}, 'things'),
+    ({'mixture': {'single': 0.5}}, 'mixture'),
   ],
 )
 def test_what_the_sets_do_not_have_is_a_users_error(folder, options, key):
   with pytest.raises(UsageError) as error:
     make_source(kind='icons', path=str(folder), size=32, **options)
   assert error.value.key == f'config.data.{key}'
+
+
+def test_a_mixture_sets_the_fractions_of_the_categories(folder):
+  mixture = {'single': 0.75, 'pair': 0.25}
+  source = icons.IconsSource(folder, 32, mixture=mixture)
+  found = [source.scene(i).category for i in range(400)]
+  assert set(found) == {'single', 'pair'}
+  assert 274 < found.count('single') < 326  # 3 sigma about 300
 
 
 def test_a_licence_leaves_out_the_other_sets(folder):
