@@ -95,7 +95,7 @@ def load(
   *,
   dtype: DTypeLike = jnp.float32,
   weights_dtype: DTypeLike | None = None,
-  place: Callable[[np.ndarray], jax.sharding.Sharding] | None = None,
+  place: Callable[[np.ndarray], jax.sharding.Sharding | None] | None = None,
 ) -> tuple[IFUNet, dict]:
   """Loads a U-Net, its weights straight from the file to their devices.
 
@@ -141,7 +141,7 @@ def save(
   folder: str | pathlib.Path,
   params: dict,
   *,
-  source: Mapping[str, Any] | str | pathlib.Path,
+  source: Mapping[str, Any],
   dtype: DTypeLike | None = None,
 ) -> None:
   """Writes a U-Net as a folder that diffusers loads.
@@ -149,7 +149,7 @@ def save(
   Args:
     folder: to write; must not hold a U-Net yet.
     params: as from `load`.
-    source: the config.json's JSON object, or a folder to copy it from.
+    source: the config.json's JSON object.
     dtype: of the written tensors; None keeps each leaf's. A checkpoint loaded
       with its own dtype is written byte-equal.
 
@@ -163,12 +163,7 @@ def save(
       f'{folder} holds a U-Net already, which is not overwritten; choose '
       'another folder.'
     )
-  if isinstance(source, Mapping):
-    raw = source
-  else:
-    path = pathlib.Path(source) / 'config.json'
-    raw = files.read_json(path, missing=configs.WHAT)
-  config = configs.parse(raw, folder / 'config.json')
+  config = configs.parse(source, folder / 'config.json')
   wanted = [torch_name(path) for path in leaves(abstract_params(config))]
   given = {torch_name(path): leaf for path, leaf in leaves(params).items()}
   hub_folder.check_names(folder, given, wanted)
@@ -183,7 +178,7 @@ def save(
   safetensors.write_file(
     folder / f'{STEM}.safetensors', tensors, metadata=hub_folder.METADATA
   )
-  files.write_json(folder / 'config.json', raw)
+  files.write_json(folder / 'config.json', source)
 
 
 def _exporter(
