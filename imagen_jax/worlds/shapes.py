@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Meaning, describe, pick, vocabulary
 from imagen_jax.worlds.contents import INVENT
@@ -125,10 +125,7 @@ def scene(
 
 def _check_mixture(mixture: Mapping[str, float]) -> None:
   for name, fraction in mixture.items():
-    if name not in MIXTURE:
-      raise UsageError(
-        f'data.mixture names {name!r}; it can name {", ".join(MIXTURE)}.'
-      )
+    check_choice('a name in data.mixture', name, MIXTURE)
     if not fraction >= 0:
       raise UsageError(
         f'data.mixture.{name} is {fraction}; it must be 0 or more.'
