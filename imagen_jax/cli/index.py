@@ -126,7 +126,7 @@ def _scan(tars: Mapping[str, str], workers: int) -> 'Iterator[Found]':
 
   progress = Progress('indexing: tars', len(tars))
   if workers == 1 or len(tars) == 1:
-    each = (scan(path, name) for name, path in tars.items())
+    each: Iterator[Found] = (scan(path, name) for name, path in tars.items())
   else:
     each = _in_processes(scan, tars, workers)
   for found in each:

@@ -142,16 +142,16 @@ def save(
   params: dict,
   *,
   source: Mapping[str, Any],
-  dtype: DTypeLike | None = None,
 ) -> None:
   """Writes a U-Net as a folder that diffusers loads.
+
+  Each leaf keeps its dtype, so a checkpoint loaded with its own is written
+  byte-equal.
 
   Args:
     folder: to write; must not hold a U-Net yet.
     params: as from `load`.
     source: the config.json's JSON object.
-    dtype: of the written tensors; None keeps each leaf's. A checkpoint loaded
-      with its own dtype is written byte-equal.
 
   Raises:
     UsageError: the folder holds a U-Net already.
@@ -169,9 +169,9 @@ def save(
   hub_folder.check_names(folder, given, wanted)
   tensors = {
     name: safetensors.Tensor(
-      np.dtype(dtype or leaf.dtype),
+      np.dtype(leaf.dtype),
       stored_shape(name, leaf.shape),
-      _exporter(name, leaf, dtype),
+      functools.partial(_stored, name, leaf),
     )
     for name, leaf in given.items()
   }
@@ -181,14 +181,8 @@ def save(
   files.write_json(folder / 'config.json', source)
 
 
-def _exporter(
-  name: str, leaf: Any, dtype: DTypeLike | None
-) -> Callable[[], np.ndarray]:
-  def read() -> np.ndarray:
-    array = to_torch(name, np.asarray(leaf))
-    return array.astype(dtype or array.dtype)
-
-  return read
+def _stored(name: str, leaf: Any) -> np.ndarray:
+  return to_torch(name, np.asarray(leaf))
 
 
 def num_bytes(folder: str | pathlib.Path) -> int:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from imagen_jax.errors import check_choice
 from imagen_jax.evaluation import clip, efficientnet, inception
-from imagen_jax.evaluation.preprocessing import MODES
+from imagen_jax.evaluation.inception import MODES
 from imagen_jax.evaluation.weights import read_tensors, with_weights
 from imagen_jax.text.tokenizer import load_tokenizer
 
@@ -60,7 +60,7 @@ def load_inception(path: str | os.PathLike, mode: str = 'clean') -> Extractor:
 
   Args:
     path: of the file.
-    mode: one of `preprocessing.MODES`.
+    mode: one of `inception.MODES`.
 
   Raises:
     UsageError: there is no such mode.
