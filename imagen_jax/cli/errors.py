@@ -1,6 +1,7 @@
 """How every command ends: an exit code, and one line for a user's mistake."""
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
@@ -43,6 +44,9 @@ def run(
     or what `main` returned.
   """
   code = 1  # Python's, after a traceback
+  if argv is None:
+    # The first that is registered is called last, after those of jax.
+    atexit.register(lambda: _leave(code))
   if argv is None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # The imports of jax do not survive an exception in the middle.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -74,12 +78,13 @@ def _run(
   except SystemExit as stop:  # argparse after --help
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    return 130
+    return _interrupted()
   except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
+    if _is_interrupt(error):
+      return _interrupted()
     sentence = _sentence(error, flags)
     if sentence is None or os.environ.get('IMAGEN_DEBUG') == '1':
       raise
@@ -98,13 +103,34 @@ def catch_interrupts() -> None:
 
 def outcome(error: BaseException) -> tuple[str, int]:
   """(sentence, exit code) of an error, for the other processes of a job."""
-  if isinstance(error, KeyboardInterrupt):
+  if _is_interrupt(error):
     return 'it was interrupted.', 130
   sentence = _sentence(error, {})
   if sentence is None:
     text = ' '.join(str(error).split())[:500]
     return f'{type(error).__name__}: {text}', 1
   return sentence, _exit_code(error)
+
+
+def _interrupted() -> int:
+  """Says so, and returns the exit code."""
+  print('interrupted', file=sys.stderr)
+  return 130
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+  """Whether a Ctrl-C is the error, or what led to it.
+
+  jax raises errors of its own from one that comes while it compares trees, and
+  XLA quotes one that comes in a callback.
+  """
+  while error is not None:
+    if isinstance(error, KeyboardInterrupt):
+      return True
+    if 'KeyboardInterrupt' in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _open_streams() -> None:
@@ -118,6 +144,19 @@ def _open_streams() -> None:
         while os.open(os.devnull, os.O_RDWR) < number:
           pass
       setattr(sys, name, open(os.devnull, 'r' if number == 0 else 'w'))
+
+
+def _leave(code: int) -> None:
+  """Ends the process after an error, before Python takes itself down.
+
+  What jax was doing then may still run, and has crashed there: exit code -11.
+  """
+  if code:
+    with contextlib.suppress(OSError, ValueError):
+      sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+      sys.stderr.flush()
+    os._exit(code)
 
 
 def _end(code: int) -> None:

@@ -132,9 +132,6 @@ def digest_small(folder: AnyPath, module: TextTower) -> str:
 
 def abstract_params(module: TextTower) -> dict[str, Any]:
   """Shapes and types of the parameters that `load_params` reads."""
-  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  mask = jax.ShapeDtypeStruct((1, 2), bool)
-  tree: Any = jax.eval_shape(module.init, jax.random.key(0), ids, mask)
 
   def as_loaded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     vector = leaf.ndim - (path[0].key == 'layers') == 1
@@ -142,7 +139,16 @@ def abstract_params(module: TextTower) -> dict[str, Any]:
     dtype = jnp.float32 if precise else module.dtype
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-  return jax.tree_util.tree_map_with_path(as_loaded, tree['params'])
+  return jax.tree_util.tree_map_with_path(as_loaded, _traced_params(module))
+
+
+@functools.cache  # loading asks twice, and a trace takes 0.1 s
+def _traced_params(module: TextTower) -> Any:
+  """Shapes and types of the network's own parameters."""
+  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  mask = jax.ShapeDtypeStruct((1, 2), bool)
+  tree: Any = jax.eval_shape(module.init, jax.random.key(0), ids, mask)
+  return tree['params']
 
 
 def _open(folder: pathlib.Path, module: TextTower) -> dict[str, Tensor]:

@@ -57,6 +57,19 @@ def test_one_that_a_library_swallows_is_repeated(capsys):
   assert capsys.readouterr().err == 'interrupted\n'
 
 
+def test_one_that_a_library_turns_into_its_own_error(capsys):
+  """As where jax compares the static fields of two trees."""
+
+  def main(argv):
+    try:
+      raise ValueError('cannot compare') from KeyboardInterrupt()
+    except ValueError as error:
+      raise RuntimeError('cannot trace') from error
+
+  assert errors.run(main, []) == 130
+  assert capsys.readouterr().err == 'interrupted\n'
+
+
 def test_a_process_that_ignores_it_goes_on_ignoring_it():
   """As one that a shell started with &."""
   code = """
