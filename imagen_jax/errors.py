@@ -5,6 +5,9 @@ likely cause, and what to run next. `cli/errors.py` turns these into an exit
 code and a single line; library users catch them as exceptions.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class ImagenError(Exception):
   """An error the user can fix; shown as one sentence, never a traceback."""
@@ -26,6 +29,23 @@ class UsageError(ImagenError):
   def __init__(self, message: str, *, key: str | None = None):
     super().__init__(message)
     self.key = key
+
+
+def check_choice(
+  what: str, value: Any, known: Iterable[Any], *, key: str | None = None
+) -> None:
+  """Raises `UsageError` if `what`, such as a config's key, has no known value.
+
+  Args:
+    what: the argument's name, as the message begins.
+    value: its value.
+    known: all that it may be, for the message.
+    key: see `UsageError`.
+  """
+  known = list(known)
+  if value not in known:
+    choices = ', '.join(map(str, known))
+    raise UsageError(f'{what} is {value!r}; it can be {choices}.', key=key)
 
 
 class DataError(ImagenError):

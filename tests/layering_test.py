@@ -141,7 +141,7 @@ OLD = re.compile(
 # Files that need some of these words, such as "a picture of" in captions.
 SAID = {
   'captions.py',
-  'prompts.py',
+  'understanding.py',
   'layering_test.py',
   'CONTRIBUTING.md',
   'CHANGELOG.md',

@@ -16,7 +16,7 @@ from imagen_jax.diffusion import schedule
 from imagen_jax.diffusion.loss import WEIGHTINGS
 from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.settings import SettingError
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io.files import COPY_AGAIN
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.nets.network import Network
@@ -194,10 +194,7 @@ def make_schedule(
   Raises:
     UsageError: the kind or an option is unknown, or `resolution` is missing.
   """
-  if kind not in SCHEDULES:
-    raise UsageError(
-      f'stage.schedule.kind is {kind!r}; it can be {" or ".join(SCHEDULES)}.'
-    )
+  check_choice('stage.schedule.kind', kind, SCHEDULES)
   _, *known = inspect.signature(SCHEDULES[kind]).parameters
   _check_names('stage.schedule', options, known)
   plain = functools.partial(SCHEDULES[kind], **options)

@@ -6,16 +6,87 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from imagen_jax.cli import errors, runtime, sampling_flags
+from imagen_jax.cli.sampling_flags import names
 from imagen_jax.errors import UsageError
 from imagen_jax.evaluation.config import SAMPLING, EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.io import bucket
 from imagen_jax.io.paths import user_path
+
+
+def _shard(text: str) -> tuple[int, int]:
+  """'1/4' as (1, 4)."""
+  try:
+    i, n = map(int, text.split('/'))
+  except ValueError:
+    raise UsageError(
+      f'{text!r} is not understood; give i/n, such as 0/4.', key='shard'
+    ) from None
+  return i, n
+
+
+# {a setting of `EvalConfig`, also a flag: (its type, what it is)}
+FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+  'suite': (
+    str,
+    'what to measure: prompts, clip, fid, or a data kind with a suite of its '
+    'own, such as shapes; if left out, the kind that the model was trained on',
+  ),
+  'model': (user_path, 'model folder; the bundled demo if left out'),
+  'out': (
+    user_path,
+    'folder of scores.json, index.html, and images and section.json of each '
+    'run',
+  ),
+  'num': (
+    int,
+    'prompts; if left out, 300 of each category in shapes, all of each '
+    'category of a file, 30000 captions in fid',
+  ),
+  'weak_model': (
+    user_path,
+    'folder of weaker models of the stages, for --autoguidance',
+  ),
+  'negative_prompt': (str, 'what guidance steers away from, for every prompt'),
+  'categories': (names, 'score these only, such as pair,count'),
+  'seed': (int, 'of the images'),
+  'stages': (names, 'names of stages, such as base,sr1; all if left out'),
+  'dtype': (str, 'auto, float32 or bfloat16'),
+  'batch_size': (
+    int,
+    'images at a time; 4, or 32 on an accelerator, if left out',
+  ),
+  'shard': (
+    _shard,
+    'i/n: generate fraction i of n; the process number if left out',
+  ),
+}
+# The same of those that only some suites use.
+OF_SUITES: dict[str, tuple[Callable[[str], Any], str]] = {
+  'prompts': (user_path, 'prompts, clip: .csv, .tsv, .jsonl or .txt file'),
+  'num_images': (int, 'prompts, clip: images per prompt'),
+  'data': (
+    user_path,
+    'fid: real images with captions; icons: the folder of the packages',
+  ),
+  'source': (str, 'fid: the data kind of --data, as in imagen-prepare'),
+  'inception': (user_path, 'fid: InceptionV3 weights, .safetensors or .npz'),
+  'fid_mode': (
+    str,
+    'fid: resize images for Inception as the package clean-fid (clean) or '
+    'pytorch-fid does',
+  ),
+  'efficientnet': (
+    user_path,
+    'fid, icons: EfficientNet-Lite0 weights, .safetensors',
+  ),
+  'clip': (user_path, 'clip, fid: a CLIP folder in Hugging Face layout'),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,55 +101,24 @@ def _parser() -> errors.Parser:
     description='Score a model. An interrupted run resumes when the same '
     'command is given again.',
   )
-  add = parser.add_argument
-  add(
-    '--suite',
-    help='what to measure: prompts, clip, fid, or a data kind with a suite of '
-    'its own, such as shapes; if left out, the kind that the model was trained '
-    'on',
-  )
-  add(
-    '--model', type=user_path, help='model folder; the bundled demo if left out'
-  )
-  add(
+  suites = parser.add_argument_group('the suites prompts, clip and fid')
+  for group, flags in (parser, FLAGS), (suites, OF_SUITES):
+    for name, (kind, text) in flags.items():
+      default = getattr(EvalConfig, name)
+      group.add_argument(f'--{name}', type=kind, default=default, help=text)
+  parser.add_argument(
     '--follow',
     type=user_path,
     metavar='WORKDIR',
     help='score the checkpoints of a training as they appear, until it ends; '
     '--out is then WORKDIR/scores if left out',
   )
-  add(
-    '--out',
-    type=user_path,
-    default=EvalConfig.out,
-    help='folder of scores.json, index.html, and images and section.json of '
-    'each run',
-  )
-  add(
-    '--num',
-    type=int,
-    help='prompts; if left out, 300 of each category in shapes, all of each '
-    'category of a file, 30000 captions in fid',
-  )
-  add(
-    '--weak_model',
-    type=user_path,
-    help='folder of weaker models of the stages, for --autoguidance',
-  )
-  add(
-    '--negative_prompt',
-    default=EvalConfig.negative_prompt,
-    help='what guidance steers away from, for every prompt',
-  )
-  add('--categories', help='score these only, such as pair,count')
-  add('--seed', type=int, default=EvalConfig.seed, help='of the images')
-  add('--stages', help='names of stages, such as base,sr1; all if left out')
-  add(
+  parser.add_argument(
     '--from_truth',
     action='store_true',
     help='give the super-resolution stages true low-resolution images',
   )
-  add(
+  parser.add_argument(
     '--sweep',
     action='append',
     default=[],
@@ -87,68 +127,8 @@ def _parser() -> errors.Parser:
     'several sweeps make all combinations',
   )
   sampling_flags.add_flags(parser, SAMPLING)
-  add('--dtype', default=EvalConfig.dtype, help='auto, float32 or bfloat16')
-  add(
-    '--batch_size',
-    type=int,
-    help='images at a time; 4, or 32 on an accelerator, if left out',
-  )
-  add(
-    '--shard',
-    help='i/n: generate fraction i of n; the process number if left out',
-  )
-  _add_suite_flags(parser)
   runtime.add_process_flags(parser)
   return parser
-
-
-def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags that only some suites use."""
-  add = parser.add_argument_group(
-    'the suites prompts, clip and fid'
-  ).add_argument
-  add(
-    '--prompts',
-    type=user_path,
-    help='prompts, clip: .csv, .tsv, .jsonl or .txt file',
-  )
-  add(
-    '--num_images',
-    type=int,
-    default=EvalConfig.num_images,
-    help='prompts, clip: images per prompt',
-  )
-  add(
-    '--data',
-    type=user_path,
-    help='fid: real images with captions; icons: the folder of the packages',
-  )
-  add(
-    '--source',
-    default=EvalConfig.source,
-    help='fid: the data kind of --data, as in imagen-prepare',
-  )
-  add(
-    '--inception',
-    type=user_path,
-    help='fid: InceptionV3 weights, .safetensors or .npz',
-  )
-  add(
-    '--fid_mode',
-    default=EvalConfig.fid_mode,
-    help='fid: resize images for Inception as the package clean-fid (clean) or '
-    'pytorch-fid does',
-  )
-  add(
-    '--efficientnet',
-    type=user_path,
-    help='fid, icons: EfficientNet-Lite0 weights, .safetensors',
-  )
-  add(
-    '--clip',
-    type=user_path,
-    help='clip, fid: a CLIP folder in Hugging Face layout',
-  )
 
 
 def _main(argv: list[str]) -> None:
@@ -202,10 +182,7 @@ def _check_follow(args: argparse.Namespace, given: set[str]) -> None:
 def _config(args: argparse.Namespace) -> EvalConfig:
   """The `EvalConfig` that the flags ask for."""
   given = vars(args) | {
-    'categories': _names(args.categories),
-    'stages': _names(args.stages),
     'sweep': _sweep(args.sweep),
-    'shard': None if args.shard is None else _shard(args.shard),
     'sampling': {
       key: value
       for key, value in sampling_flags.choices(args, SAMPLING).items()
@@ -214,11 +191,6 @@ def _config(args: argparse.Namespace) -> EvalConfig:
   }
   fields = dataclasses.fields(EvalConfig)
   return EvalConfig(**{field.name: given[field.name] for field in fields})
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-  """'pair,count' as a tuple."""
-  return None if text is None else tuple(text.split(','))
 
 
 def _sweep(texts: Sequence[str]) -> dict[str, tuple]:
@@ -237,17 +209,6 @@ def _sweep(texts: Sequence[str]) -> dict[str, tuple]:
       sampling_flags.per_stage(key, value) for value in values.split(',')
     )
   return sweep
-
-
-def _shard(text: str) -> tuple[int, int]:
-  """'1/4' as (1, 4)."""
-  try:
-    i, n = map(int, text.split('/'))
-  except ValueError:
-    raise UsageError(
-      f'{text!r} is not understood; give i/n, such as 0/4.', key='shard'
-    ) from None
-  return i, n
 
 
 class _Console(Listener):

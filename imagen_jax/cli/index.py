@@ -126,13 +126,12 @@ def _scan(tars: Mapping[str, str], workers: int) -> 'Iterator[Found]':
 
   progress = Progress('indexing: tars', len(tars))
   if workers == 1 or len(tars) == 1:
-    for name, path in tars.items():
-      yield scan(path, name)
-      progress.add()
+    each: Iterator[Found] = (scan(path, name) for name, path in tars.items())
   else:
-    for found in _in_processes(scan, tars, workers):
-      yield found
-      progress.add()
+    each = _in_processes(scan, tars, workers)
+  for found in each:
+    yield found
+    progress.add()
   progress.close()
 
 

@@ -85,7 +85,11 @@ def _parser(
   add(
     '--model', type=user_path, help='model folder; the bundled demo if left out'
   )
-  add('--stages', help='names of stages, such as base,sr1; all if left out')
+  add(
+    '--stages',
+    type=sampling_flags.names,
+    help='names of stages, such as base,sr1; all if left out',
+  )
   add(
     '--low_res',
     type=user_path,
@@ -176,7 +180,7 @@ def _generate(
   cascade = imagen_jax.load(
     args.model,
     dtype=args.dtype,
-    stages=sampling_flags.stage_names(args),
+    stages=args.stages,
     fsdp=args.fsdp,
     weak_model=args.weak_model,
   )

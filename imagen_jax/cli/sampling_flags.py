@@ -77,6 +77,6 @@ def _value(name: str, kind: type, text: str) -> Any:
   return kind(text)
 
 
-def stage_names(args: argparse.Namespace) -> list[str] | None:
-  """The stages that --stages names; None is all of them."""
-  return None if args.stages is None else args.stages.split(',')
+def names(text: str) -> tuple[str, ...]:
+  """'base,sr1' as a tuple; the `type` of a flag."""
+  return tuple(text.split(','))

@@ -12,6 +12,7 @@ of the image, its height and width), and the image as pixels or encoded
 in files of their own, see `embeddings`.
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -389,14 +390,13 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
   header = files.read_json(
     path / DATASET, error=DataError, version=FORMAT_VERSION
   )
-  _check_keys(path / DATASET, header, size=int, count=int, parts=list)
-  _check_keys(path / DATASET, header, encode=str)
+  check_keys = functools.partial(files.check_keys, path / DATASET)
+  check_keys(header, size=int, count=int, parts=list, encode=str)
   for part in header['parts']:
-    _check_keys(path / DATASET, part, name=str, bytes=int, count=int)
-    _check_keys(path / DATASET, part, buckets=list)
+    check_keys(part, name=str, bytes=int, count=int, buckets=list)
     for run in part['buckets']:
       named = dict(zip('hwn', run)) if isinstance(run, list) else {}
-      _check_keys(path / DATASET, named, h=int, w=int, n=int)
+      check_keys(named, h=int, w=int, n=int)
   return header
 
 
@@ -410,13 +410,3 @@ def _encoding(folder: pathlib.Path, header: Mapping[str, Any]) -> Encoding:
       f'{quality!r}, which this version of imagen_jax does not read: upgrade, '
       f'or {files.COPY_AGAIN}.'
     ) from error
-
-
-def _check_keys(file: pathlib.Path, found: Any, **types: Any) -> None:
-  """Raises DataError if an object of a header lacks a key, or its type."""
-  for key, kind in types.items():
-    if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
-      raise DataError(
-        f'{file} lacks {key!r}, or has another type of value there; '
-        f'{files.COPY_AGAIN}.'
-      )

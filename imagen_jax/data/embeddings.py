@@ -168,24 +168,15 @@ def read_header(folder: pathlib.Path) -> dict[str, Any]:
     'data.text=None to embed the captions while training',
   )
   types = {key: kind for key, (_, kind) in IDENTITY.items()}
-  _check_keys(file, header, parts=list, **types)
+  files.check_keys(file, header, parts=list, **types)
   for part in header['parts']:
-    _check_keys(file, part, name=str, count=int, bytes=int, of=str)
+    files.check_keys(file, part, name=str, count=int, bytes=int, of=str)
   if header['store'] not in embeddings.STORES:
     raise DataError(
       f'{file}: embeddings are stored as {header["store"]!r}, which this '
       f'version of imagen_jax does not read: upgrade, or {files.COPY_AGAIN}.'
     )
   return header
-
-
-def _check_keys(file: pathlib.Path, found: Any, **types: type) -> None:
-  for key, kind in types.items():
-    if not isinstance(found, dict) or type(found.get(key)) is not kind:
-      raise DataError(
-        f'{file} lacks {key!r}, or has another type of value there; '
-        f'{files.COPY_AGAIN}.'
-      )
 
 
 def _parts(

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.io.decode import BadSample, opened, upright
 
 # Pillow's options. Chroma is not subsampled in JPEG, which costs a quarter of
@@ -43,11 +43,7 @@ class Encoding:
   quality: int | None = None
 
   def __post_init__(self) -> None:
-    if self.kind not in KINDS:
-      raise UsageError(
-        f'there is no encoding {self.kind!r}; it can be {", ".join(KINDS)}.',
-        key='encode',
-      )
+    check_choice('encode', self.kind, KINDS, key='encode')
     if self.quality is not None and self.kind not in QUALITY:
       raise UsageError(
         f'has no effect on {self.kind}, which is lossless.', key='quality'

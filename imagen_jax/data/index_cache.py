@@ -7,38 +7,14 @@ that cannot be read or written is not an error: the check is run again.
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from imagen_jax.data.checked import UNREADABLE
 from imagen_jax.io import files, paths
 
 VERSION = 4
-
-
-def cached(
-  kind: str,
-  location: object,
-  state: Any,
-  columns: int,
-  make: Callable[[], tuple[Sequence[Sequence[int]], Mapping[str, str]]],
-) -> tuple[np.ndarray, dict[str, str]]:
-  """(int64 rows [n, columns], {name: what is wrong}) that `make` returns.
-
-  They are taken from the cache if they were made with an equal `state`, a JSON
-  value such as the size and modification time of the files. What a disk that
-  failed left unread is not kept: it may be good.
-  """
-  found = load(kind, location)
-  if found is None or found[0]['state'] != state:
-    rows, bad = make()
-    found = {'state': state, 'bad': bad}, np.array(rows, np.int64)
-    if not any(reason.startswith(UNREADABLE) for reason in bad.values()):
-      save(kind, location, *found)
-  header, table = found
-  return table.reshape(-1, columns), header['bad']
 
 
 def path_for(kind: str, location: object) -> pathlib.Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 from imagen_jax import kinds
 from imagen_jax.data.source import Source
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.io import bucket
 from imagen_jax.io.decode import RESIZE
 from imagen_jax.io.paths import user_path
@@ -108,11 +108,8 @@ def source_options(
       f'data.seed is {options["seed"]}; it must be in [0, 4294967295].',
       key='config.data.seed',
     )
-  if options.get('resize', 'area') not in RESIZE:
-    raise UsageError(
-      f'data.resize is {options["resize"]!r}; it can be {" or ".join(RESIZE)}.',
-      key='config.data.resize',
-    )
+  resize = options.get('resize', 'area')
+  check_choice('data.resize', resize, RESIZE, key='config.data.resize')
   given = {'size': size, 'split': split, **options}
   for name, value in options.items():
     if name not in known and not takes_all:

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.data import index_cache
-from imagen_jax.data.checked import MAX_BAD, Checked, clean_captions, survey
+from imagen_jax.data.checked import (
+  MAX_BAD,
+  UNREADABLE,
+  Checked,
+  clean_captions,
+  survey,
+)
 from imagen_jax.data.where import caption_columns, check_columns
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files
@@ -125,14 +131,18 @@ class TfdsSource(Checked):
       said = caption_columns([clean_captions(captions)])
       return [i, *inspect(data), *(value for (value,) in said.values())]
 
-    def make() -> tuple[list[list[int]], dict[str, str]]:
+    found = index_cache.load('tfds', location)
+    if found is None or found[0]['state'] != state:
       numbers = range(len(self._records))
-      found, bad = survey(numbers, examine, f'checking {self.folder}')
-      return [*found.values()], {
-        f'record {i}': reason for i, reason in bad.items()
-      }
-
-    return index_cache.cached('tfds', location, state, 5, make)
+      good, wrong = survey(numbers, examine, f'checking {self.folder}')
+      bad = {f'record {i}': reason for i, reason in wrong.items()}
+      table = np.array([*good.values()], np.int64)
+      found = {'state': state, 'bad': bad}, table
+      # What a disk that failed left unread may be good.
+      if not any(reason.startswith(UNREADABLE) for reason in bad.values()):
+        index_cache.save('tfds', location, *found)
+    header, table = found
+    return table.reshape(-1, 5), header['bad']
 
 
 def find_build(path: AnyPath) -> pathlib.Path:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from imagen_jax.deepfloyd.config import UNetConfig
 from imagen_jax.nets.dense import Dense
 from imagen_jax.nets.dot_product import attention
-from imagen_jax.nets.layers import conv, downsample, upsample
+from imagen_jax.nets.layers import RESAMPLE, conv
 from imagen_jax.nets.norm import GroupNorm, LayerNorm
 from imagen_jax.typing import Array, Image, TextEmb
 
@@ -154,9 +154,7 @@ class ResnetBlock(nn.Module):
       dtype=self.dtype,
       epsilon=self.config.norm_eps,
     )
-    resample = {None: lambda h: h, 'down': downsample, 'up': upsample}[
-      self.resample
-    ]
+    resample = RESAMPLE[self.resample]
     h = resample(act(norm(name='norm1')(x)))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
     if not self.config.resnet_skip_time_act:

@@ -32,13 +32,7 @@ FIRST = [
 SECOND = [
   (r'@[\w\d]+\b', ''),  # handles
   # CJK strokes, phonetic extensions, enclosed, compatibility, ideographs.
-  ('[\u31c0-\u31ef]+', ''),
-  ('[\u31f0-\u31ff]+', ''),
-  ('[\u3200-\u32ff]+', ''),
-  ('[\u3300-\u33ff]+', ''),
-  ('[\u3400-\u4dbf]+', ''),
-  ('[\u4dc0-\u4dff]+', ''),
-  ('[\u4e00-\u9fff]+', ''),
+  ('[\u31c0-\u9fff]+', ''),
   (f'[{DASHES}]+', '-'),
   ('[`´«»“”¨]', '"'),
   ('[‘’]', "'"),

@@ -81,7 +81,7 @@ def generate(
   model = pipeline.load(
     args.model,
     dtype=args.dtype,
-    stages=sampling_flags.stage_names(args),
+    stages=args.stages,
     fsdp=args.fsdp,
     cache=args.text_cache,
   )

@@ -32,7 +32,7 @@ from imagen_jax.deepfloyd.export import (
 from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.io import model_folder
 from imagen_jax.training.experiment import (
   Experiment,
@@ -137,12 +137,7 @@ class IFExperiment(Experiment):
       for source in map(self.source, ('train', 'eval'))
       for i in range(len(source))
     )
-    text.store(
-      dict.fromkeys(['', *captions]),
-      self.text_folder,
-      dtype=self.config.text.dtype,
-      cache=self._inside('text'),
-    )
+    self._embeddings.fill(dict.fromkeys(['', *captions]))
     empty = jax.device_put(self._embedding(''), sharding.replicated(self.mesh))
     frozen = {'empty': empty}
     if self.adapt:  # the weights that adapters are added to
@@ -151,7 +146,8 @@ class IFExperiment(Experiment):
 
   def _load_weights(self, dtype: DTypeLike) -> dict:
     """The stage's weights, on the mesh."""
-    _, params = self.stage.load(
+    _, params = weight_files.load(
+      self.stage.folder / 'unet',
       dtype=self.dtype,
       weights_dtype=dtype,
       place=functools.partial(sharding.leaf_sharding, mesh=self.mesh),
@@ -165,12 +161,12 @@ class IFExperiment(Experiment):
     return self.workdir / name
 
   def _embedding(self, caption: str) -> np.ndarray:
-    return text.stored(
-      self.clean(caption),
-      self.text_folder,
-      dtype=self.config.text.dtype,
-      cache=self._inside('text'),
-    )
+    return self._embeddings.read(self.clean(caption))
+
+  @property
+  def _embeddings(self) -> text.Cache:
+    dtype = self.config.text.dtype
+    return text.Cache(self._inside('text'), self.text_folder, dtype)
 
   def example(self, example: dict) -> dict:
     return {
@@ -248,7 +244,8 @@ class IFExperiment(Experiment):
     if jax.process_index():
       return
     if self.adapt:
-      _, weights = self.stage.load(dtype=jnp.float32, place=_on_host)
+      unet = self.stage.folder / 'unet'
+      _, weights = weight_files.load(unet, place=_on_host)
       weights = jax.tree.map(np.asarray, weights)
       weights = cut_variance(weights) if self.drop else weights
       params = lora.merge(weights, params, self.config.scale)
@@ -276,9 +273,5 @@ def _on_host(_: np.ndarray) -> jax.sharding.Sharding | None:
 
 
 def _choice(config: ConfigDict, key: str, allowed: Sequence[str]) -> str:
-  if config[key] not in allowed:
-    raise UsageError(
-      f'config.{key} is {config[key]!r}; it can be {" or ".join(allowed)}.',
-      key=f'config.{key}',
-    )
+  check_choice(key, config[key], allowed, key=f'config.{key}')
   return config[key]

@@ -23,7 +23,7 @@ from imagen_jax.deepfloyd.settings import Settings
 from imagen_jax.deepfloyd.stage import SampleInputs, Stage
 from imagen_jax.deepfloyd.unet import IFUNet
 from imagen_jax.dtypes import pinned, resolve_dtype
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io import files
 from imagen_jax.io import images as image_io
 from imagen_jax.io.paths import user_path
@@ -72,11 +72,7 @@ def load(
   if stages is not None:
     names = [s.name for s in found]
     for name in stages:
-      if name not in names:
-        raise UsageError(
-          f'{path} has no stage {name!r}; it has {", ".join(names)}.',
-          key='stages',
-        )
+      check_choice(f'a stage of {path}', name, names, key='stages')
     found = [s for s in found if s.name in stages]
   for lower, upper in zip(found, found[1:]):
     if not upper.upsamples or upper.resolution <= lower.resolution:
@@ -252,8 +248,10 @@ class IF:
     run: Callable[..., jax.Array],
   ) -> np.ndarray:
     """Samples all rows with one stage: float32 [N, H, W, 3] in [−1, 1]."""
-    mesh = self._mesh(weights.num_bytes(part.folder / 'unet'))
-    module, params = part.load(
+    folder = part.folder / 'unet'
+    mesh = self._mesh(weights.num_bytes(folder))
+    module, params = weights.load(
+      folder,
       dtype=self.dtype,
       weights_dtype=self.dtype,
       place=functools.partial(sharding.leaf_sharding, mesh=mesh),

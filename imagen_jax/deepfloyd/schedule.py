@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io import files
 
 WHAT = (
@@ -254,11 +254,7 @@ def plan(
   Raises:
     UsageError: an unknown sampler.
   """
-  if sampler not in SAMPLERS:
-    raise UsageError(
-      f'sampler {sampler!r} is unknown; choose {", ".join(SAMPLERS)}.',
-      key='sampler',
-    )
+  check_choice('sampler', sampler, SAMPLERS, key='sampler')
   abar = alphas_cumprod(schedule)[np.asarray(steps)]
   after = np.append(abar[1:], end)
   alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)

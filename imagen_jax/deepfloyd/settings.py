@@ -9,7 +9,7 @@ import numpy as np
 from imagen_jax.cascade import batching
 from imagen_jax.deepfloyd import schedule
 from imagen_jax.deepfloyd.stage import Stage, noise_terms
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +102,7 @@ def check(part: Stage, setting: Settings) -> None:
 def _check_grid(setting: Settings) -> None:
   """Rejects a grid that does not exist or has no effect."""
   known = schedule.CHOICES['timestep_spacing']
-  if setting.grid not in known:
-    raise UsageError(
-      f'grid is {setting.grid!r}; choose one of {", ".join(known)}.', key='grid'
-    )
+  check_choice('grid', setting.grid, known, key='grid')
   own = isinstance(setting.steps, str) and not setting.steps.isdigit()
   if own or setting.sampler == 'dpmpp':
     raise UsageError(

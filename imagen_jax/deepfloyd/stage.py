@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from imagen_jax.deepfloyd import config as configs
-from imagen_jax.deepfloyd import sampling, weights
+from imagen_jax.deepfloyd import sampling
 from imagen_jax.deepfloyd import schedule as schedules
 from imagen_jax.deepfloyd.images import upsample
 from imagen_jax.deepfloyd.unet import IFUNet
@@ -57,21 +57,6 @@ class Stage:
   def resolution(self) -> int:
     """Side of its square images."""
     return self.config.sample_size or (256 if self.upsamples else 64)
-
-  def load(
-    self,
-    *,
-    dtype: jax.typing.DTypeLike,
-    weights_dtype: jax.typing.DTypeLike | None = None,
-    place: Callable | None = None,
-  ) -> tuple[IFUNet, dict]:
-    """(module, params); see `weights.load`."""
-    return weights.load(
-      self.folder / 'unet',
-      dtype=dtype,
-      weights_dtype=weights_dtype,
-      place=place,
-    )
 
 
 def read(folder: str | pathlib.Path) -> Stage:

@@ -5,6 +5,7 @@ attend to the embeddings of the padding. T5-XXL is larger than all of IF's
 U-Nets, so it is loaded only for prompts that are not cached, and then freed.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -27,6 +28,7 @@ from imagen_jax.typing import Array, TextEmb, TextMask
 
 Path = str | pathlib.Path
 MAX_LEN = 77
+BATCH = 4  # prompts per call of T5
 
 
 def find(folders: Iterable[Path]) -> pathlib.Path:
@@ -51,7 +53,6 @@ def embed(
   *,
   dtype: str = 'float32',
   cache: Path | None = None,
-  batch_size: int = 4,
 ) -> TextEmb:
   """Embeddings of prompts, padding included.
 
@@ -61,7 +62,6 @@ def embed(
     dtype: T5's compute dtype, 'float32' or 'bfloat16'; never float16, in which
       T5 overflows.
     cache: a directory of embeddings, read and extended; None: no cache.
-    batch_size: prompts per call of T5.
 
   Returns:
     float32 numpy [N, 77, D].
@@ -70,57 +70,47 @@ def embed(
     ModelError: the encoder or its tokenizer is unusable.
   """
   if cache is None:
-    found = dict(_encode(dict.fromkeys(prompts), folder, dtype, batch_size))
+    found = dict(_encode(dict.fromkeys(prompts), folder, dtype))
     return np.stack([found[prompt] for prompt in prompts])
-  store(
-    dict.fromkeys(prompts),
-    folder,
-    dtype=dtype,
-    cache=cache,
-    batch_size=batch_size,
-  )
-  return np.stack(
-    [stored(p, folder, dtype=dtype, cache=cache) for p in prompts]
-  )
+  kept = Cache(cache, folder, dtype)
+  kept.fill(dict.fromkeys(prompts))
+  return np.stack([kept.read(prompt) for prompt in prompts])
 
 
-def store(
-  prompts: Iterable[str],
-  folder: Path,
-  *,
-  dtype: str,
-  cache: Path,
-  batch_size: int = 4,
-) -> None:
-  """Computes the embeddings that a cache lacks; arguments as in `embed`.
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """A directory of embeddings.
 
-  Only one batch of them is in memory at a time.
+  Attributes:
+    directory: of the files.
+    folder, dtype: of the encoder; see `embed`.
   """
-  cache = paths.check_folder(cache, key='text_cache')
-  cache.mkdir(parents=True, exist_ok=True)
-  missing = [p for p in prompts if not _file(p, folder, dtype, cache).exists()]
-  for prompt, value in _encode(missing, folder, dtype, batch_size):
-    path = _file(prompt, folder, dtype, cache)
-    with files.replacing(path) as temporary, temporary.open('wb') as file:
-      np.save(file, value, allow_pickle=False)
 
+  directory: Path
+  folder: Path
+  dtype: str
 
-def stored(
-  prompt: str,
-  folder: Path,
-  *,
-  dtype: str,
-  cache: Path,
-) -> Float[np.ndarray, 'l d']:
-  """The cached embedding of one prompt, [77, D]."""
-  path = _file(prompt, folder, dtype, cache)
-  return np.load(path, allow_pickle=False)
+  def fill(self, prompts: Iterable[str]) -> None:
+    """Computes the embeddings that it lacks; see `embed`.
 
+    Only one batch of them is in memory at a time.
+    """
+    directory = paths.check_folder(self.directory, key='text_cache')
+    directory.mkdir(parents=True, exist_ok=True)
+    missing = [p for p in prompts if not self._file(p).exists()]
+    for prompt, value in _encode(missing, self.folder, self.dtype):
+      path = self._file(prompt)
+      with files.replacing(path) as temporary, temporary.open('wb') as file:
+        np.save(file, value, allow_pickle=False)
 
-def _file(prompt: str, folder: Path, dtype: str, cache: Path) -> pathlib.Path:
-  key = f'{_encoder_key(pathlib.Path(folder), dtype)}\n{prompt}'
-  name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  return pathlib.Path(cache) / f'{name}.npy'
+  def read(self, prompt: str) -> Float[np.ndarray, 'l d']:
+    """The embedding of one prompt, [77, D]."""
+    return np.load(self._file(prompt), allow_pickle=False)
+
+  def _file(self, prompt: str) -> pathlib.Path:
+    encoder = _encoder_key(pathlib.Path(self.folder), self.dtype)
+    name = hashlib.sha256(f'{encoder}\n{prompt}'.encode()).hexdigest()[:32]
+    return pathlib.Path(self.directory) / f'{name}.npy'
 
 
 def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
@@ -141,7 +131,7 @@ def encoder(folder: pathlib.Path, dtype: str) -> tuple[T5Encoder, dict]:
 
 
 def _encode(
-  prompts: Iterable[str], folder: Path, dtype: str, batch_size: int
+  prompts: Iterable[str], folder: Path, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (prompt, [77, D]); T5 is on the device until the last."""
   prompts, folder = list(prompts), pathlib.Path(folder)
@@ -150,9 +140,9 @@ def _encode(
   tokenizer = load_tokenizer(folder / 'tokenizer')
   module, params = encoder(folder, dtype)
   ids, mask, _ = tokenizer(prompts, MAX_LEN)
-  for start in range(0, len(prompts), batch_size):
-    rows = slice(start, start + batch_size)
-    fill = ((0, batch_size - len(ids[rows])), (0, 0))
+  for start in range(0, len(prompts), BATCH):
+    rows = slice(start, start + BATCH)
+    fill = ((0, BATCH - len(ids[rows])), (0, 0))
     given = np.pad(ids[rows], fill), np.pad(mask[rows], fill)
     out = _apply(module, params, *given)
     yield from zip(prompts[rows], np.asarray(out))

@@ -159,42 +159,32 @@ class IFUNet(nn.Module):
         config.cross_attention_dim, dtype=dtype, name='encoder_hid_proj'
       )(text)
 
-    channels, levels = config.block_out_channels, len(config.block_out_channels)
-    only_text, scale = (
-      config.only_cross_attention,
-      config.resnet_out_scale_factor,
-    )
+    channels, only_text = config.block_out_channels, config.only_cross_attention
+    scale = config.resnet_out_scale_factor
     h = sample.astype(dtype)
     h = conv(channels[0], dtype=dtype, name='conv_in')(h)
     skips = [h]
     for i, attend in enumerate(config.down_attention):
-      name = f'down_blocks_{i}'
-      level = (config, i, channels[i], only_text[i], attend, scale, dtype)
-      h, outputs = DownLevel(*level, name=name)(h, emb, text)
+      level = config, i, channels[i], only_text[i], attend
+      down = DownLevel(*level, scale, dtype, name=f'down_blocks_{i}')
+      h, outputs = down(h, emb, text)
       skips += outputs
     h = MidLevel(
       config,
       -1,
       channels[-1],
       config.mid_block_only_cross_attention,
-      True,
-      config.mid_block_scale_factor,
-      dtype,
+      attend=True,
+      scale=config.mid_block_scale_factor,
+      dtype=dtype,
       name='mid_block',
     )(h, emb, text)
     for i, attend in enumerate(config.up_attention):
-      name, below = f'up_blocks_{i}', levels - 1 - i
-      level = (
-        config,
-        i,
-        channels[below],
-        only_text[below],
-        attend,
-        scale,
-        dtype,
-      )
+      below = len(channels) - 1 - i
+      level = config, i, channels[below], only_text[below], attend
+      up = UpLevel(*level, scale, dtype, name=f'up_blocks_{i}')
       own = [skips.pop() for _ in range(config.layers_per_block[below] + 1)]
-      h = UpLevel(*level, name=name)(h, own, emb, text)
+      h = up(h, own, emb, text)
 
     h = GroupNorm(
       config.norm_num_groups,

@@ -95,7 +95,7 @@ def load(
   *,
   dtype: DTypeLike = jnp.float32,
   weights_dtype: DTypeLike | None = None,
-  place: Callable[[np.ndarray], jax.sharding.Sharding] | None = None,
+  place: Callable[[np.ndarray], jax.sharding.Sharding | None] | None = None,
 ) -> tuple[IFUNet, dict]:
   """Loads a U-Net, its weights straight from the file to their devices.
 
@@ -141,17 +141,17 @@ def save(
   folder: str | pathlib.Path,
   params: dict,
   *,
-  source: Mapping[str, Any] | str | pathlib.Path,
-  dtype: DTypeLike | None = None,
+  source: Mapping[str, Any],
 ) -> None:
   """Writes a U-Net as a folder that diffusers loads.
+
+  Each leaf keeps its dtype, so a checkpoint loaded with its own is written
+  byte-equal.
 
   Args:
     folder: to write; must not hold a U-Net yet.
     params: as from `load`.
-    source: the config.json's JSON object, or a folder to copy it from.
-    dtype: of the written tensors; None keeps each leaf's. A checkpoint loaded
-      with its own dtype is written byte-equal.
+    source: the config.json's JSON object.
 
   Raises:
     UsageError: the folder holds a U-Net already.
@@ -163,37 +163,26 @@ def save(
       f'{folder} holds a U-Net already, which is not overwritten; choose '
       'another folder.'
     )
-  if isinstance(source, Mapping):
-    raw = source
-  else:
-    path = pathlib.Path(source) / 'config.json'
-    raw = files.read_json(path, missing=configs.WHAT)
-  config = configs.parse(raw, folder / 'config.json')
+  config = configs.parse(source, folder / 'config.json')
   wanted = [torch_name(path) for path in leaves(abstract_params(config))]
   given = {torch_name(path): leaf for path, leaf in leaves(params).items()}
   hub_folder.check_names(folder, given, wanted)
   tensors = {
     name: safetensors.Tensor(
-      np.dtype(dtype or leaf.dtype),
+      np.dtype(leaf.dtype),
       stored_shape(name, leaf.shape),
-      _exporter(name, leaf, dtype),
+      functools.partial(_stored, name, leaf),
     )
     for name, leaf in given.items()
   }
   safetensors.write_file(
     folder / f'{STEM}.safetensors', tensors, metadata=hub_folder.METADATA
   )
-  files.write_json(folder / 'config.json', raw)
+  files.write_json(folder / 'config.json', source)
 
 
-def _exporter(
-  name: str, leaf: Any, dtype: DTypeLike | None
-) -> Callable[[], np.ndarray]:
-  def read() -> np.ndarray:
-    array = to_torch(name, np.asarray(leaf))
-    return array.astype(dtype or array.dtype)
-
-  return read
+def _stored(name: str, leaf: Any) -> np.ndarray:
+  return to_torch(name, np.asarray(leaf))
 
 
 def num_bytes(folder: str | pathlib.Path) -> int:

@@ -88,11 +88,9 @@ class Reverse(NamedTuple):
   memory: Memory = ()
 
 
-def initial_noise(
-  keys: Keys, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
-) -> Image:
+def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Image:
   """z at t = 1: standard noise [B, *shape], row b from keys[b] alone."""
-  return _noise(keys, 0, shape, dtype)
+  return _noise(keys, 0, shape, jnp.float32)
 
 
 def _noise(

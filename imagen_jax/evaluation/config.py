@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 
 # Settings of a stage's sampling. Evaluation never starts from an image, so
 # `strength` is not one of them.
@@ -104,8 +104,5 @@ class EvalConfig:
       )
     for field in ('sampling', 'sweep'):
       for key in getattr(self, field):
-        if key.rpartition('.')[2] not in SAMPLING:
-          raise UsageError(
-            f'{field} names {key!r}; it can name {", ".join(SAMPLING)}.',
-            key=field,
-          )
+        setting = key.rpartition('.')[2]
+        check_choice(f'a name in {field}', setting, SAMPLING, key=field)

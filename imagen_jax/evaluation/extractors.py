@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import check_choice
 from imagen_jax.evaluation import clip, efficientnet, inception
-from imagen_jax.evaluation.preprocessing import MODES
+from imagen_jax.evaluation.inception import MODES
 from imagen_jax.evaluation.weights import read_tensors, with_weights
 from imagen_jax.text.tokenizer import load_tokenizer
 
@@ -60,16 +60,13 @@ def load_inception(path: str | os.PathLike, mode: str = 'clean') -> Extractor:
 
   Args:
     path: of the file.
-    mode: one of `preprocessing.MODES`.
+    mode: one of `inception.MODES`.
 
   Raises:
     UsageError: there is no such mode.
     ModelError: the file cannot be read or is of another network.
   """
-  if mode not in MODES:
-    raise UsageError(
-      f'fid_mode is {mode!r}; it can be {" or ".join(MODES)}.', key='fid_mode'
-    )
+  check_choice('fid_mode', mode, MODES, key='fid_mode')
   tensors, digest = read_tensors(path)
   module, size = inception.InceptionV3(), inception.SIZE
   # fc belongs to the classifier; num_batches_tracked counts training steps.

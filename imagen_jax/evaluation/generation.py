@@ -144,27 +144,21 @@ def generate(
     UsageError: another process generates the same fraction.
   """
   i, n = run.fraction
-  with lock.locked(run.folder, name=f'.{i}-of-{n}.lock', key='out'):
-    _generate(cascade, run, progress)
-
-
-def _generate(
-  cascade: Cascade, run: Run, progress: Callable[[int, int], None]
-) -> None:
-  i, n = run.fraction
-  todo = unfinished(run.suite.items()[i::n], read_records(run.folder))
-  # One call of `sample` takes one list of image indices for all prompts.
-  todo.sort(key=lambda item: item.index)
-  done, total = 0, len(todo)
-  progress(done, total)
-  with _appended(run.folder / f'records-{i}-of-{n}.jsonl') as write:
+  with (
+    lock.locked(run.folder, name=f'.{i}-of-{n}.lock', key='out'),
+    _appended(run.folder / f'records-{i}-of-{n}.jsonl') as write,
+  ):
+    todo = unfinished(run.suite.items()[i::n], read_records(run.folder))
+    # One call of `sample` takes one list of image indices for all prompts.
+    todo.sort(key=lambda item: item.index)
+    done, total = 0, len(todo)
+    progress(done, total)
     for chunk in _chunks(todo, BATCHES * run.batch_size):
       low_res = None
       if run.true_size is not None:
         low_res = np.stack(
           [run.suite.true_image(item, run.true_size) for item in chunk]
         )
-
       cascade.sample(
         [item.prompt for item in chunk],
         negative_prompt=run.negative_prompt,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.scores import Categories
 
@@ -158,11 +158,7 @@ def choose(
   """
   known = tuple(dict.fromkeys(known))
   for name in categories or ():
-    if name not in known:
-      raise UsageError(
-        f'categories names {name!r}; it can name {", ".join(known)}.',
-        key='categories',
-      )
+    check_choice('a name in categories', name, known, key='categories')
   return tuple(x for x in known if categories is None or x in categories)
 
 

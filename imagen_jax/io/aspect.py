@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Int, Int8
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 
 Shape: TypeAlias = tuple[int, int]  # height, width in pixels
 
@@ -33,11 +33,7 @@ def shapes(size: int, aspect: str = 'crop') -> tuple[Shape, ...]:
   Raises:
     UsageError: there is no such way, or 8 does not divide the size.
   """
-  if aspect not in ASPECTS:
-    raise UsageError(
-      f'data.aspect is {aspect!r}; it can be {" or ".join(ASPECTS)}.',
-      key='config.data.aspect',
-    )
+  check_choice('data.aspect', aspect, ASPECTS, key='config.data.aspect')
   if aspect != 'buckets':
     return ((size, size),)
   if size % 8:

@@ -190,7 +190,8 @@ class Checkpoints(Steps):
       abstract_state,
     )
     wanted = leaves.describe(abstract_state)
-    leaves.check(self._path(step), body['leaves'], wanted)
+    advice = 'use the config that it was trained with, or another workdir'
+    leaves.check(self._path(step), body['leaves'], wanted, advice)
     spread = abstract_state
     if self._count > 1:
       spread = sharding.spread(abstract_state, _MIN_SLICE_BYTES)

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, Self, TypeAlias, TypedDict, TypeVar
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from imagen_jax.errors import DataError, ImagenError, ModelError
 from imagen_jax.io import bucket
@@ -37,21 +37,9 @@ STORAGE = {
 class Path(Protocol):
   """The methods used here of `pathlib.Path` or, in a bucket, `epath.Path`."""
 
-  @property
-  def name(self) -> str: ...
-
-  def with_name(self, name: str, /) -> Self: ...
-
   def open(self, mode: Any, /) -> Any: ...
 
-  def replace(self, target: Any, /) -> Any: ...
-
   def mkdir(self, *, parents: bool, exist_ok: bool) -> Any: ...
-
-  def unlink(self) -> None: ...
-
-
-P = TypeVar('P', bound=Path)
 
 
 class Digest(TypedDict):
@@ -82,22 +70,33 @@ def replacing(
       bucket.filesystem(path).put_file(str(local), os.fspath(path))
     return
   path = pathlib.Path(path)
-  temporary = _beside(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed(path) as temporary:
+      yield temporary
+  except OSError as problem:
+    if error is None:
+      raise
+    reason = problem.strerror or storage_reason(problem) or problem
+    raise error(
+      f'{path} could not be written ({reason}); check space and permissions.'
+    ) from problem
+
+
+@contextlib.contextmanager
+def _renamed(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """`replacing` on a file system, in a directory that exists."""
+  # Hidden, of a name that no other writer of `path` uses.
+  temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+  try:
     yield temporary
     if not temporary.is_dir():
       with temporary.open('rb+') as file:
         os.fsync(file.fileno())
     temporary.replace(path)
   except OSError as problem:
-    if error is None:
-      problem.filename = problem.filename or str(path)
-      raise
-    reason = problem.strerror or storage_reason(problem) or problem
-    raise error(
-      f'{path} could not be written ({reason}); check space and permissions.'
-    ) from problem
+    problem.filename = problem.filename or str(path)
+    raise
   finally:
     if temporary.is_dir():
       shutil.rmtree(temporary)
@@ -111,19 +110,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     with path.open('wb') as file:
       file.write(data)
     return
-  temporary = _beside(path)
-  try:
-    with temporary.open('wb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  except OSError as problem:
-    problem.filename = problem.filename or str(path)
-    raise
-  finally:
-    with contextlib.suppress(OSError):  # renamed, or never made
-      temporary.unlink()
+  with _renamed(pathlib.Path(str(path))) as temporary:
+    temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -219,9 +207,17 @@ def read_json(
   return value
 
 
-def read_text(
-  path: AnyPath, *, error: type[ImagenError] = DataError, advice: str
-) -> str:
+def check_keys(path: AnyPath, found: Any, **types: type) -> None:
+  """Raises `DataError` if an object of a file lacks a key, or its type."""
+  for key, kind in types.items():
+    if not isinstance(found, dict) or type(found.get(key)) is not kind:
+      raise DataError(
+        f'{path} lacks {key!r}, or has another type of value there; '
+        f'{COPY_AGAIN}.'
+      )
+
+
+def read_text(path: AnyPath, *, advice: str) -> str:
   """The text of a file in UTF-8, without a byte-order mark.
 
   Lines end with a newline character, as on every system. Split them there: to
@@ -229,11 +225,10 @@ def read_text(
 
   Args:
     path: the file.
-    error: type of the exceptions.
     advice: what to give instead, for the message.
 
   Raises:
-    error: the file cannot be read, or is not UTF-8 text.
+    DataError: the file cannot be read, or is not UTF-8 text.
   """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8-sig')
@@ -241,7 +236,9 @@ def read_text(
       raise ValueError('it has null bytes, as UTF-16 and binary files do')
     return text
   except (OSError, ValueError) as problem:
-    raise error(f'{path} cannot be read ({problem}); {advice}.') from problem
+    raise DataError(
+      f'{path} cannot be read ({problem}); {advice}.'
+    ) from problem
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
@@ -321,8 +318,3 @@ def git_commit() -> str | None:
     ).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
     return None
-
-
-def _beside(path: P) -> P:
-  """A hidden temporary name that no other writer of `path` uses."""
-  return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')

@@ -44,9 +44,14 @@ def subtree(leaves: Mapping[str, str], name: str) -> dict[str, Any]:
 
 
 def check(
-  path: Any, saved: Mapping[str, str], wanted: Mapping[str, str]
+  path: Any, saved: Mapping[str, str], wanted: Mapping[str, str], advice: str
 ) -> None:
   """Checks that a saved state has the wanted leaves.
+
+  Args:
+    path: of the state, for the message.
+    saved, wanted: see `describe`.
+    advice: what to do about another model's state, for the message.
 
   Raises:
     ModelError: naming the first leaf that differs.
@@ -56,8 +61,7 @@ def check(
     if there != here:
       raise ModelError(
         f'{path} was saved by another model: {name} is {there or "absent"} '
-        f'there and {here or "absent"} here; use the config that it was '
-        'trained with, or another workdir.'
+        f'there and {here or "absent"} here; {advice}.'
       )
 
 

@@ -62,12 +62,12 @@ def locked(
     os.close(file)
 
 
-def owner(folder: AnyPath, name: str = FILE) -> str | None:
+def owner(folder: AnyPath) -> str | None:
   """Who holds a folder's lock, as its file says; None if there is no file."""
   try:
     if bucket.is_bucket(folder):
-      return bucket_lock.owner(f'{os.fspath(folder).rstrip("/")}/{name}')
-    return (pathlib.Path(folder) / name).read_text(encoding='utf-8')
+      return bucket_lock.owner(f'{os.fspath(folder).rstrip("/")}/{FILE}')
+    return (pathlib.Path(folder) / FILE).read_text(encoding='utf-8')
   except OSError:
     return None
 

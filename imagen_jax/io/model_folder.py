@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io import bucket, files, safetensors
 from imagen_jax.io.embeddings import STORES
 from imagen_jax.io.files import AnyPath
@@ -102,8 +102,7 @@ def save_stage(
     ModelError: the directory cannot be written.
   """
   path = pathlib.Path(path)
-  if dtype not in DTYPES:
-    raise UsageError(f'dtype {dtype!r} is unknown; use {" or ".join(DTYPES)}.')
+  check_choice('dtype', dtype, DTYPES)
   if path.exists():
     raise UsageError(f'{path} exists and is not overwritten; choose another.')
   flat = traverse_util.flatten_dict(params)
@@ -250,10 +249,8 @@ def find_stages(
   found.sort(key=lambda r: (r.low_resolution or 0, r.resolution))
   if names is not None:
     have = [record.name for record in found]
-    for name in set(names).difference(have):
-      raise UsageError(
-        f'{path} has no stage {name!r}; it has {", ".join(have)}.'
-      )
+    for name in names:
+      check_choice(f'a stage of {path}', name, have)
     found = [record for record in found if record.name in names]
     if [record.name for record in found] != list(names):
       # A list of settings has one for each of them, in this order.

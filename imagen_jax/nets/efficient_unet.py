@@ -43,8 +43,11 @@ from imagen_jax.typing import (
 )
 
 
-class _DownStep(nn.Module):
-  """One residual block of the encoder's scan; its result is also a skip."""
+class _Step(nn.Module):
+  """One residual block of a scan, in the decoder with one skip as input.
+
+  In the encoder its result is also a skip.
+  """
 
   block: Callable[..., nn.Module]
 
@@ -52,29 +55,14 @@ class _DownStep(nn.Module):
   def __call__(
     self,
     h: Float[Array, 'b h w c'],
-    _: None,
+    skip: Float[Array, 'b h w skip'] | None,
     emb: Float[Array, 'b e'],
     train: bool,
-  ) -> tuple[Float[Array, 'b h w out'], Float[Array, 'b h w out']]:
+  ) -> tuple[Float[Array, 'b h w out'], Float[Array, 'b h w out'] | None]:
+    if skip is not None:
+      h = jnp.concatenate([h, skip], axis=-1)
     h = self.block(name='res')(h, emb, train)
-    return h, h
-
-
-class _UpStep(nn.Module):
-  """One residual block of the decoder's scan, with one skip as input."""
-
-  block: Callable[..., nn.Module]
-
-  @nn.compact
-  def __call__(
-    self,
-    h: Float[Array, 'b h w c'],
-    skip: Float[Array, 'b h w skip'],
-    emb: Float[Array, 'b e'],
-    train: bool,
-  ) -> tuple[Float[Array, 'b h w out'], None]:
-    h = jnp.concatenate([h, skip], axis=-1)
-    return self.block(name='res')(h, emb, train), None
+    return h, h if skip is None else None
 
 
 class EfficientUNet(Network):
@@ -159,7 +147,6 @@ class EfficientUNet(Network):
       unroll = jax.default_backend() == 'cpu'
 
     def run(
-      step: type[nn.Module],
       h: Float[Array, 'b h w c'],
       skips: Float[Array, 'n b h w skip'] | None,
       b: int,
@@ -177,7 +164,7 @@ class EfficientUNet(Network):
         dtype=self.dtype,
       )
       scanned = nn.scan(
-        step,
+        _Step,
         variable_axes={'params': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -216,13 +203,13 @@ class EfficientUNet(Network):
           dtype=self.dtype,
           name=f'down_{b}_conv',
         )(h)
-      h, outputs = run(_DownStep, h, None, b, f'down_{b}')
+      h, outputs = run(h, None, b, f'down_{b}')
       skips.append(outputs)
       h = attend(h, b, f'down_{b}_attn')
 
     for b in reversed(range(len(self.channels))):
       # Skips are used in reverse order.
-      h, _ = run(_UpStep, h, skips[b][::-1], b, f'up_{b}')
+      h, _ = run(h, skips[b][::-1], b, f'up_{b}')
       h = attend(h, b, f'up_{b}_attn')
       above = self.channels[max(b - 1, 0)]
       if self.strides[b] > 1:

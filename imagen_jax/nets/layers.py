@@ -1,6 +1,7 @@
 """Building blocks of both U-Nets (Appendix F, Figure A.27)."""
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import flax.linen as nn
@@ -132,6 +133,14 @@ def upsample(x: Float[Array, 'b h w c']) -> Float[Array, 'b 2*h 2*w c']:
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
+# {a residual block's `resample`: the function}
+RESAMPLE: dict[str | None, Callable] = {
+  None: lambda h: h,
+  'down': downsample,
+  'up': upsample,
+}
+
+
 class ResBlock(nn.Module):
   """A residual block with scale-shift conditioning (BigGAN; Figure A.27).
 
@@ -167,9 +176,7 @@ class ResBlock(nn.Module):
     train: bool = False,
   ) -> Float[Array, 'b h2 w2 {self.features}']:
     """Applies the block to x, given the conditioning vector."""
-    resample = {None: lambda h: h, 'down': downsample, 'up': upsample}[
-      self.resample
-    ]
+    resample = RESAMPLE[self.resample]
     h = GroupNorm(self.norm_groups, dtype=self.dtype, name='norm1')(x)
     h = resample(nn.swish(h))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)

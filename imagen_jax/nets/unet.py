@@ -5,6 +5,7 @@ resampling, scale-shift normalisation, and attention over [text; pixels] after
 every residual block at the lower resolutions.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -118,8 +119,20 @@ class UNet(Network):
       name='conditioning',
     )(logsnr, text, mask, aug_level)
 
-    block = remat(ResBlock, self.remat, static=(3,))
-    attention = remat(TextAttention, self.remat)
+    block = functools.partial(
+      remat(ResBlock, self.remat, static=(3,)),
+      dropout=self.dropout,
+      norm_groups=self.norm_groups,
+      dtype=self.dtype,
+    )
+    attention = functools.partial(
+      remat(TextAttention, self.remat),
+      self.head_dim,
+      norm_groups=self.norm_groups,
+      implementation=self.attention,
+      qk_norm=self.qk_norm,
+      dtype=self.dtype,
+    )
 
     def res(
       h: Float[Array, 'b h w c'],
@@ -127,28 +140,14 @@ class UNet(Network):
       name: str,
       resample: str | None = None,
     ) -> Float[Array, 'b h2 w2 {width}']:
-      return block(
-        width,
-        resample=resample,
-        dropout=self.dropout,
-        norm_groups=self.norm_groups,
-        dtype=self.dtype,
-        name=name,
-      )(h, emb, train)
+      return block(width, resample=resample, name=name)(h, emb, train)
 
     def attend(
       h: Float[Array, 'b h w c'], level: int, name: str
     ) -> Float[Array, 'b h w c']:
       if self.resolution >> level not in self.attention_resolutions:
         return h
-      return attention(
-        self.head_dim,
-        norm_groups=self.norm_groups,
-        implementation=self.attention,
-        qk_norm=self.qk_norm,
-        dtype=self.dtype,
-        name=name,
-      )(h, text, mask)
+      return attention(name=name)(h, text, mask)
 
     h = z if low_res is None else jnp.concatenate([z, low_res], axis=-1)
     h = conv_in(h, self.channels, self.dtype)
@@ -163,14 +162,7 @@ class UNet(Network):
         skips.append(h)
 
     h = res(h, widths[-1], 'mid_res_0')
-    h = attention(
-      self.head_dim,
-      norm_groups=self.norm_groups,
-      implementation=self.attention,
-      qk_norm=self.qk_norm,
-      dtype=self.dtype,
-      name='mid_attn',
-    )(h, text, mask)
+    h = attention(name='mid_attn')(h, text, mask)
     h = res(h, widths[-1], 'mid_res_1')
 
     for level, width in reversed(list(enumerate(widths))):

@@ -120,7 +120,6 @@ def compile_step(
   work: job.Job,
   topology: str,
   *,
-  data: int = -1,
   fsdp: int = 1,
   step: str = 'train',
   effort: str = 'full',
@@ -130,7 +129,7 @@ def compile_step(
   Args:
     work: the `job.Job`.
     topology: such as 'v5e:4x4'.
-    data, fsdp: sizes of the mesh's axes; -1 means all remaining devices.
+    fsdp: size of that axis of the mesh; the other has the remaining devices.
     step: 'train' or 'sample'.
     effort: 'full', as for a real run, or 'low', which is faster and still
       partitions the program and assigns memory.
@@ -139,7 +138,7 @@ def compile_step(
     UsageError: an impossible slice, mesh or batch.
     jax.errors.JaxRuntimeError: the program does not fit (RESOURCE_EXHAUSTED).
   """
-  mesh = sharding.make_mesh(data, fsdp, devices=topology_devices(topology))
+  mesh = sharding.make_mesh(fsdp=fsdp, devices=topology_devices(topology))
   parts = work.accumulate if step == 'train' else 1
   sharding.check_batch_size(work.batch_size, mesh, parts)
   start = time.perf_counter()

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from imagen_jax import sharding
 from imagen_jax.cascade import sampling
 from imagen_jax.cascade import stage as stages
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.io import text_folder
 from imagen_jax.nets import bert, clip, t5, t5gemma
 from imagen_jax.text import kinds, weights
@@ -147,10 +147,7 @@ def make_job(
       f'a run of kind {config.kind!r} cannot be planned; give the config of a '
       'stage.'
     )
-  if text not in TEXTS:
-    raise UsageError(
-      f'text is {text!r}; it can be {", ".join(TEXTS)}.', key='text'
-    )
+  check_choice('text', text, TEXTS, key='text')
   cached = text == 'cached'
   module, name = _encoder(config, 'auto' if cached else text)
   config = config.copy_and_resolve_references()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from imagen_jax import sharding
-from imagen_jax.errors import ModelError, UsageError
+from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io.files import AnyPath
 from imagen_jax.text import kinds, weights
 from imagen_jax.text.kinds import TextTower
@@ -251,10 +251,7 @@ def load_text_encoder(
   """
   path = pathlib.Path(path)
   types = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-  if dtype not in types:
-    raise UsageError(
-      f'text encoder dtype {dtype!r} is unknown; choose float32 or bfloat16.'
-    )
+  check_choice("the text encoder's dtype", dtype, types)
   config = kinds.read_config(path)
   kind = kinds.recognise(path, config, kind)
   module = kinds.module_from_config(path, config, kind=kind, dtype=types[dtype])

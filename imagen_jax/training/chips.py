@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +69,7 @@ def find_chip(name: str) -> Chip:
   Raises:
     UsageError: the name is unknown; the message lists the known ones.
   """
-  if name not in CHIPS:
-    raise UsageError(
-      f'chip {name!r} is unknown; the planner knows {", ".join(CHIPS)}.'
-    )
+  check_choice('chip', name, CHIPS)
   return CHIPS[name]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.io import bucket, files
 
 Grid = UInt8[np.ndarray, 'h w 3']
@@ -38,11 +38,7 @@ def find_loggers(names: str | None) -> list[Callable[..., Logger]]:
   """
   wanted = [name.strip() for name in (names or '').split(',') if name.strip()]
   for name in wanted:
-    if name not in LOGGERS:
-      raise UsageError(
-        f'train.log_to names {name!r}; it can name {" and ".join(LOGGERS)}.',
-        key='config.train.log_to',
-      )
+    check_choice('train.log_to', name, LOGGERS, key='config.train.log_to')
     library, _ = LOGGERS[name]
     try:
       importlib.import_module(library)

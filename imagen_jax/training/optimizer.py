@@ -7,7 +7,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 
 
 def learning_rate(
@@ -65,10 +65,7 @@ def optimizer(
     UsageError: an unknown kind or option.
   """
   kinds = {'adam': optax.adam, 'adafactor': _adafactor, 'muon': _muon}
-  if kind not in kinds:
-    raise UsageError(
-      f'train.optimizer.kind is {kind!r}; it can be {", ".join(kinds)}.'
-    )
+  check_choice('train.optimizer.kind', kind, kinds)
   steps = [] if clip is None else [optax.clip_by_global_norm(clip)]
   try:
     return optax.chain(*steps, kinds[kind](rate, **options))

@@ -23,6 +23,7 @@ import jax
 from jax._src import distributed  # jax has no public key-value store
 
 from imagen_jax.errors import ImagenError
+from imagen_jax.training.watchdog import EXIT_CODE
 
 POLL = 1.0  # seconds between two looks at the store
 LEAVE = 3.0  # seconds in which the main thread may end by itself
@@ -203,7 +204,7 @@ class Peers:
     if stop and stop.after == step and stop.process != self._me:
       raise PeerError(stop)
 
-  def abort(self, sentence: str, exit_code: int = 1) -> None:
+  def abort(self, sentence: str) -> None:
     """Ends this process, then the others; what hangs here is left behind.
 
     Names the processes that do not answer, or else are elsewhere.
@@ -211,7 +212,7 @@ class Peers:
     print('error: ' + sentence, file=sys.stderr, flush=True)
     self._aborts = True
     if self._client is not None:
-      _exit_in(LAST + 5 * POLL, exit_code)  # process 0 may not answer
+      _exit_in(LAST + 5 * POLL, EXIT_CODE)  # process 0 may not answer
       found = ['without an answer: process 0.']
       seeking = threading.Thread(target=lambda: found.append(self._stray()))
       seeking.daemon = True
@@ -219,7 +220,7 @@ class Peers:
       seeking.join(4 * POLL)
       print(f'note: {found[-1]}', file=sys.stderr, flush=True)
       sentence = f'{sentence} Found {found[-1]}'
-    failure = self._failure_of(sentence, exit_code)
+    failure = self._failure_of(sentence, EXIT_CODE)
     if self._client is not None:
       self._say('failed', failure)
     self._end(failure)

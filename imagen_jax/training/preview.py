@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from imagen_jax import sharding
@@ -53,7 +52,8 @@ def make_image_preview(
   stride = len(source) // shown if source.buckets else 1
   examples = [source[i % shown * stride] for i in range(count)]
   side = experiment.resolution
-  truth = np.stack([_square(example['image'], side) for example in examples])
+  shown_at = lambda example: fit(Image.fromarray(example['image']), side, side)
+  truth = np.stack([*map(shown_at, examples)])
   keys = jax.random.split(jax.random.key(experiment.config.seed), count)
   given = embed(examples)
   given['keys'] = np.asarray(jax.random.key_data(keys))
@@ -74,11 +74,3 @@ def make_image_preview(
     return image_io.grid(image_io.upsample(images, 64), shown)
 
   return preview
-
-
-def _square(
-  image: UInt8[np.ndarray, 'h w 3'], side: int
-) -> UInt8[np.ndarray, '{side} {side} 3']:
-  if image.shape[:2] == (side, side):
-    return image
-  return fit(Image.fromarray(image), side, side)

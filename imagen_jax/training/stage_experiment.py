@@ -17,8 +17,8 @@ from imagen_jax.cascade import stage as stages
 from imagen_jax.data.pipeline import crop
 from imagen_jax.diffusion.loss import times
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import DataError, ModelError, UsageError
-from imagen_jax.io import model_folder, text_folder
+from imagen_jax.errors import DataError, UsageError
+from imagen_jax.io import leaves, model_folder, text_folder
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.text.encoder import (
   TextEncoder,
@@ -203,10 +203,7 @@ class StageExperiment(Experiment):
   def start(self, shardings: Tree, init_from: StageRecord | None) -> Start:
     if init_from is None:
       return super().start(shardings, init_from)
-    spec = jax.eval_shape(
-      functools.partial(stages.init_params, self.stage), jax.random.key(0)
-    )
-    params = matching_params(init_from, spec)
+    params = matching_params(init_from, stages.param_shapes(self.stage))
     origin = f'starts from the weights of {init_from.path}'
     return Start(jax.device_put(params, shardings), origin)
 
@@ -350,18 +347,7 @@ def matching_params(record: StageRecord, spec: Tree) -> Tree:
     ModelError: it is another; the message names a parameter that differs.
   """
   params = model_folder.load_params(record)
-  want, have = (
-    {
-      jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    for tree in (spec, params)
-  )
-  for name in sorted(want.keys() | have.keys()):
-    if want.get(name) != have.get(name):
-      raise ModelError(
-        f'{record.path} is another network: {name} is '
-        f'{have.get(name, "absent")} there and {want.get(name, "absent")} '
-        'here; give a stage that was trained with this stage.net.'
-      )
+  have, want = leaves.describe(params), leaves.describe(spec)
+  advice = 'give a stage that was trained with this stage.net'
+  leaves.check(record.path, have, want, advice)
   return params

@@ -1,5 +1,6 @@
 """imagen-web: a page in the browser that generates images."""
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -31,7 +32,8 @@ def _main(argv: list[str]) -> None:
     help='model folder, may be repeated; the bundled demo if left out',
   )
   add('--host', default='127.0.0.1', help='0.0.0.0 lets other machines see it')
-  add('--port', type=_port, help='the first free one from 7860 if left out')
+  port = functools.partial(errors.positive, most=65535)
+  add('--port', type=port, help='the first free one from 7860 if left out')
   add(
     '--share',
     action='store_true',
@@ -81,10 +83,6 @@ def _names(models: Sequence[str] | None) -> dict[str, str | None]:
     name = pathlib.PurePath(model).name or model
     names[model if name in names else name] = model
   return names
-
-
-def _port(text: str) -> int:
-  return errors.positive(text, 65535)
 
 
 if __name__ == '__main__':

@@ -2,14 +2,14 @@
 
 A `Meaning` is the checkable content of a caption: groups of things, relations
 between them, a background. `write` phrases a meaning as a person might type
-it; `prompts.understand` is the inverse. Nothing here describes how a shape is
+it; a test holds the inverse. Nothing here describes how a shape is
 rendered, so the judge may import it.
 """
 
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar('T')
@@ -82,6 +82,11 @@ def _say(rng: random.Random, word: str, usual: float = 0.7) -> str:
   if len(ways) == 1 or rng.random() < usual:
     return ways[0]
   return pick(rng, ways[1:])
+
+
+def synonyms(words: Iterable[str]) -> dict[str, str]:
+  """{synonym: word} of some words."""
+  return {way: word for word in words for way in SAID.get(word, (word,))}
 
 
 def plural(noun: str) -> str:

@@ -2,8 +2,8 @@
 
 `read` finds what is in the image, by classical vision; `judge` compares that
 with the caption's meaning. An image is correct only if it shows everything the
-caption says and nothing else. `judge_accuracy` measures how often the judge
-itself errs.
+caption says and nothing else. How often the judge itself errs is measured by
+`benchmarks/shapes_judge.py`.
 """
 
 import collections

@@ -113,8 +113,7 @@ def read(image: UInt8[np.ndarray, 'h w 3']) -> Reading:
   """Reads an image: its background and the things on it.
 
   Args:
-    image: 32 pixels or more a side (`judge_accuracy` measures how well it is
-      read at each size).
+    image: 32 pixels or more a side.
 
   Returns:
     A `Reading`.

@@ -16,16 +16,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Meaning, describe, pick, vocabulary
 from imagen_jax.worlds.contents import INVENT
 from imagen_jax.worlds.layout import LARGE, LEAST, diameter, place
-from imagen_jax.worlds.prompts import shape_nouns
 from imagen_jax.worlds.render import render
 from imagen_jax.worlds.world import World, check_mixture
 
 SPLITS = ('train', 'eval')
 CATEGORIES = ('single', 'pair', 'relation', 'count', 'fill', 'heldout')
+# {a word of a caption: the colour or shape that it names}
+COLOUR_WORDS = captions.synonyms(captions.COLOURS)
+SHAPE_WORDS = captions.synonyms(captions.SHAPES)
+SHAPE_WORDS |= {captions.plural(way): word for way, word in SHAPE_WORDS.items()}
 # Fractions of the training mixture.
 MIXTURE = {
   'single': 0.2,
@@ -122,6 +126,28 @@ def scene(
   return Scene(caption, things, background, category, meaning)
 
 
+def nouns(
+  tokenizer: Tokenizer, caption: str, meaning: Meaning
+) -> list[tuple[int, int]]:
+  """Where things are named: [(position of the noun's last token, group)].
+
+  A noun belongs to the group with its shape and the last colour before it, so
+  the caption may name the groups in any order. Words are tokenized one by one,
+  as sentencepiece does.
+  """
+  found, position, colour = [], 0, None
+  groups = [(g.shape, g.colour) for g in meaning.groups]
+  for word in caption.lower().split():
+    bare = word.strip('.,')
+    colour = COLOUR_WORDS.get(bare, colour)
+    key = SHAPE_WORDS.get(bare, ''), colour
+    if key in groups:
+      last = position + len(tokenizer.pieces(bare)) - 1
+      found.append((last, groups.index(key)))
+    position += len(tokenizer.pieces(word))
+  return found
+
+
 class ShapesSource(World):
   """Random-access source of {'image', 'caption'}, for `data.pipeline`.
 
@@ -138,7 +164,7 @@ class ShapesSource(World):
       does not add up to 1.
   """
 
-  nouns = staticmethod(shape_nouns)
+  nouns = staticmethod(nouns)
 
   def __init__(
     self,

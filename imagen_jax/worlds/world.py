@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.data.source import Source
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds.captions import Meaning
 
@@ -86,11 +86,9 @@ def check_mixture(
       add up to 1.
   """
   for name, fraction in mixture.items():
-    if name not in known:
-      raise UsageError(
-        f'data.mixture names {name!r}; it can name {", ".join(known)}.',
-        key='config.data.mixture',
-      )
+    check_choice(
+      'a name in data.mixture', name, known, key='config.data.mixture'
+    )
     if not fraction >= 0:
       raise UsageError(
         f'data.mixture.{name} is {fraction}; it must be 0 or more.',

@@ -320,7 +320,8 @@ def stored(folder):
 
 def test_import_and_export_give_the_same_bytes(folder, tmp_path):
   _, params = weights.load(folder)
-  weights.save(tmp_path / 'again', params, source=folder)
+  raw = json.loads((folder / 'config.json').read_text())
+  weights.save(tmp_path / 'again', params, source=raw)
   assert stored(tmp_path / 'again') == stored(folder)
   text = [
     json.loads((f / 'config.json').read_text())
@@ -332,7 +333,7 @@ def test_import_and_export_give_the_same_bytes(folder, tmp_path):
     tmp_path / 'again' / file
   ).read_bytes()
   with pytest.raises(UsageError):
-    weights.save(tmp_path / 'again', params, source=folder)
+    weights.save(tmp_path / 'again', params, source=raw)
 
 
 def test_shards_and_variants_are_read(folder):
@@ -467,8 +468,8 @@ def test_pickles_are_refused(folder):
 
 
 def test_resampling_is_that_of_the_other_networks():
-  assert blocks.downsample is layers.downsample
-  assert blocks.upsample is layers.upsample
+  assert blocks.RESAMPLE['down'] is layers.downsample
+  assert blocks.RESAMPLE['up'] is layers.upsample
 
 
 # Widths and blocks of the levels, super-resolution, tensors, parameters / 1e6.

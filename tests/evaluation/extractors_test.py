@@ -15,7 +15,6 @@ from imagen_jax.evaluation import (
   efficientnet,
   extractors,
   inception,
-  preprocessing,
   weights,
 )
 from tests import tiny_clip
@@ -124,20 +123,20 @@ def stripes(side, period):
 def test_only_the_mode_clean_antialiases():
   # Bilinear samples the middle of every three columns, which are all white.
   image = stripes(3 * 299, 3)
-  np.testing.assert_allclose(preprocessing.pytorch_fid(image), 1, atol=1e-6)
-  mean = preprocessing.clean(image)[:, :, 3:-3].mean()
+  np.testing.assert_allclose(inception.pytorch_fid(image), 1, atol=1e-6)
+  mean = inception.clean(image)[:, :, 3:-3].mean()
   assert mean == pytest.approx((255 / 3 - 128) / 128, abs=1e-3)
 
 
 def test_images_are_neither_rounded_nor_resized_without_need():
   grey = np.arange(256, dtype=np.uint8)[None, :, None, None]
   grey = np.broadcast_to(grey, (1, 256, 256, 3))
-  levels = preprocessing.clean(grey) * 128 + 128
+  levels = inception.clean(grey) * 128 + 128
   assert np.abs(levels - levels.round()).max() > 0.4
   same = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3), np.uint8)
-  found = preprocessing.clean(same)
+  found = inception.clean(same)
   np.testing.assert_array_equal(found, (same - np.float32(128)) / 128)
-  found = preprocessing.pytorch_fid(same)
+  found = inception.pytorch_fid(same)
   np.testing.assert_allclose(found, same / np.float32(127.5) - 1, atol=1e-6)
 
 
@@ -322,11 +321,11 @@ def test_inputs_of_inception_equal_those_of_the_packages(side):
   rng = np.random.default_rng(2)
   images = rng.integers(0, 256, (2, side, side, 3), np.uint8)
   expected = (np.stack([resize(image) for image in images]) - 128) / 128
-  np.testing.assert_array_equal(preprocessing.clean(images), expected)
+  np.testing.assert_array_equal(inception.clean(images), expected)
   x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
   resized = torch.nn.functional.interpolate(
     x, size=(299, 299), mode='bilinear', align_corners=False
   )
   expected = (2 * resized - 1).permute(0, 2, 3, 1).numpy()
-  found = preprocessing.pytorch_fid(images)
+  found = inception.pytorch_fid(images)
   np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -8,11 +8,10 @@ import random
 import numpy as np
 import pytest
 
+from benchmarks import shapes_judge
 from imagen_jax.worlds import judge as judging
 from imagen_jax.worlds import (
-  judge_accuracy,
   naming,
-  prompts,
   reading,
   regions,
   shapes,
@@ -20,39 +19,40 @@ from imagen_jax.worlds import (
 )
 from imagen_jax.worlds.captions import Group, Meaning
 from imagen_jax.worlds.judge import judge, read, related
+from tests.worlds.understanding import understand
 
 
 def verdict(prompt, *things, background='white', size=256):
   """Judges a rendered scene of (shape, colour, fill, x, y, diameter) things."""
   things = tuple(shapes.Thing(*t) for t in things)
   scene = shapes.Scene('', things, background, 'single', Meaning(()))
-  return judge(shapes.render(scene, size), prompts.understand(prompt))
+  return judge(shapes.render(scene, size), understand(prompt))
 
 
 CIRCLE = ('circle', 'red', 'plain', 0.3, 0.25, 0.3)
 SQUARE = ('square', 'blue', 'plain', 0.4, 0.72, 0.4)
 
 
-# `python -m imagen_jax.worlds.judge_accuracy` measures more sizes and scenes.
+# `benchmarks/shapes_judge.py` measures more sizes and scenes.
 SIZES = [(32, 50), (64, 50), (128, 25), (256, 17)]
 
 
 @pytest.mark.parametrize('size, num', SIZES)
 def test_clean_renders_are_judged_correct(size, num):
-  right = judge_accuracy.accuracy(0, num, size)
+  right = shapes_judge.accuracy(0, num, size)
   assert np.mean(list(right.values())) >= 0.99, right
 
 
 @pytest.mark.parametrize('size, num', SIZES[1::2])
 def test_mildly_blurred_and_noisy_renders_are_judged_correct(size, num):
-  right = judge_accuracy.accuracy(0, num, size, how='degraded')
+  right = shapes_judge.accuracy(0, num, size, how='degraded')
   assert np.mean(list(right.values())) >= 0.95, right
 
 
 @pytest.mark.parametrize('how', ['shuffled', 'spoiled'])
 @pytest.mark.parametrize('size, num', SIZES[1::2])
 def test_wrong_captions_are_refused(size, num, how):
-  right = judge_accuracy.accuracy(0, num, size, how=how)
+  right = shapes_judge.accuracy(0, num, size, how=how)
   assert np.mean(list(right.values())) <= 0.02, right
 
 
@@ -60,7 +60,7 @@ def test_soft_images_keep_their_shapes_and_mostly_their_fills():
   rng, right = np.random.default_rng(0), []
   for i in range(30):
     scene = shapes.scene(0, 'eval', i, category='fill')
-    image = judge_accuracy.degrade(shapes.render(scene, 256), rng, blur=1 / 64)
+    image = shapes_judge.degrade(shapes.render(scene, 256), rng, blur=1 / 64)
     right.append(judge(image, scene.meaning).aspects)
   assert all(aspects['shape'] and aspects['colour'] for aspects in right)
   assert sum(aspects['fill'] for aspects in right) >= 22
@@ -193,7 +193,7 @@ def test_spoiling_changes_exactly_one_word():
   rng = random.Random(0)
   for i in range(200):
     meaning = shapes.scene(0, 'eval', i).meaning
-    spoiled = judge_accuracy.spoil(meaning, rng)
+    spoiled = shapes_judge.spoil(meaning, rng)
     changes = [
       getattr(a, f.name) != getattr(b, f.name)
       for a, b in zip(meaning.groups, spoiled.groups)

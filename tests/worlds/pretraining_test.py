@@ -18,7 +18,7 @@ from imagen_jax.text.encoder import load_text_encoder
 from imagen_jax.text.tokenizer import PAD, Tokenizer
 from imagen_jax.training import loop
 from imagen_jax.worlds import captions, pretraining, probe, shapes, tasks
-from imagen_jax.worlds.prompts import shape_nouns
+from imagen_jax.worlds.shapes import nouns
 from imagen_jax.worlds.vocabulary import train_vocabulary
 from tests.tiny_text import varied
 
@@ -76,12 +76,12 @@ def test_nouns_are_found_in_whatever_order_they_are_written(words):
     ((0, 'above', 1),),
   )
   disc, moons = 5, 10
-  found = shape_nouns(tokenizer, caption, meaning)
+  found = nouns(tokenizer, caption, meaning)
   assert found == [(disc, 1), (moons, 0)]
   assert probe.facts(meaning, 1)['down'] == 'below'
   assert tasks.description(meaning, 1) == 'one purple circle below grey moon'
   for s in scenes:
-    found = shape_nouns(tokenizer, s.caption, s.meaning)
+    found = nouns(tokenizer, s.caption, s.meaning)
     assert sorted(g for _, g in found) == list(range(len(s.meaning.groups)))
 
 

@@ -10,10 +10,11 @@ import pytest
 from imagen_jax.cli import prepare
 from imagen_jax.data.sources import make_source
 from imagen_jax.errors import UsageError
-from imagen_jax.worlds import captions, prompts, shapes
+from imagen_jax.worlds import captions, shapes
 from imagen_jax.worlds.contents import heldout
 from imagen_jax.worlds.layout import BORDER, GAP, LARGE, SMALL
 from imagen_jax.worlds.render import BACKGROUND, INSIDE, PALETTE, SECOND
+from tests.worlds.understanding import understand
 
 TRAIN = [shapes.scene(0, 'train', i) for i in range(3000)]
 EVAL = [
@@ -99,7 +100,7 @@ def test_held_out_relations_are_held_out_both_ways_round():
 
 def test_a_caption_says_its_meaning():
   for scene in TRAIN + EVAL:
-    assert prompts.understand(scene.caption) == scene.meaning, scene.caption
+    assert understand(scene.caption) == scene.meaning, scene.caption
 
 
 def test_things_are_as_the_meaning_says():
@@ -282,12 +283,12 @@ def test_held_out_scenes_cannot_be_asked_of_training():
   ('', 'a dog', 'a red circle above', 'red', 'a red red star', 'six stars'),
 )
 def test_a_prompt_that_is_not_understood_has_no_meaning(prompt):
-  assert prompts.understand(prompt) is None
+  assert understand(prompt) is None
 
 
 def test_a_typed_prompt_is_understood():
   group = captions.Group
-  assert prompts.understand(
+  assert understand(
     'The big red heart is to the left of a star, on a pale blue background!'
   ) == captions.Meaning(
     (group('heart', 'red', size='large'), group('star', None)),

@@ -1,35 +1,24 @@
-"""Parses the sentences of the shapes world.
+"""Parses the sentences of the shapes world, the inverse of `captions.write`.
 
-`understand` parses every sentence that `captions.write` can write and small
-variations of them, so an image sampled from a typed prompt can be judged like
-any other. `shape_nouns` finds the nouns of a caption.
+`understand` parses every sentence that `write` can write, which shows that a
+caption says what its scene shows, and small variations of them, so that a test
+can state a meaning as a prompt.
 """
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
-from imagen_jax.text.tokenizer import Tokenizer
 from imagen_jax.worlds import captions
 from imagen_jax.worlds.captions import Group, Meaning
+from imagen_jax.worlds.shapes import COLOUR_WORDS as _COLOURS
+from imagen_jax.worlds.shapes import SHAPE_WORDS as _SHAPES
 
-
-def _said(group: Iterable[str]) -> dict[str, str]:
-  """{synonym: word} of some words."""
-  return {
-    way: word for word in group for way in captions.SAID.get(word, (word,))
-  }
-
-
-_COLOURS = _said(captions.COLOURS)
 _ADJECTIVES = {
-  'size': _said(captions.SIZES),
-  'fill': _said(captions.FILLS),
+  'size': captions.synonyms(captions.SIZES),
+  'fill': captions.synonyms(captions.FILLS),
   'colour': _COLOURS,
 }
-_SHAPES = _said(captions.SHAPES)
-_SHAPES |= {captions.plural(way): word for way, word in _SHAPES.items()}
-_RELATIONS = _said(captions.RELATIONS)
+_RELATIONS = captions.synonyms(captions.RELATIONS)
 _WITH = {said: fill for fill, said in captions.WITH.items()}
 _NUMBERS = {'a': 1, 'an': 1, 'the': 1}
 for n, spelled in enumerate(captions.NUMBERS, 1):
@@ -93,25 +82,3 @@ def understand(prompt: str) -> Meaning | None:
   if len(groups) < len(phrases):
     return None
   return Meaning(tuple(groups), relations, background)
-
-
-def shape_nouns(
-  tokenizer: Tokenizer, caption: str, meaning: Meaning
-) -> list[tuple[int, int]]:
-  """Where things are named: [(position of the noun's last token, group)].
-
-  A noun belongs to the group with its shape and the last colour before it, so
-  the caption may name the groups in any order. Words are tokenized one by one,
-  as sentencepiece does.
-  """
-  found, position, colour = [], 0, None
-  groups = [(g.shape, g.colour) for g in meaning.groups]
-  for word in caption.lower().split():
-    bare = word.strip('.,')
-    colour = _COLOURS.get(bare, colour)
-    key = _SHAPES.get(bare, ''), colour
-    if key in groups:
-      last = position + len(tokenizer.pieces(bare)) - 1
-      found.append((last, groups.index(key)))
-    position += len(tokenizer.pieces(word))
-  return found

@@ -1,6 +1,6 @@
 """How often the judge is correct on images that are known to be correct.
 
-  python -m imagen_jax.worlds.judge_accuracy [--num 500] [--sizes 64,256]
+  python benchmarks/shapes_judge.py [--num 500] [--sizes 64,256]
 
 prints, for every size and category, the fraction of renders that the judge
 finds correct. It should be near 1 for clean renders and after mild blur and
