@@ -7,13 +7,14 @@ r"""The icons' base model for a CPU: text → 32×32, 300 things in two styles.
 As `icons_base`, with another network: that of the super-resolution stages
 (B.1), which computes at 16×16 and 8×8 only.
 
-Of several networks of 5 to 6 M parameters this one was the fastest and learned
-most. After 90 s of training on 2 cores, in batches of 32 with v-prediction, it
-had seen 6,400 images (71 images/s), and the error of x at t = 0.1, 0.5 and 1,
-× 1,000, was 4.9, 38 and 164. The base model's U-Net on squares of 2×2 pixels
-(64 channels at 16×16, 128 at 8×8; not kept) had seen 4,600 (51 images/s), with
-errors of 8.1, 53 and 173. Waiting for data took 1 % of the time, and embedding
-the captions in each step 2 %, so neither is stored.
+Of four networks of 5 to 6 M parameters this one was the fastest in a timed
+step, and of the two that were trained for 90 s it learned more. On 2 cores, in
+batches of 32 with v-prediction, it had then seen 6,400 images (71 images/s),
+and the error of x at t = 0.1, 0.5 and 1, × 1,000, was 4.9, 38 and 164. The base
+model's U-Net on squares of 2×2 pixels (64 channels at 16×16, 128 at 8×8; not
+kept) had seen 4,600 (51 images/s), with errors of 8.1, 53 and 173. Waiting for
+data took 1 % of the time, and embedding the captions in each step 2 %, so
+neither is stored.
 
   python benchmarks/first_steps.py --config icons_cpu_base --steps 200
 

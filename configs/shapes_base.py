@@ -13,7 +13,7 @@ of 0.04. In scenes of five different shapes, each 4 to 5 pixels wide, it
 recognises 98.9 % of the shapes at 16 pixels and 100.0 % at 32, and locates them
 to 0.5 % and 0.2 % of the image.
 
-Cost of the bundled weights: @IMAGES@ images in @MINUTES@ minutes on 2 cores that
+Cost of the bundled weights: 2,214,400 images in 939 minutes on 2 cores that
 also ran tests. In this order, each from the EMA of the one before:
 
   1. A network with (1, 2) blocks and attention at 8 pixels, 806,400 images in
@@ -70,7 +70,7 @@ def get_config():
   config.stage.schedule.update(logsnr_min=-12.0, logsnr_max=12.0)
   config.stage.prediction = 'v'
   config.stage.stratified = True
-  config.stage.sampling.update(steps=64, guidance=2.0)
+  config.stage.sampling.update(steps=16, guidance=2.0)
   config.text.update(path='runs/shapes/text', max_len=32)
   config.text.trained_by = 'shapes_text'
   config.data.kind = 'shapes'

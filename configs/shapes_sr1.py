@@ -7,8 +7,8 @@ Source: Appendix F.2, with these differences.
 x-prediction: the Efficient U-Net of F.2 kept no features at full resolution
 when these weights were begun, so it could not reproduce the noise of single
 pixels, which eps and v require. With v-prediction it was still grainy after
-1,500 steps, with a loss of 0.16. Now it keeps them (docs/results.md, section 5):
-the weights were converted, then trained on.
+1,500 steps, with a loss of 0.16. Now it keeps them (docs/results.md, section
+5): the weights were converted, then trained on.
 
 `max_level` 0.4 instead of 1 (2.4): the base model's samples are better than
 images at higher levels, from which a third of the loss would come.
@@ -54,8 +54,9 @@ Cost of the bundled weights: 233,744 images in 119 minutes on 2 cores. First
 5,609 steps of a cosine over 12,000 (stopped there), with more than half of the
 scenes patterned and no `contrast_floor`; then from the EMA 6,000 steps of this
 file with a cosine to 0. Held-out loss, as this file computes it: 0.00051 after
-500 steps of the second run, 0.00031 at its end. Then, with features kept at full
-resolution, 3,000 steps more: 0.00039 → 0.00026 (of other scenes).
+500 steps of the second run, 0.00031 at its end. Then, with features kept at
+full resolution, 3,000 steps more: 0.00040 after 500 of them, 0.00026 at the end
+(of other scenes).
 
   python train.py --config shapes_sr1 --workdir runs/shapes/sr1v2 \
       --config.data.seed=10 --config.train.num_steps=12000 \
@@ -123,7 +124,7 @@ def get_config(net='efficient_unet'):
   config.stage.prediction = 'x'
   config.stage.max_level = 0.4
   config.stage.contrast_floor = 0.01
-  config.stage.sampling.update(steps=16, guidance=1.0, aug_level=0.05)
+  config.stage.sampling.update(steps=8, guidance=1.0, aug_level=0.05)
   config.train.update(num_steps=6000, batch_size=16)
   config.train.ema_decay = 0.999
   config.train.optimizer.learning_rate = 4e-3

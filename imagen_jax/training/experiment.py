@@ -223,8 +223,12 @@ class Experiment(abc.ABC):
     """The data set of 'train' or 'eval'; `source` is this, cached."""
     data = self.config.data.to_dict()
     data.pop('flip')  # see `augmentation`
-    data.pop('workers')  # see `input`
+    data.pop('workers')  # see `workers`
     return make_source(**data, size=self.resolution, split=split)
+
+  def workers(self, split: str) -> int:
+    """How many processes read the examples of a split; 0: threads do."""
+    return self.config.data.workers if split == 'train' else 0
 
   def augmentation(self, split: str) -> Augment | None:
     """What is random about the examples of a split, or None.

@@ -71,7 +71,7 @@ def _batches(
     order,
     augment=experiment.augmentation(split),
     transform=experiment.example,
-    workers=experiment.config.data.workers if split == 'train' else 0,
+    workers=experiment.workers(split),
   )
 
 

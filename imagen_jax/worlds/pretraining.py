@@ -133,6 +133,9 @@ class TextExperiment(Experiment):
       )
     }
 
+  def workers(self, split: str) -> int:
+    return 0  # it reads no images
+
   def augmentation(self, split: str) -> Augment | None:
     if split != 'train':
       return None

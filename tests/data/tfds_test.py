@@ -79,7 +79,7 @@ def test_an_image_has_all_of_its_captions(small):
 
 def test_a_source_takes_the_data_section_of_a_config(small):
   data = common.data() | {'kind': 'tfds', 'path': str(small)}
-  del data['flip']
+  del data['flip'], data['workers']  # of the training step, not the source
   data = ConfigDict(data).to_dict()
   assert len(make_source(**data, size=16)) == 4
   some = make_source(**data | {'where': ('side>17',)}, size=16)
