@@ -2,6 +2,12 @@
 
 import os
 import pathlib
+import signal
+
+# A shell has what it starts with & ignore Ctrl-C, and so would the processes
+# that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault(

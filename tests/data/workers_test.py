@@ -115,10 +115,13 @@ def test_no_worker_outlives_its_run(harm, group, tmp_path):
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
     start_new_session=True,
   ) as run:
-    pids = [*map(int, run.stdout.readline().split())]
-    assert len(pids) == 2
-    (os.killpg if group else os.kill)(run.pid, harm)
-    run.wait(30)
+    try:
+      pids = [*map(int, run.stdout.readline().split())]
+      assert len(pids) == 2
+      (os.killpg if group else os.kill)(run.pid, harm)
+      run.wait(30)
+    finally:
+      run.kill()
   start = time.monotonic()
   while any(os.path.exists(f'/proc/{pid}') for pid in pids):
     assert time.monotonic() - start < 30
