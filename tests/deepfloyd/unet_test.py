@@ -64,8 +64,8 @@ def _tanh_gelu(name):
   return {'gelu': jax.nn.gelu, None: lambda x: x}[name]
 
 
-def _strided(x):
-  return x[:, ::2, ::2]
+def _downsampling_strided(patch):
+  patch.setitem(blocks.RESAMPLE, 'down', lambda x: x[:, ::2, ::2])
 
 
 def _per_token(patch):
@@ -160,7 +160,7 @@ MUTATIONS = {
   'freq_shift 1': ({'freq_shift': 1}, None),
   'sine first': ({'flip_sin_to_cos': False}, None),
   'heads interleaved': ({}, _interleaved),
-  'strided instead of averaged': ({}, _patch(blocks, 'downsample', _strided)),
+  'strided instead of averaged': ({}, _downsampling_strided),
   'scale and shift swapped': ({}, _swapped),
   'earliest skip first': ({}, _encoder_skips),
   'skip before h': ({}, _skip_before_h),
