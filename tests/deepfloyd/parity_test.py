@@ -8,6 +8,8 @@ input at every step (torch in float32 is 4e-4 to 7e-4 from torch in float64
 after ten steps), so whole runs scale down the last layer.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +98,8 @@ def test_diffusers_loads_what_is_exported_and_the_reverse(tmp_path):
     assert torch.equal(value, expected[name]), name
   net.half().save_pretrained(tmp_path / 'b')
   _, again = weights.load(tmp_path / 'b')
-  weights.save(tmp_path / 'c', again, source=tmp_path / 'b')
+  raw = json.loads((tmp_path / 'b' / 'config.json').read_text())
+  weights.save(tmp_path / 'c', again, source=raw)
   from safetensors.torch import load_file
 
   b, c = (load_file(tmp_path / x / f'{weights.STEM}.safetensors') for x in 'bc')
