@@ -48,6 +48,13 @@ step lets the network correct a wrong outline.
 
   python evaluate.py --suite shapes --num 32 --categories single \
       --stages base,sr1 --sampler ddpm,dpmpp --steps 64,16
+
+Steps: of 300 pairs and 300 counts at 64 pixels, the bundled weights get 93.0
+and 91.3 % right in 16 steps, 91.7 and 93.7 % in 64: the same within chance. So
+the stage was given 16 after its training, which had 64.
+
+  python evaluate.py --suite shapes --stages base,sr1 --steps 16,8 --num 300 \
+      --categories pair,count --batch_size 16
 """
 
 from imagen_jax.configs import common
