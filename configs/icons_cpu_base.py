@@ -13,7 +13,7 @@ variables (67 images/s), and 0.574 s without them:
 
   python benchmarks/first_steps.py --config icons_cpu_base --steps 100
 
-Cost: 5.3 M parameters; the 40,000 steps take about 5 hours at that speed, and
+Cost: 5.3 M parameters; the 24,000 steps take about 5 hours at that speed, and
 twice that beside other work.
 
 Result: not trained yet.
@@ -39,7 +39,9 @@ def get_config():
     'emb_channels': 256,
     'norm_groups': 8,
   }
+  # On a processor with AMX the encoder's products take a fifth of the time.
+  config.text.dtype = 'bfloat16'
   config.data.mixture = MIXTURE
-  config.train.update(num_steps=40_000, batch_size=32)
+  config.train.update(num_steps=24_000, batch_size=32)
   config.train.optimizer.decay = True
   return config

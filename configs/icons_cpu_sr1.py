@@ -19,6 +19,7 @@ def get_config():
   """The 32→64 stage of the icons cascade for a CPU."""
   config = icons_sr1.get_config()
   config.stage.net.update(channels=(24, 48, 96), num_res_blocks=(1, 1, 2))
+  config.text.dtype = 'bfloat16'
   config.data.mixture = icons_cpu_base.MIXTURE
   config.train.num_steps = 20_000
   config.train.optimizer.decay = True

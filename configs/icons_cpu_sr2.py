@@ -20,6 +20,7 @@ def get_config():
   config.stage.net.update(
     channels=(16, 32, 48, 64), num_res_blocks=(1, 1, 1, 1)
   )
+  config.text.dtype = 'bfloat16'
   config.data.mixture = icons_cpu_base.MIXTURE
   config.train.num_steps = 20_000
   config.train.optimizer.decay = True

@@ -10,7 +10,8 @@ import pytest
 from imagen_jax.cli import errors
 
 COMMANDS = {
-  'sample.py': ['--prompt', 'a red circle', '--out', 'OUT'],
+  # More images than any machine draws in two seconds.
+  'sample.py': ['--prompt', 'a red circle', '--num_samples', '64', '--out', 'OUT'],
   'train.py': [
     '--config', 'shapes_base', '--config.text.path=demo', '--workdir', 'OUT',
   ],
