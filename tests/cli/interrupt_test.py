@@ -11,7 +11,9 @@ from imagen_jax.cli import errors
 
 COMMANDS = {
   # More images than any machine draws in two seconds.
-  'sample.py': ['--prompt', 'a red circle', '--num_samples', '64', '--out', 'OUT'],
+  'sample.py': [
+    '--prompt', 'a red circle', '--num_images', '64', '--out', 'OUT',
+  ],
   'train.py': [
     '--config', 'shapes_base', '--config.text.path=demo', '--workdir', 'OUT',
   ],
