@@ -24,6 +24,7 @@ from imagen_jax import sharding
 from imagen_jax.cascade import conditioning
 from imagen_jax.cli.configs import load_config, split_overrides
 from imagen_jax.diffusion import process
+from imagen_jax.training import cpu_layout
 from imagen_jax.training.experiment import make_experiment
 from imagen_jax.training.input import split_index, train_batches
 from imagen_jax.training.program import make_program
@@ -78,6 +79,9 @@ def main():
   config.train.ema_decay = 0.99
   if config.text.path == 'runs/shapes/text':
     config.text.path = 'demo'
+  said = cpu_layout.settle(config, None)
+  if said:
+    print(said)
   run = make_experiment(config)
   program = make_program(run, run.mesh)
   errors = make_errors(run)

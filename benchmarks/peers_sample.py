@@ -28,9 +28,14 @@ def _ours(side, steps, low=None):
     aug_level=np.float32(0.2),
   )
 
+  state = sampling.no_state(made, spec, inputs)
+  state = sharding.put_whole_batch(state, mesh)
+
   def work():
+    nonlocal state
     with jax.set_mesh(mesh):
-      run(params, inputs).block_until_ready()
+      state = run(params, inputs, np.int32(0), np.int32(steps), state)
+    state.x.block_until_ready()
 
   return work
 

@@ -425,4 +425,8 @@ def mesh() -> dict[str, Any]:
     'data': -1,
     # Devices that parameters, EMA and optimizer state are split over.
     'fsdp': 1,
+    # On a CPU: 'cores' (one of XLA's devices a core), 'one' (a device of all
+    # cores), either with '_eigen' (convolutions by XLA's older library), or
+    # 'auto': a new run of some length measures which is the fastest.
+    'cpu': 'auto',
   }

@@ -1,7 +1,5 @@
 r"""The icons' base model for a CPU: text → 32×32, 300 things in two styles.
 
-  export XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=individual_dot,reduce
-  export JAX_NUM_CPU_DEVICES=1
   python train.py --config icons_cpu_base --workdir runs/icons_cpu/base
 
 As `icons_base`, with another network: that of the super-resolution stages

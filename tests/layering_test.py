@@ -11,6 +11,7 @@ ROOT = pathlib.Path(imagen_jax.__file__).parent
 # The packages that each package may import. `cli` is the top layer and may
 # import everything.
 BELOW = {
+  'compiler': set(),
   'errors': set(),
   'typing': set(),
   'diffusion': {'typing'},
@@ -22,12 +23,12 @@ BELOW = {
   'kinds': {'errors'},
   'data': {'errors', 'io', 'kinds'},
   'cascade': {
-    'errors', 'diffusion', 'dtypes', 'io', 'kinds', 'nets', 'sharding', 'text',
-    'typing',
+    'compiler', 'errors', 'diffusion', 'dtypes', 'io', 'kinds', 'nets',
+    'sharding', 'text', 'typing',
   },
   'training': {
-    'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io', 'kinds',
-    'sharding', 'text', 'typing',
+    'compiler', 'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io',
+    'kinds', 'sharding', 'text', 'typing',
   },
   'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text'},
   'worlds': {

@@ -21,7 +21,7 @@ import jax
 from jax.experimental import serialize_executable
 
 import imagen_jax
-from imagen_jax import sharding
+from imagen_jax import compiler, sharding
 from imagen_jax.dtypes import NUMERICS
 from imagen_jax.io import files, paths
 
@@ -31,7 +31,9 @@ LENGTH = len(MAGIC) + 64
 # jax's settings, besides `NUMERICS`, and the source code, on which a program
 # depends.
 OPTIONS = ('jax_default_matmul_precision', 'jax_disable_most_optimizations')
-CODE = ('cascade', 'diffusion', 'nets', 'dtypes.py', 'sharding.py')
+CODE = (
+  'cascade', 'diffusion', 'nets', 'compiler.py', 'dtypes.py', 'sharding.py',
+)  # fmt: skip
 
 
 class Program:
@@ -53,7 +55,9 @@ class Program:
         None: unknown, so that it is only kept in memory.
       **options: of `jax.jit`.
     """
-    self._jit = functools.partial(jax.jit, **options)
+    self._jit = functools.partial(
+      jax.jit, compiler_options=compiler.sampling_options(), **options
+    )
     self._jitted = self._jit(function)
     self._function, self._identity = function, identity
     self._made: dict[str, Any] = {}
@@ -153,6 +157,7 @@ def _machine() -> str:
       options,
       [str(jax.config.values[name]) for name in OPTIONS],
       [os.environ.get(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')],
+      compiler.sampling_options(),
       features,
     ]
   )

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imagen_jax import kinds, sharding
+from imagen_jax.compiler import QUICK
 from imagen_jax.data.pipeline import flip
 from imagen_jax.data.source import Source
 from imagen_jax.data.sources import make_source
@@ -204,13 +205,10 @@ class Experiment(abc.ABC):
         'it out.',
         key='init_from',
       )
-    # Slow to compile and run only once: on CPU, compiling without LLVM's
-    # optimizations halves the time.
-    quick = {'xla_backend_optimization_level': 0}
     init = jax.jit(
       self.init,
       out_shardings=shardings,
-      compiler_options=quick if jax.default_backend() == 'cpu' else None,
+      compiler_options=QUICK if jax.default_backend() == 'cpu' else None,
     )
     return Start(init(jax.random.key(self.config.seed)), 'from scratch')
 

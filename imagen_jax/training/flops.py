@@ -10,7 +10,7 @@ HFU, the hardware FLOPs utilization, counts what rematerialization repeats too
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -45,6 +45,15 @@ def has_remat(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
     or any(has_remat(inner) for inner in _programs(eqn.params))
     for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns
   )
+
+
+def convolutions(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
+  """The convolutions of a program, each where it is written."""
+  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+    if eqn.primitive.name == 'conv_general_dilated':
+      yield eqn
+    for inner in _programs(eqn.params):
+      yield from convolutions(inner)
 
 
 def without_remat(function: F) -> F:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from imagen_jax.io import bucket, model_folder
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.io.local_tier import LocalTier
 from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.training import cpu_layout, peers, power_ema, report
 from imagen_jax.training import ledger as ledgers
-from imagen_jax.training import peers, power_ema, report
 from imagen_jax.training import workdir as workdirs
 from imagen_jax.training.experiment import Experiment, make_experiment
 from imagen_jax.training.input import Ahead, train_batches
@@ -73,12 +74,17 @@ def train(
   limits = config.train.startup_seconds, config.train.hang_seconds
   job = peers.current()
   with Watchdog(*limits, end=job.abort) as alive:
+    config = copy.deepcopy(config)
+    stored = workdirs.stored_config(workdir)
+    said = cpu_layout.settle(config, stored, measure=not dry_run)
     experiment = make_experiment(config, workdir)
     with ledger.spent('compile'):
       program = make_program(experiment, experiment.mesh)
       if jax.process_index() == 0:
         for line in report.startup(program, arrays=dry_run):
           print(line, flush=True)
+        if said:
+          print(f'  {said}', flush=True)
     if dry_run:
       return 0
     warm = None if init_from is None else model_folder.load_stage(init_from)

@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 
 from imagen_jax.errors import UsageError, check_choice
 
+# Of the quintic Newton–Schulz iteration (Jordan et al. 2024).
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
 
 def learning_rate(
   *, peak: float, warmup: int, decay_steps: int | None = None
@@ -111,6 +114,12 @@ def _muon(
   Updates are scaled to an RMS of 0.2, about Adam's (Liu et al. 2025), so
   Adam's learning rates are a good starting point.
   """
+  # One row a step makes optax iterate in a loop. Without, the steps of hundreds
+  # of kernels are most of a program's operations, and compiling and loading it
+  # take longer.
+  options.setdefault(
+    'ns_coeffs', (_NEWTON_SCHULZ,) * options.get('ns_steps', 5)
+  )
   return optax.contrib.muon(
     rate,
     consistent_rms=0.2,

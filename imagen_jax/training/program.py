@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from imagen_jax import sharding
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
+from imagen_jax.training import cpu_layout
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.flops import count_flops, has_remat, without_remat
 from imagen_jax.training.optimizer import make_optimizer
@@ -121,6 +122,7 @@ def make_program(
     train_step(experiment, tx, unroll=unroll),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=cpu_layout.compiler_options(experiment.config, mesh),
   )
   return Program(experiment, mesh, tx, state, shardings, step)
 

@@ -201,6 +201,18 @@ def must_resume(
   return hosts.agree('resume', lambda: None, decide)
 
 
+def stored_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The config that a workdir's run was started with; None: there is no run.
+
+  Raises:
+    ModelError: its config.json is damaged.
+  """
+  if not (workdir / 'config.json').exists():
+    return None
+  config: dict[str, Any] = load_config(workdir)['config']
+  return config
+
+
 def claim(
   workdir: pathlib.Path,
   config: ConfigDict,

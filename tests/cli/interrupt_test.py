@@ -10,7 +10,7 @@ import pytest
 from imagen_jax.cli import errors
 
 COMMANDS = {
-  # More images than any machine draws in two seconds.
+  # More images than any machine samples in two seconds.
   'sample.py': [
     '--prompt', 'a red circle', '--num_images', '64', '--out', 'OUT',
   ],

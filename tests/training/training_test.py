@@ -1,5 +1,6 @@
 """Training: resuming, the NaN guard, EMA, optimizers, the stage's loss."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -79,6 +80,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(run, tmp_path):
   )
   losses = [[row['loss'] for row in rows(w)] for w in (workdir, tmp_path / 'w')]
   assert losses[0] == losses[1]
+
+
+def test_a_run_on_one_device_of_a_cpu_stays_on_it(run, tmp_path, capsys):
+  config, workdir = copy.deepcopy(run[0]), tmp_path / 'w'
+  config.mesh.update(data=-1, cpu='one_eigen')
+  calls = iter([False, True])
+  loop.train(config, workdir, should_stop=lambda _: next(calls))
+  config.mesh.cpu = 'auto'
+  loop.train(config, workdir, should_stop=lambda _: True)
+  assert capsys.readouterr().out.count('= 1 cpu device(s)') == 2
+  stored = json.loads((workdir / 'config.json').read_text())['config']
+  assert stored['mesh']['cpu'] == 'one_eigen'
+  np.testing.assert_allclose(
+    [row['loss'] for row in rows(workdir)],
+    [row['loss'] for row in rows(run[1])[:3]],
+    rtol=1e-4,
+  )
 
 
 def test_a_killed_run_has_the_snapshots_of_an_uninterrupted_one(run, tmp_path):
@@ -363,6 +381,21 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
     sizes = np.linalg.svd(matrices, compute_uv=False)
     assert sizes.max() < 2 * sizes.min(), path
     np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.3)
+
+
+@pytest.mark.parametrize('steps', [5, 3])
+def test_muon_iterates_in_a_loop_and_gives_what_optax_does(steps):
+  params = {'dense': {'kernel': jax.random.normal(jax.random.key(0), (8, 12))}}
+  theirs = optax.contrib.muon(1e-2, ns_steps=steps, consistent_rms=0.2)
+  ours = optimizer(1e-2, kind='muon', clip=None, ns_steps=steps)
+  of_ours = lambda grads: ours.update(grads, ours.init(params), params)[0]
+  of_theirs = lambda grads: theirs.update(grads, theirs.init(params), params)[0]
+  np.testing.assert_allclose(
+    of_ours(params)['dense']['kernel'],
+    of_theirs(params)['dense']['kernel'],
+    rtol=1e-5,
+  )
+  assert ' while(' in jax.jit(of_ours).lower(params).compile().as_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""The layout of training on a CPU: when it is measured, chosen and kept."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.errors import UsageError
+from imagen_jax.training import cpu_layout
+from imagen_jax.training.cpu_layout import CORES, LAYOUTS, settle
+from tests import tiny_model
+
+
+@pytest.fixture
+def config(monkeypatch):
+  for name in ('JAX_NUM_CPU_DEVICES', 'XLA_FLAGS'):
+    monkeypatch.delenv(name, raising=False)
+  made = tiny_model.config('base')
+  made.mesh.update(data=-1, cpu='auto')
+  made.train.update(num_steps=cpu_layout.LEAST_STEPS, batch_size=8)
+  return made
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+  """{layout: seconds}, which are measured instead of the real ones."""
+  found = dict.fromkeys(LAYOUTS, 1.0)
+
+  def time(shape, layout, mesh):
+    assert mesh.size == (1 if layout.devices == 1 else len(jax.devices()))
+    name = next(name for name, one in LAYOUTS.items() if one is layout)
+    if found[name] is None:
+      raise jax.errors.JaxRuntimeError('No such compile option')
+    return found[name]
+
+  monkeypatch.setattr(cpu_layout, '_time', time)
+  return found
+
+
+@pytest.mark.parametrize('fastest', LAYOUTS)
+def test_the_fastest_is_chosen_and_said(config, seconds, fastest):
+  seconds.update(dict.fromkeys(LAYOUTS, 2.0) | {fastest: 1.0})
+  said = settle(config, None)
+  assert config.mesh.cpu == fastest
+  assert config.mesh.data == LAYOUTS[fastest].devices
+  assert f'--config.mesh.cpu={fastest}' in said
+  assert LAYOUTS[fastest].words in said
+
+
+def test_a_small_gain_is_chance(config, seconds):
+  seconds['one'] = 0.97
+  assert settle(config, None) and config.mesh.cpu == CORES
+
+
+def test_an_option_that_this_jax_does_not_know(config, seconds):
+  seconds.update({name: None for name in LAYOUTS if LAYOUTS[name].options})
+  seconds['one'] = 0.5
+  assert settle(config, None) and config.mesh.cpu == 'one'
+
+
+@pytest.mark.parametrize(
+  'change', ['short', 'mesh', 'devices', 'flags', 'dry_run', 'kind']
+)
+def test_when_nothing_is_measured(config, seconds, monkeypatch, change):
+  seconds['one'] = 0.1
+  if change == 'short':
+    config.train.num_steps -= 1
+  if change == 'mesh':
+    config.mesh.data = 2
+  if change == 'devices':
+    monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '2')
+  if change == 'flags':
+    monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=false')
+  if change == 'kind':
+    config.kind = 'text'
+  mesh = config.mesh.data
+  assert settle(config, None, measure=change != 'dry_run') is None
+  assert (config.mesh.cpu, config.mesh.data) == (CORES, mesh)
+
+
+def test_a_resumed_run_keeps_its_layout(config, seconds):
+  seconds['one_eigen'] = 0.1
+  stored = copy.deepcopy(config).to_dict()
+  for before in ('one', CORES):
+    resumed = copy.deepcopy(config)
+    stored['mesh']['cpu'] = before
+    assert settle(resumed, stored) is None
+    assert resumed.mesh.cpu == before
+    assert resumed.mesh.data == LAYOUTS[before].devices
+  del stored['mesh']['cpu']  # of a run from before there were layouts
+  assert settle(config, stored) is None
+  assert config.mesh.cpu == CORES
+
+
+def test_a_given_layout_is_taken(config, seconds):
+  config.mesh.cpu = 'one'
+  assert settle(config, None) is None
+  assert (config.mesh.cpu, config.mesh.data) == ('one', 1)
+  config.mesh.cpu = 'two'
+  with pytest.raises(UsageError, match='one_eigen'):
+    settle(config, None)
+
+
+def test_measuring(config):
+  """The heaviest convolutions of the real network, with the real compiler."""
+  shapes = cpu_layout._heaviest(config)
+  work = [
+    n * np.prod(image) * np.prod(kernel) for (image, kernel, *_), n in shapes
+  ]
+  assert work == sorted(work, reverse=True) and len(work) > 1
+  assert all(image[0] == 8 and len(image) == 4 for (image, *_), _ in shapes)
+  said = settle(config, None)
+  assert config.mesh.cpu in LAYOUTS and 'measured' in said
+
+
+def test_few_rows_of_a_heavy_convolution(monkeypatch):
+  monkeypatch.setattr(cpu_layout, 'MOST_FLOPS', 1.0)
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()[:2]).reshape(2, 1), ('data', 'fsdp')
+  )
+  shape = ((4096, 8, 8, 4), (3, 3, 4, 4), (1, 1), np.dtype('float32'))
+  assert 0 < cpu_layout._time(shape, LAYOUTS[CORES], mesh) < 60
