@@ -9,23 +9,28 @@ def _ours(side, batch, low=None):
 
   from imagen_jax import sharding
   from imagen_jax.cascade import objective, stage
+  from imagen_jax.training import cpu_layout
   from imagen_jax.training.optimizer import make_optimizer
   from imagen_jax.training.state import init_state
   from imagen_jax.training.step import make_train_step
 
   config = nets.config(side, low)
+  config.train.batch_size = batch
+  print(cpu_layout.settle(config, None))
   made, tx = nets.stage(config), make_optimizer(config.train)
 
   def loss(params, key, batch, frozen):
     arrays = batch['image'], batch['text'], batch['mask']
     return objective.loss(made, params, key, *arrays)
 
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(config.mesh.data)
   whole = sharding.replicated(mesh)
   params = jax.jit(lambda key: stage.init_params(made, key))(jax.random.key(0))
   state = jax.jit(lambda p: init_state(p, tx), out_shardings=whole)(params)
   step = jax.jit(
-    make_train_step(loss, tx, seed=0, ema_limit=0.9999), donate_argnums=0
+    make_train_step(loss, tx, seed=0, ema_limit=0.9999),
+    donate_argnums=0,
+    compiler_options=cpu_layout.compiler_options(config, mesh),
   )
   image = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3))
   rows = {

@@ -6,13 +6,9 @@ As `icons_base`, with another network: that of the super-resolution stages
 (B.1), which computes at 16×16 and 8×8 only.
 
 A U-Net on squares of 2×2 pixels learned less in the same time, and was not
-kept. The command prints 0.476 s a step of 32 images on 2 cores with these
-variables (67 images/s), and 0.574 s without them:
+kept. On AMX processors the encoder is faster in bfloat16.
 
-  python benchmarks/first_steps.py --config icons_cpu_base --steps 100
-
-Cost: 5.3 M parameters; the 24,000 steps take about 5 hours at that speed, and
-twice that beside other work.
+Cost: 5.3 M parameters; docs/icons.md has the times of a step.
 
 Result: not trained yet.
 """
@@ -37,7 +33,6 @@ def get_config():
     'emb_channels': 256,
     'norm_groups': 8,
   }
-  # On a processor with AMX the encoder's products take a fifth of the time.
   config.text.dtype = 'bfloat16'
   config.data.mixture = MIXTURE
   config.train.update(num_steps=24_000, batch_size=32)

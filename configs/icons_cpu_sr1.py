@@ -2,12 +2,9 @@ r"""The first super-resolution model of `icons_cpu_base`'s cascade: 32→64.
 
   python train.py --config icons_cpu_sr1 --workdir runs/icons_cpu/sr1
 
-As `icons_sr1`, with fewer channels at 32×32 and one residual block less. The
-environment of `icons_cpu_base` makes it faster.
+As `icons_sr1`, with fewer channels at 32×32 and one residual block less.
 
-Cost: 2.54 M parameters. A step of 16 images takes 0.214 s on 2 cores
-(`python benchmarks/first_steps.py --config icons_cpu_sr1 --steps 100`), so the
-20,000 steps take 1.2 hours.
+Cost: 2.54 M parameters; docs/icons.md has the times of a step.
 
 Result: not trained yet.
 """

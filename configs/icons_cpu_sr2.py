@@ -4,9 +4,7 @@ r"""The last super-resolution model of `icons_cpu_base`'s cascade: 64→256.
 
 As `icons_sr2`, with one residual block per level and fewer channels.
 
-Cost: 1.42 M parameters. A step of 16 crops takes 0.215 s on 2 cores
-(`python benchmarks/first_steps.py --config icons_cpu_sr2 --steps 100`), so the
-20,000 steps take 1.2 hours.
+Cost: 1.42 M parameters; docs/icons.md has the times of a step.
 
 Result: not trained yet.
 """

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
-# On a CPU, convolutions by Eigen: by default YNNPACK, a newer library, has them
-# besides the matrix products.
+_TYPE = 'LIBRARY_FUSION_TYPE_'
+# On a CPU, convolutions by Eigen. By default YNNPACK, a newer library, has them
+# too, besides the matrix products and sums that are left to it here.
 EIGEN: dict[str, Any] = {
-  'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
+  'xla_cpu_experimental_ynn_fusion_type': f'{_TYPE}INDIVIDUAL_DOT,{_TYPE}REDUCE'
 }
 # For what runs once and is slow to compile: on a CPU, without LLVM's
 # optimizations, in half the time.
@@ -21,7 +22,7 @@ def sampling_options() -> dict[str, Any] | None:
   """Those under which images are sampled; None: the defaults.
 
   On a CPU with `EIGEN` a network of 27 M parameters took 0.76 of the time
-  (`benchmarks/peers.py --rows sample32 --layouts`), and the demo the same.
+  (docs/speed.md).
   """
   if jax.default_backend() != 'cpu' or '_ynn_' in os.environ.get(
     'XLA_FLAGS', ''

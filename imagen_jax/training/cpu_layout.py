@@ -92,7 +92,8 @@ def settle(
     mesh.cpu, said = _fastest(config)
   elif mesh.cpu == AUTO:
     mesh.cpu = CORES
-  if jax.default_backend() == 'cpu' and free:
+  alone = jax.process_count() == 1  # several processes use all devices
+  if jax.default_backend() == 'cpu' and free and alone:
     mesh.data = LAYOUTS[mesh.cpu].devices
   return said
 

@@ -93,6 +93,14 @@ def test_a_resumed_run_keeps_its_layout(config, seconds):
   assert config.mesh.cpu == CORES
 
 
+def test_several_processes_use_all_devices(config, seconds, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  resumed = copy.deepcopy(config)
+  assert settle(config, None) is None and config.mesh.cpu == CORES
+  assert settle(resumed, {'mesh': {'cpu': 'one'}}) is None
+  assert resumed.mesh.data == -1
+
+
 def test_a_given_layout_is_taken(config, seconds):
   config.mesh.cpu = 'one'
   assert settle(config, None) is None
