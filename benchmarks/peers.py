@@ -14,8 +14,9 @@ median, maximum), the ratio of our median to the peer's, and the most memory
 that each process has held, its imports and workers included. A peer that is not
 installed is named, and left out.
 
-With `--layouts` a row is also run with one device of XLA's, and with its flag
-for fused products, see docs/speed.md. Nothing else should be running.
+Ours trains and samples as the commands do, in a layout of their choice. With
+`--layouts` a row is also run with one device of XLA's, and with its flag for
+fused products, see docs/speed.md. Nothing else should be running.
 """
 
 import argparse

@@ -16,7 +16,7 @@ def _ours(side, batch, low=None):
 
   config = nets.config(side, low)
   config.train.batch_size = batch
-  print(cpu_layout.settle(config, None))
+  print(cpu_layout.settle(config, None) or 'the layout was not measured')
   made, tx = nets.stage(config), make_optimizer(config.train)
 
   def loss(params, key, batch, frozen):

@@ -1,9 +1,9 @@
 """How a network's training is laid out on a CPU, measured when a run begins.
 
 XLA runs a batch as one device with all cores, or as one device a core with a
-part of the batch each; and it multiplies with one library or another. Which is
-fastest differs between networks and processors, by up to a half. The gradient
-is rounded differently, so a run keeps its layout.
+part of the batch each; and one library or another has the convolutions. Which
+is fastest differs between networks and processors. The gradient is rounded
+differently, so a run keeps its layout.
 """
 
 import collections
@@ -27,7 +27,7 @@ from imagen_jax.cascade import stage_config
 from imagen_jax.cascade.stage import init_params
 from imagen_jax.compiler import EIGEN
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import check_choice
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.training.flops import convolutions
 
 AUTO, CORES = 'auto', 'cores'
@@ -79,22 +79,34 @@ def settle(
     a line that says what was measured; None if nothing was.
 
   Raises:
-    UsageError: there is no such layout.
+    UsageError: there is no such layout, or it does not fit `mesh.data`,
+      `mesh.fsdp` or several processes.
   """
   if 'cpu' not in config.get('mesh', {}):  # not one of `configs/`
     return None
   mesh, said = config.mesh, None
   check_choice('mesh.cpu', mesh.cpu, (AUTO, *LAYOUTS))
-  free = (mesh.data, mesh.fsdp) == (-1, 1)
+  given, sizes = mesh.cpu, (mesh.data, mesh.fsdp)
+  free = sizes == (-1, 1)
   if mesh.cpu == AUTO and stored is not None:
     mesh.cpu = stored.get('mesh', {}).get('cpu', CORES)
   elif mesh.cpu == AUTO and measure and free and _worthwhile(config):
     mesh.cpu, said = _fastest(config)
   elif mesh.cpu == AUTO:
     mesh.cpu = CORES
-  alone = jax.process_count() == 1  # several processes use all devices
-  if jax.default_backend() == 'cpu' and free and alone:
-    mesh.data = LAYOUTS[mesh.cpu].devices
+  if jax.default_backend() != 'cpu' or LAYOUTS[mesh.cpu].devices != 1:
+    return said
+  if jax.process_count() == 1 and (free or sizes == (1, 1)):
+    mesh.data = 1
+  elif given == AUTO:  # stored with the run, which now has another mesh
+    mesh.cpu = mesh.cpu.replace('one', CORES)
+  else:
+    raise UsageError(
+      f'mesh.cpu={given} is one device of one process, and there are '
+      f'{jax.process_count()} processes with mesh.data={mesh.data}, '
+      f'mesh.fsdp={mesh.fsdp}; leave out one or the other.',
+      key='config.mesh.cpu',
+    )
   return said
 
 
@@ -119,7 +131,7 @@ def _worthwhile(config: ConfigDict) -> bool:
 
 
 def _fastest(config: ConfigDict) -> tuple[str, str]:
-  """The layout under which the heaviest convolutions take least, in words."""
+  """The name of the fastest layout, and a line that says so."""
   begin = time.perf_counter()
   shapes = _heaviest(config)
   seconds = {}
@@ -160,8 +172,14 @@ def _heaviest(config: ConfigDict) -> list[tuple[Shape, int]]:
     ((config.train.batch_size, *image[1:]), *rest)  # it is traced with one row
     for image, *rest in map(_shape, convolutions(traced(jax.random.key(0))))
   )
-  work = lambda item: item[1] * np.prod(item[0][0]) * np.prod(item[0][1])
+  work = lambda item: item[1] * _flops(item[0])
   return sorted(found.items(), key=work, reverse=True)[:CONVOLUTIONS]
+
+
+def _flops(shape: Shape) -> float:
+  """FLOPs of a convolution, those on its padding included."""
+  image, kernel, strides, _ = shape
+  return float(2 * np.prod(image[:-1]) * np.prod(kernel) / np.prod(strides))
 
 
 def _shape(eqn: JaxprEqn) -> Shape:
@@ -172,8 +190,8 @@ def _shape(eqn: JaxprEqn) -> Shape:
 def _time(shape: Shape, layout: Layout, mesh: Mesh) -> float:
   """Seconds of a convolution and its gradient, a median."""
   (rows, *inside), kernel, strides, dtype = shape
-  each = 2.0 * np.prod(inside[:-1]) * np.prod(kernel)
-  fewer = int(min(rows, MOST_FLOPS / each)) // mesh.size * mesh.size
+  fewer = int(rows * min(1, MOST_FLOPS / _flops(shape)))
+  fewer = fewer // mesh.size * mesh.size
   image = (max(fewer, mesh.size), *inside)
   convolve = functools.partial(
     jax.lax.conv_general_dilated,

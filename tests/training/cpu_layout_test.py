@@ -9,6 +9,7 @@ import pytest
 from imagen_jax.errors import UsageError
 from imagen_jax.training import cpu_layout
 from imagen_jax.training.cpu_layout import CORES, LAYOUTS, settle
+from imagen_jax.training.flops import count_flops
 from tests import tiny_model
 
 
@@ -110,12 +111,44 @@ def test_a_given_layout_is_taken(config, seconds):
     settle(config, None)
 
 
+@pytest.mark.parametrize('sizes', [(2, 1), (1, 2), (-1, 2)])
+def test_one_device_and_a_larger_mesh(config, seconds, sizes):
+  config.mesh.update(data=sizes[0], fsdp=sizes[1], cpu='one_eigen')
+  resumed = copy.deepcopy(config)
+  with pytest.raises(UsageError, match='one_eigen is one device'):
+    settle(config, None)
+  resumed.mesh.cpu = 'auto'  # the run began on one device
+  settle(resumed, {'mesh': {'cpu': 'one_eigen'}})
+  assert resumed.mesh.cpu == 'cores_eigen'
+  assert (resumed.mesh.data, resumed.mesh.fsdp) == sizes
+
+
+def flops(shape):
+  """FLOPs of a convolution without padding on as many outputs."""
+  image, kernel, strides, dtype = shape
+  sides = [
+    (side // step - 1) * step + taps
+    for side, step, taps in zip(image[1:3], strides, kernel[:2])
+  ]
+  traced = jax.make_jaxpr(
+    lambda x, w: jax.lax.conv_general_dilated(
+      x, w, strides, 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+  )(np.zeros((image[0], *sides, image[3]), dtype), np.zeros(kernel, dtype))
+  return count_flops(traced.jaxpr)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('channels', [4, 12])
+def test_the_flops_of_a_convolution(stride, channels):
+  shape = (8, 16, 16, channels), (3, 3, channels, 6), (stride, stride), 'f4'
+  assert cpu_layout._flops(shape) == flops(shape)
+
+
 def test_measuring(config):
   """The heaviest convolutions of the real network, with the real compiler."""
   shapes = cpu_layout._heaviest(config)
-  work = [
-    n * np.prod(image) * np.prod(kernel) for (image, kernel, *_), n in shapes
-  ]
+  work = [n * flops(shape) for shape, n in shapes]
   assert work == sorted(work, reverse=True) and len(work) > 1
   assert all(image[0] == 8 and len(image) == 4 for (image, *_), _ in shapes)
   said = settle(config, None)
