@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from flax.traverse_util import unflatten_dict
 
+from imagen_jax import compiler
 from imagen_jax.deepfloyd import config, unet, weights
 
 RAW = {
@@ -85,7 +86,10 @@ def main():
   t = np.full((rows,), 500.0, np.float32)
   given = [torch.from_numpy(x) for x in (z.transpose(0, 3, 1, 2).copy(), t)]
   given.append(torch.from_numpy(text))
-  apply = jax.jit(lambda p, *xs: module.apply({'params': p}, *xs))
+  apply = jax.jit(
+    lambda p, *xs: module.apply({'params': p}, *xs),
+    compiler_options=compiler.sampling_options(),
+  )
 
   def torch_call(model):
     with torch.no_grad():

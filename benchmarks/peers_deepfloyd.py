@@ -16,12 +16,13 @@ def _inputs(side):
 def _ours(side):
   import jax
 
+  from imagen_jax import compiler
   from imagen_jax.deepfloyd import config, unet
 
   module = unet.IFUNet(config.parse(RAW))
   inputs = _inputs(side)
   params = jax.jit(module.init)(jax.random.key(0), *inputs)
-  apply = jax.jit(module.apply)
+  apply = jax.jit(module.apply, compiler_options=compiler.sampling_options())
   return lambda: np.asarray(apply(params, *inputs))
 
 

@@ -35,8 +35,8 @@ BELOW = {
     'data', 'errors', 'evaluation', 'io', 'nets', 'text', 'training', 'typing',
   },
   'deepfloyd': {
-    'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets', 'typing',
-    'sharding', 'text', 'training',
+    'compiler', 'errors', 'cascade', 'cli', 'diffusion', 'dtypes', 'io', 'nets',
+    'sharding', 'text', 'training', 'typing',
   },
   'planning': {
     'errors', 'cascade', 'io', 'nets', 'sharding', 'text', 'training'

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from imagen_jax import sharding
+from imagen_jax import compiler, sharding
 from imagen_jax.cascade.conditioning import box_downsample
 from imagen_jax.cascade.stage import apply
 from imagen_jax.deepfloyd import (
@@ -226,9 +226,10 @@ class IFExperiment(Experiment):
       return {'text': np.stack(texts)}
 
     low = self.resolution // 4 if self.stage.upsamples else None
-    return make_image_preview(
-      self, jax.jit(sample_trained), embed, frozen, low_resolution=low
+    jitted = jax.jit(
+      sample_trained, compiler_options=compiler.sampling_options()
     )
+    return make_image_preview(self, jitted, embed, frozen, low_resolution=low)
 
   def finish(self, state: Any, frozen: Tree) -> None:
     out = self._inside('export') / self.name

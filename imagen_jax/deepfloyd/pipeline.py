@@ -235,7 +235,9 @@ class IF:
         shared['pooled'] = shared['mixed'] = texts[style_prompt]
       inputs = _stage_inputs(part, request, texts, low, shared)
       shape = (height, width, 3)
-      run = functools.partial(_generate, part, setting, shape=shape)
+      run = functools.partial(
+        _generate, stage.jitted(), part, setting, shape=shape
+      )
       low = self._run_stage(part, request, inputs, run)
       results[part.name] = low
     return results
@@ -287,6 +289,7 @@ def _check_effects(
 
 
 def _generate(
+  call: Callable[..., jax.Array],
   part: Stage,
   setting: Settings,
   module: IFUNet,
@@ -296,13 +299,13 @@ def _generate(
   shape: tuple[int, int, int],
   finite: bool = False,
 ) -> jax.Array:
-  """`stage.generate` with the settings' scalars added to `inputs`."""
+  """`call` of `stage.generate`, with the settings' scalars in `inputs`."""
   made = part.schedule
   if module.config.out_channels == 3:  # no variance channels
     made = dataclasses.replace(made, variance_type='fixed_small')
   plan = settings.plan(part, setting, inputs.image is not None)
   inputs = inputs._replace(**settings.scalars(part, setting))
-  return stage.generate(
+  return call(
     params,
     inputs,
     plan,
@@ -376,6 +379,8 @@ def previewer(
       uncond=jnp.broadcast_to(empty, arrays['text'].shape),
       low_res=arrays.get('low'),
     )
-    return _generate(part, setting, module, params, inputs, shape=shape)
+    return _generate(
+      stage.generate, part, setting, module, params, inputs, shape=shape
+    )
 
   return generate

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from imagen_jax import compiler
 from imagen_jax.deepfloyd import config as configs
 from imagen_jax.deepfloyd import sampling
 from imagen_jax.deepfloyd import schedule as schedules
@@ -179,9 +180,6 @@ def run(
   )
 
 
-@functools.partial(
-  jax.jit, static_argnames=('module', 'made', 'shape', 'finite')
-)
 def generate(
   params: dict,
   inputs: SampleInputs,
@@ -192,7 +190,7 @@ def generate(
   shape: tuple[int, int, int],
   finite: bool = False,
 ) -> Image | Bool[Array, ' n']:
-  """`run` with noise from keys, compiled once per shape and number of steps.
+  """`run` with noise from keys.
 
   Args:
     params: of the network.
@@ -210,6 +208,16 @@ def generate(
     return out
   # Every process holds every image.
   return jax.lax.with_sharding_constraint(out, jax.sharding.PartitionSpec())
+
+
+@functools.cache
+def jitted() -> jax.stages.Wrapped:
+  """`generate`, compiled once per network, shape and number of steps."""
+  return jax.jit(
+    generate,
+    static_argnames=('module', 'made', 'shape', 'finite'),
+    compiler_options=compiler.sampling_options(),
+  )
 
 
 def noise_terms(

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagen_jax import sharding
+from imagen_jax import compiler, sharding
 from imagen_jax.cascade import objective, sampling, settings, stage_config
 from imagen_jax.cascade import stage as stages
 from imagen_jax.data.pipeline import crop
@@ -261,7 +261,11 @@ class StageExperiment(Experiment):
     rows = sharding.batch_sharding(self.mesh)
     return make_image_preview(
       self,
-      jax.jit(sample, out_shardings=rows),
+      jax.jit(
+        sample,
+        out_shardings=rows,
+        compiler_options=compiler.sampling_options(),
+      ),
       embed,
       frozen,
       low_resolution=self.stage.low_resolution,

@@ -75,11 +75,11 @@ def test_an_image_does_not_depend_on_its_batch(model, generated):
 def test_one_program_for_all_samplers_levels_and_weights(first):
   one = dict(num_images=1, batch_size=4, seed=1)
   first.sample('a star', **STEPS, **one)
-  before = stage.generate._cache_size()
+  before = stage.jitted()._cache_size()
   for sampler in ('ddim', 'dpmpp'):
     first.sample('a star', sampler=sampler, steps=4, guidance=5.0, **one)
   first.sample('a star', steps=4, guidance=7.0, aug_level=0.1, **one)
-  assert stage.generate._cache_size() == before
+  assert stage.jitted()._cache_size() == before
 
 
 @pytest.mark.slow
