@@ -5,6 +5,7 @@ program belongs to one machine, jax, and source code; what belongs to others, or
 is damaged, is compiled anew.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -26,10 +27,11 @@ from imagen_jax.dtypes import NUMERICS
 from imagen_jax.io import files, paths
 
 FOLDER, MOST = 'programs', 64  # files that are kept
-MAGIC = b'imagen_jax program 1\n'
+MAGIC = b'imagen_jax program 2\n'
 LENGTH = len(MAGIC) + 64
-# jax's settings, besides `NUMERICS`, and the source code, on which a program
-# depends.
+NOTE = 8  # bytes of the length of a program's note
+# jax's settings, besides `NUMERICS`, and the source code, on which a sampling
+# program depends.
 OPTIONS = ('jax_default_matmul_precision', 'jax_disable_most_optimizations')
 CODE = (
   'cascade', 'diffusion', 'nets', 'compiler.py', 'dtypes.py', 'sharding.py',
@@ -71,12 +73,10 @@ class Program:
     """
     if jax.process_count() > 1:
       return self._jitted
-    leaves, tree = jax.tree.flatten(args)
-    kind = lambda x: (x.shape, x.dtype, getattr(x, 'sharding', None))
-    key = f'{tree} {[kind(leaf) for leaf in leaves]} {_mesh()}'
+    key = _key(args)
     with self._lock:
       if key not in self._made:
-        self._made[key] = self._load_or_compile(key, args)
+        self._made[key] = self._load_or_compile(args)
       return self._made[key]
 
   def __len__(self) -> int:
@@ -87,24 +87,137 @@ class Program:
     """The function's result."""
     return self.prepare(*args)(*args)
 
-  def _load_or_compile(self, key: str, args: tuple[Any, ...]) -> Any:
-    folder = _folder() if self._identity is not None else None
-    if folder is None:
+  def _load_or_compile(self, args: tuple[Any, ...]) -> Any:
+    place = find_place(self._identity, args)
+    if place is None:
       return self._jitted.lower(*args).compile()
-    whole = f'{_machine()}\n{_code()}\n{self._identity}\n{key}'.encode()
-    file = folder / hashlib.sha256(whole).hexdigest()
-    found = _read(file, whole, args)
+    found = place.read(args, lambda note: args[-1])
     if found is None:
-      # With a name of its own, so that jax's cache has no such program: on a
-      # CPU one that has been on disk cannot be written there again.
-      function = lambda *args: self._function(*args)
-      function.__name__ = f'run_{secrets.token_hex(8)}'
-      found = self._jit(function).lower(*args).compile()
-      _write(file, whole, found)
+      found = self._jit(renamed(self._function)).lower(*args).compile()
+      place.write(found)
     return found
 
 
-def _folder() -> pathlib.Path | None:
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a compiled program is kept.
+
+  Attributes:
+    file: its file.
+    whole: all that the program depends on.
+  """
+
+  file: pathlib.Path
+  whole: bytes
+
+  def _content(self) -> tuple[dict, memoryview] | None:
+    """(note, program); None if it is missing, damaged or another's."""
+    try:
+      data = memoryview(self.file.read_bytes())
+    except OSError:
+      return None
+    body = data[LENGTH:]
+    if data[:LENGTH] != self._head(body):
+      return None
+    size = int.from_bytes(body[:NOTE], 'little')
+    note = json.loads(bytes(body[NOTE : NOTE + size]))
+    return note, body[NOTE + size :]
+
+  @property
+  def note(self) -> dict | None:
+    """What was kept beside the program; None without a program."""
+    content = self._content()
+    return content and content[0]
+
+  def read(self, args: Any, result: Callable[[dict], Any]) -> Any | None:
+    """The program, loaded; None if there is none.
+
+    Args:
+      args: tuple of its arguments.
+      result: of the note, a tree of the structure of the program's result.
+    """
+    content = self._content()
+    if content is None:
+      return None
+    note, body = content
+    mesh = jax.sharding.get_mesh()
+    devices = jax.devices()[:1] if mesh.empty else [*mesh.devices.flat]
+    given, made = (
+      jax.tree.structure((args, {})),
+      jax.tree.structure(result(note)),
+    )
+    try:
+      found = serialize_executable.deserialize_and_load(
+        body, given, made, execution_devices=devices
+      )
+      os.utime(self.file)  # the longest unused are removed
+    except Exception:  # XLA's, of many types
+      return None
+    return found
+
+  def write(self, program: Any, note: dict | None = None) -> None:
+    """Keeps a program if it can be, and removes the longest unused ones.
+
+    Args:
+      program: the compiled function.
+      note: of JSON's types.
+    """
+    text = json.dumps(note or {}).encode()
+    try:
+      body, _, _ = serialize_executable.serialize(program)
+      body = len(text).to_bytes(NOTE, 'little') + text + body
+      files.write_bytes(self.file, self._head(body) + body)
+      kept = self.file.parent.iterdir()
+      by_use = sorted(kept, key=lambda path: path.stat().st_mtime)
+      for path in by_use[:-MOST]:
+        path.unlink()
+    except Exception:  # a full disk; XLA's, of many types
+      return
+
+  def _head(self, body: bytes | memoryview) -> bytes:
+    """The first `LENGTH` bytes: a mark, what the program is, its digest."""
+    return MAGIC + b''.join(
+      hashlib.sha256(x).digest() for x in (self.whole, body)
+    )
+
+
+def find_place(
+  identity: str | None, args: tuple[Any, ...], code: tuple[str, ...] = CODE
+) -> Place | None:
+  """Where a program is kept; None where it cannot be.
+
+  Args:
+    identity: what it depends on besides its arguments and `code`; None:
+      unknown.
+    args: its arguments, or `jax.ShapeDtypeStruct`s with shardings.
+    code: files and folders of the package.
+  """
+  folder = find_folder() if identity is not None else None
+  if folder is None:
+    return None
+  whole = '\n'.join((_machine(), _code(code), str(identity), _key(args)))
+  data = whole.encode()
+  return Place(folder / hashlib.sha256(data).hexdigest(), data)
+
+
+def renamed(function: Callable) -> Callable:
+  """The function with a name of its own, of which jax's cache has no program.
+
+  On a CPU one that has been on disk cannot be written there again.
+  """
+  new = lambda *args: function(*args)
+  new.__name__ = f'{function.__name__}_{secrets.token_hex(8)}'
+  return new
+
+
+def _key(args: tuple[Any, ...]) -> str:
+  """Shapes, types and shardings of arguments, and the mesh."""
+  leaves, tree = jax.tree.flatten(args)
+  kind = lambda x: (x.shape, x.dtype, getattr(x, 'sharding', None))
+  return f'{tree} {[kind(leaf) for leaf in leaves]} {_mesh()}'
+
+
+def find_folder() -> pathlib.Path | None:
   """Where programs are kept, created; None where they cannot be.
 
   That is a folder of this user to which nobody else can write, because a
@@ -149,7 +262,10 @@ def _machine() -> str:
     )
   return json.dumps(
     [
-      *(importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')),
+      *(
+        importlib.metadata.version(name)
+        for name in ('jax', 'jaxlib', 'flax', 'optax')
+      ),
       device.client.platform_version,
       device.device_kind,
       len(jax.devices()),
@@ -164,51 +280,12 @@ def _machine() -> str:
 
 
 @functools.cache
-def _code() -> str:
-  """A digest of the source code in `CODE`."""
+def _code(names: tuple[str, ...]) -> str:
+  """A digest of the source code of files and folders of the package."""
   root = pathlib.Path(imagen_jax.__file__).parent
   digest = hashlib.sha256()
-  for name in CODE:
+  for name in names:
     path = root / name
     for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
       digest.update(f'{file.relative_to(root)}\n'.encode() + file.read_bytes())
   return digest.hexdigest()
-
-
-def _read(file: pathlib.Path, whole: bytes, args: Any) -> Any | None:
-  """The program of a file, or None if it is missing, damaged or another's."""
-  try:
-    data = memoryview(file.read_bytes())
-  except OSError:
-    return None
-  head = _head(whole, data[LENGTH:])
-  if data[:LENGTH] != head:
-    return None
-  mesh = jax.sharding.get_mesh()
-  devices = jax.devices()[:1] if mesh.empty else [*mesh.devices.flat]
-  structures = jax.tree.structure((args, {})), jax.tree.structure(args[-1])
-  try:
-    found = serialize_executable.deserialize_and_load(
-      data[LENGTH:], *structures, execution_devices=devices
-    )
-    os.utime(file)  # the longest unused are removed
-  except Exception:  # XLA's, of many types
-    return None
-  return found
-
-
-def _write(file: pathlib.Path, whole: bytes, program: Any) -> None:
-  """Keeps a program if it can be, and removes the longest unused ones."""
-  try:
-    body, _, _ = serialize_executable.serialize(program)
-    files.write_bytes(file, _head(whole, body) + body)
-    kept = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-    for path in kept[:-MOST]:
-      path.unlink()
-  except Exception:  # a full disk; XLA's, of many types
-    return
-
-
-def _head(whole: bytes, body: bytes | memoryview) -> bytes:
-  """The first `LENGTH` bytes: a mark, what the program is, its digest."""
-  return MAGIC + b''.join(hashlib.sha256(x).digest() for x in (whole, body))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -70,6 +71,13 @@ class DistillExperiment(StageExperiment):
       self._record, resolve_dtype(config.dtype)
     )
     self._check()
+
+  @property
+  def identity(self) -> str | None:
+    ours, teacher = super().identity, self.teacher.net
+    if ours is None or not type(teacher).__module__.startswith('imagen_jax.'):
+      return None
+    return json.dumps([ours, repr(teacher), self._record.config])
 
   def _check(self) -> None:
     """Refuses a student that cannot follow its teacher."""

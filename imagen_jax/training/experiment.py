@@ -146,6 +146,15 @@ class Experiment(abc.ABC):
       raise ValueError(f'{type(self).__name__} was built without a mesh')
     return self._mesh
 
+  @property
+  def identity(self) -> str | None:
+    """All that the step depends on but the package's code and its arguments.
+
+    None: it is not known, as with code from elsewhere, and the compiled step is
+    not kept for the run's next start.
+    """
+    return None
+
   # ---- The model -----------------------------------------------------------
   @abc.abstractmethod
   def init(self, key: jax.Array) -> Tree:

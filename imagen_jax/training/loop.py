@@ -79,7 +79,7 @@ def train(
     said = cpu_layout.settle(config, stored, measure=not dry_run)
     experiment = make_experiment(config, workdir)
     with ledger.spent('compile'):
-      program = make_program(experiment, experiment.mesh)
+      program = make_program(experiment, experiment.mesh, keep=True)
       if jax.process_index() == 0:
         for line in report.startup(program, arrays=dry_run):
           print(line, flush=True)
@@ -254,7 +254,7 @@ def _steps(
     if len(running) == RUN_AHEAD:
       jax.block_until_ready(running.popleft())
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
-      state, values = program.step(state, batch, run.frozen)
+      state, values = program.compiled(state, batch, run.frozen)
     running.append(values)
     monitor.after(step, state, values)
     alive.beat(step)

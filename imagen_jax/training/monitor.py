@@ -188,7 +188,7 @@ def _metrics(run: Run) -> Metrics:
     devices=mesh.size,
     flops=run.program.flops,
     model_flops=run.program.model_flops if first_process else 0.0,
-    spared=run.program.experiment.spared_flops if first_process else (),
+    spared=run.program.spared_flops if first_process else (),
     peak=chips.find_peak(mesh.devices.flat[0].device_kind),
     loggers=loggers,
   )

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from imagen_jax import sharding
+from imagen_jax.cascade import programs
 from imagen_jax.dtypes import resolve_dtype
 from imagen_jax.errors import UsageError
 from imagen_jax.training import cpu_layout
@@ -18,6 +19,8 @@ from imagen_jax.training.flops import count_flops, has_remat, without_remat
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState, init_state
 from imagen_jax.training.step import StepFn, half_gradients, make_train_step
+
+LEAST_STEPS = 1000  # of a run whose program is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +33,10 @@ class Program:
     tx: the optimizer.
     state: shapes of the `TrainState`.
     shardings: its shardings.
-    step: (state, batch, frozen) -> (state, metrics), compiled; the state's
+    step: (state, batch, frozen) -> (state, metrics), jitted; the state's
       buffers are donated.
+    identity: see `Experiment.identity`, of a program that is kept on disk; None
+      keeps none.
   """
 
   experiment: Experiment
@@ -40,6 +45,7 @@ class Program:
   state: TrainState
   shardings: TrainState
   step: Any
+  identity: str | None = None
 
   @functools.cached_property
   def traced(self) -> jax.stages.Traced:
@@ -47,31 +53,75 @@ class Program:
     return self._trace(self.step)
 
   def _trace(self, step: Any) -> jax.stages.Traced:
+    with jax.set_mesh(self.mesh):
+      return step.trace(*self._arguments())
+
+  def _arguments(self) -> tuple[Any, Any, Any]:
+    """Shapes, with the shardings of the real arguments."""
     batch = self.experiment.batch_spec(self.experiment.config.train.batch_size)
     rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
     frozen = self.experiment.frozen_spec()
-    with jax.set_mesh(self.mesh):
-      # With the shardings of the real arguments, so the run need not retrace.
-      return step.trace(
-        self.abstract_state(),
-        sharding.with_shardings(batch, rows),
-        sharding.with_shardings(
-          frozen, sharding.state_shardings(frozen, self.mesh)
-        ),
-      )
+    placed = sharding.state_shardings(frozen, self.mesh)
+    return (
+      self.abstract_state(),
+      sharding.with_shardings(batch, rows),
+      sharding.with_shardings(frozen, placed),
+    )
 
   @functools.cached_property
+  def compiled(self) -> Any:
+    """`step`, of a kept program in the form in which it is on disk."""
+    if self._place is None:
+      return self.step
+    arguments = self._arguments()
+
+    def result(note: dict) -> tuple[Any, dict]:
+      return arguments[0], dict.fromkeys(note['metrics'], 0)
+
+    with jax.set_mesh(self.mesh):
+      found = self._place.read(arguments, result)
+      if found is None:
+        found = self.traced.lower().compile()
+        self._place.write(
+          found, self._facts | {'metrics': [*found.out_info[1]]}
+        )
+    return found
+
+  @functools.cached_property
+  def _place(self) -> programs.Place | None:
+    with jax.set_mesh(self.mesh):
+      return programs.find_place(self.identity, self._arguments(), code=('.',))
+
+  @functools.cached_property
+  def _facts(self) -> dict[str, Any]:
+    """What is counted on the traced step, unless it is known from before."""
+    note = None if self._place is None else self._place.note
+    if note is not None:
+      return note
+    flops = model_flops = count_flops(self.traced.jaxpr)
+    if has_remat(self.traced.jaxpr):
+      step = jax.jit(train_step(self.experiment, self.tx, remat=False))
+      model_flops = count_flops(self._trace(step).jaxpr)
+    return {
+      'flops': flops,
+      'model_flops': model_flops,
+      'spared_flops': [*self.experiment.spared_flops],
+    }
+
+  @property
   def flops(self) -> float:
     """FLOPs of a step over all devices, those of rematerialization included."""
-    return count_flops(self.traced.jaxpr)
+    return self._facts['flops']
 
-  @functools.cached_property
+  @property
   def model_flops(self) -> float:
     """FLOPs of a step over all devices without rematerialization."""
-    if not has_remat(self.traced.jaxpr):
-      return self.flops
-    step = jax.jit(train_step(self.experiment, self.tx, remat=False))
-    return count_flops(self._trace(step).jaxpr)
+    return self._facts['model_flops']
+
+  @property
+  def spared_flops(self) -> list[float]:
+    """See `Experiment.spared_flops`."""
+    return self._facts['spared_flops']
 
   def abstract_state(self) -> TrainState:
     """Shapes with shardings of the state, to restore a checkpoint into."""
@@ -107,6 +157,7 @@ def make_program(
   mesh: Mesh,
   *,
   unroll: bool | None = None,
+  keep: bool = False,
 ) -> Program:
   """The program of an experiment's step.
 
@@ -114,17 +165,32 @@ def make_program(
     experiment: the `Experiment`.
     mesh: of the devices, which need not exist as long as nothing is run.
     unroll: see `make_train_step`; None means the platform's.
+    keep: whether the compiled step may be kept on disk, so that the run's next
+      start neither traces nor compiles. A short run, and one of several
+      processes, relies on jax's cache.
   """
   tx = make_optimizer(experiment.config.train)
   state = abstract_state(experiment, tx)
   shardings = sharding.state_shardings(state, mesh)
+  function, identity = train_step(experiment, tx, unroll=unroll), None
+  if keep and _can_be_kept(experiment):
+    function, identity = programs.renamed(function), experiment.identity
   step = jax.jit(
-    train_step(experiment, tx, unroll=unroll),
+    function,
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
     compiler_options=cpu_layout.compiler_options(experiment.config, mesh),
   )
-  return Program(experiment, mesh, tx, state, shardings, step)
+  return Program(experiment, mesh, tx, state, shardings, step, identity)
+
+
+def _can_be_kept(experiment: Experiment) -> bool:
+  """Whether it is worth it and there is a folder."""
+  return (
+    experiment.config.train.num_steps >= LEAST_STEPS
+    and jax.process_count() == 1
+    and programs.find_folder() is not None
+  )
 
 
 def train_step(

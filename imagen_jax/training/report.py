@@ -111,7 +111,7 @@ def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
   )
   flops = program.flops
   again = flops - program.model_flops
-  most = 'at most ' if any(experiment.spared_flops) else ''
+  most = 'at most ' if any(program.spared_flops) else ''
   yield (
     f'  a step takes {most}{flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
     + (f'; rematerialization repeats {again:.3g} of them' if again else '')

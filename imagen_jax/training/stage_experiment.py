@@ -1,6 +1,7 @@
 """Training one stage of the cascade."""
 
 import functools
+import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -98,6 +99,16 @@ class StageExperiment(Experiment):
       source = self.source('train')
       for part in source.parts or (source,):
         _check_buckets(self.stage, part.buckets)
+
+  @property
+  def identity(self) -> str | None:
+    nets = [self.stage.net, *([] if self.cached_text else [self.text.module])]
+    classes = [type(self), *map(type, nets)]
+    if not all(made.__module__.startswith('imagen_jax.') for made in classes):
+      return None
+    names = [f'{made.__module__}.{made.__qualname__}' for made in classes]
+    config = self.config.to_json_best_effort()
+    return json.dumps([*names, *map(repr, nets), self.text_record(), config])
 
   @property
   def text(self) -> TextEncoder:

@@ -148,25 +148,33 @@ def _update(
   """(state, metrics) after a step; skips the update if it is not finite."""
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
   decay = ema_decay(state.step, ema_limit)
-  # In this form the EMA of equal numbers is that number, to the bit.
-  ema_params = jax.tree.map(
-    lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params
+
+  def change(grads: Tree, trained: tuple[Tree, Tree, Tree]) -> tuple:
+    params, ema_params, opt_state = trained
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    # In this form the EMA of equal numbers is that number, to the bit.
+    ema_params = jax.tree.map(
+      lambda ema, p: ema + (1 - decay) * (p - ema), ema_params, params
+    )
+    return params, ema_params, opt_state
+
+  # XLA loads the parts of a program faster than a whole (docs/speed.md).
+  params, ema_params, opt_state = jax.lax.cond(
+    good,
+    change,
+    lambda grads, trained: trained,
+    grads,
+    (state.params, state.ema_params, state.opt_state),
   )
-
-  def keep(new: Tree, old: Tree) -> Tree:
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-
   bad = jnp.logical_not(good).astype(jnp.int32)
-  params = keep(params, state.params)
   state = TrainState(
     step=state.step + 1,
     params=params,
-    ema_params=keep(ema_params, state.ema_params),
+    ema_params=ema_params,
     emas=power_ema.update(state.emas, params, state.step + 1),
-    opt_state=keep(opt_state, state.opt_state),
+    opt_state=opt_state,
     skipped=state.skipped + bad,
     skipped_in_row=(state.skipped_in_row + 1) * bad,
   )

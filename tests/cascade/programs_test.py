@@ -31,7 +31,7 @@ def traced(tree):
 def folder(tmp_path, monkeypatch):
   path = tmp_path / 'programs'
   path.mkdir(mode=0o700)
-  monkeypatch.setattr(programs, '_folder', lambda: path)
+  monkeypatch.setattr(programs, 'find_folder', lambda: path)
   return path
 
 
@@ -117,7 +117,7 @@ def test_one_of_another_machine_code_or_function_is_not_run(
   elif what == 'devices':
     devices = 2
   else:
-    monkeypatch.setattr(programs, what, lambda: 'another')
+    monkeypatch.setattr(programs, what, lambda *_: 'another')
   with pytest.raises(AssertionError, match='traced'):
     run(traced, identity, devices)
   run(function, identity, devices)
@@ -132,7 +132,7 @@ def test_without_an_identity_nothing_is_kept(run):
 
 
 def test_where_nothing_can_be_written_it_is_compiled(run, folder, monkeypatch):
-  monkeypatch.setattr(programs, '_folder', lambda: folder / 'missing')
+  monkeypatch.setattr(programs, 'find_folder', lambda: folder / 'missing')
   result, _ = run(function)
   np.testing.assert_allclose(result, function({'x': X})['x'], atol=1e-5)
 
@@ -153,15 +153,15 @@ def test_the_longest_unused_are_removed(run, folder, monkeypatch):
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, setting):
   setting('jax_compilation_cache_dir', str(tmp_path))
   kept = tmp_path / programs.FOLDER
-  assert programs._folder() == kept
+  assert programs.find_folder() == kept
   kept.chmod(0o777)
-  assert programs._folder() is None
+  assert programs.find_folder() is None
   kept.chmod(0o700)
   setting('jax_enable_compilation_cache', False)
-  assert programs._folder() is None
+  assert programs.find_folder() is None
   setting('jax_enable_compilation_cache', True)
   setting('jax_compilation_cache_dir', 'gs://bucket/cache')
-  assert programs._folder() is None
+  assert programs.find_folder() is None
 
 
 def test_stages_are_compiled_once_for_their_first_batch(model, monkeypatch):
