@@ -289,7 +289,7 @@ def _check_effects(
 
 
 def _generate(
-  call: Callable[..., jax.Array],
+  call: Callable[..., Any],
   part: Stage,
   setting: Settings,
   module: IFUNet,
