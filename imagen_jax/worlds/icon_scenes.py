@@ -10,15 +10,13 @@ import functools
 import random
 from collections.abc import Mapping, Sequence
 
-from imagen_jax.worlds import captions
+from imagen_jax.worlds import captions, icon_captions
 from imagen_jax.worlds.captions import pick
 from imagen_jax.worlds.icon_things import (
   Thing,
-  article,
   held_pair,
   held_style,
   is_plural,
-  plural,
 )
 from imagen_jax.worlds.layout import BORDER, place, uniform
 
@@ -71,6 +69,7 @@ class Scene:
     background: its name.
     places: (x, y, diameter) of each thing, in the order of the groups, in
       fractions of the image.
+    looks: of each thing the index of its image, among those of the style.
   """
 
   caption: str
@@ -80,6 +79,7 @@ class Scene:
   relation: str | None
   background: str
   places: tuple[tuple[float, float, float], ...]
+  looks: tuple[int, ...]
 
   @property
   def things(self) -> list[int]:
@@ -96,6 +96,8 @@ class World:
     seed: any int.
     split: 'train' or 'eval'; they share no random stream.
     mixture: {category: fraction} of the scenes.
+    looks: of each style the number of images of each thing, 0 where it does not
+      show it; None: one of each.
   """
 
   things: tuple[Thing, ...]
@@ -105,18 +107,32 @@ class World:
   mixture: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: MIXTURE
   )
+  looks: tuple[tuple[int, ...], ...] | None = None
+
+  def number_of_looks(self, style: int, thing: int) -> int:
+    return 1 if self.looks is None else self.looks[style][thing]
 
   @functools.cached_property
   def held(self) -> tuple[str | None, ...]:
     """Of each thing the style that is held out, if any."""
-    return tuple(held_style(thing, self.styles) for thing in self.things)
+    return tuple(
+      held_style(
+        thing,
+        [s for i, s in enumerate(self.styles) if self.number_of_looks(i, t)],
+      )
+      for t, thing in enumerate(self.things)
+    )
 
   @functools.cached_property
   def free(self) -> tuple[tuple[int, ...], ...]:
     """Of each style the things that training shows in it."""
     return tuple(
-      tuple(t for t, held in enumerate(self.held) if held != style)
-      for style in self.styles
+      tuple(
+        t
+        for t, held in enumerate(self.held)
+        if held != style and self.number_of_looks(i, t)
+      )
+      for i, style in enumerate(self.styles)
     )
 
 
@@ -148,14 +164,23 @@ def scene(world: World, i: int, category: str | None = None) -> Scene:
   places = (
     [_alone(rng, size, where)] if lone else _together(rng, groups, relation)
   )
-  names = [_name(rng, world.things[g.thing], category) for g in groups]
+  shown = [
+    (icon_captions.name(rng, world.things[g.thing], category), g.count)
+    for g in groups
+  ]
   styled = rng.random() < 0.9 or category == 'heldout_style'
-  said = world.styles[style] if styled else None
-  text, after = _write(rng, groups, names, said, size, relation)
+  text, after = icon_captions.write(
+    rng, shown, world.styles[style], styled, size, relation
+  )
   text += f' {where}' if where else ''
-  text += _background(rng, colour) + after
+  text += icon_captions.background(rng, colour) + after
   if rng.random() < 0.1:
     text = text[0].upper() + text[1:] + '.'
+  looks = (
+    world.number_of_looks(style, g.thing)
+    for g in groups
+    for _ in range(g.count)
+  )
   return Scene(
     text,
     category,
@@ -164,6 +189,7 @@ def scene(world: World, i: int, category: str | None = None) -> Scene:
     relation,
     colour or 'white',
     tuple(places),
+    tuple(int(rng.random() * n) if n > 1 else 0 for n in looks),
   )
 
 
@@ -243,74 +269,3 @@ def _together(
   between = [(0, relation, 1)] if relation else []
   sizes, centres = place(rng, sizes, [0.2] * number, between)
   return [(x, y, d) for (x, y), d in zip(centres, sizes)]
-
-
-def _name(rng: random.Random, thing: Thing, category: str) -> str:
-  if category == 'synonym':
-    return pick(rng, thing.heldout)
-  if thing.synonyms and rng.random() < 0.3:
-    return pick(rng, thing.synonyms)
-  return thing.name
-
-
-def _noun(
-  rng: random.Random, name: str, count: int, adjectives: Sequence[str]
-) -> str:
-  """'a small flat fox', 'three foxes', 'flat grapes'."""
-  words = ' '.join([*adjectives, plural(name) if count > 1 else name])
-  if count > 1:
-    number = captions.NUMBERS[count - 1]
-    return f'{number if rng.random() < 0.85 else count} {words}'
-  if is_plural(name):
-    return words
-  return f'{article(words)} {words}'
-
-
-def _write(
-  rng: random.Random,
-  groups: Sequence[Group],
-  names: Sequence[str],
-  style: str | None,
-  size: str | None,
-  relation: str | None,
-) -> tuple[str, str]:
-  """(what is shown, what comes last) in one of several ways."""
-  before = style is not None and rng.random() < 0.6
-  sizes = [pick(rng, captions.SAID[size])] if size else []
-  both = rng.random() < 0.5
-  nouns = [
-    _noun(
-      rng,
-      name,
-      group.count,
-      sizes + ([style] if style and before and (i == 0 or both) else []),
-    )
-    for i, (name, group) in enumerate(zip(names, groups))
-  ]
-  if len(nouns) == 2 and rng.random() < 0.3:  # the same from the other side
-    relation = relation and captions.OPPOSITE[relation]
-    nouns.reverse()
-  link = pick(rng, captions.SAID[relation]) if relation else 'and'
-  text = f' {link} '.join(nouns)
-  if style is None or before:
-    opening = (*captions.OPENINGS[:3], 'an icon of ', *[''] * 8)
-    return pick(rng, opening) + text, ''
-  if rng.random() < 0.25:
-    return text, f', {style}'
-  a = article(style)
-  way = pick(
-    rng, ('{a} {s} icon of {t}', '{a} {s} image of {t}', '{t} in {s} style')
-  )
-  return way.format(a=a, s=style, t=text), ''
-
-
-def _background(rng: random.Random, colour: str | None) -> str:
-  if colour is None:
-    return ''
-  way = pick(
-    rng,
-    (' on a {} background',) * 3
-    + (' on {}', ', {} background', ' against a {} background'),
-  )
-  said = pick(rng, captions.SAID.get(colour, (colour,)))
-  return way.format(said).replace('a orange', 'an orange')

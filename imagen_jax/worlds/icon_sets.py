@@ -53,12 +53,25 @@ class IconSet:
     images: {code points such as '1f98a': SVG text or image file}.
     names: {code points: Unicode's short name}, of things only; {} if the
       package has no names.
+    more: {code points: further images of the same thing}.
+    partial: whether it shows a few things only, and is no reason to leave out
+      the others.
   """
 
   style: str
   licence: str
   images: Mapping[str, bytes]
   names: Mapping[str, str]
+  more: Mapping[str, tuple[bytes, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  partial: bool = False
+
+  def of(self, code: str) -> tuple[bytes, ...]:
+    """All images of a thing; () if it has none."""
+    if code not in self.images:
+      return ()
+    return self.images[code], *self.more.get(code, ())
 
 
 def read_sets(path: str | os.PathLike[str]) -> list[IconSet]:

@@ -11,6 +11,7 @@ from imagen_jax.errors import UsageError
 from imagen_jax.worlds import emoji
 from imagen_jax.worlds.icon_sets import IconSet
 
+FEWEST = 4  # things that a style must show
 HELD_STYLE = 0.2  # fraction of the things of which one style is held out
 IRREGULAR = {
   'sheep': 'sheep',
@@ -35,7 +36,7 @@ MASS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """A thing that all styles show.
+  """A thing that scenes show.
 
   Attributes:
     name: its everyday name.
@@ -70,29 +71,39 @@ def choose(
 ) -> tuple[Thing, ...]:
   """The things that all sets show, those of `icons.txt` first.
 
+  Partial sets have no say, unless there are no others.
+
   Args:
     sets: of the styles to use.
     every: all that there are, from which the names come.
     number: of things; None: all.
 
   Raises:
-    UsageError: there are fewer than `number`, or fewer than two.
+    UsageError: there are fewer than `number`, or fewer than two, or a partial
+      set shows fewer than `FEWEST` of them.
   """
-  names: dict[str, str] = {}
-  for one in every:
-    names |= {c: n for c, n in one.names.items() if c not in names}
-  common = [c for c in names if all(c in one.images for one in sets)]
-  order = {short: i for i, short in enumerate(listed())}
-  common.sort(key=lambda c: (order.get(names[c], len(order)), c))
+  names = names_of(every)
+  deciding = [one for one in sets if not one.partial] or sets
+  common = [c for c in names if all(c in one.images for one in deciding)]
   if len(common) < max(2, number or 0):
-    styles = ', '.join(one.style for one in sets)
+    styles = ', '.join(one.style for one in deciding)
     raise UsageError(
       f'data.things is {number}, and the styles {styles} '
       f'have {len(common)} named things in common; choose fewer things or '
       'styles, or put a set with names, such as twemoji, beside them.',
       key='config.data.things',
     )
-  things = [_thing(code, names[code]) for code in common[:number]]
+  common = common[:number]
+  for one in sets:
+    shown = sum(code in one.images for code in common)
+    if one.partial and shown < FEWEST:
+      raise UsageError(
+        f'data.things is {number}, of which the style {one.style} shows '
+        f'{shown}; choose more things, so that it shows {FEWEST}, or leave the '
+        'style out.',
+        key='config.data.things',
+      )
+  things = [_thing(code, names[code]) for code in common]
   names_of_things = {thing.name for thing in things}
   said = {name for t in things for name in (t.name, *t.synonyms)}
   taken = {form for name in said for form in (name, plural(name))}
@@ -104,6 +115,33 @@ def choose(
     )
     for t in things
   )
+
+
+def names_of(sets: Iterable[IconSet]) -> dict[str, str]:
+  """{code points: Unicode's short name}, those of `icons.txt` first."""
+  names: dict[str, str] = {}
+  for one in sets:
+    names |= {c: n for c, n in one.names.items() if c not in names}
+  order = {short: i for i, short in enumerate(listed())}
+  first = sorted(names, key=lambda c: (order.get(names[c], len(order)), c))
+  return {code: names[code] for code in first}
+
+
+def by_name(sets: Sequence[IconSet]) -> dict[str, str]:
+  """{name: code points}, synonyms of either kind included.
+
+  Of two things that share a name, the one has it whose everyday name it is,
+  or else the one that comes first.
+  """
+  names = names_of(sets)
+  things = [_thing(code, short) for code, short in names.items()]
+  said = [(thing.name, thing.code) for thing in things]
+  said += [(name, code) for one in sets for code, name in one.names.items()]
+  said += [(n, t.code) for t in things for n in (*t.synonyms, *t.heldout)]
+  found: dict[str, str] = {}
+  for name, code in said:
+    found.setdefault(name.lower(), code)
+  return found
 
 
 def _thing(code: str, short: str) -> Thing:

@@ -30,6 +30,7 @@ from imagen_jax.worlds.icon_scenes import (
   scene,
 )
 from imagen_jax.worlds.icon_sets import IconSet, read_sets
+from imagen_jax.worlds.icon_stamps import read_stamps
 from imagen_jax.worlds.world import check_mixture
 
 
@@ -43,7 +44,7 @@ class IconsSource(Source):
     split: 'train' or 'eval'.
     styles: names of styles; None: all that there are.
     things: their number, the everyday ones first; None: all that all styles
-      show.
+      but photos show.
     licences: SPDX names; sets with another licence are left out. None: all are
       used.
     mixture: {category: fraction}, adding up to 1; None: `MIXTURE`.
@@ -79,20 +80,40 @@ class IconsSource(Source):
     mixture = MIXTURE if mixture is None else mixture
     check_mixture(mixture, MIXTURE)
     every = read_sets(path)
+    every += read_stamps(path, icon_things.by_name(every))
     sets = _choose(every, styles, licences)
     chosen = icon_things.choose(sets, every, things)
-    names_of_styles = tuple(s.style for s in sets)
-    self.world = World(chosen, names_of_styles, seed, split, mixture)
-    data = [one.images[thing.code] for one in sets for thing in chosen]
+    shown = [[one.of(thing.code) for thing in chosen] for one in sets]
+    looks = tuple(tuple(map(len, of_style)) for of_style in shown)
+    # The row of the first image of each thing in each style, among all.
+    ends = np.cumsum(looks).reshape(len(sets), -1)
+    self._rows = ends - looks
+    self.world = World(
+      chosen,
+      tuple(s.style for s in sets),
+      seed,
+      split,
+      mixture,
+      looks if np.any(np.array(looks) != 1) else None,
+    )
+    images = [
+      (f'{thing.name}, {one.style}', image)
+      for one, of_style in zip(sets, shown)
+      for thing, images in zip(chosen, of_style)
+      for image in images
+    ]
+    names, data = zip(*images)
     self._digest = _digest(data)
-    names = [f'{thing.name}, {s.style}' for s in sets for thing in chosen]
     self._levels = icon_images.load(self._digest, names, data.__getitem__)
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 of the icons and of the names of what they show."""
     names = [(t.name, t.synonyms, t.heldout) for t in self.world.things]
-    text = json.dumps([self._digest, names, self.world.styles])
+    described = [self._digest, names, self.world.styles]
+    if self.world.looks is not None:
+      described.append(self.world.looks)
+    text = json.dumps(described)
     return hashlib.sha256(text.encode()).hexdigest()
 
   def categories(self) -> list[str]:
@@ -114,10 +135,11 @@ class IconsSource(Source):
     finer = max(1, min(4, 256 // self.size))
     side = finer * self.size
     image = Image.new('RGB', (side, side), BACKGROUNDS[scene.background])
-    first = scene.style * len(self.world.things)
-    for thing, (x, y, diameter) in zip(scene.things, scene.places):
+    rows = self._rows[scene.style]
+    shown = zip(scene.things, scene.looks, scene.places)
+    for thing, look, (x, y, diameter) in shown:
       width = max(1, round(diameter * side))
-      icon = self._icon(first + thing, width)
+      icon = self._icon(int(rows[thing]) + look, width)
       corner = round(x * side - width / 2), round(y * side - width / 2)
       image.paste(icon, corner, icon)
     return np.asarray(image.reduce(finer) if finer > 1 else image)

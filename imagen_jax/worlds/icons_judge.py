@@ -106,13 +106,18 @@ def fit(
 def training_scenes(world: World) -> Iterator[Scene]:
   """`LOOKS` scenes of every thing in every style, half of them half as large.
 
-  Things are that small in pairs.
+  Things are that small in pairs. Of a thing with more images than that allows
+  for, there are two scenes of each.
   """
   other = dataclasses.replace(world, seed=SEED, split='eval')
-  every = itertools.product(
-    range(LOOKS), range(len(world.things)), range(len(world.styles))
-  )
+  styles, things = range(len(world.styles)), range(len(world.things))
+  numbers = [[world.number_of_looks(s, t) for s in styles] for t in things]
+  most = max(LOOKS, 2 * max(map(max, numbers)))
+  every = itertools.product(range(most), things, styles)
   for i, (look, thing, style) in enumerate(every):
+    number = numbers[thing][style]
+    if not number or look >= max(LOOKS, 2 * number):
+      continue
     found = scene(other, i, 'single')
     (x, y, diameter) = found.places[0]
     yield dataclasses.replace(
@@ -120,6 +125,7 @@ def training_scenes(world: World) -> Iterator[Scene]:
       groups=(Group(thing),),
       style=style,
       places=((x, y, diameter / (1 + look % 2)),),
+      looks=(look // 2 % number,),
     )
 
 
