@@ -58,7 +58,7 @@ class Work:
       'steps': self._steps,
       'seconds': median(seconds),
       'times': seconds,
-      'ready': ready,
+      'compile': ready,
       'versions': f'torch {torch.__version__}',
     }
 

@@ -179,15 +179,15 @@ def _lines(events: Sequence[Mapping]) -> list[list[Mapping]]:
     (name, pid) for pid, name in processes.items() if '/device:' in name
   )
   for _, pid in devices:
-    # Other lines of a device repeat the same time under other names.
-    of_device = [
-      line
-      for (owner, tid), line in ran.items()
-      if owner == pid
-      and re.match('Stream #|XLA Ops$', threads.get((owner, tid), ''))
-    ]
-    if of_device:
-      return of_device
+    # A TPU has no streams. A device's other lines repeat the same time.
+    for kind in 'Stream #', 'XLA Ops':
+      of_device = [
+        line
+        for (owner, tid), line in ran.items()
+        if owner == pid and threads.get((owner, tid), '').startswith(kind)
+      ]
+      if of_device:
+        return of_device
   named = lambda event: 'hlo_op' in (event.get('args') or {})
   of_host = [[e for e in line if named(e)] for line in ran.values()]
   return [line for line in of_host if line]

@@ -83,7 +83,7 @@ def serve(
   for name in rows:
     try:
       work, compiled = made.pop(name).result()
-      answer = {**work.measure(), **compiled}
+      answer = {**compiled, **work.measure()}
     except Exception as error:  # of a library, the compiler or the device
       traceback.print_exc()
       answer = {'left_out': reason(error)}
