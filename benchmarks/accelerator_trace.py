@@ -21,6 +21,12 @@ TOP = 20  # operations that are listed by name
 _LINE = re.compile(
   r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*?op_name="([^"]*)"'
 )
+_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
+_PRODUCT = re.compile(r' (convolution|dot)\(')
+_PRIMITIVES = {'convolution': 'conv_general_dilated', 'dot': 'dot_general'}
+_FUSION = re.compile(
+  r'^\s*(?:ROOT )?%?([\w.-]+) = .* fusion\(.*calls=%?([\w.-]+)', re.M
+)
 _COLLECTIVE = re.compile(
   'nccl|all-?reduce|all-?gather|reduce-?scatter|all-?to-?all|'
   'collective-?(permute|broadcast)'
@@ -53,10 +59,21 @@ def scopes(hlo: str) -> dict[str, str]:
 
   Returns:
     paths such as 'jit(train_step)/UNet/conv1/conv_general_dilated', by names
-    in the form of `_plain`.
+    in the form of `_plain`. Of a fusion without a path, the last part of one,
+    if it holds a convolution or a matrix product.
   """
-  found = map(_LINE.match, hlo.splitlines())
-  return {_plain(match[1]): match[2] for match in found if match}
+  found, products, inside = {}, {}, ''
+  for line in hlo.splitlines():
+    if begins := _COMPUTATION.match(line):
+      inside = begins[1]
+    elif match := _PRODUCT.search(line):
+      products[inside] = _PRIMITIVES[match[1]]
+    if match := _LINE.match(line):
+      found[_plain(match[1])] = match[2]
+  for name, called in _FUSION.findall(hlo):
+    if called in products:
+      found.setdefault(_plain(name), products[called])
+  return found
 
 
 def classify(

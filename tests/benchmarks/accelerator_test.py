@@ -21,6 +21,9 @@ import accelerator_process as process  # noqa: E402
 import accelerator_results as results  # noqa: E402
 import accelerator_rows as rows  # noqa: E402
 import accelerator_trace as trace  # noqa: E402
+import accelerator_work as work  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 from accelerator_table import table  # noqa: E402
 
 MACHINE = {
@@ -117,6 +120,22 @@ def test_a_compiled_program_gives_the_paths_of_its_operations():
     'gemm_fusion_3': 'jit(f)/a/dot_general',
     'cudnn_conv_1': 'jit(f)/conv',
   }
+
+
+def test_a_fusion_without_a_path_is_what_it_holds():
+  hlo = """
+%fused.1 (p: f32[8]) -> f32[8] {
+  ROOT %convolution.3 = f32[8] convolution(%p, %q), dim_labels=b01f_01io->b01f
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %a.1 = f32[8] fusion(%x), kind=kCustom, calls=%fused.1, backend_config={}
+  ROOT %b.2 = f32[8] fusion(%x), kind=kLoop, calls=%fused.2
+}
+"""
+  path = trace.scopes(hlo)
+  assert path == {'a_1': 'conv_general_dilated'}
+  assert trace.classify('a.1', path=path['a_1']) == 'convolution'
 
 
 def _named(pid, name, tid=None, line=None):
@@ -432,10 +451,51 @@ def test_the_flags_are_those_of_the_documentation():
   assert f'XLA_FLAGS="{rows.DETERMINISTIC}"' in page
 
 
-# One of every group's kind; all of them take minutes.
+def test_utilization_is_a_fraction_of_the_peak(monkeypatch):
+  assert work.utilization(5e11, 2.0) is None  # of a CPU there is none
+  monkeypatch.setattr(work, 'peak', lambda: 1e12)
+  assert work.utilization(5e11, 2.0) == 0.25
+
+
+def test_a_call_that_is_too_slow_is_not_repeated(monkeypatch):
+  calls = []
+  assert len(work.call_times(lambda: calls.append(1), True)) == work.FEWEST
+  monkeypatch.setattr(work, 'SLOW', -1.0)
+  calls.clear()
+  with pytest.raises(work.LeftOut):
+    work.call_times(lambda: calls.append(1))
+  assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+  'error, begins',
+  [
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 'out of memory'),
+    (RuntimeError('CUDA out of memory. Tried'), 'out of memory'),
+    (ImportError('No module', name='diffusers'), 'diffusers is not installed'),
+    (work.LeftOut('no CUDA'), 'no CUDA'),
+    (ValueError('a\nb'), 'ValueError: a b'),
+  ],
+)
+def test_an_error_is_one_line(error, begins):
+  assert work.reason(error).startswith(begins)
+
+
+def test_weights_are_random_and_repeat_a_block():
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  shapes = {'kernel': like(3, 5), 'bias': like(4), 'scale': like(4)}
+  made = work.random_tree(shapes)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), shapes
+  )
+  assert made['bias'].sum() == 0 and made['scale'].sum() == 4
+  assert jnp.unique(made['kernel']).size > 10
+
+
+# One of every kind; all of them take minutes.
 REHEARSED = (
   'sr256', 'base64:cudnn', 'sample:sr1024', 'if', 't5:16', 'if:diffusers',
-  'determinism:flags', 'sr256:without_Triton_matmuls',
+  'determinism:flags',
 )  # fmt: skip
 
 
