@@ -19,8 +19,8 @@ weights, images and text embeddings are random and made on the device. Rows are
   determinism  whether two runs agree, with and without the flags of docs/gpu.md
 
 and are measured in order of importance until `--minutes` are over. `--out` is
-written after every row. The same command again goes on with the rows that were
-left out, and finds what was compiled in a folder beside the file, with a log. A
+written after every row. The same command again measures the rows that were left
+out, and finds what was compiled in a folder beside the file, with a log. A
 group of rows is a process of its own, which compiles its rows together and then
 times one after the other. Nothing else should use the device.
 """

@@ -54,8 +54,10 @@ class Results:
     return self.rows[name].get('left_out', FULL).startswith(FULL)
 
   def add(self, name: str, answer: Answer) -> None:
-    """Prints a row, and writes all."""
-    self.rows[name] = answer
+    """Prints a row, and writes all; one left out replaces no numbers."""
+    before = self.rows.get(name, {'left_out': ''})
+    if 'left_out' in before or 'left_out' not in answer:
+      self.rows[name] = answer
     print(table({name: answer}), flush=True)
     if self.path is not None:
       whole = {

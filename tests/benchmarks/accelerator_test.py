@@ -395,6 +395,16 @@ def test_what_had_no_time_is_measured_by_the_next_call():
   assert caught.value.key == 'rows'
 
 
+def test_a_row_that_is_left_out_later_keeps_its_numbers(silent):
+  found = results.Results(None)
+  found.add('a', {'left_out': process.NO_TIME})
+  found.add('a', {'seconds': 1.0})
+  found.add('a', {'left_out': process.NO_TIME})
+  assert found.rows['a'] == {'seconds': 1.0}
+  found.add('a', {'seconds': 2.0})
+  assert found.rows['a'] == {'seconds': 2.0}
+
+
 def test_a_file_holds_rows_of_one_device(silent, tmp_path):
   path = tmp_path / 'h100.json'
   _measured([_group('a')], Scripted(seconds=9), path)
