@@ -18,12 +18,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from imagen_jax import sharding
 from imagen_jax.typing import Array
 
 Product: TypeAlias = Callable[[Any, Any], Any]  # of an input and a kernel
+SAVED = 'saved'  # by `nets.remat`'s policy `convs_saveable`: has this name
 
 
 def multiply(product: Product, x: Array, param: Array) -> Any:
@@ -36,9 +38,10 @@ def multiply(product: Product, x: Array, param: Array) -> Any:
   """
   kernel = sharding.gather(param, x.dtype)
   if param.dtype != jnp.float32 or kernel.dtype == jnp.float32:
-    return product(x, kernel)
+    return checkpoint_name(product(x, kernel), SAVED)
   kernel = jax.lax.stop_gradient(kernel)
-  return _multiply(product, x, kernel, sharding.gather(param))
+  y = _multiply(product, x, kernel, sharding.gather(param))
+  return checkpoint_name(y, SAVED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -187,8 +187,9 @@ def cheapest_change(
 ) -> str | None:
   """Flags of the cheapest change that makes a job fit, or None.
 
-  Tried in order of cost: another mesh, gradient accumulation, remat policy,
-  cached embeddings; for a sampling step, another mesh or a smaller batch.
+  Tried in order of cost: another mesh, gradient accumulation, remat policies
+  from the fewest repeated FLOPs on, cached embeddings; for a sampling step,
+  another mesh or a smaller batch.
   """
   for flags, candidate in _changes(work, chip, num_chips, step):
     try:
@@ -216,11 +217,22 @@ def _changes(
   while 0 < parts <= work.batch_size // num_chips:
     yield f'--accumulate {parts} ', work.changed({'train.accumulate': parts})
     parts *= 2
-  if work.remat is None:
-    remat = {'stage.net.remat': 'nothing_saveable'}
-    yield '--config.stage.net.remat=nothing_saveable ', work.changed(remat)
+  for policy in _less_saved(work):
+    remat = {'stage.net.remat': policy}
+    yield f'--config.stage.net.remat={policy} ', work.changed(remat)
   if not work.experiment.cached_text:
     yield '--text cached ', work.changed({}, cached_text=True)
+
+
+def _less_saved(work: Job) -> list[str]:
+  """The remat policies that save less than a job's, the most first.
+
+  `dots_saveable` is left out: it only spares the products of attentions.
+  """
+  if not hasattr(work.stage.net, 'remat'):
+    return []
+  order = [None, 'convs_saveable', 'nothing_saveable']
+  return order[order.index(work.remat) + 1 :] if work.remat in order else []
 
 
 def _times(work: Job, chip: Chip, num_chips: int, step: str) -> int:
