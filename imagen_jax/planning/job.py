@@ -29,6 +29,7 @@ from imagen_jax.text.kinds import TextTower
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import (
   abstract_state,
+  has_zero,
   make_program,
   train_step,
 )
@@ -83,6 +84,11 @@ class Job:
   def remat(self) -> str | None:
     """The network's rematerialization policy, if it has one."""
     return getattr(self.stage.net, 'remat', None)
+
+  @property
+  def zero(self) -> bool:
+    """Whether EMA and optimizer state are split over all devices."""
+    return has_zero(self.config)
 
   @functools.cached_property
   def text_params(self) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from imagen_jax import sharding
 from imagen_jax.dtypes import resolve_dtype
@@ -77,6 +78,11 @@ class Program:
     """Shapes with shardings of the state, to restore a checkpoint into."""
     return sharding.with_shardings(self.state, self.shardings)
 
+  def as_params(self, ema: Any) -> Any:
+    """An EMA, split over the devices as the parameters are."""
+    params = sharding.with_shardings(self.state.params, self.shardings.params)
+    return sharding.replace(ema, params)
+
   def first_state(self, params: Any) -> TrainState:
     """The state before the first step, on the mesh."""
     init = jax.jit(
@@ -102,6 +108,24 @@ def abstract_state(
   )
 
 
+def place(state: TrainState, mesh: Mesh, zero: bool) -> TrainState:
+  """The shardings of a state.
+
+  Args:
+    state: its shapes.
+    mesh: of the devices.
+    zero: whether EMA and optimizer state are split over 'data' too.
+  """
+  placed = sharding.state_shardings(state, mesh)
+  if not zero:
+    return placed
+  rest = ('ema_params', 'emas', 'opt_state')
+  finer = {name: getattr(state, name) for name in rest}
+  return placed.replace(
+    **sharding.state_shardings(finer, mesh, axes=sharding.ZERO)
+  )
+
+
 def make_program(
   experiment: Experiment,
   mesh: Mesh,
@@ -117,7 +141,7 @@ def make_program(
   """
   tx = make_optimizer(experiment.config.train)
   state = abstract_state(experiment, tx)
-  shardings = sharding.state_shardings(state, mesh)
+  shardings = place(state, mesh, has_zero(experiment.config))
   step = jax.jit(
     train_step(experiment, tx, unroll=unroll),
     donate_argnums=0,
@@ -168,4 +192,10 @@ def train_step(
     condition=experiment.condition,
     accumulate=train.accumulate,
     unroll=unroll,
+    zero=has_zero(config),
   )
+
+
+def has_zero(config: ConfigDict) -> bool:
+  """Whether a config sets `mesh.zero`; one from elsewhere may lack the key."""
+  return bool(config.get('mesh', {}).get('zero'))
