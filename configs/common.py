@@ -432,4 +432,7 @@ def mesh() -> dict[str, Any]:
     # cores), either with '_eigen' (convolutions by XLA's older library), or
     # 'auto': a new run of some length measures which is the fastest.
     'cpu': 'auto',
+    # On a TPU or GPU: XLA's options that let devices compute while they
+    # exchange data, 'preset' (`compiler.PRESETS`) or 'none'.
+    'xla': 'preset',
   }

@@ -10,15 +10,17 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagen_jax import sharding
+from imagen_jax import compiler, sharding
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.training import cpu_layout
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.flops import count_flops, has_remat, without_remat
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState, init_state
 from imagen_jax.training.step import StepFn, half_gradients, make_train_step
+
+PRESET = 'preset'  # of `mesh.xla`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,7 @@ def make_program(
     train_step(experiment, tx, unroll=unroll),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=cpu_layout.compiler_options(experiment.config, mesh),
+    compiler_options=_compiler_options(experiment.config, mesh),
   )
   return Program(experiment, mesh, tx, state, shardings, step)
 
@@ -194,6 +196,22 @@ def train_step(
     unroll=unroll,
     zero=has_zero(config),
   )
+
+
+def _compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
+  """XLA's options for a run's step.
+
+  Raises:
+    UsageError: there is no such choice.
+  """
+  choice = config.get('mesh', {}).get('xla', PRESET)
+  check_choice('mesh.xla', choice, (PRESET, 'none'), key='config.mesh.xla')
+  mine = [
+    d for d in mesh.devices.flat if d.process_index == jax.process_index()
+  ]
+  if mine[0].platform == 'cpu':
+    return cpu_layout.compiler_options(config, mesh)
+  return compiler.training_options(mine[0]) if choice == PRESET else None
 
 
 def has_zero(config: ConfigDict) -> bool:
