@@ -425,8 +425,14 @@ def mesh() -> dict[str, Any]:
     'data': -1,
     # Devices that parameters, EMA and optimizer state are split over.
     'fsdp': 1,
+    # Whether EMA and optimizer state are split over `data` as well: each device
+    # updates a part of the parameters, and then all gather them (ZeRO).
+    'zero': False,
     # On a CPU: 'cores' (one of XLA's devices a core), 'one' (a device of all
     # cores), either with '_eigen' (convolutions by XLA's older library), or
     # 'auto': a new run of some length measures which is the fastest.
     'cpu': 'auto',
+    # On a TPU or GPU: XLA's options that let devices compute while they
+    # exchange data, 'preset' (`compiler.PRESETS`) or 'none'.
+    'xla': 'preset',
   }

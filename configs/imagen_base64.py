@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
     'text_width': 2048,
     'dropout': 0.0,
     'norm_groups': 32,
-    'remat': 'nothing_saveable',  # recomputes everything: the least memory
+    # Recomputes activations, not convolutions; docs/tpu.md compares.
+    'remat': 'convs_saveable',
   }
   config.stage.sampling.guidance = 1.35
   config.text.update(path='t5-v1_1-xxl', dtype='bfloat16')

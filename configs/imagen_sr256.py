@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
     'conv_shortcut': True,
     'dropout': 0.0,
     'norm_groups': 32,
-    'remat': 'nothing_saveable',
+    # Recomputes activations, not convolutions; docs/tpu.md compares.
+    'remat': 'convs_saveable',
   }
   config.stage.sampling.update(sampler='ddim', steps=128, guidance=8.0)
   config.stage.sampling.aug_level = 0.1

@@ -15,6 +15,59 @@ EIGEN: dict[str, Any] = {
 # For what runs once and is slow to compile: on a CPU, without LLVM's
 # optimizations, in half the time.
 QUICK: dict[str, Any] = {'xla_backend_optimization_level': 0}
+# Of training steps, by platform, so that devices compute while they exchange
+# parameters and gradients (docs/tpu.md, docs/gpu.md).
+PRESETS: dict[str, dict[str, Any]] = {
+  'tpu': {
+    # Sums of gradients start as soon as this many bytes are there; by default
+    # nearly all are combined, and the last gradient waited for.
+    'xla_jf_crs_combiner_threshold_in_bytes': 2**20,
+    # These sums are started and awaited, and other operations run meanwhile.
+    'xla_enable_async_all_reduce': True,
+    'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+  },
+  'gpu': {
+    # Orders operations so that others run while data are exchanged.
+    'xla_gpu_enable_latency_hiding_scheduler': True,
+    # In a loop, an iteration's exchange overlaps the next one's computation.
+    'xla_gpu_enable_pipelined_all_gather': True,
+    'xla_gpu_enable_pipelined_all_reduce': True,
+    'xla_gpu_enable_pipelined_reduce_scatter': True,
+  },
+}
+
+
+@functools.cache
+def training_options(device: jax.Device) -> dict[str, Any]:
+  """The options of `PRESETS` for a device, which need not exist.
+
+  Those that the environment sets are left out, and so are, with a line that
+  says so, those that this jax does not know.
+  """
+  given = ' '.join(
+    os.environ.get(x, '') for x in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+  )
+  preset = PRESETS.get(device.platform, {})
+  wanted = {k: v for k, v in preset.items() if f'--{k}' not in given}
+  if _knows(device, wanted):
+    return wanted
+  known = {k: v for k, v in wanted.items() if _knows(device, {k: v})}
+  unknown = ', '.join(name for name in wanted if name not in known)
+  print(f'this jax compiles without options it does not know: {unknown}')
+  return known
+
+
+def _knows(device: jax.Device, options: dict[str, Any]) -> bool:
+  """Whether the compiler for a device takes some options."""
+  if not options:
+    return True
+  place = jax.sharding.SingleDeviceSharding(device)
+  x = jax.ShapeDtypeStruct((), 'float32', sharding=place)
+  try:
+    jax.jit(lambda x: -x).lower(x).compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
 
 
 @functools.cache

@@ -4,11 +4,17 @@ One mesh with two axes. A batch is split over both; parameters, EMA and
 optimizer state are replicated over 'data' and split over 'fsdp' by one rule
 that depends on shapes only, so that networks are independent of devices. A
 single device is the 1 x 1 mesh, not a special case.
+
+With `zero`, gradients, EMA and optimizer state are split over 'data' too, by
+the same rule (Rajbhandari et al. 2020, stage 2): each device updates a part,
+and the new parameters are gathered.
 """
 
+import contextlib
+import contextvars
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -32,7 +38,11 @@ Tree = TypeVar('Tree')
 
 AXES = ('data', 'fsdp')
 BATCH = PartitionSpec(AXES)
+# Over which the parameters are split; and with `zero` the rest of the state.
+# Each then has a part of its own part of the parameters.
+SPLIT, ZERO = ('fsdp',), ('fsdp', 'data')
 FOR_PARAMS = 0.6  # fraction of a device's memory; activations need the rest
+_zero = contextvars.ContextVar('zero', default=False)
 
 
 def set_cpu_devices(n: int | None = None) -> None:
@@ -183,7 +193,11 @@ def grid_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def leaf_sharding(
-  leaf: Leaf, mesh: Mesh | AbstractMesh, *, min_size: int = 2**14
+  leaf: Leaf,
+  mesh: Mesh | AbstractMesh,
+  *,
+  min_size: int = 2**14,
+  axes: Sequence[str] = SPLIT,
 ) -> NamedSharding:
   """The sharding of one leaf of parameters or state, from its shape alone.
 
@@ -192,28 +206,41 @@ def leaf_sharding(
   the scan's, and a scan over a split axis would fetch every block from another
   device. Ties go to the last dimension, which is contiguous in memory. A leaf
   of fewer than `min_size` elements is replicated: gathering it costs more than
-  keeping it.
+  keeping it. Over a further axis, the parts are split in the same way.
 
   Args:
     leaf: array or `jax.ShapeDtypeStruct`.
     mesh: from `make_mesh`.
-    min_size: leaves with fewer elements than this are replicated.
+    min_size: leaves, or parts, with fewer elements than this are not split.
+    axes: of the mesh, in the order in which the leaf is split over them.
   """
-  fsdp, shape = mesh.shape['fsdp'], np.shape(leaf)
-  if fsdp == 1 or np.prod(shape, dtype=np.int64) < min_size:
-    return replicated(mesh)
-  free = [i for i, n in enumerate(shape) if n % fsdp == 0 and n > 0]
-  if not free:
-    return replicated(mesh)
-  axis = max(free, key=lambda i: (i > 0, shape[i], i))
-  return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
+  part = list(np.shape(leaf))
+  spec: list[tuple[str, ...]] = [()] * len(part)
+  for name in axes:
+    n = mesh.shape[name]
+    free = [i for i, size in enumerate(part) if size % n == 0 and size > 0]
+    if n > 1 and free and np.prod(part, dtype=np.int64) >= min_size:
+      i = max(free, key=lambda i: (i > 0, part[i], i))
+      part[i] //= n
+      spec[i] += (name,)
+  while spec and not spec[-1]:
+    spec.pop()
+  # One axis as its name: a spec of the same meaning is not an equal one.
+  names = [names[0] if len(names) == 1 else names or None for names in spec]
+  return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def state_shardings(
-  abstract_tree: Any, mesh: Mesh, *, min_size: int = 2**14
+  abstract_tree: Any,
+  mesh: Mesh,
+  *,
+  min_size: int = 2**14,
+  axes: Sequence[str] = SPLIT,
 ) -> Any:
   """One sharding per leaf of a training state: `leaf_sharding` of each."""
-  place = functools.partial(leaf_sharding, mesh=mesh, min_size=min_size)
+  place = functools.partial(
+    leaf_sharding, mesh=mesh, min_size=min_size, axes=axes
+  )
   return jax.tree.map(place, abstract_tree)
 
 
@@ -246,7 +273,8 @@ def _spread(leaf: jax.ShapeDtypeStruct, min_bytes: int) -> jax.ShapeDtypeStruct:
     return leaf
   axes = [s if isinstance(s, tuple) else (s,) if s else () for s in old.spec]
   axes += [()] * (leaf.ndim - len(axes))
-  free = [a for a, n in old.mesh.shape.items() if n > 1 and (a,) not in axes]
+  used = {name for names in axes for name in names}
+  free = [a for a, n in old.mesh.shape.items() if n > 1 and a not in used]
   copies = int(np.prod([old.mesh.shape[a] for a in free], dtype=np.int64))
   shard = old.shard_shape(leaf.shape)
   whole = [i for i, n in enumerate(shard) if n % copies == 0]
@@ -333,7 +361,11 @@ def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def gather(
-  param: Array, dtype: DTypeLike | None = None, *, stacked: bool = False
+  param: Array,
+  dtype: DTypeLike | None = None,
+  *,
+  stacked: bool = False,
+  summed: bool = False,
 ) -> Array:
   """Gathers a parameter that is split over 'fsdp'.
 
@@ -346,46 +378,114 @@ def gather(
     dtype: type in which it is gathered and used; None for its own.
     stacked: it is one layer's of a stack, which is split as a whole; with other
       axes split, a layer would be sent between the devices first.
+    summed: its gradient comes from `sum_gradient`, under `zero`.
   """
   mesh = jax.sharding.get_abstract_mesh()
   cast = param if dtype is None else param.astype(dtype)
-  if mesh.empty or mesh.shape.get('fsdp', 1) == 1:
+  if mesh.empty:
     return cast
-  if stacked:
-    stack = jax.ShapeDtypeStruct((1, *param.shape), param.dtype)
-    spec = PartitionSpec(*leaf_sharding(stack, mesh).spec[1:])
-  else:
-    spec = leaf_sharding(param, mesh).spec
+  stack = jax.ShapeDtypeStruct((1, *param.shape), param.dtype)
+  leaf = stack if stacked else param
+  spec, wanted = (
+    PartitionSpec(*leaf_sharding(leaf, mesh, axes=axes).spec[int(stacked) :])
+    for axes in (SPLIT, _axes())
+  )
+  if mesh.shape['fsdp'] == 1 and wanted == spec:
+    return cast
+  return _gather(cast, spec, wanted, summed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(
+  param: Array, spec: PartitionSpec, wanted: PartitionSpec, summed: bool
+) -> jax.Array:
+  """A parameter with a spec, whole; its gradient has the spec `wanted`."""
   # Else XLA gathers the wider type and casts afterwards.
-  cast = jax.lax.with_sharding_constraint(cast, spec)
-  return _gather(cast, spec)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(param: Array, spec: PartitionSpec) -> jax.Array:
+  param = jax.lax.with_sharding_constraint(param, spec)
   return jax.lax.with_sharding_constraint(param, PartitionSpec())
 
 
 def _gather_forward(
-  param: Array, spec: PartitionSpec
+  param: Array, spec: PartitionSpec, wanted: PartitionSpec, summed: bool
 ) -> tuple[jax.Array, None]:
-  return _gather(param, spec), None
+  return _gather(param, spec, wanted, summed), None
 
 
 def _gather_backward(
-  spec: PartitionSpec, _: None, gradient: jax.Array
+  spec: PartitionSpec,
+  wanted: PartitionSpec,
+  summed: bool,
+  _: None,
+  gradient: jax.Array,
 ) -> tuple[jax.Array]:
   """Sums the gradient over the devices; each keeps its shard.
 
   Without the barrier XLA fuses the slicing into the optimizer, and all
   gradients stay whole until then.
   """
-  gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
-  gradient = jax.lax.with_sharding_constraint(gradient, spec)
+  if not summed:
+    gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
+  gradient = jax.lax.with_sharding_constraint(gradient, wanted)
   return (jax.lax.optimization_barrier(gradient),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@contextlib.contextmanager
+def zero(on: bool = True) -> Iterator[None]:
+  """While a step is traced: gradients are split over 'data' too, if `on`."""
+  before = _zero.set(on)
+  try:
+    yield
+  finally:
+    _zero.reset(before)
+
+
+def has_zero() -> bool:
+  """Whether the step that is traced is under `zero`."""
+  return _zero.get()
+
+
+def _axes() -> tuple[str, ...]:
+  return ZERO if has_zero() else SPLIT
+
+
+def scatter(tree: Tree) -> Tree:
+  """Under `zero`, splits every array like the optimizer's state.
+
+  For use inside jitted code under `jax.set_mesh`; otherwise the identity.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not has_zero():
+    return tree
+  return jax.tree.map(
+    lambda x: jax.lax.with_sharding_constraint(
+      x, leaf_sharding(x, mesh, axes=ZERO).spec
+    ),
+    tree,
+  )
+
+
+def gradient_spec(param: Array) -> PartitionSpec:
+  """How the sum of a parameter's gradient is split: under `zero` only."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not has_zero():
+    return PartitionSpec()
+  return leaf_sharding(param, mesh, axes=ZERO).spec
+
+
+def sum_gradient(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """The sum of `x` over all devices, of which each gets its part.
+
+  For use inside `jax.shard_map`, where `spec` is that of the output.
+  """
+  rest = list(AXES)
+  for dimension, names in enumerate(spec):
+    for name in (names,) if isinstance(names, str) else names or ():
+      x = jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
+      rest.remove(name)
+  return jax.lax.psum(x, tuple(rest)) if rest else x
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -126,6 +126,20 @@ def test_a_state_takes_its_fraction_of_each_device():
   assert len(shardings['key'].sharding.device_set) == 8
 
 
+def test_hosts_read_parts_of_copies_only(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  mesh = sharding.make_mesh(4, 2)
+
+  def read(axes):
+    leaf = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    place = sharding.leaf_sharding(leaf, mesh, min_size=1, axes=axes)
+    (spread,) = sharding.spread([sharding.with_shardings(leaf, place)], 1)
+    return tuple(spread.sharding.spec)
+
+  assert read(sharding.SPLIT) == ('data', 'fsdp')
+  assert read(sharding.ZERO) == (None, ('fsdp', 'data'))  # there are none
+
+
 def test_a_batch_is_split_over_both_axes():
   mesh = sharding.make_mesh(2, 4)
   batch = {'image': np.arange(16 * 3).reshape(16, 3), 'mask': np.ones(16)}

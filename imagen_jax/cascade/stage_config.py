@@ -20,6 +20,7 @@ from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io.files import COPY_AGAIN
 from imagen_jax.io.model_folder import StageRecord
 from imagen_jax.nets.network import Network
+from imagen_jax.nets.remat import POLICIES
 from imagen_jax.typing import Array
 
 # The networks of the paper; 'my_module:MyNet' names a user's own.
@@ -54,10 +55,16 @@ def from_config(
   """
   config = dict(config)
   net, chosen = _section(config, 'net'), _section(config, 'sampling')
-  cls = kinds.find(
-    net.pop('kind', None), NETS, key='config.stage.net.kind', base=Network
-  )
+  kind = net.pop('kind', None)
+  cls = kinds.find(kind, NETS, key='config.stage.net.kind', base=Network)
   _check_names('stage.net', net, field_names(cls))
+  if kind in NETS:
+    check_choice(
+      'stage.net.remat',
+      net.get('remat'),
+      (None, *POLICIES),
+      key='config.stage.net.remat',
+    )
   _check_names('stage.sampling', chosen, field_names(SamplingConfig))
   logsnr_fn = make_schedule(**_section(config, 'schedule'))
   _check_names('stage', config, field_names(Stage))

@@ -158,9 +158,10 @@ def _print_parameters(work: 'Job') -> None:
 def _print_plan(work: 'Job', chip: Chip, plan: 'Plan', step: str) -> None:
   count = plan.data * plan.fsdp
   parts = f' in {plan.accumulate} parts' if plan.accumulate > 1 else ''
+  zero = ', zero' if work.zero and step == 'train' else ''
   print(
     f'\n{step} step on {count} {chip.name}, data {plan.data} × fsdp '
-    f'{plan.fsdp}, {plan.batch_size} images{parts}, remat {work.remat}'
+    f'{plan.fsdp}{zero}, {plan.batch_size} images{parts}, remat {work.remat}'
   )
   print('per chip, computed (not measured):')
   for name, size in plan.memory.items():

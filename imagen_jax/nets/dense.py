@@ -18,12 +18,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jax.sharding import PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
 
 from imagen_jax import sharding
 from imagen_jax.typing import Array
 
 Product: TypeAlias = Callable[[Any, Any], Any]  # of an input and a kernel
+SAVED = 'saved'  # by `nets.remat`'s policy `convs_saveable`: has this name
 
 
 def multiply(product: Product, x: Array, param: Array) -> Any:
@@ -35,10 +36,13 @@ def multiply(product: Product, x: Array, param: Array) -> Any:
     param: the kernel, which is gathered here.
   """
   kernel = sharding.gather(param, x.dtype)
-  if param.dtype != jnp.float32 or kernel.dtype == jnp.float32:
-    return product(x, kernel)
+  wide = kernel.dtype == jnp.float32 and not sharding.has_zero()
+  if param.dtype != jnp.float32 or wide:
+    return checkpoint_name(product(x, kernel), SAVED)
   kernel = jax.lax.stop_gradient(kernel)
-  return _multiply(product, x, kernel, sharding.gather(param))
+  summed = sharding.has_zero() and len(x) % sharding.platform()[1] == 0
+  y = _multiply(product, x, kernel, sharding.gather(param, summed=summed))
+  return checkpoint_name(y, SAVED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,13 +62,14 @@ def _backward(
 ) -> tuple[Any, None, Any]:
   """Transposes each device's product on its rows, then sums over devices."""
   x, kernel = saved
+  spec = sharding.gradient_spec(kernel)
 
   def of_kernel(x: Array, gradient: Array) -> Any:
     transpose = jax.linear_transpose(functools.partial(product, x), kernel)
     return transpose(gradient)[0].astype(jnp.float32)
 
   def summed(x: Array, gradient: Array) -> Any:
-    return jax.lax.psum(of_kernel(x, gradient), sharding.AXES)
+    return sharding.sum_gradient(of_kernel(x, gradient), spec)
 
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or len(x) % mesh.size:
@@ -73,7 +78,7 @@ def _backward(
     total = jax.shard_map(
       summed,
       in_specs=(sharding.BATCH, sharding.BATCH),
-      out_specs=PartitionSpec(),
+      out_specs=spec,
       # Else the transpose itself sums, in bfloat16.
       check_vma=False,
     )(x, gradient)

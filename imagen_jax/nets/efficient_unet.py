@@ -28,11 +28,11 @@ from imagen_jax.nets.layers import (
   ResBlock,
   conv,
   conv_in,
-  remat,
   upsample,
 )
 from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.remat import remat
 from imagen_jax.typing import (
   Array,
   AugLevel,
@@ -85,7 +85,7 @@ class EfficientUNet(Network):
       `TextAttention`.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
-    remat: None, or the policy in `jax.checkpoint_policies` with which residual
+    remat: None, or the policy in `nets.remat.POLICIES` with which residual
       blocks and attentions are rematerialised.
     unroll: whether the scans are unrolled. None: on CPU only, where XLA's
       gradient of a convolution inside a rolled loop is 17–30 times slower

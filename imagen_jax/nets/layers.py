@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -14,8 +12,6 @@ from imagen_jax.nets.attention import TextPool
 from imagen_jax.nets.dense import Conv, Dense
 from imagen_jax.nets.norm import GroupNorm
 from imagen_jax.typing import Array, AugLevel, LogSNR, TextEmb, TextMask
-
-Module = TypeVar('Module', bound=type[nn.Module])
 
 
 def sinusoidal(x: Float[Array, ' b'], dim: int) -> Float[Array, 'b {dim}']:
@@ -192,23 +188,3 @@ class ResBlock(nn.Module):
     if self.conv_shortcut or x.shape[-1] != self.features:
       x = conv(self.features, kernel=1, dtype=self.dtype, name='shortcut')(x)
     return (x + h) * jnp.asarray(self.residual_scale, h.dtype)
-
-
-def remat(
-  module: Module, policy: str | None, static: tuple[int, ...] = ()
-) -> Module:
-  """Rematerialises a module in the backward pass; None: leaves it as it is.
-
-  Args:
-    module: a Linen class.
-    policy: a name in `jax.checkpoint_policies`, such as 'nothing_saveable'.
-    static: indices of the arguments of `__call__` that are Python values;
-      index 0 is the module itself.
-  """
-  if policy is None:
-    return module
-  return nn.remat(
-    module,
-    policy=getattr(jax.checkpoint_policies, policy),
-    static_argnums=static,
-  )

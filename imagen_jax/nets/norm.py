@@ -9,10 +9,12 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from imagen_jax import sharding
+from imagen_jax.nets.dense import SAVED
 from imagen_jax.typing import Array
 
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
@@ -64,7 +66,7 @@ class GroupNorm(nn.Module):
     origin = jax.lax.stop_gradient(dot(x[:, 0, 0, ::size], member))
     centred = x - origin[:, None, None]
     means = [jnp.mean(y, axis=(1, 2)) for y in (centred, jnp.square(centred))]
-    shift, square = over_groups(jnp.stack(means))
+    shift, square = checkpoint_name(over_groups(jnp.stack(means)), SAVED)
     variance = jnp.maximum(square - jnp.square(shift), 0)
     mean = origin + shift
     gain = jax.lax.rsqrt(variance + self.epsilon) * scale

@@ -20,10 +20,10 @@ from imagen_jax.nets.layers import (
   ResBlock,
   conv,
   conv_in,
-  remat,
 )
 from imagen_jax.nets.network import Network
 from imagen_jax.nets.norm import GroupNorm
+from imagen_jax.nets.remat import remat
 from imagen_jax.typing import (
   Array,
   AugLevel,
@@ -52,7 +52,7 @@ class UNet(Network):
       `TextAttention`.
     dropout: rate in the residual blocks.
     norm_groups: groups of every GroupNorm.
-    remat: None, or the policy in `jax.checkpoint_policies` with which residual
+    remat: None, or the policy in `nets.remat.POLICIES` with which residual
       blocks and attentions are rematerialised.
     attention: implementation, see `nets.dot_product.attention`.
     out_channels: channels of the prediction.

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,15 +57,24 @@ def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
   return AbstractMesh((data, fsdp), sharding.AXES)
 
 
-def tree_bytes(tree: Any, mesh: AbstractMesh | None = None) -> float:
-  """Bytes of a tree on one device, sharded by the rule of `sharding`."""
+def tree_bytes(
+  tree: Any,
+  mesh: AbstractMesh | None = None,
+  axes: Sequence[str] = sharding.SPLIT,
+) -> float:
+  """Bytes of a tree on one device, sharded by the rule of `sharding`.
+
+  Args:
+    tree: of arrays or their shapes.
+    mesh: None is a single device.
+    axes: that the tree is split over.
+  """
   mesh = mesh or abstract_mesh(1, 1)
 
   def size(leaf: jax.ShapeDtypeStruct) -> float:
-    spec = sharding.leaf_sharding(leaf, mesh).spec
-    return num_bytes(leaf) / math.prod(
-      mesh.shape[axis] for axis in spec if axis
-    )
+    placed = sharding.leaf_sharding(leaf, mesh, axes=axes)
+    parts = math.prod(leaf.shape) / math.prod(placed.shard_shape(leaf.shape))
+    return num_bytes(leaf) / parts
 
   return sum(map(size, jax.tree.leaves(tree)))
 
@@ -92,11 +101,12 @@ def make_plan(
   local = work.batch_size // mesh.size
   traced = work.trace(step, local)
   state = work.state
+  axes = sharding.ZERO if work.zero else sharding.SPLIT
   memory = {'parameters': tree_bytes(state.params, mesh)}
   if training:
     memory |= {
-      'EMA': tree_bytes((state.ema_params, state.emas), mesh),
-      'optimizer': tree_bytes(state.opt_state, mesh),
+      'EMA': tree_bytes((state.ema_params, state.emas), mesh, axes),
+      'optimizer': tree_bytes(state.opt_state, mesh, axes),
       'text encoder': tree_bytes(work.text_params, mesh),
     }
   moved = 2 * sum(memory.values())
@@ -109,7 +119,8 @@ def make_plan(
   if training:
     # Compiled steps allocate all gradients before the first is computed. They
     # are written, read for their norm and read for the update.
-    memory['gradients'] = memory['parameters'] * (1 + (parts > 1))
+    gradients_bytes = tree_bytes(state.params, mesh, axes)
+    memory['gradients'] = gradients_bytes * (1 + (parts > 1))
     moved += 3 * memory['gradients']
   if fsdp > 1:
     # The gathered layer in use, and the next one being gathered.
@@ -143,18 +154,25 @@ def _largest_layer(tree: Any) -> float:
 def _network_bytes(work: Job, mesh: AbstractMesh, step: str) -> float:
   """Bytes that a device sends in one step.
 
-  On a ring of n devices an all-gather moves (n − 1)/n of the array, an
-  all-reduce twice that. Parameters and gradients are sent in bfloat16; compiled
-  steps all-reduce a layer's gradient over all devices and keep their shard.
+  On a ring of n devices an all-gather or a reduce-scatter moves (n − 1)/n of
+  the array, an all-reduce twice that. Parameters are gathered in bfloat16.
+  Compiled steps all-reduce a layer's gradient over all devices and keep their
+  shard; with `mesh.zero` they reduce-scatter it, and the new parameters are
+  gathered in float32.
   """
-  fsdp, devices = mesh.shape['fsdp'], mesh.size
-  split = (fsdp - 1) / fsdp
-  whole = tree_bytes(work.state.params) / 2
+  data, fsdp = mesh.shape['data'], mesh.shape['fsdp']
+  whole = tree_bytes(work.state.params)
+  others = lambda n: (n - 1) / n
+  layers = others(fsdp) * whole / 2
   if step == 'sample':
-    return split * whole * work.stage.sampling.steps
-  text = split * tree_bytes(work.text_params)
-  layers = 2 * split * whole + 2 * (devices - 1) / devices * whole
-  return text + layers * work.accumulate
+    return layers * work.stage.sampling.steps
+  half = work.config.train.gradient_dtype == 'bfloat16'
+  gradients = others(mesh.size) * whole / (1 + half)
+  text = others(fsdp) * tree_bytes(work.text_params)
+  if work.zero:
+    new = others(data) * tree_bytes(work.state.params, mesh)
+    return text + new + (2 * layers + gradients) * work.accumulate
+  return text + 2 * (layers + gradients) * work.accumulate
 
 
 def splits(
@@ -187,7 +205,8 @@ def cheapest_change(
 ) -> str | None:
   """Flags of the cheapest change that makes a job fit, or None.
 
-  Tried in order of cost: another mesh, gradient accumulation, remat policy,
+  Tried in order of cost: another mesh, a state that is split over all chips,
+  gradient accumulation, remat policies from the fewest repeated FLOPs on,
   cached embeddings; for a sampling step, another mesh or a smaller batch.
   """
   for flags, candidate in _changes(work, chip, num_chips, step):
@@ -212,15 +231,30 @@ def _changes(
       yield f'--batch_size {batch} ', work.changed({'train.batch_size': batch})
       batch //= 2
     return
+  if num_chips > 1 and not work.zero:
+    yield '--config.mesh.zero=True ', work.changed({'mesh.zero': True})
   parts = work.accumulate * times
   while 0 < parts <= work.batch_size // num_chips:
     yield f'--accumulate {parts} ', work.changed({'train.accumulate': parts})
     parts *= 2
-  if work.remat is None:
-    remat = {'stage.net.remat': 'nothing_saveable'}
-    yield '--config.stage.net.remat=nothing_saveable ', work.changed(remat)
+  for policy in _less_saved(work):
+    remat = {'stage.net.remat': policy}
+    yield f'--config.stage.net.remat={policy} ', work.changed(remat)
   if not work.experiment.cached_text:
     yield '--text cached ', work.changed({}, cached_text=True)
+
+
+def _less_saved(work: Job) -> list[str]:
+  """The remat policies that save less than a job's, the most first.
+
+  `dots_saveable` is left out: it only spares the products of attentions.
+  """
+  if not hasattr(work.stage.net, 'remat'):
+    return []
+  order = ['convs_saveable', 'nothing_saveable']
+  if work.remat is None:
+    return order
+  return order[order.index(work.remat) + 1 :] if work.remat in order else []
 
 
 def _times(work: Job, chip: Chip, num_chips: int, step: str) -> int:

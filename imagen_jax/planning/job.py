@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import Mesh, Sharding
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, Sharding
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
@@ -29,6 +29,7 @@ from imagen_jax.text.kinds import TextTower
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import (
   abstract_state,
+  has_zero,
   make_program,
   train_step,
 )
@@ -83,6 +84,11 @@ class Job:
   def remat(self) -> str | None:
     """The network's rematerialization policy, if it has one."""
     return getattr(self.stage.net, 'remat', None)
+
+  @property
+  def zero(self) -> bool:
+    """Whether EMA and optimizer state are split over all devices."""
+    return has_zero(self.config)
 
   @functools.cached_property
   def text_params(self) -> Any:
@@ -216,11 +222,18 @@ def _encoder(config: ConfigDict, text: str) -> tuple[TextTower, str]:
 
 
 def train_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:
-  """The traced training step of `batch_size` images (no devices)."""
+  """The traced training step of `batch_size` images on one accelerator."""
   tx = make_optimizer(job.config.train)
   step = train_step(job.experiment, tx, unroll=False)
   batch = job.experiment.batch_spec(batch_size)
-  return jax.make_jaxpr(step)(job.state, batch, job.text_params)
+  with jax.sharding.use_abstract_mesh(_accelerator()):
+    return jax.make_jaxpr(step)(job.state, batch, job.text_params)
+
+
+def _accelerator() -> AbstractMesh:
+  """One device that is no CPU, for which attention is computed otherwise."""
+  device = AbstractDevice(device_kind='', num_cores=None, platform='tpu')
+  return AbstractMesh((1, 1), sharding.AXES, abstract_device=device)
 
 
 def lower_train(job: Job, mesh: Mesh) -> jax.stages.Lowered:
@@ -265,9 +278,10 @@ def sample_arguments(
 
 
 def sample_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:
-  """The traced sampling call."""
+  """The traced sampling call, on one accelerator."""
   generate, shapes = sample_arguments(job, batch_size)
-  return jax.make_jaxpr(generate)(*shapes)
+  with jax.sharding.use_abstract_mesh(_accelerator()):
+    return jax.make_jaxpr(generate)(*shapes)
 
 
 def lower_sample(job: Job, mesh: Mesh) -> jax.stages.Lowered:

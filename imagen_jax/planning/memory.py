@@ -23,17 +23,21 @@ FUSED = frozenset(
   'shift_left shift_right_logical convert_element_type bitcast_convert_type '
   'is_finite broadcast_in_dim reshape squeeze expand_dims transpose rev slice '
   'copy copy_p stop_gradient iota pad reduce_precision sharding_constraint '
-  'optimization_barrier dynamic_slice nextafter rem split'.split()
+  'optimization_barrier dynamic_slice nextafter rem split name'.split()
 )
 
 # Those without arithmetic, which matrix products and convolutions read through.
+# `jax.checkpoint` names values, and marks those that it saves by a
+# reduce_precision to their own type.
 MOVES = frozenset(
   'broadcast_in_dim reshape squeeze expand_dims transpose rev slice copy '
-  'convert_element_type stop_gradient pad sharding_constraint'.split()
+  'convert_element_type stop_gradient pad sharding_constraint '
+  'reduce_precision name'.split()
 )
 # Those that give the same bytes another shape.
 VIEWS = frozenset(
-  'reshape squeeze expand_dims stop_gradient sharding_constraint'.split()
+  'reshape squeeze expand_dims stop_gradient sharding_constraint '
+  'reduce_precision name'.split()
 )
 SUMS = {'reduce_sum', 'reduce_max', 'reduce_min'}
 PRODUCTS = {'dot_general', 'conv_general_dilated'}

@@ -159,7 +159,8 @@ def _run(made: _Made, should_stop: Callable[[int], bool]) -> int:
       step, state = _steps(run, state, monitor, should_stop, alive)
       ledger.enter('other')
       if step >= experiment.config.train.num_steps:
-        experiment.finish(state, frozen)
+        ema = program.as_params(state.ema_params)
+        experiment.finish(dataclasses.replace(state, ema_params=ema), frozen)
         with ledger.spent('save'):
           checkpoints.wait()  # the local tier is needed until then
         if local:

@@ -131,9 +131,11 @@ class Monitor(contextlib.ExitStack):
       self.settle()
       with spent('eval'):
         more['heldout_loss'] = self._heldout_loss(state.params)
-        more['heldout_loss_ema'] = self._heldout_loss(state.ema_params)
-        for length, ema in state.emas.items():
-          more[f'heldout_loss_ema_{length}'] = self._heldout_loss(ema)
+        emas = {'ema': state.ema_params}
+        emas |= {f'ema_{length}': ema for length, ema in state.emas.items()}
+        for name, ema in emas.items():
+          ema = self._run.program.as_params(ema)
+          more[f'heldout_loss_{name}'] = self._heldout_loss(ema)
     if more or last or step % train_cfg.log_every == 0:
       self.settle()
       with spent('other'):
@@ -146,7 +148,8 @@ class Monitor(contextlib.ExitStack):
     if self._preview and (last or step % train_cfg.sample_every == 0):
       self.settle()
       with spent('eval'):
-        self._keep(step, self._preview(state.ema_params))
+        ema = self._run.program.as_params(state.ema_params)
+        self._keep(step, self._preview(ema))
 
   def _log(self, step: int, state: TrainState, more: dict) -> None:
     """Writes a line of metrics; ends a run of bad steps."""

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from imagen_jax import sharding
+from imagen_jax import compiler, sharding
 from imagen_jax.cascade import programs
 from imagen_jax.dtypes import resolve_dtype
-from imagen_jax.errors import UsageError
+from imagen_jax.errors import UsageError, check_choice
 from imagen_jax.training import cpu_layout
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.flops import count_flops, has_remat, without_remat
@@ -21,6 +22,7 @@ from imagen_jax.training.state import TrainState, init_state
 from imagen_jax.training.step import StepFn, half_gradients, make_train_step
 
 LEAST_STEPS = 1000  # of a run whose program is kept
+PRESET = 'preset'  # of `mesh.xla`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,11 @@ class Program:
     """Shapes with shardings of the state, to restore a checkpoint into."""
     return sharding.with_shardings(self.state, self.shardings)
 
+  def as_params(self, ema: Any) -> Any:
+    """An EMA, split over the devices as the parameters are."""
+    params = sharding.with_shardings(self.state.params, self.shardings.params)
+    return sharding.replace(ema, params)
+
   def first_state(self, params: Any) -> TrainState:
     """The state before the first step, on the mesh."""
     init = jax.jit(
@@ -152,6 +159,24 @@ def abstract_state(
   )
 
 
+def place(state: TrainState, mesh: Mesh, zero: bool) -> TrainState:
+  """The shardings of a state.
+
+  Args:
+    state: its shapes.
+    mesh: of the devices.
+    zero: whether EMA and optimizer state are split over 'data' too.
+  """
+  placed = sharding.state_shardings(state, mesh)
+  if not zero:
+    return placed
+  rest = ('ema_params', 'emas', 'opt_state')
+  finer = {name: getattr(state, name) for name in rest}
+  return placed.replace(
+    **sharding.state_shardings(finer, mesh, axes=sharding.ZERO)
+  )
+
+
 def make_program(
   experiment: Experiment,
   mesh: Mesh,
@@ -171,7 +196,7 @@ def make_program(
   """
   tx = make_optimizer(experiment.config.train)
   state = abstract_state(experiment, tx)
-  shardings = sharding.state_shardings(state, mesh)
+  shardings = place(state, mesh, has_zero(experiment.config))
   function, identity = train_step(experiment, tx, unroll=unroll), None
   if keep and _can_be_kept(experiment):
     function, identity = programs.renamed(function), experiment.identity
@@ -179,7 +204,7 @@ def make_program(
     function,
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=cpu_layout.compiler_options(experiment.config, mesh),
+    compiler_options=_compiler_options(experiment.config, mesh),
   )
   return Program(experiment, mesh, tx, state, shardings, step, identity)
 
@@ -234,4 +259,26 @@ def train_step(
     condition=experiment.condition,
     accumulate=train.accumulate,
     unroll=unroll,
+    zero=has_zero(config),
   )
+
+
+def _compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
+  """XLA's options for a run's step.
+
+  Raises:
+    UsageError: there is no such choice.
+  """
+  choice = config.get('mesh', {}).get('xla', PRESET)
+  check_choice('mesh.xla', choice, (PRESET, 'none'), key='config.mesh.xla')
+  mine = [
+    d for d in mesh.devices.flat if d.process_index == jax.process_index()
+  ]
+  if mine[0].platform == 'cpu':
+    return cpu_layout.compiler_options(config, mesh)
+  return compiler.training_options(mine[0]) if choice == PRESET else None
+
+
+def has_zero(config: ConfigDict) -> bool:
+  """Whether a config sets `mesh.zero`; one from elsewhere may lack the key."""
+  return bool(config.get('mesh', {}).get('zero'))

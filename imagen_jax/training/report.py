@@ -11,7 +11,7 @@ import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.cascade import stage as stages
-from imagen_jax.training.program import Program
+from imagen_jax.training.program import Program, has_zero
 from imagen_jax.training.state import TrainState
 
 MIB = 2**20
@@ -43,14 +43,14 @@ def device_bytes(tree: Any, shardings: Any) -> int:
 
 
 def splits(
-  state: TrainState, shardings: TrainState, fsdp: int
+  state: TrainState, shardings: TrainState, devices: int
 ) -> Iterator[str]:
   """Which arrays of the state are sharded and which replicated, as lines.
 
   Args:
     state: the `TrainState`, or its shapes.
     shardings: its shardings.
-    fsdp: number of devices over which one copy is sharded.
+    devices: largest number over which one copy is sharded.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
   sharded: list[tuple[int, int]] = []
@@ -65,7 +65,7 @@ def splits(
       whole[name].append(size)
   part, total = np.reshape(sharded, (-1, 2)).sum(axis=0) / MIB
   yield (
-    f'  {len(sharded)} arrays of the state are sharded over {fsdp} devices: '
+    f'  {len(sharded)} arrays of the state are sharded over {devices} devices: '
     f'{part:,.2f} of {total:,.2f} MiB on each'
   )
   count, rest = (sum(map(f, whole.values())) for f in (len, sum))
@@ -116,5 +116,6 @@ def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
     f'  a step takes {most}{flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
     + (f'; rematerialization repeats {again:.3g} of them' if again else '')
   )
-  if arrays and fsdp > 1:
-    yield from splits(state, shardings, fsdp)
+  split = mesh.size if has_zero(experiment.config) else fsdp
+  if arrays and split > 1:
+    yield from splits(state, shardings, split)

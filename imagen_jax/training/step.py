@@ -33,6 +33,7 @@ def make_train_step(
   condition: Callable[..., Tree] = lambda key, batch, frozen: batch,
   accumulate: int = 1,
   unroll: bool | None = None,
+  zero: bool = False,
 ) -> StepFn:
   """The function (state, batch, frozen) -> (state, metrics) of one step.
 
@@ -55,6 +56,8 @@ def make_train_step(
       Each part has its own key, so the noise depends on this number.
     unroll: whether the loop over the parts is unrolled; None means on CPU
       only, where the gradient of a convolution in a loop is slow.
+    zero: whether each device updates a part of the parameters, see
+      `sharding.zero`.
 
   Returns:
     the function. Its batch is a dict of arrays of B rows, the global batch,
@@ -65,6 +68,7 @@ def make_train_step(
   """
   gradient = _gradient(loss_fn)
 
+  @sharding.zero(zero)
   def train_step(
     state: TrainState, batch: Tree, frozen: Tree
   ) -> tuple[TrainState, dict]:
@@ -146,6 +150,7 @@ def _update(
   ema_limit: float,
 ) -> tuple[TrainState, dict]:
   """(state, metrics) after a step; skips the update if it is not finite."""
+  grads, old = sharding.scatter((grads, state.params))
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   decay = ema_decay(state.step, ema_limit)
@@ -166,9 +171,10 @@ def _update(
     change,
     lambda grads, trained: trained,
     grads,
-    (state.params, state.ema_params, state.opt_state),
+    (old, state.ema_params, state.opt_state),
   )
   bad = jnp.logical_not(good).astype(jnp.int32)
+  params = sharding.scatter(params)
   state = TrainState(
     step=state.step + 1,
     params=params,
@@ -181,7 +187,7 @@ def _update(
   metrics = {
     'loss': loss,
     'grad_norm': grad_norm,
-    'param_norm': optax.tree.norm(state.params),
+    'param_norm': optax.tree.norm(params),
     'skipped': state.skipped,
     **bands,
   }
@@ -209,9 +215,10 @@ def _accumulated(
     i, part = numbered
     part = sharding.constrain_batch(part)
     new = gradient(params, jax.random.fold_in(key, i), part)
-    return jax.tree.map(jnp.add, total, new), None
+    (values, grads) = jax.tree.map(jnp.add, total, new)
+    return (values, sharding.scatter(grads)), None
 
-  no_grads = jax.tree.map(jnp.zeros_like, params)
+  no_grads = sharding.scatter(jax.tree.map(jnp.zeros_like, params))
   zeros = (jnp.zeros(()), _no_bands()), no_grads
   total, _ = jax.lax.scan(
     add,

@@ -110,7 +110,7 @@ class IconsSource(Source):
   def fingerprint(self) -> str:
     """SHA-256 of the icons and of the names of what they show."""
     names = [(t.name, t.synonyms, t.heldout) for t in self.world.things]
-    described = [self._digest, names, self.world.styles]
+    described: list[typing.Any] = [self._digest, names, self.world.styles]
     if self.world.looks is not None:
       described.append(self.world.looks)
     text = json.dumps(described)

@@ -20,6 +20,7 @@ from imagen_jax.cascade import (
 )
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.network import Network
+from imagen_jax.nets.remat import POLICIES
 from imagen_jax.training.flops import inner_jaxpr
 from tests import tiny_model
 
@@ -69,7 +70,7 @@ def build(name='base', dtype='float32', **changes):
     {'crop': 4},
     {'low_resolution': 2, 'crop': 6},
     {'net': tiny_model.UNET | {'channels': -5}, 'init': True},
-    {'net': tiny_model.UNET | {'remat': 'maybe'}, 'init': True},
+    {'net': tiny_model.UNET | {'remat': 'maybe'}},
   ],
 )
 def test_what_cannot_work_or_has_no_effect_is_refused(changes):
@@ -78,6 +79,14 @@ def test_what_cannot_work_or_has_no_effect_is_refused(changes):
     made = build(**changes)
     if init:
       stage.init_params(made, jax.random.key(0))
+
+
+def test_an_unknown_remat_policy_is_refused_with_those_that_there_are():
+  with pytest.raises(UsageError) as error:
+    build(net=tiny_model.UNET | {'remat': 'save_only_these_names'})
+  assert error.value.key == 'config.stage.net.remat'
+  for policy in ('None', *POLICIES):
+    assert policy in str(error.value)
 
 
 @pytest.mark.parametrize('guidance', [float('nan'), float('inf'), -3.0])

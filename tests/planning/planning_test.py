@@ -154,6 +154,49 @@ def test_rematerialization_needs_less_memory_and_more_flops():
   assert count_flops(less) > 1.03 * count_flops(plain)
 
 
+def test_a_saved_value_that_a_product_reads_is_stored_once():
+  """`jax.checkpoint` marks it by a reduce_precision, which XLA removes."""
+
+  def mark(x):
+    return jax.lax.reduce_precision(x, 8, 23)
+
+  def fn(x, w, mark=lambda x: x):
+    return (mark(x @ w) @ w).sum()
+
+  x = jnp.zeros((64, 64))
+  plain, marked = (
+    peak_and_traffic(jax.make_jaxpr(functools.partial(fn, mark=m))(x, x))
+    for m in (lambda x: x, mark)
+  )
+  assert marked == plain
+
+
+@pytest.mark.parametrize('policy', ['convs_saveable', 'nothing_saveable'])
+def test_of_the_policies_that_fit_the_one_that_repeats_least_is_advised(policy):
+  def plan(name):
+    other = work.changed({'stage.net.remat': name})
+    return analytic.make_plan(other, chip, data=1, fsdp=1).total
+
+  chip, config = chips.CHIPS['v5e'], tiny_config(unet=True)
+  config.stage.resolution = 64
+  # One image is no batch to accumulate.
+  work = job.make_job(config, text='cached', batch_size=1)
+  before = {'convs_saveable': None, 'nothing_saveable': 'convs_saveable'}
+  room = (plan(policy) + plan(before[policy])) / 2
+  small = dataclasses.replace(chip, memory=room / (1 - chips.RESERVED))
+  change = f'--config.stage.net.remat={policy} --fsdp 1'
+  assert analytic.cheapest_change(work, small, 1) == change
+
+
+def test_a_step_is_planned_as_an_accelerator_computes_it():
+  """A CPU multiplies the heads of a large attention one by one."""
+  config = tiny_config(unet=True)
+  config.stage.resolution = 16
+  config.stage.net.attention_resolutions = (16,)
+  work = job.make_job(config, text='cached', batch_size=8)
+  assert 'scan[' not in str(work.trace('train', 8))
+
+
 def test_parameters_are_split_by_the_rule_that_training_uses():
   work = tiny_job('sr1', batch_size=8)
   state = work.state
@@ -269,6 +312,10 @@ def test_a_sampling_step_is_planned_too(tmp_path, capsys):
     (['--topology', 'v5e:2x2', '--accumulate', '0'], '--accumulate'),
     (['--compile'], '--compile'),
     (['--config.text.path=my/words'], '--text'),
+    (
+      ['--config.stage.net.kind=unet', '--config.stage.net.remat=maybe'],
+      '--config.stage.net.remat',
+    ),
     (['--config', 'shapes_text'], "'text'"),
   ],
 )
