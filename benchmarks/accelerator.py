@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     raise UsageError(f'minutes is {minutes:g}; it is above 0.', key='minutes')
   results = Results(args.out and pathlib.Path(args.out), args.rehearse)
   deadline = time.monotonic() + 60 * minutes
-  groups = accelerator_rows.groups(accelerator_rows.known_policies())
+  groups = accelerator_rows.groups()
   groups = chosen(groups, args.rows, results)
   with contextlib.ExitStack() as stack:
     if results.path is None:

@@ -1,16 +1,19 @@
 """What `accelerator.py` measures, the most important first."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from imagen_jax.nets import remat
 
 CONFIGS = {'sr256': 32, 'base64': 32}  # images of a step
 POLICIES = (
-  None, 'dots_saveable', 'dots_with_no_batch_dims_saveable', 'convs_saveable',
-)  # fmt: skip
+  None,
+  *(name for name in remat.POLICIES if name != 'convs_saveable'),
+)
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0'
 FLAGS = {
-  'latency hiding scheduler': '--xla_gpu_enable_latency_hiding_scheduler=true',
+  'no latency hiding': '--xla_gpu_enable_latency_hiding_scheduler=false',
   'without Triton matmuls': '--xla_gpu_enable_triton_gemm=false',
   # XLA's default: what another process makes of the same flags.
   'autotune level 4': '--xla_gpu_autotune_level=4',
@@ -60,13 +63,9 @@ class Group:
   runs: int = 1
 
 
-def groups(policies: Sequence[str | None] = POLICIES) -> list[Group]:
-  """All groups, the most important first.
-
-  Args:
-    policies: of rematerialization, besides the configs' own.
-  """
-  sr256, base64 = _variants('sr256', policies), _variants('base64', policies)
+def groups() -> list[Group]:
+  """All groups, the most important first."""
+  sr256, base64 = _variants('sr256'), _variants('base64')
   first = {'base64': base64.pop('base64')}
   first['base64:cudnn'] = _train(
     'base64', 'attention by cuDNN', {'stage.net.attention': 'cudnn'}
@@ -113,21 +112,6 @@ def groups(policies: Sequence[str | None] = POLICIES) -> list[Group]:
   ]
 
 
-def known_policies() -> list[str | None]:
-  """Those of `POLICIES` that this imagen_jax has."""
-  from imagen_jax.errors import ImagenError
-  from imagen_jax.nets import layers
-
-  def known(policy: str | None) -> bool:
-    try:
-      layers.remat(layers.ResBlock, policy)
-    except (AttributeError, LookupError, ValueError, ImagenError):
-      return False
-    return True
-
-  return [policy for policy in POLICIES if known(policy)]
-
-
 def _flags() -> dict[str, tuple[str, str]]:
   """{name: (what it is in words, flags)}."""
   return {
@@ -154,10 +138,10 @@ def _train(
   return Row(f'{config}, batch {batch}, {words}', 'train', given)
 
 
-def _variants(config: str, policies: Sequence[str | None]) -> dict[str, Row]:
+def _variants(config: str) -> dict[str, Row]:
   """{name: a training step}: as configured, then with one change each."""
   made = {config: _train(config, 'as configured', profile=True)}
-  for policy in policies:
+  for policy in POLICIES:
     change = {'stage.net.remat': policy}
     made[f'{config}:remat={policy}'] = _train(config, f'remat {policy}', change)
   batch = 2 * CONFIGS[config]

@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from imagen_jax.cli.configs import load_config
 from imagen_jax.errors import DataError, UsageError
+from imagen_jax.nets import remat
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'benchmarks'
 sys.path.insert(0, str(FOLDER))
@@ -448,11 +450,13 @@ def test_a_process_that_fails_leaves_its_last_words(tmp_path, monkeypatch):
 
 
 # ---- The rows ----------------------------------------------------------------
-def test_only_policies_that_exist_are_rows(monkeypatch):
-  monkeypatch.setattr(rows, 'POLICIES', (None, 'dots_saveable', 'no_such'))
-  assert rows.known_policies() == [None, 'dots_saveable']
-  names = [name for g in rows.groups([None]) for name in g.rows]
-  assert 'sr256:remat=None' in names and 'sr256:remat=no_such' not in names
+def test_every_other_policy_of_rematerialization_is_a_row():
+  names = [name for g in rows.groups() for name in g.rows]
+  for config in rows.CONFIGS:
+    own = load_config(f'imagen_{config}', []).stage.net.remat
+    for policy in {None, *remat.POLICIES} - {own}:
+      assert f'{config}:remat={policy}' in names
+    assert f'{config}:remat={own}' not in names
   assert len(names) == len({*names})
 
 

@@ -1,6 +1,6 @@
 r"""Bytes and quality of the encodings of `imagen-prepare`.
 
-  python benchmarks/encodings.py --size 256 photos/*.jpg
+  python benchmarks/image_encodings.py --size 256 photos/*.jpg
 
 Each photograph is cropped and resized as in training, then encoded. PSNR is
 that of the decoded pixels, in dB.
