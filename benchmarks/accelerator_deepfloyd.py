@@ -101,7 +101,7 @@ class Work:
     }
 
   def compile(self) -> None:
-    lowered = stage.generate.lower(
+    lowered = stage.jitted().lower(
       self._shapes, self._inputs, self._plan, **self._static
     )
     self._run = lowered.compile()
