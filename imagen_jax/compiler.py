@@ -29,10 +29,6 @@ PRESETS: dict[str, dict[str, Any]] = {
   'gpu': {
     # Orders operations so that others run while data are exchanged.
     'xla_gpu_enable_latency_hiding_scheduler': True,
-    # In a loop, an iteration's exchange overlaps the next one's computation.
-    'xla_gpu_enable_pipelined_all_gather': True,
-    'xla_gpu_enable_pipelined_all_reduce': True,
-    'xla_gpu_enable_pipelined_reduce_scatter': True,
   },
 }
 

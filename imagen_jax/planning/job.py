@@ -14,7 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, Sharding
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  Sharding,
+)
 from ml_collections import ConfigDict
 
 from imagen_jax import sharding
@@ -225,15 +231,20 @@ def train_jaxpr(job: Job, batch_size: int) -> ClosedJaxpr:
   """The traced training step of `batch_size` images on one accelerator."""
   tx = make_optimizer(job.config.train)
   step = train_step(job.experiment, tx, unroll=False)
-  batch = job.experiment.batch_spec(batch_size)
-  with jax.sharding.use_abstract_mesh(_accelerator()):
-    return jax.make_jaxpr(step)(job.state, batch, job.text_params)
+  arguments = job.state, job.experiment.batch_spec(batch_size), job.text_params
+  with jax.sharding.use_abstract_mesh(_accelerator()):  # nothing can run
+    return jax.make_jaxpr(step)(*arguments)
 
 
 def _accelerator() -> AbstractMesh:
   """One device that is no CPU, for which attention is computed otherwise."""
   device = AbstractDevice(device_kind='', num_cores=None, platform='tpu')
-  return AbstractMesh((1, 1), sharding.AXES, abstract_device=device)
+  return AbstractMesh(
+    (1, 1),
+    sharding.AXES,
+    axis_types=(AxisType.Auto,) * 2,  # else Explicit in newer jax
+    abstract_device=device,
+  )
 
 
 def lower_train(job: Job, mesh: Mesh) -> jax.stages.Lowered:
