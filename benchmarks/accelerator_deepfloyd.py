@@ -73,6 +73,19 @@ def texts(images: int, width: int) -> tuple[np.ndarray, np.ndarray]:
   return one, other
 
 
+def answer(
+  who: str, images: int, steps: int, seconds: list[float]
+) -> dict[str, Any]:
+  """The numbers of a row, from the seconds of its calls."""
+  return {
+    'who': who,
+    'batch': images,
+    'steps': steps,
+    'seconds': median(seconds),
+    'times': seconds,
+  }
+
+
 class Work:
   """All steps of a batch of images."""
 
@@ -110,10 +123,4 @@ class Work:
     params = random_tree(self._shapes)
     run = lambda: self._run(params, self._inputs, self._plan)
     seconds = call_times(run, self._rehearse)
-    return {
-      'who': self._who,
-      'batch': self._batch,
-      'steps': self._steps,
-      'seconds': median(seconds),
-      'times': seconds,
-    }
+    return answer(self._who, self._batch, self._steps, seconds)

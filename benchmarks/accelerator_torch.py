@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from accelerator_deepfloyd import GUIDANCE, SCHEDULE, sizes, texts
-from accelerator_work import LeftOut, median
+from accelerator_deepfloyd import GUIDANCE, SCHEDULE, answer, sizes, texts
+from accelerator_work import LeftOut
 
 CALLS = 3  # that are timed
 
@@ -52,15 +52,10 @@ class Work:
       start = time.perf_counter()
       self._call(net, text)
       seconds.append(time.perf_counter() - start)
+    whole = answer(self._who, self._batch, self._steps, seconds)
     return {
-      'who': self._who,
-      'batch': self._batch,
-      'steps': self._steps,
-      'seconds': median(seconds),
-      'times': seconds,
-      'compile': ready,
-      'versions': f'torch {torch.__version__}',
-    }
+      **whole, 'compile': ready, 'versions': f'torch {torch.__version__}'
+    }  # fmt: skip
 
   def _call(self, net: Any, text: Any) -> Any:
     """The images, on the host."""

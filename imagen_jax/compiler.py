@@ -49,7 +49,8 @@ def training_options(device: jax.Device) -> dict[str, Any]:
     return wanted
   known = {k: v for k, v in wanted.items() if _knows(device, {k: v})}
   unknown = ', '.join(name for name in wanted if name not in known)
-  print(f'this jax compiles without options it does not know: {unknown}')
+  if jax.process_index() == 0:
+    print(f'this jax compiles without options it does not know: {unknown}')
   return known
 
 

@@ -244,6 +244,12 @@ def state_shardings(
   return jax.tree.map(place, abstract_tree)
 
 
+def axes_of(spec: PartitionSpec) -> set[str]:
+  """The axes of the mesh over which an array with a spec is split."""
+  parts = (names if isinstance(names, tuple) else (names,) for names in spec)
+  return {name for names in parts for name in names if name}
+
+
 def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
   """The abstract tree with a sharding on every leaf, for restoring."""
   placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
@@ -273,7 +279,7 @@ def _spread(leaf: jax.ShapeDtypeStruct, min_bytes: int) -> jax.ShapeDtypeStruct:
     return leaf
   axes = [s if isinstance(s, tuple) else (s,) if s else () for s in old.spec]
   axes += [()] * (leaf.ndim - len(axes))
-  used = {name for names in axes for name in names}
+  used = axes_of(old.spec)
   free = [a for a, n in old.mesh.shape.items() if n > 1 and a not in used]
   copies = int(np.prod([old.mesh.shape[a] for a in free], dtype=np.int64))
   shard = old.shard_shape(leaf.shape)

@@ -99,3 +99,14 @@ def bucket():
 
   with fake_bucket.served() as bucket:
     yield bucket
+
+
+@pytest.fixture
+def programs_folder(tmp_path, monkeypatch):
+  """Where compiled programs are kept, empty."""
+  from imagen_jax.cascade import programs
+
+  path = tmp_path / 'programs'
+  path.mkdir(mode=0o700)
+  monkeypatch.setattr(programs, 'find_folder', lambda: path)
+  return path

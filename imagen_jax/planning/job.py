@@ -35,8 +35,8 @@ from imagen_jax.text.kinds import TextTower
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.program import (
   abstract_state,
-  has_zero,
   make_program,
+  sets_zero,
   train_step,
 )
 from imagen_jax.training.stage_experiment import StageExperiment
@@ -94,7 +94,7 @@ class Job:
   @property
   def zero(self) -> bool:
     """Whether EMA and optimizer state are split over all devices."""
-    return has_zero(self.config)
+    return sets_zero(self.config)
 
   @functools.cached_property
   def text_params(self) -> Any:

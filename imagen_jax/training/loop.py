@@ -255,7 +255,7 @@ def _steps(
     if len(running) == RUN_AHEAD:
       jax.block_until_ready(running.popleft())
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
-      state, values = program.compiled(state, batch, run.frozen)
+      state, values = program.run(state, batch, run.frozen)
     running.append(values)
     monitor.after(step, state, values)
     alive.beat(step)

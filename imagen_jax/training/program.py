@@ -21,7 +21,6 @@ from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState, init_state
 from imagen_jax.training.step import StepFn, half_gradients, make_train_step
 
-LEAST_STEPS = 1000  # of a run whose program is kept
 PRESET = 'preset'  # of `mesh.xla`
 
 
@@ -52,15 +51,21 @@ class Program:
   @functools.cached_property
   def traced(self) -> jax.stages.Traced:
     """The traced step."""
-    return self._trace(self.step)
+    return self._trace(self.step, self._arguments())
 
-  def _trace(self, step: Any) -> jax.stages.Traced:
+  def _trace(self, step: Any, arguments: tuple) -> jax.stages.Traced:
     with jax.set_mesh(self.mesh):
-      return step.trace(*self._arguments())
+      return step.trace(*arguments)
 
-  def _arguments(self) -> tuple[Any, Any, Any]:
-    """Shapes, with the shardings of the real arguments."""
-    batch = self.experiment.batch_spec(self.experiment.config.train.batch_size)
+  def _arguments(self, batch: Any = None) -> tuple[Any, Any, Any]:
+    """Shapes, with the shardings of the real arguments.
+
+    Args:
+      batch: a real one; None is one of `batch_spec`.
+    """
+    if batch is None:
+      size = self.experiment.config.train.batch_size
+      batch = self.experiment.batch_spec(size)
     rows = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch)
     frozen = self.experiment.frozen_spec()
     placed = sharding.state_shardings(frozen, self.mesh)
@@ -70,60 +75,74 @@ class Program:
       sharding.with_shardings(frozen, placed),
     )
 
-  @functools.cached_property
-  def compiled(self) -> Any:
+  def run(
+    self, state: TrainState, batch: Any, frozen: Any
+  ) -> tuple[TrainState, dict]:
     """`step`, of a kept program in the form in which it is on disk."""
-    if self._place is None:
-      return self.step
-    arguments = self._arguments()
+    if self.identity is None:
+      return self.step(state, batch, frozen)
+    # Images of several shapes have a program each.
+    shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+    if shapes not in self._loaded:
+      self._loaded[shapes] = self._load_or_compile(self._arguments(batch))
+    return self._loaded[shapes](state, batch, frozen)
 
+  @functools.cached_property
+  def _loaded(self) -> dict[tuple, Any]:
+    """{shapes of a batch: the program}."""
+    return {}
+
+  def _load_or_compile(self, arguments: tuple) -> Any:
     def result(note: dict) -> tuple[Any, dict]:
       return arguments[0], dict.fromkeys(note['metrics'], 0)
 
+    place = self._place(arguments)
     with jax.set_mesh(self.mesh):
-      found = self._place.read(arguments, result)
-      if found is None:
-        found = self.traced.lower().compile()
-        self._place.write(
-          found, self._facts | {'metrics': [*found.out_info[1]]}
-        )
+      found = place and place.read(arguments, result)
+    if found is None:
+      found = self._trace(self.step, arguments).lower().compile()
+      if place is not None:
+        place.write(found, self._facts() | {'metrics': [*found.out_info[1]]})
     return found
 
-  @functools.cached_property
-  def _place(self) -> programs.Place | None:
+  def _place(self, arguments: tuple) -> programs.Place | None:
     with jax.set_mesh(self.mesh):
-      return programs.find_place(self.identity, self._arguments(), code=('.',))
+      return programs.find_place(self.identity, arguments, code=('.',))
 
   @functools.cached_property
+  def _known(self) -> dict[str, Any]:
+    """What an earlier start has counted on the traced step."""
+    place = self._place(self._arguments())
+    return (place and place.note) or {}
+
   def _facts(self) -> dict[str, Any]:
-    """What is counted on the traced step, unless it is known from before."""
-    note = None if self._place is None else self._place.note
-    if note is not None:
-      return note
-    flops = model_flops = count_flops(self.traced.jaxpr)
-    if has_remat(self.traced.jaxpr):
-      step = jax.jit(train_step(self.experiment, self.tx, remat=False))
-      model_flops = count_flops(self._trace(step).jaxpr)
     return {
-      'flops': flops,
-      'model_flops': model_flops,
-      'spared_flops': [*self.experiment.spared_flops],
+      'flops': self.flops,
+      'model_flops': self.model_flops,
+      'spared_flops': self.spared_flops,
     }
 
-  @property
+  @functools.cached_property
   def flops(self) -> float:
     """FLOPs of a step over all devices, those of rematerialization included."""
-    return self._facts['flops']
+    return self._known.get('flops') or count_flops(self.traced.jaxpr)
 
-  @property
+  @functools.cached_property
   def model_flops(self) -> float:
     """FLOPs of a step over all devices without rematerialization."""
-    return self._facts['model_flops']
+    if 'model_flops' in self._known:
+      return self._known['model_flops']
+    if not has_remat(self.traced.jaxpr):
+      return self.flops
+    step = jax.jit(train_step(self.experiment, self.tx, remat=False))
+    return count_flops(self._trace(step, self._arguments()).jaxpr)
 
-  @property
+  @functools.cached_property
   def spared_flops(self) -> list[float]:
     """See `Experiment.spared_flops`."""
-    return self._facts['spared_flops']
+    if 'spared_flops' in self._known:
+      return self._known['spared_flops']
+    return [*self.experiment.spared_flops]
 
   def abstract_state(self) -> TrainState:
     """Shapes with shardings of the state, to restore a checkpoint into."""
@@ -159,7 +178,7 @@ def abstract_state(
   )
 
 
-def place(state: TrainState, mesh: Mesh, zero: bool) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh, zero: bool) -> TrainState:
   """The shardings of a state.
 
   Args:
@@ -196,7 +215,7 @@ def make_program(
   """
   tx = make_optimizer(experiment.config.train)
   state = abstract_state(experiment, tx)
-  shardings = place(state, mesh, has_zero(experiment.config))
+  shardings = state_shardings(state, mesh, sets_zero(experiment.config))
   function, identity = train_step(experiment, tx, unroll=unroll), None
   if keep and _can_be_kept(experiment):
     function, identity = programs.renamed(function), experiment.identity
@@ -212,7 +231,7 @@ def make_program(
 def _can_be_kept(experiment: Experiment) -> bool:
   """Whether it is worth it and there is a folder."""
   return (
-    experiment.config.train.num_steps >= LEAST_STEPS
+    experiment.config.train.num_steps >= cpu_layout.LEAST_STEPS
     and jax.process_count() == 1
     and programs.find_folder() is not None
   )
@@ -259,7 +278,7 @@ def train_step(
     condition=experiment.condition,
     accumulate=train.accumulate,
     unroll=unroll,
-    zero=has_zero(config),
+    zero=sets_zero(config),
   )
 
 
@@ -279,6 +298,6 @@ def _compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
   return compiler.training_options(mine[0]) if choice == PRESET else None
 
 
-def has_zero(config: ConfigDict) -> bool:
+def sets_zero(config: ConfigDict) -> bool:
   """Whether a config sets `mesh.zero`; one from elsewhere may lack the key."""
   return bool(config.get('mesh', {}).get('zero'))

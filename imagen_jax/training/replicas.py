@@ -59,7 +59,9 @@ def checksums(state: Any, mesh: Mesh) -> UInt32[Array, 'data fsdp 2']:
   sums = jnp.zeros((*mesh.devices.shape, 2), jnp.uint32)
   sums = jax.device_put(sums, sharding.grid_sharding(mesh))
   for leaf in jax.tree.leaves(state):
-    if 'data' in str(leaf.sharding.spec):  # it has no replicas along it
+    if 'data' in sharding.axes_of(
+      leaf.sharding.spec
+    ):  # it has no replicas along it
       continue
     sums = _add(sums, leaf, mesh, leaf.sharding.spec)
   return sums

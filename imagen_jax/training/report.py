@@ -11,7 +11,7 @@ import numpy as np
 
 from imagen_jax import sharding
 from imagen_jax.cascade import stage as stages
-from imagen_jax.training.program import Program, has_zero
+from imagen_jax.training.program import Program, sets_zero
 from imagen_jax.training.state import TrainState
 
 MIB = 2**20
@@ -116,6 +116,6 @@ def startup(program: Program, *, arrays: bool = False) -> Iterator[str]:
     f'  a step takes {most}{flops:.3g} FLOPs, {flops / mesh.size:.3g} each'
     + (f'; rematerialization repeats {again:.3g} of them' if again else '')
   )
-  split = mesh.size if has_zero(experiment.config) else fsdp
+  split = mesh.size if sets_zero(experiment.config) else fsdp
   if arrays and split > 1:
     yield from splits(state, shardings, split)

@@ -28,15 +28,7 @@ def traced(tree):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-  path = tmp_path / 'programs'
-  path.mkdir(mode=0o700)
-  monkeypatch.setattr(programs, 'find_folder', lambda: path)
-  return path
-
-
-@pytest.fixture
-def run(folder):
+def run(programs_folder):
   """Calls a new `Program` of a function; the result and the number of files."""
 
   def run(function, identity='f', devices=1):
@@ -44,7 +36,7 @@ def run(folder):
     placed = jax.device_put({'x': X}, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
       result = Program(function, identity)(placed)
-    return np.asarray(result['x']), len(list(folder.iterdir()))
+    return np.asarray(result['x']), len(list(programs_folder.iterdir()))
 
   return run
 
@@ -94,9 +86,9 @@ def test_one_that_was_in_jaxs_cache_can_be_kept(run, setting):
     ),
   ],
 )
-def test_a_damaged_one_is_made_anew(run, folder, change):
+def test_a_damaged_one_is_made_anew(run, programs_folder, change):
   first, _ = run(function)
-  (file,) = folder.iterdir()
+  (file,) = programs_folder.iterdir()
   whole = file.read_bytes()
   file.write_bytes(change(whole))
   again, files = run(function)
@@ -107,10 +99,10 @@ def test_a_damaged_one_is_made_anew(run, folder, change):
 
 @pytest.mark.parametrize('what', ['_machine', '_code', 'identity', 'devices'])
 def test_one_of_another_machine_code_or_function_is_not_run(
-  run, folder, monkeypatch, what
+  run, programs_folder, monkeypatch, what
 ):
   run(function)
-  (file,) = folder.iterdir()
+  (file,) = programs_folder.iterdir()
   identity, devices = 'f', 1
   if what == 'identity':
     identity = 'g'
@@ -121,7 +113,7 @@ def test_one_of_another_machine_code_or_function_is_not_run(
   with pytest.raises(AssertionError, match='traced'):
     run(traced, identity, devices)
   run(function, identity, devices)
-  (other,) = set(folder.iterdir()) - {file}
+  (other,) = set(programs_folder.iterdir()) - {file}
   os.replace(file, other)  # as if its name were that of the other
   with pytest.raises(AssertionError, match='traced'):
     run(traced, identity, devices)
@@ -131,17 +123,23 @@ def test_without_an_identity_nothing_is_kept(run):
   assert run(function, identity=None)[1] == 0
 
 
-def test_where_nothing_can_be_written_it_is_compiled(run, folder, monkeypatch):
-  monkeypatch.setattr(programs, 'find_folder', lambda: folder / 'missing')
+def test_where_nothing_can_be_written_it_is_compiled(
+  run, programs_folder, monkeypatch
+):
+  monkeypatch.setattr(
+    programs, 'find_folder', lambda: programs_folder / 'missing'
+  )
   result, _ = run(function)
   np.testing.assert_allclose(result, function({'x': X})['x'], atol=1e-5)
 
 
-def test_the_longest_unused_are_removed(run, folder, monkeypatch):
+def test_the_longest_unused_are_removed(run, programs_folder, monkeypatch):
   monkeypatch.setattr(programs, 'MOST', 2)
   for second, name in enumerate('ab'):
     run(function, name)
-    newest = max(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns)
+    newest = max(
+      programs_folder.iterdir(), key=lambda path: path.stat().st_ctime_ns
+    )
     os.utime(newest, (second, second))
   run(traced, 'a')  # is used
   run(function, 'c')

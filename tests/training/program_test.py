@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.cascade import programs
 from imagen_jax.io.checkpoint import Checkpoints
 from imagen_jax.nets.unet import UNet
 from imagen_jax.training import loop
 from imagen_jax.training import program as program_module
+from imagen_jax.training.cpu_layout import LEAST_STEPS
 from imagen_jax.training.experiment import make_experiment
 from imagen_jax.training.stage_experiment import StageExperiment
 from tests import tiny_model
@@ -22,16 +22,8 @@ from tests import tiny_model
 def config(model):
   config = tiny_model.config()
   config.text.path = str(model / 'text')
-  config.train.update(num_steps=program_module.LEAST_STEPS, sample_every=None)
+  config.train.update(num_steps=LEAST_STEPS, sample_every=None)
   return config
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-  path = tmp_path / 'programs'
-  path.mkdir(mode=0o700)
-  monkeypatch.setattr(programs, 'find_folder', lambda: path)
-  return path
 
 
 @pytest.fixture
@@ -70,11 +62,11 @@ def start(config, workdir, steps=2):
 
 
 def test_a_resumed_run_traces_nothing_and_is_the_uninterrupted_one(
-  config, tmp_path, folder, known, traced, capsys
+  config, tmp_path, programs_folder, known, traced, capsys
 ):
   start(config, tmp_path / 'w')
   said, count = capsys.readouterr().out, len(traced)
-  assert count and len(list(folder.iterdir())) == 1
+  assert count and len(list(programs_folder.iterdir())) == 1
   params, rows = start(config, tmp_path / 'w')
   assert len(traced) == count
   flops = [line for line in said.splitlines() if 'FLOPs' in line]
@@ -85,7 +77,9 @@ def test_a_resumed_run_traces_nothing_and_is_the_uninterrupted_one(
   assert rows[3].keys() == other[3].keys()
 
 
-def test_a_kept_step_takes_the_states_buffers(config, tmp_path, folder, known):
+def test_a_kept_step_takes_the_states_buffers(
+  config, tmp_path, programs_folder, known
+):
   start(config, tmp_path / 'w')
   experiment = make_experiment(config, tmp_path / 'x')
   made = program_module.make_program(experiment, experiment.mesh, keep=True)
@@ -95,30 +89,44 @@ def test_a_kept_step_takes_the_states_buffers(config, tmp_path, folder, known):
   rows = program_module.sharding.batch_sharding(experiment.mesh)
   batch = jax.device_put(batch, rows)
   with jax.set_mesh(experiment.mesh):
-    made.compiled(state, batch, experiment.load_frozen())
+    made.run(state, batch, experiment.load_frozen())
   assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
 
+def test_batches_of_several_shapes_have_a_program_each(
+  config, tmp_path, programs_folder, known, traced
+):
+  config = copy.deepcopy(config)
+  config.data.kind = 'tests.training.buckets_training_test:Shaped'
+  _, whole = start(config, tmp_path / 'whole', steps=4)
+  assert len(list(programs_folder.iterdir())) == 2
+  start(config, tmp_path / 'w')
+  count = len(traced)
+  _, rows = start(config, tmp_path / 'w')
+  assert len(traced) == count
+  assert [row['loss'] for row in rows] == [row['loss'] for row in whole]
+
+
 def test_another_config_has_a_program_of_its_own(
-  config, tmp_path, folder, known, traced
+  config, tmp_path, programs_folder, known, traced
 ):
   start(config, tmp_path / 'a')
   count, other = len(traced), copy.deepcopy(config)
   other.train.optimizer.learning_rate *= 2
   start(other, tmp_path / 'b')
-  assert len(traced) > count and len(list(folder.iterdir())) == 2
+  assert len(traced) > count and len(list(programs_folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize('case', ['short', 'foreign'])
 def test_short_runs_and_foreign_networks_keep_nothing(
-  config, tmp_path, folder, monkeypatch, case
+  config, tmp_path, programs_folder, monkeypatch, case
 ):
   config = copy.deepcopy(config)
   if case == 'short':
     config.train.num_steps -= 1
     monkeypatch.setattr(StageExperiment, 'identity', 'known')
   start(config, tmp_path / 'w')
-  assert not list(folder.iterdir())
+  assert not list(programs_folder.iterdir())
 
 
 def test_an_identity_has_the_config_and_the_networks(config):

@@ -163,7 +163,7 @@ def test_a_step_begins_once_the_one_two_before_has_ended(
 
   def program(*args, **options):
     made = make(*args, **options)
-    step = made.compiled
+    step = made.run
 
     def noted(*arrays):
       events.append(('begins', len(results) + 1))
@@ -171,7 +171,7 @@ def test_a_step_begins_once_the_one_two_before_has_ended(
       results.append(values)
       return state, values
 
-    object.__setattr__(made, 'compiled', noted)
+    object.__setattr__(made, 'run', noted)
     return made
 
   def waited(x):

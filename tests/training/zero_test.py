@@ -14,7 +14,7 @@ from imagen_jax.planning import analytic
 from imagen_jax.planning.compile import collectives
 from imagen_jax.training import replicas
 from imagen_jax.training.optimizer import optimizer
-from imagen_jax.training.program import place
+from imagen_jax.training.program import state_shardings
 from imagen_jax.training.report import device_bytes
 from imagen_jax.training.state import init_state
 from imagen_jax.training.step import make_train_step
@@ -50,7 +50,7 @@ def made(zero, data, fsdp, kind='adam', width=64, **options):
   net = ResBlock(width, dtype=jnp.dtype(options.pop('dtype')))
   mesh, tx = sharding.make_mesh(data, fsdp), optimizer(1e-2, kind=kind)
   init = functools.partial(init_state, tx=tx, ema_lengths=LENGTHS)
-  shardings = place(jax.eval_shape(init, params(width)), mesh, zero)
+  shardings = state_shardings(jax.eval_shape(init, params(width)), mesh, zero)
   state = jax.jit(init, out_shardings=shardings)(params(width))
   step = jax.jit(
     make_train_step(
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_resumed_with_and_without_and_on_other_meshes(tmp_path):
     for zero, data, fsdp in (False, 4, 2), (True, 8, 1), (True, 2, 4):
       mesh = sharding.make_mesh(data, fsdp)
       shapes = jax.eval_shape(lambda: saved)
-      placed = place(shapes, mesh, zero)
+      placed = state_shardings(shapes, mesh, zero)
       abstract = sharding.with_shardings(shapes, placed)
       state, _, step = checkpoints.restore(abstract)
       assert step == 3
