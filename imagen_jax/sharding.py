@@ -5,16 +5,14 @@ optimizer state are replicated over 'data' and split over 'fsdp' by one rule
 that depends on shapes only, so that networks are independent of devices. A
 single device is the 1 x 1 mesh, not a special case.
 
-With `zero`, gradients, EMA and optimizer state are split over 'data' too, by
-the same rule (Rajbhandari et al. 2020, stage 2): each device updates a part,
+With `mesh.zero`, gradients, EMA and optimizer state are split over 'data' too,
+by the same rule (Rajbhandari et al. 2020, stage 2): each device updates a part,
 and the new parameters are gathered.
 """
 
-import contextlib
-import contextvars
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -27,7 +25,6 @@ from jax.sharding import (
   NamedSharding,
   PartitionSpec,
 )
-from jax.typing import DTypeLike
 
 from imagen_jax.errors import UsageError
 from imagen_jax.typing import Array
@@ -38,11 +35,11 @@ Tree = TypeVar('Tree')
 
 AXES = ('data', 'fsdp')
 BATCH = PartitionSpec(AXES)
-# Over which the parameters are split; and with `zero` the rest of the state.
+# Over which the parameters are split; and with `mesh.zero` the rest of the
+# state.
 # Each then has a part of its own part of the parameters.
 SPLIT, ZERO = ('fsdp',), ('fsdp', 'data')
 FOR_PARAMS = 0.6  # fraction of a device's memory; activations need the rest
-_zero = contextvars.ContextVar('zero', default=False)
 
 
 def set_cpu_devices(n: int | None = None) -> None:
@@ -366,134 +363,6 @@ def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(x)
 
 
-def gather(
-  param: Array,
-  dtype: DTypeLike | None = None,
-  *,
-  stacked: bool = False,
-  summed: bool = False,
-) -> Array:
-  """Gathers a parameter that is split over 'fsdp'.
-
-  For use inside jitted code under `jax.set_mesh`, where the parameter is used,
-  so that only one layer at a time is gathered, in the forward and the backward
-  pass. Without a split it only casts.
-
-  Args:
-    param: array.
-    dtype: type in which it is gathered and used; None for its own.
-    stacked: it is one layer's of a stack, which is split as a whole; with other
-      axes split, a layer would be sent between the devices first.
-    summed: its gradient comes from `sum_gradient`, under `zero`.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  cast = param if dtype is None else param.astype(dtype)
-  if mesh.empty:
-    return cast
-  stack = jax.ShapeDtypeStruct((1, *param.shape), param.dtype)
-  leaf = stack if stacked else param
-  spec, wanted = (
-    PartitionSpec(*leaf_sharding(leaf, mesh, axes=axes).spec[int(stacked) :])
-    for axes in (SPLIT, _axes())
-  )
-  if mesh.shape['fsdp'] == 1 and wanted == spec:
-    return cast
-  return _gather(cast, spec, wanted, summed)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(
-  param: Array, spec: PartitionSpec, wanted: PartitionSpec, summed: bool
-) -> jax.Array:
-  """A parameter with a spec, whole; its gradient has the spec `wanted`."""
-  # Else XLA gathers the wider type and casts afterwards.
-  param = jax.lax.with_sharding_constraint(param, spec)
-  return jax.lax.with_sharding_constraint(param, PartitionSpec())
-
-
-def _gather_forward(
-  param: Array, spec: PartitionSpec, wanted: PartitionSpec, summed: bool
-) -> tuple[jax.Array, None]:
-  return _gather(param, spec, wanted, summed), None
-
-
-def _gather_backward(
-  spec: PartitionSpec,
-  wanted: PartitionSpec,
-  summed: bool,
-  _: None,
-  gradient: jax.Array,
-) -> tuple[jax.Array]:
-  """Sums the gradient over the devices; each keeps its shard.
-
-  Without the barrier XLA fuses the slicing into the optimizer, and all
-  gradients stay whole until then.
-  """
-  if not summed:
-    gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
-  gradient = jax.lax.with_sharding_constraint(gradient, wanted)
-  return (jax.lax.optimization_barrier(gradient),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-@contextlib.contextmanager
-def zero(on: bool = True) -> Iterator[None]:
-  """While a step is traced: gradients are split over 'data' too, if `on`."""
-  before = _zero.set(on)
-  try:
-    yield
-  finally:
-    _zero.reset(before)
-
-
-def has_zero() -> bool:
-  """Whether the step that is traced is under `zero`."""
-  return _zero.get()
-
-
-def _axes() -> tuple[str, ...]:
-  return ZERO if has_zero() else SPLIT
-
-
-def scatter(tree: Tree) -> Tree:
-  """Under `zero`, splits every array like the optimizer's state.
-
-  For use inside jitted code under `jax.set_mesh`; otherwise the identity.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not has_zero():
-    return tree
-  return jax.tree.map(
-    lambda x: jax.lax.with_sharding_constraint(
-      x, leaf_sharding(x, mesh, axes=ZERO).spec
-    ),
-    tree,
-  )
-
-
-def gradient_spec(param: Array) -> PartitionSpec:
-  """How the sum of a parameter's gradient is split: under `zero` only."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if not has_zero():
-    return PartitionSpec()
-  return leaf_sharding(param, mesh, axes=ZERO).spec
-
-
-def sum_gradient(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """The sum of `x` over all devices, of which each gets its part.
-
-  For use inside `jax.shard_map`, where `spec` is that of the output.
-  """
-  rest = list(AXES)
-  for dimension, names in enumerate(spec):
-    for name in (names,) if isinstance(names, str) else names or ():
-      x = jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
-      rest.remove(name)
-  return jax.lax.psum(x, tuple(rest)) if rest else x
-
-
 def mesh_of(tree: Any) -> Mesh | None:
   """The mesh of a tree's arrays; None if it has no several devices."""
   for leaf in jax.tree.leaves(tree):
@@ -502,49 +371,3 @@ def mesh_of(tree: Any) -> Mesh | None:
     if isinstance(mesh, Mesh) and mesh.size > 1:
       return mesh
   return None
-
-
-def per_device(
-  function: Callable[..., Any], in_axes: Any, out_axes: Any
-) -> Callable[..., Any]:
-  """The function as each device calls it, with its own rows of a batch.
-
-  For use inside jitted code under `jax.set_mesh`, with a batch that the devices
-  divide: nothing is sent between them. Without a mesh, or on one device, it is
-  `function`.
-
-  Args:
-    function: arrays -> tree of arrays.
-    in_axes, out_axes: the batch axis of each argument and result.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return function
-  rows = lambda axis: PartitionSpec(*[None] * axis, *BATCH)
-  in_specs, out_specs = jax.tree.map(rows, (in_axes, out_axes))
-  return jax.shard_map(
-    function, in_specs=in_specs, out_specs=out_specs, check_vma=False
-  )
-
-
-def constrain_batch(x: Tree) -> Tree:
-  """Keeps the leading axis of every array in `x` split over the mesh.
-
-  For use inside jitted code under `jax.set_mesh`. Without a mesh it is the
-  identity.
-  """
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, BATCH), x)
-
-
-def platform() -> tuple[str, int]:
-  """('cpu', 'gpu' or 'tpu', number of devices) of the mesh that is set.
-
-  Without a mesh it is the default platform, and one device.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return jax.default_backend(), 1
-  device = mesh.abstract_device
-  return device.platform if device else jax.default_backend(), mesh.size

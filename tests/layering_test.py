@@ -15,11 +15,12 @@ BELOW = {
   'errors': set(),
   'typing': set(),
   'diffusion': {'typing'},
-  'nets': {'sharding', 'typing'},
+  'collectives': {'sharding', 'typing'},
+  'nets': {'collectives', 'sharding', 'typing'},
   'dtypes': {'errors'},
   'sharding': {'errors', 'typing'},
   'io': {'errors', 'sharding'},
-  'text': {'errors', 'io', 'nets', 'sharding', 'typing'},
+  'text': {'collectives', 'errors', 'io', 'nets', 'sharding', 'typing'},
   'kinds': {'errors'},
   'data': {'errors', 'io', 'kinds'},
   'cascade': {
@@ -27,8 +28,8 @@ BELOW = {
     'sharding', 'text', 'typing',
   },
   'training': {
-    'compiler', 'errors', 'cascade', 'data', 'diffusion', 'dtypes', 'io',
-    'kinds', 'sharding', 'text', 'typing',
+    'collectives', 'compiler', 'errors', 'cascade', 'data', 'diffusion',
+    'dtypes', 'io', 'kinds', 'sharding', 'text', 'typing',
   },
   'evaluation': {'errors', 'cascade', 'data', 'io', 'kinds', 'nets', 'text'},
   'worlds': {

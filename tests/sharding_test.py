@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from imagen_jax import sharding
+from imagen_jax import collectives, sharding
 from imagen_jax.errors import UsageError
 from imagen_jax.nets.dense import Conv, Dense, DenseGeneral
 from imagen_jax.nets.layers import ResBlock
 from imagen_jax.nets.t5 import T5Encoder
-from imagen_jax.planning.compile import collectives
+from imagen_jax.planning import compile as planned
 from imagen_jax.text import weights
 from imagen_jax.text.encoder import encode_by_length, encode_tokens
 from imagen_jax.training.step import half_gradients
@@ -171,7 +171,7 @@ def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can(
 
 
 def test_constrain_batch_splits_under_a_mesh_and_is_nothing_without():
-  f = jax.jit(lambda: sharding.constrain_batch({'x': jnp.zeros((16, 3))}))
+  f = jax.jit(lambda: collectives.constrain_batch({'x': jnp.zeros((16, 3))}))
   assert len(f()['x'].sharding.device_set) == 1
   with jax.set_mesh(sharding.make_mesh(2, 4)):
     assert f()['x'].sharding.spec == PartitionSpec(('data', 'fsdp'))
@@ -279,7 +279,7 @@ def test_a_text_encoder_gathers_layers_and_sends_them_nowhere_else(encode):
   gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(', text)
   assert '128,256' in gathered and '256,128' in gathered
   # The tokens' rows of the table, and less than one of its matrices.
-  assert collectives(text).get('all-to-all', (0, 0))[1] < 4 * 128 * 128
+  assert planned.collectives(text).get('all-to-all', (0, 0))[1] < 4 * 128 * 128
 
 
 def test_parameters_are_gathered_in_the_type_they_are_used_in():
@@ -287,7 +287,7 @@ def test_parameters_are_gathered_in_the_type_they_are_used_in():
   w = jax.ShapeDtypeStruct((256, 512), jnp.float32)
   w = sharding.with_shardings(w, sharding.leaf_sharding(w, mesh))
   with jax.set_mesh(mesh):
-    gather = jax.jit(lambda w: sharding.gather(w, jnp.bfloat16))
+    gather = jax.jit(lambda w: collectives.gather(w, jnp.bfloat16))
     text = gather.lower(w).compile().as_text()
   # CPU has no bfloat16 collectives, but each device casts its shard first.
   assert 'all-gather' in text and 'bf16[256,128]' in text

@@ -34,7 +34,8 @@ NOTE = 8  # bytes of the length of a program's note
 # program depends.
 OPTIONS = ('jax_default_matmul_precision', 'jax_disable_most_optimizations')
 CODE = (
-  'cascade', 'diffusion', 'nets', 'compiler.py', 'dtypes.py', 'sharding.py',
+  'cascade', 'diffusion', 'nets', 'collectives.py', 'compiler.py', 'dtypes.py',
+  'sharding.py',
 )  # fmt: skip
 
 

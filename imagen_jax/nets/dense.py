@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from imagen_jax import sharding
+from imagen_jax import collectives, sharding
 from imagen_jax.typing import Array
 
 Product: TypeAlias = Callable[[Any, Any], Any]  # of an input and a kernel
@@ -35,13 +35,13 @@ def multiply(product: Product, x: Array, param: Array) -> Any:
     x: [B, ...], the batch split over the devices.
     param: the kernel, which is gathered here.
   """
-  kernel = sharding.gather(param, x.dtype)
-  wide = kernel.dtype == jnp.float32 and not sharding.has_zero()
+  kernel = collectives.gather(param, x.dtype)
+  wide = kernel.dtype == jnp.float32 and not collectives.has_zero()
   if param.dtype != jnp.float32 or wide:
     return checkpoint_name(product(x, kernel), SAVED)
   kernel = jax.lax.stop_gradient(kernel)
-  summed = sharding.has_zero() and len(x) % sharding.platform()[1] == 0
-  y = _multiply(product, x, kernel, sharding.gather(param, summed=summed))
+  summed = collectives.has_zero() and len(x) % collectives.platform()[1] == 0
+  y = _multiply(product, x, kernel, collectives.gather(param, summed=summed))
   return checkpoint_name(y, SAVED)
 
 
@@ -62,14 +62,14 @@ def _backward(
 ) -> tuple[Any, None, Any]:
   """Transposes each device's product on its rows, then sums over devices."""
   x, kernel = saved
-  spec = sharding.gradient_spec(kernel)
+  spec = collectives.gradient_spec(kernel)
 
   def of_kernel(x: Array, gradient: Array) -> Any:
     transpose = jax.linear_transpose(functools.partial(product, x), kernel)
     return transpose(gradient)[0].astype(jnp.float32)
 
   def summed(x: Array, gradient: Array) -> Any:
-    return sharding.sum_gradient(of_kernel(x, gradient), spec)
+    return collectives.sum_gradient(of_kernel(x, gradient), spec)
 
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or len(x) % mesh.size:
@@ -94,7 +94,7 @@ def _promote(
 ) -> tuple[Any, Any, Any]:
   """Flax's `promote_dtype` of the input; parameters keep their type."""
   inputs = promote_dtype(inputs, dtype=dtype)[0]
-  return inputs, kernel, None if bias is None else sharding.gather(bias)
+  return inputs, kernel, None if bias is None else collectives.gather(bias)
 
 
 def _dot(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Any:
@@ -157,7 +157,7 @@ class Dense(nn.Dense):
     if not self.has_variable('params', 'a'):
       return jnp.asarray(super().__call__(inputs), self.dtype)
     x, params = jnp.asarray(inputs, self.dtype), self.variables['params']
-    kernel = sharding.gather(params['kernel'], x.dtype)
+    kernel = collectives.gather(params['kernel'], x.dtype)
     return _adapted(x, kernel, params['bias'], params['a'], params['b'])
 
 

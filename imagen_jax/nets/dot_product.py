@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from imagen_jax import sharding
+from imagen_jax import collectives
 from imagen_jax.typing import Array
 
 # On a CPU the logits of a head are kept in its caches from here on. Fewer are
@@ -80,7 +80,7 @@ def attention(
   """
   if implementation not in ('xla', 'cudnn'):
     raise ValueError(f'attention implementation {implementation!r}')
-  platform, devices = sharding.platform()
+  platform, devices = collectives.platform()
   large = q.shape[1] * k.shape[1] >= LARGE and q.shape[0] % devices == 0
   if logits or (platform == 'cpu' and not large):
     out = _heads_first(q, k, v, mask, logits or Logits())
@@ -132,7 +132,7 @@ def _by_head(q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> jax.Array:
     out = _heads(split(q), split(k), split(v), jnp.repeat(bias, heads, axis=0))
     return jnp.swapaxes(out.reshape(-1, heads, *out.shape[1:]), 1, 2)
 
-  return sharding.per_device(local, (0, 0, 0, 0), 0)(q, k, v, bias)
+  return collectives.per_device(local, (0, 0, 0, 0), 0)(q, k, v, bias)
 
 
 @jax.custom_vjp

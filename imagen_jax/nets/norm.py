@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from imagen_jax import sharding
+from imagen_jax import collectives
 from imagen_jax.nets.dense import SAVED
 from imagen_jax.typing import Array
 
@@ -41,10 +41,10 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
     """Normalises each group of channels over its pixels; casts to `dtype`."""
     channels = x.shape[-1]
-    scale = sharding.gather(
+    scale = collectives.gather(
       self.param('scale', nn.initializers.ones, (channels,))
     )
-    bias = sharding.gather(
+    bias = collectives.gather(
       self.param('bias', nn.initializers.zeros, (channels,))
     )
     x = x.astype(jnp.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from imagen_jax import sharding
+from imagen_jax import collectives
 from imagen_jax.nets.dot_product import Logits, attention
 from imagen_jax.typing import Array, TextEmb, TextMask
 
@@ -90,7 +90,7 @@ class _Block(nn.Module):
     def weight(name: str, shape: tuple[int, ...], fan: int) -> Array:
       init = nn.initializers.normal(fan**-0.5)
       param = self.param(name, init, shape)
-      return sharding.gather(param, self.dtype, stacked=True)
+      return collectives.gather(param, self.dtype, stacked=True)
 
     def product(
       equation: str, a: Array, b: Array, out: DTypeLike = self.dtype
@@ -101,7 +101,7 @@ class _Block(nn.Module):
 
     def norm(name: str, x: Float[Array, 'b l d']) -> Float[Array, 'b l d']:
       scale = self.param(name, nn.initializers.ones, (width,))
-      x = _rms_norm(x, sharding.gather(scale), self.epsilon)
+      x = _rms_norm(x, collectives.gather(scale), self.epsilon)
       return x.astype(self.dtype)
 
     heads_in = width, heads, size
@@ -204,7 +204,7 @@ class T5Encoder(nn.Module):
       name='layers',
     )
     # Else the sharding of the table would spread to all activations.
-    x: Array = sharding.constrain_batch(table[ids].astype(jnp.float32))
+    x: Array = collectives.constrain_batch(table[ids].astype(jnp.float32))
     x, _ = blocks(x, bias, mask)
     scale = self.param('norm', nn.initializers.ones, (self.width,))
     x = _rms_norm(x, scale, self.epsilon)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from imagen_jax import sharding
+from imagen_jax import collectives
 from imagen_jax.nets.dot_product import Logits, attention
 from imagen_jax.typing import Array, TextMask
 
@@ -64,7 +64,7 @@ class Tower(nn.Module):
     """A parameter, gathered: matrices in `dtype`, vectors in their own."""
     kind = self.dtype if len(shape) > 1 else None
     table = self.table(name, *shape)
-    gathered: Any = sharding.gather(table, kind, stacked=True)
+    gathered: Any = collectives.gather(table, kind, stacked=True)
     return gathered
 
   def linear(
@@ -91,7 +91,7 @@ class Tower(nn.Module):
     """Rows of a table of tokens, in float32."""
     table = self.table(f'{name}.weight', rows, self.hidden_size)
     # Else the sharding of the table would spread to all activations.
-    return sharding.constrain_batch(table[ids].astype(jnp.float32))
+    return collectives.constrain_batch(table[ids].astype(jnp.float32))
 
   def stack(self, block: type['Tower'], x: Any, *given: Array) -> Any:
     """x after all layers, which are one scan over stacked parameters.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imagen_jax import sharding
+from imagen_jax import collectives, sharding
 from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io.files import AnyPath
 from imagen_jax.text import kinds, weights
@@ -92,15 +92,15 @@ def encode_by_length(
     return jnp.pad(emb, ((0, 0), (0, length - size), (0, 0)))
 
   def part(given: tuple[Array, Array]) -> tuple[jax.Array, jax.Array]:
-    ids, mask = map(sharding.constrain_batch, given)
+    ids, mask = map(collectives.constrain_batch, given)
     bucket = jnp.sum(_longest(mask).max() > jnp.array(sizes[:-1]))
     branches = [functools.partial(encode, size) for size in sizes]
     emb = jax.lax.switch(bucket, branches, ids, mask)
-    return sharding.constrain_batch(emb), jax.nn.one_hot(bucket, len(sizes))
+    return collectives.constrain_batch(emb), jax.nn.one_hot(bucket, len(sizes))
 
-  *given, order = sharding.per_device(sort, (0, 0), (1, 1, 0))(ids, mask)
+  *given, order = collectives.per_device(sort, (0, 0), (1, 1, 0))(ids, mask)
   emb, ran = jax.lax.map(part, tuple(given))
-  return sharding.per_device(unsort, (0, 1), 0)(order, emb), ran.mean(axis=0)
+  return collectives.per_device(unsort, (0, 1), 0)(order, emb), ran.mean(axis=0)
 
 
 def _longest(mask: Array) -> Any:

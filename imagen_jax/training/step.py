@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from imagen_jax import sharding
+from imagen_jax import collectives
 from imagen_jax.training import power_ema
 from imagen_jax.training.optimizer import matrix_axes
 from imagen_jax.training.state import TrainState, ema_decay
@@ -57,7 +57,7 @@ def make_train_step(
     unroll: whether the loop over the parts is unrolled; None means on CPU
       only, where the gradient of a convolution in a loop is slow.
     zero: whether each device updates a part of the parameters, see
-      `sharding.zero`.
+      `collectives.zero`.
 
   Returns:
     the function. Its batch is a dict of arrays of B rows, the global batch,
@@ -68,7 +68,7 @@ def make_train_step(
   """
   gradient = _gradient(loss_fn)
 
-  @sharding.zero(zero)
+  @collectives.zero(zero)
   def train_step(
     state: TrainState, batch: Tree, frozen: Tree
   ) -> tuple[TrainState, dict]:
@@ -150,7 +150,7 @@ def _update(
   ema_limit: float,
 ) -> tuple[TrainState, dict]:
   """(state, metrics) after a step; skips the update if it is not finite."""
-  grads, old = sharding.scatter((grads, state.params))
+  grads, old = collectives.scatter((grads, state.params))
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   decay = ema_decay(state.step, ema_limit)
@@ -174,7 +174,7 @@ def _update(
     (old, state.ema_params, state.opt_state),
   )
   bad = jnp.logical_not(good).astype(jnp.int32)
-  params = sharding.scatter(params)
+  params = collectives.scatter(params)
   state = TrainState(
     step=state.step + 1,
     params=params,
@@ -213,12 +213,12 @@ def _accumulated(
 
   def add(total: Tree, numbered: Tree) -> tuple[Tree, None]:
     i, part = numbered
-    part = sharding.constrain_batch(part)
+    part = collectives.constrain_batch(part)
     new = gradient(params, jax.random.fold_in(key, i), part)
     (values, grads) = jax.tree.map(jnp.add, total, new)
-    return (values, sharding.scatter(grads)), None
+    return (values, collectives.scatter(grads)), None
 
-  no_grads = sharding.scatter(jax.tree.map(jnp.zeros_like, params))
+  no_grads = collectives.scatter(jax.tree.map(jnp.zeros_like, params))
   zeros = (jnp.zeros(()), _no_bands()), no_grads
   total, _ = jax.lax.scan(
     add,
