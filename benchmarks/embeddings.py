@@ -93,7 +93,7 @@ def speed(args):
 def error(args):
   """What storing in bfloat16 and int8 changes."""
   with tempfile.TemporaryDirectory() as folder:
-    for record in model_folder.find_stages(model_folder.demo_path()):
+    for record in model_folder.find_stages(model_folder.located(None)):
       _error_of_stage(record, pathlib.Path(folder) / record.name, args.num)
 
 

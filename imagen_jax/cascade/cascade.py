@@ -56,7 +56,7 @@ def load(
 
   Args:
     path: a model folder (exported stages, or training workdirs, one directory
-      each); None is the bundled demo model.
+      each), or the name of a bundled model; None is the demo.
     dtype: of the activations, 'auto', 'float32' or 'bfloat16'.
     stages: names of the stages to use, in order; None is all of them.
     fsdp: devices over which one copy of a network is split; None is the fewest
@@ -72,7 +72,7 @@ def load(
       `weak_model`, or the folder's text encoder is of another kind.
     UsageError: a name in `stages` is unknown, or none is in `weak_model`.
   """
-  path = model_folder.demo_path() if path is None else user_path(path)
+  path = model_folder.located(path)
   records = model_folder.find_stages(path, stages)
   made = Cascade(bucket.at(path), records, resolve_dtype(dtype), fsdp, devices)
   # Its weights are read when prompts are embedded, if they are.

@@ -37,7 +37,10 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     'what to measure: prompts, clip, fid, or a data kind with a suite of its '
     'own, such as shapes; if left out, the kind that the model was trained on',
   ),
-  'model': (user_path, 'model folder; the bundled demo if left out'),
+  'model': (
+    user_path,
+    'model folder, or the name of a bundled one; demo if left out',
+  ),
   'out': (
     user_path,
     'folder of scores.json, index.html, and images and section.json of each '

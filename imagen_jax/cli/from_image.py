@@ -38,9 +38,8 @@ def _generate(
 ) -> None:
   """Generates the image of a checked record."""
   stages = record['stages']
-  demo = record['model'] == 'demo'
   cascade = imagen_jax.load(
-    args.model or (None if demo else record['model']),
+    args.model or record['model'],
     dtype=record['dtype'],
     stages=list(stages),
     fsdp=args.fsdp,

@@ -83,7 +83,9 @@ def _parser(
     help='directory; nothing in it is overwritten',
   )
   add(
-    '--model', type=user_path, help='model folder; the bundled demo if left out'
+    '--model',
+    type=user_path,
+    help='model folder, or the name of a bundled one; demo if left out',
   )
   add(
     '--stages',

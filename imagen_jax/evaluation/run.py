@@ -117,7 +117,7 @@ def _run(
 
 def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
   """The stages to evaluate; with `from_truth`, super-resolution only."""
-  path = config.model or model_folder.demo_path()
+  path = model_folder.located(config.model)
   records = model_folder.find_stages(path, config.stages)
   if not config.from_truth:
     return records

@@ -1,23 +1,30 @@
 """Where the text encoder of a config, or of a model folder's stage, lies."""
 
 import pathlib
+from collections.abc import Iterator
 
 from imagen_jax.errors import ModelError
-from imagen_jax.io import bucket
+from imagen_jax.io import bucket, encoder_package
 from imagen_jax.io.files import AnyPath
-from imagen_jax.io.model_folder import StageRecord, demo_path
+from imagen_jax.io.model_folder import ASSETS, StageRecord
 
 
 def find(configured: AnyPath) -> pathlib.Path:
   """The folder of weights that a config's `text.path` names.
 
   Args:
-    configured: 'demo' for the bundled encoder, a folder in Hugging Face
-      layout, or the workdir of a finished pretraining, which has an `export`.
+    configured: 'demo' for the bundled encoder, the name of one that a package
+      ships ('all-minilm-l6-v2'), a folder in Hugging Face layout, or the
+      workdir of a finished pretraining, which has an `export`.
+
+  Raises:
+    ModelError: it is in a package that is not installed.
   """
   if configured == 'demo':
-    return demo_path() / 'text'
+    return ASSETS / 'demo' / 'text'
   path = pathlib.Path(configured)
+  if str(configured) in encoder_package.PACKAGES and not path.exists():
+    return encoder_package.folder(str(configured))
   exported = path / 'export'
   return exported if (exported / 'config.json').exists() else path
 
@@ -73,10 +80,9 @@ def found(path: AnyPath, record: StageRecord) -> pathlib.Path | None:
   return next(map(find, folders), None)
 
 
-def _candidates(path: AnyPath, record: StageRecord) -> list[pathlib.Path]:
-  candidates = [bucket.at(path) / 'text', record.path.parent / 'text']
-  # A text encoder is read from a local folder.
-  candidates = [c for c in candidates if not bucket.is_bucket(c)]
+def _candidates(path: AnyPath, record: StageRecord) -> Iterator[pathlib.Path]:
+  for folder in bucket.at(path), record.path.parent:
+    if not bucket.is_bucket(folder):  # an encoder is read from a local folder
+      yield folder / 'text'
   if configured := record.config['text']['path']:
-    candidates.append(find(configured))
-  return candidates
+    yield find(configured)

@@ -29,7 +29,8 @@ def _main(argv: list[str]) -> None:
     '--model',
     type=user_path,
     action='append',
-    help='model folder, may be repeated; the bundled demo if left out',
+    help='model folder or the name of a bundled one, may be repeated; demo if '
+    'left out',
   )
   add('--host', default='127.0.0.1', help='0.0.0.0 lets other machines see it')
   port = functools.partial(errors.positive, most=65535)

@@ -56,7 +56,7 @@ class IconsSuite(suites.Suite):
 
   @classmethod
   def from_config(cls, config: EvalConfig) -> 'IconsSuite':
-    path = config.model or model_folder.demo_path()
+    path = model_folder.located(config.model)
     record = model_folder.find_stages(path, config.stages)[-1]
     data = _settings(record.config['data'])
     if not data:

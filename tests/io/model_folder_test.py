@@ -277,7 +277,7 @@ def test_a_text_encoder_beside_the_stages_takes_precedence(model, tmp_path):
 
 def test_a_missing_text_encoder_names_what_makes_it(tmp_path):
   needed = text_folder.existing
-  assert needed('demo') == model_folder.demo_path() / 'text'
+  assert needed('demo') == model_folder.ASSETS / 'demo' / 'text'
   path = tmp_path / 'runs' / 'text'
   with pytest.raises(ModelError, match=f'--config mine --workdir {path}.*demo'):
     needed(path, 'mine')

