@@ -41,7 +41,9 @@ def get_config(teacher=''):
   settings.steps = max(1, config.teacher.steps // 2)
   if config.stage.prediction == 'eps':
     config.stage.prediction = 'v'
-  config.stage.weighting = None
+  plain = common.stage()
+  for key in 'weighting', 'min_snr_gamma', 'sigmoid_bias':
+    config.stage[key] = plain[key]
   config.train.update(num_steps=5000, ema_decay=0.999)
   config.train.optimizer.update(warmup=100, learning_rate=1e-4)
   return config

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,25 +34,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache
 def training_options(device: jax.Device) -> dict[str, Any]:
   """The options of `PRESETS` for a device, which need not exist.
 
-  Those that the environment sets are left out, and so are, with a line that
-  says so, those that this jax does not know.
+  Those that the environment sets are left out, and so are those that are not
+  `known`.
   """
   given = ' '.join(
     os.environ.get(x, '') for x in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
   )
   preset = PRESETS.get(device.platform, {})
   wanted = {k: v for k, v in preset.items() if f'--{k}' not in given}
-  if _knows(device, wanted):
-    return wanted
-  known = {k: v for k, v in wanted.items() if _knows(device, {k: v})}
-  unknown = ', '.join(name for name in wanted if name not in known)
+  return known(device, wanted)
+
+
+def known(device: jax.Device, options: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of some options that this jax knows; a line names the others."""
+  return dict(_known(device, tuple(options.items())))
+
+
+@functools.cache
+def _known(
+  device: jax.Device, options: tuple[tuple[str, Any], ...]
+) -> tuple[tuple[str, Any], ...]:
+  if _knows(device, dict(options)):
+    return options
+  found = tuple(one for one in options if _knows(device, dict([one])))
+  unknown = ', '.join(name for name, _ in options if name not in dict(found))
   if jax.process_index() == 0:
     print(f'this jax compiles without options it does not know: {unknown}')
-  return known
+  return found
 
 
 def _knows(device: jax.Device, options: dict[str, Any]) -> bool:

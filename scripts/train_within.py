@@ -177,7 +177,9 @@ class Run:
     return next((s for s in reversed(log.splitlines()) if s.strip()), '')
 
   def _measured(self) -> str:
-    with contextlib.suppress(OSError, IndexError, ValueError, KeyError):
+    # A row without a loss has only steps that were skipped.
+    known = OSError, IndexError, ValueError, KeyError, TypeError
+    with contextlib.suppress(*known):
       lines = (self._workdir / 'metrics.jsonl').read_text().splitlines()
       row = [r for r in map(json.loads, lines) if 'images_per_sec' in r][-1]
       mfu = f', MFU {row["mfu_percent"]} %' if 'mfu_percent' in row else ''

@@ -46,9 +46,9 @@ def preset(monkeypatch):
   """The options of a CPU, which has none of its own."""
   made = {'xla_cpu_enable_fast_math': False, 'xla_no_such_option': True}
   monkeypatch.setitem(compiler.PRESETS, 'cpu', made)
-  compiler.training_options.cache_clear()
+  compiler._known.cache_clear()
   yield made
-  compiler.training_options.cache_clear()
+  compiler._known.cache_clear()
 
 
 def test_unknown_options_of_training_are_left_out_in_one_line(preset, capsys):
@@ -77,7 +77,7 @@ def step_options(platform, choice):
 
 def test_a_step_has_the_options_of_its_devices(monkeypatch):
   monkeypatch.setattr(compiler, '_knows', lambda device, options: True)
-  compiler.training_options.cache_clear()
+  compiler._known.cache_clear()
   for platform in compiler.PRESETS:
     assert step_options(platform, 'preset') == compiler.PRESETS[platform]
     assert step_options(platform, 'none') is None

@@ -5,6 +5,7 @@ program belongs to one machine, jax, and source code; what belongs to others, or
 is damaged, is compiled anew.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import pathlib
 import platform
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +31,7 @@ from imagen_jax.io import files, paths
 FOLDER, MOST = 'programs', 64  # files that are kept
 MAGIC = b'imagen_jax program 2\n'
 LENGTH = len(MAGIC) + 64
+BEGAN = time.time()  # about when this process imported the package
 NOTE = 8  # bytes of the length of a program's note
 # jax's settings, besides `NUMERICS`, and the source code, on which a sampling
 # program depends.
@@ -151,9 +154,10 @@ class Place:
       found = serialize_executable.deserialize_and_load(
         body, given, made, execution_devices=devices
       )
-      os.utime(self.file)  # the longest unused are removed
     except Exception:  # XLA's, of many types
       return None
+    with contextlib.suppress(OSError):  # of another process, or read-only
+      os.utime(self.file)  # the longest unused are removed
     return found
 
   def write(self, program: Any, note: dict | None = None) -> None:
@@ -196,8 +200,10 @@ def find_place(
   folder = find_folder() if identity is not None else None
   if folder is None:
     return None
-  whole = '\n'.join((_machine(), _code(code), str(identity), _key(args)))
-  data = whole.encode()
+  source = _code(code)
+  if source is None:
+    return None
+  data = '\n'.join((_machine(), source, str(identity), _key(args))).encode()
   return Place(folder / hashlib.sha256(data).hexdigest(), data)
 
 
@@ -212,10 +218,12 @@ def renamed(function: Callable) -> Callable:
 
 
 def _key(args: tuple[Any, ...]) -> str:
-  """Shapes, types and shardings of arguments, and the mesh."""
+  """Shapes, types and shardings of arguments, the mesh, and jax's settings."""
   leaves, tree = jax.tree.flatten(args)
   kind = lambda x: (x.shape, x.dtype, getattr(x, 'sharding', None))
-  return f'{tree} {[kind(leaf) for leaf in leaves]} {_mesh()}'
+  setting = lambda name: getattr(jax.config, name, jax.config.values[name])
+  options = [str(setting(name)) for name in (*NUMERICS, *OPTIONS)]
+  return f'{tree} {[kind(leaf) for leaf in leaves]} {_mesh()} {options}'
 
 
 def find_folder() -> pathlib.Path | None:
@@ -250,7 +258,6 @@ def _mesh() -> str:
 def _machine() -> str:
   """What a compiled program depends on besides the function."""
   device = jax.devices()[0]
-  options = {name: str(getattr(jax.config, name)) for name in NUMERICS}
   features = ''
   if device.platform == 'cpu':
     try:
@@ -271,8 +278,6 @@ def _machine() -> str:
       device.device_kind,
       len(jax.devices()),
       sharding.usable_cores(),
-      options,
-      [str(jax.config.values[name]) for name in OPTIONS],
       [os.environ.get(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')],
       compiler.sampling_options(),
       features,
@@ -281,12 +286,17 @@ def _machine() -> str:
 
 
 @functools.cache
-def _code(names: tuple[str, ...]) -> str:
-  """A digest of the source code of files and folders of the package."""
+def _code(names: tuple[str, ...]) -> str | None:
+  """A digest of the source code of files and folders of the package.
+
+  None if it was changed after this process began: what runs may be older.
+  """
   root = pathlib.Path(imagen_jax.__file__).parent
   digest = hashlib.sha256()
   for name in names:
     path = root / name
     for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
+      if file.stat().st_mtime > BEGAN:
+        return None
       digest.update(f'{file.relative_to(root)}\n'.encode() + file.read_bytes())
   return digest.hexdigest()

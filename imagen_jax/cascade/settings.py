@@ -52,14 +52,21 @@ def choose(
       raise UsageError(
         f'stage {stage.name}: {error}', key=error.field
       ) from error
-    check(stage, config)
+    # It is given with an image, from whose time the steps then begin.
+    given = chosen.get('strength') is not None
+    check(stage, config, start=config.strength if given else 1.0)
     result.append(config)
   _check_effects(stages, result, choices)
   return result
 
 
-def check(stage: Stage, config: SamplingConfig) -> None:
+def check(stage: Stage, config: SamplingConfig, start: float = 1.0) -> None:
   """Rejects settings that this stage was not trained for.
+
+  Args:
+    stage: the stage.
+    config: its settings.
+    start: time at which the steps begin.
 
   Raises:
     UsageError: guidance out of range or without caption dropout, an interval of
@@ -80,7 +87,7 @@ def check(stage: Stage, config: SamplingConfig) -> None:
     )
   guided = config.guidance != 1 or config.autoguidance != 1
   if guided and config.guidance_interval is not None:
-    grid = np.asarray(logsnr_grid(stage.logsnr_fn, config.spec))
+    grid = np.asarray(logsnr_grid(stage.logsnr_fn, config.spec, start=start))
     lowest, highest = config.guidance_interval
     # The network is evaluated at the start of each step, not at its end.
     if not np.any((lowest <= grid[:-1]) & (grid[:-1] <= highest)):

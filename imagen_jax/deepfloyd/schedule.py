@@ -168,7 +168,7 @@ def timesteps(
   if spacing == 'leading':
     return (np.arange(steps) * (total // steps))[::-1]
   if spacing == 'trailing':
-    return np.rint(np.arange(total, 0, -total / steps)).astype(int) - 1
+    return np.rint(total - np.arange(steps) * (total / steps)).astype(int) - 1
   return np.rint(np.linspace(0, total - 1, steps)).astype(int)[::-1]
 
 

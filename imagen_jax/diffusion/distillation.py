@@ -133,15 +133,16 @@ def moment_loss(
   From z_t at the beginning of one of its steps the student predicts x̃, and z_s
   ~ q(z_s | z_t, x̃) is a noisy image inside the step. If the student's images
   were distributed as the teacher's data, E[x̃ | z_s] would be the teacher's
-  prediction. An auxiliary network learns that mean, and the student follows the
-  difference of the two (Salimans et al. 2024, Algorithm 2, with both networks
-  updated in every step):
+  prediction. An auxiliary network learns the average of the two, and the
+  student follows its difference from the teacher's, which is half of theirs
+  (Salimans et al. 2024, Algorithm 2, with both networks updated in every step):
 
     L(auxiliary) = ‖x̃ − g‖² + ‖x_teacher − g‖²,   g = auxiliary(z_s)
     L(student)   = w(s) x̃ · (g − x_teacher),      w = min(1 / sigma_s², 20)
 
-  The second one is written as a square with the same gradient, so that its
-  value is the squared difference. The result is their sum.
+  The weight is a choice of this project. The second one is written as a square
+  with the same gradient, so that its value is w / 2 times the mean square of g
+  − x_teacher. The result is their sum.
 
   Args:
     key: a jax.random key.
@@ -158,7 +159,7 @@ def moment_loss(
 
   Returns:
     as `diffusion_loss`; `t` is the time at which the step begins, and `mse` the
-    error of x that the moments differ by.
+    mean square of g − x_teacher.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   key_t, key_s, key_eps, key_z = jax.random.split(key, 4)

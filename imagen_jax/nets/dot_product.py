@@ -69,8 +69,8 @@ def attention(
     logits: what the softmax is of; None is q kᵀ / √size. Others are computed
       for all heads in one batch, on every platform: captions are short.
     implementation: 'xla', or 'cudnn' on an NVIDIA GPU. cuDNN supports half
-      precision and head sizes that are multiples of 8 up to 128; 'xla' is used
-      for all else.
+      precision, head sizes that are multiples of 8 up to 128, and even T and S;
+      'xla' is used for all else.
 
   Returns:
     [B, T, N, H] in q's dtype; the softmax is computed in float32.
@@ -87,8 +87,13 @@ def attention(
   elif platform == 'cpu':
     out = _by_head(q, k, v, mask)
   else:
-    fused = implementation == 'cudnn' and platform == 'gpu' and _cudnn_can(q)
+    fused = implementation == 'cudnn' and platform == 'gpu'
+    fused = fused and _cudnn_can(q, k)
     keys_mask = None if mask is None else mask[:, None, None, :]
+    if fused and keys_mask is not None:  # which it does not broadcast
+      keys_mask = jnp.broadcast_to(
+        keys_mask, (len(q), 1, q.shape[1], k.shape[1])
+      )
     out = jax.nn.dot_product_attention(
       q, k, v, mask=keys_mask, implementation='cudnn' if fused else 'xla'
     )
@@ -97,10 +102,11 @@ def attention(
   return out.astype(q.dtype)
 
 
-def _cudnn_can(q: Queries) -> bool:
-  """Whether cuDNN's fused attention supports these queries."""
+def _cudnn_can(q: Queries, k: Keys) -> bool:
+  """Whether cuDNN's fused attention supports these shapes."""
   half = q.dtype in (jnp.bfloat16, jnp.float16)
-  return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+  return half and even and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _heads_first(

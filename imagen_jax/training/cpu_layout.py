@@ -22,7 +22,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imagen_jax import sharding
+from imagen_jax import compiler, sharding
 from imagen_jax.cascade import stage_config
 from imagen_jax.cascade.stage import init_params
 from imagen_jax.compiler import EIGEN
@@ -35,6 +35,8 @@ FASTER = 0.95  # of the time of `CORES`; less of a gain is chance
 LEAST_STEPS = 1000  # a shorter run would not regain what measuring takes
 CONVOLUTIONS, TURNS = 4, 5  # that are measured, the heaviest; turns of each
 MOST_FLOPS = 2e10  # of one of them; a larger one is measured with fewer rows
+LAYOUT = 'NHWC', 'HWIO', 'NHWC'
+PLAIN = jax.lax.conv_dimension_numbers((1,) * 4, (1,) * 4, LAYOUT)
 Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Any]
 
 
@@ -115,7 +117,7 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
   layout = LAYOUTS.get(config.get('mesh', {}).get('cpu'))
   if layout is None or mesh.devices.flat[0].platform != 'cpu':
     return None
-  return dict(layout.options)
+  return compiler.known(mesh.devices.flat[0], layout.options)
 
 
 def _worthwhile(config: ConfigDict) -> bool:
@@ -168,9 +170,10 @@ def _heaviest(config: ConfigDict) -> list[tuple[Shape, int]]:
     dtype=resolve_dtype(config.dtype),
   )
   traced = jax.make_jaxpr(functools.partial(init_params, stage))
+  made = filter(_plain, convolutions(traced(jax.random.key(0))))
   found = collections.Counter(
     ((config.train.batch_size, *image[1:]), *rest)  # it is traced with one row
-    for image, *rest in map(_shape, convolutions(traced(jax.random.key(0))))
+    for image, *rest in map(_shape, made)
   )
   work = lambda item: item[1] * _flops(item[0])
   return sorted(found.items(), key=work, reverse=True)[:CONVOLUTIONS]
@@ -180,6 +183,16 @@ def _flops(shape: Shape) -> float:
   """FLOPs of a convolution, those on its padding included."""
   image, kernel, strides, _ = shape
   return float(2 * np.prod(image[:-1]) * np.prod(kernel) / np.prod(strides))
+
+
+def _plain(eqn: JaxprEqn) -> bool:
+  """Whether it is one of images (NHWC) with HWIO kernels, without groups."""
+  params = eqn.params
+  return (
+    params['dimension_numbers'] == PLAIN
+    and params['feature_group_count'] == params['batch_group_count'] == 1
+    and {*params['lhs_dilation'], *params['rhs_dilation']} == {1}
+  )
 
 
 def _shape(eqn: JaxprEqn) -> Shape:
@@ -197,7 +210,7 @@ def _time(shape: Shape, layout: Layout, mesh: Mesh) -> float:
     jax.lax.conv_general_dilated,
     window_strides=strides,
     padding='SAME',
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    dimension_numbers=LAYOUT,
   )
 
   def work(x: jax.Array, w: jax.Array) -> Any:

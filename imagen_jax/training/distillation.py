@@ -108,14 +108,16 @@ class DistillExperiment(StageExperiment):
       ),
       (
         'stage.weighting',
-        student.weighting != 'sigmoid',
-        'sigmoid weights an integral over time, and a student has steps',
+        student.weighting in (None, 'v', 'x'),
+        f'{student.weighting} leaves the step from pure noise without weight, '
+        'or is for an integral over time, and a student has few steps; use '
+        'None, v or x',
       ),
       (
         'stage.prediction',
-        student.prediction != 'eps' or settings.steps > 1,
-        'at pure noise eps says nothing about the image; with one step '
-        'predict v or x',
+        student.prediction != 'eps',
+        'at pure noise, where the first of few steps begins, eps says nothing '
+        'about the image; predict v or x',
       ),
       (
         'stage.resolution',

@@ -11,6 +11,7 @@ import jax
 from imagen_jax.errors import ModelError, UsageError
 from imagen_jax.io import files, model_folder, text_folder
 from imagen_jax.io.checkpoint import Checkpoints
+from imagen_jax.io.encoder_package import PACKAGES
 from imagen_jax.training import power_ema
 from imagen_jax.training.experiment import Export
 
@@ -32,10 +33,15 @@ def export_stage(request: Export) -> str:
     )
   params, step = trained_params(request, record.config)
   text = out.parent / 'text'
-  if not text.exists():
+  # One of a package is found by its name.
+  if record.config['text']['path'] not in PACKAGES and not text.exists():
     source = text_folder.of_stage(workdir.parent, record)
-    with files.replacing(text, error=ModelError) as temporary:
-      shutil.copytree(source, temporary, ignore=_not_the_model)
+    try:
+      with files.replacing(text, error=ModelError) as temporary:
+        shutil.copytree(source, temporary, ignore=_not_the_model)
+    except ModelError:
+      if not text.exists():  # else another export was faster
+        raise
   batch_size = record.config['train']['batch_size']
   model_folder.save_stage(
     out,

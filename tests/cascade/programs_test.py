@@ -1,5 +1,6 @@
 """Compiled programs on disk: used where they belong, made anew elsewhere."""
 
+import errno
 import os
 
 import jax
@@ -117,6 +118,38 @@ def test_one_of_another_machine_code_or_function_is_not_run(
   os.replace(file, other)  # as if its name were that of the other
   with pytest.raises(AssertionError, match='traced'):
     run(traced, identity, devices)
+
+
+def test_code_that_changed_since_the_process_began_is_not_kept(
+  run, monkeypatch
+):
+  """The process runs what it has imported."""
+  monkeypatch.setattr(programs, 'BEGAN', 0.0)
+  programs._code.cache_clear()
+  assert run(function)[1] == 0
+  programs._code.cache_clear()
+
+
+def test_another_precision_of_products_is_another_program(run):
+  run(function)
+  with jax.default_matmul_precision('float32'):
+    with pytest.raises(AssertionError, match='traced'):
+      run(traced)
+    assert run(function)[1] == 2
+  run(traced)  # the first one
+
+
+def test_a_program_whose_use_cannot_be_noted_is_run(run, monkeypatch):
+  run(function)
+  monkeypatch.setattr(os, 'utime', raises(OSError(errno.EROFS, 'read-only')))
+  run(traced)
+
+
+def raises(error):
+  def call(*args, **kwargs):
+    raise error
+
+  return call
 
 
 def test_without_an_identity_nothing_is_kept(run):

@@ -118,6 +118,14 @@ def test_an_interval_of_guidance_holds_a_step(interval, usable):
   assert error.value.key == 'guidance_interval'
 
 
+def test_an_interval_of_guidance_holds_a_step_of_those_from_an_image():
+  """With strength 0.5 they begin in the middle, at a log-SNR of 0."""
+  choices = {'steps': 2, 'guidance': 3.0, 'strength': 0.5}
+  settings.choose([build()], choices | {'guidance_interval': (-0.1, 0.1)})
+  with pytest.raises(UsageError, match='none of the 1 steps'):
+    settings.choose([build()], choices | {'guidance_interval': (-16.0, -1.0)})
+
+
 def test_sizes_are_multiples_of_all_downsampling():
   for levels in (2, 4):
     net = tiny_model.UNET | {'channel_mults': (1,) * levels}

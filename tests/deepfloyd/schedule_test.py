@@ -70,6 +70,11 @@ def test_steps_are_spaced_as_the_config_says():
   assert spaced('trailing') == [999, 749, 499, 249]
   assert spaced('linspace') == [999, 666, 333, 0]
   assert schedule.timesteps(IF, 100)[0] == 990
+  for kind in ('leading', 'trailing', 'linspace'):
+    made = schedule.Schedule(timestep_spacing=kind)
+    for n in range(1, 1001):
+      steps = schedule.timesteps(made, n)
+      assert len(steps) == n and steps.min() >= 0 and steps.max() <= 999
   assert schedule.timesteps(IF, 25, 'dpmpp')[0] == 995
 
 

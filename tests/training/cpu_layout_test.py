@@ -2,15 +2,18 @@
 
 import copy
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from imagen_jax import compiler, sharding
 from imagen_jax.errors import UsageError
 from imagen_jax.training import cpu_layout
 from imagen_jax.training.cpu_layout import CORES, LAYOUTS, settle
 from imagen_jax.training.flops import count_flops
 from tests import tiny_model
+from tests.tiny_net import TinyNet
 
 
 @pytest.fixture
@@ -47,6 +50,38 @@ def test_the_fastest_is_chosen_and_said(config, seconds, fastest):
   assert config.mesh.data == LAYOUTS[fastest].devices
   assert f'--config.mesh.cpu={fastest}' in said
   assert LAYOUTS[fastest].words in said
+
+
+class Odd(TinyNet):
+  """Also with a depthwise convolution and one of sequences."""
+
+  @nn.compact
+  def __call__(self, z, logsnr, text, *args, **kwargs):
+    h = nn.Conv(3, (3, 3), feature_group_count=3)(z)
+    h = h + nn.Conv(3, (3,))(text).mean((1, 2))[:, None, None, None]
+    return TinyNet()(h, logsnr, text, *args, **kwargs)
+
+
+def test_convolutions_of_other_kinds_are_not_measured(config):
+  def heaviest(kind):
+    config.stage.net = {'kind': kind}
+    return cpu_layout._heaviest(config)
+
+  plain = heaviest('tests.tiny_net:TinyNet')
+  assert len(plain) == 2
+  assert heaviest(f'{__name__}:Odd') == plain
+
+
+def test_a_resumed_run_does_without_an_option_that_jax_does_not_know(
+  config, monkeypatch, capsys
+):
+  monkeypatch.setattr(compiler, '_knows', lambda device, options: not options)
+  compiler._known.cache_clear()
+  config.mesh.cpu = 'cores_eigen'
+  mesh = sharding.make_mesh(devices=jax.devices())
+  assert cpu_layout.compiler_options(config, mesh) == {}
+  compiler._known.cache_clear()
+  assert 'options it does not know: xla_cpu' in capsys.readouterr().out
 
 
 def test_a_small_gain_is_chance(config, seconds):

@@ -48,7 +48,16 @@ def losses(config):
   return run(frozen['teacher'], batch, frozen)
 
 
-def test_the_config_takes_over_the_teachers(model):
+def weighted(model, tmp_path):
+  """A teacher that was trained with a weighting that has a number."""
+  folder = shutil.copytree(model / 'base', tmp_path / 'weighted')
+  record = json.loads((folder / 'stage.json').read_text())
+  record['config']['stage'] |= {'weighting': 'sigmoid', 'sigmoid_bias': -3.0}
+  (folder / 'stage.json').write_text(json.dumps(record))
+  return folder
+
+
+def test_the_config_takes_over_the_teachers(model, tmp_path):
   config = distilled(model / 'sr1')
   theirs = model_folder.load_stage(model / 'sr1').config
   assert config.stage.net.to_dict() == theirs['stage']['net']
@@ -59,6 +68,8 @@ def test_the_config_takes_over_the_teachers(model):
   assert (config.stage.sampling.steps, config.stage.sampling.sampler) == (
     1, 'ddim',
   )  # fmt: skip
+  stage = distilled(weighted(model, tmp_path)).stage
+  assert (stage.weighting, stage.sigmoid_bias) == (None, 0.0)
   base = distilled(model / 'base', 'stage.sampling.steps=3')
   assert (base.teacher.steps, base.teacher.guidance) == (3, 2.0)
   assert (base.stage.sampling.steps, base.stage.sampling.guidance) == (3, 1.0)
@@ -145,10 +156,9 @@ def test_moments_are_matched_by_two_networks_of_which_one_is_kept(
     (['stage.sampling.sampler=ddpm'], 'stage.sampling'),
     (['stage.sampling.eta=0.5'], 'stage.sampling'),
     (['stage.weighting=sigmoid'], 'stage.weighting'),
-    (
-      ['stage.prediction=eps', 'stage.sampling.steps=1'],
-      'stage.prediction',
-    ),
+    (['stage.weighting=min_snr'], 'stage.weighting'),
+    (['stage.weighting=eps'], 'stage.weighting'),
+    (['stage.prediction=eps', 'stage.sampling.steps=2'], 'stage.prediction'),
     (['stage.resolution=16'], 'stage.resolution'),
     (['text.max_len=7'], 'text.path'),
     (['teacher.path='], 'teacher.path'),
