@@ -11,12 +11,14 @@ here, and only as tensors (`weights_only`); it comes with the extra `parity`.
 
 import sys
 
-from safetensors.torch import save_file
-
 
 def main(argv: list[str]) -> None:
   """Entry point: the file to read, the file to write."""
-  import torch
+  try:
+    import torch
+    from safetensors.torch import save_file
+  except ModuleNotFoundError as error:
+    sys.exit(f'error: {error.name} is not installed: pip install torch.')
 
   source, target = argv
   tensors = torch.load(source, map_location='cpu', weights_only=True)

@@ -205,8 +205,9 @@ class Fid(Suite):
 def efflite0_scores(generated: FeaturesA, real: FeaturesB) -> Score:
   """The Fréchet distance in EfficientNet-Lite0's features; it is no FID.
 
-  `real_against_real` is its floor, the distance of real images from the others:
-  of as many as were generated, or of half, whichever are fewer.
+  Of the real images as many as were generated, but at most half, are set aside.
+  `real_against_real` is their distance from the others, the floor of that of
+  the generated ones from the same others.
   """
   number = min(len(generated), len(real) // 2)
   order = np.random.default_rng(0).permutation(len(real))
@@ -215,7 +216,7 @@ def efflite0_scores(generated: FeaturesA, real: FeaturesB) -> Score:
     *distances.moments(a), *distances.moments(b)
   )
   return {
-    'FD-EffLite0': between(generated, real),
+    'FD-EffLite0': between(generated, others),
     'FD-EffLite0 real_against_real': between(some, others),
   }
 

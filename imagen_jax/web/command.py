@@ -4,9 +4,11 @@ import functools
 import importlib.util
 import os
 import pathlib
+import secrets
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 
 from imagen_jax.cli import errors, runtime
@@ -40,7 +42,9 @@ def _main(argv: list[str]) -> None:
     action='store_true',
     help='a public address for 72 hours, through a server of Gradio',
   )
-  add('--out', type=user_path, help='keep the images in this folder')
+  add(
+    '--out', type=user_path, help='keep the images in a new folder in this one'
+  )
   args = parser.parse_args(argv)
   if importlib.util.find_spec('gradio') is None:
     raise UsageError(
@@ -52,7 +56,9 @@ def _main(argv: list[str]) -> None:
     os.environ.setdefault('GRADIO_TEMP_DIR', str(pathlib.Path(temporary)))
     out = pathlib.Path(temporary, 'images')
     if args.out is not None:
-      out = paths.check_folder(args.out, key='out')
+      # Gradio serves all that is below this folder to whoever knows its name.
+      run = f'{time.strftime("%Y%m%d-%H%M%S")}-{secrets.token_hex(8)}'
+      out = paths.check_folder(args.out, key='out') / run
     runtime.start()
     from imagen_jax.web import page
 

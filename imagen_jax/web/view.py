@@ -116,7 +116,8 @@ def _url(image: np.ndarray) -> str:
 
 def facts(job: 'Job', index: int) -> str:
   """The settings of image `index` of a job."""
-  listed = lambda values: values and ', '.join(f'{v:g}' for v in values)
+  said = lambda value: 'default' if value is None else f'{value:g}'
+  listed = lambda values: values and ', '.join(map(said, values))
   rows = {
     'prompt': job.prompt or '(empty: unconditional)',
     'negative prompt': job.negative_prompt,

@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,6 +12,7 @@ from PIL import Image
 
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.io import files, paths
+from imagen_jax.io.files import AnyPath
 
 # Sides of the stored images, largest first: an icon is resized from the
 # smallest that is large enough.
@@ -80,13 +81,19 @@ def load(
     return _levels(names, data)
   found = [base / 'icons' / f'{digest[:24]}-{side}.npy' for side in SIDES]
   with contextlib.suppress(OSError, ValueError):
-    return tuple(np.load(path, mmap_mode='r') for path in found)
+    return opened(found)
   levels = _levels(names, data)
-  with contextlib.suppress(OSError):  # a full or read-only disk
+  with contextlib.suppress(OSError, ValueError):  # a full or read-only disk
     for path, level in zip(found, levels):
       with files.replacing(path) as temporary, temporary.open('wb') as file:
         np.save(file, level)
+    return opened(found)
   return levels
+
+
+def opened(paths: Iterable[AnyPath]) -> Levels:
+  """The images of files that `load` has written, read when they are used."""
+  return tuple(np.load(path, mmap_mode='r') for path in paths)
 
 
 def _levels(names: Sequence[str], data: Callable[[int], bytes]) -> Levels:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import random
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,11 +27,16 @@ IRREGULAR = {
   'knife': 'knives',
   'tooth': 'teeth',
   'die': 'dice',
+  'snowman': 'snowmen',
+  'goose': 'geese',
+  'ox': 'oxen',
 }
+LINK = re.compile(' (of|with|in|at|over|on|showing) ')
 # Of these there is "a", or a number, of a portion only.
 MASS = frozenset(
-  'bacon cattle cheddar cheese coral cutlery dna fire garlic lightning luggage '
-  'noodles pasta popcorn spaghetti swine'.split()
+  'bacon bowling broccoli cattle cheddar cheese coral cutlery dna fire garlic '
+  'lightning luggage maize noodles pasta popcorn skis spaghetti sushi '
+  'swine'.split()
 )
 
 
@@ -84,7 +90,13 @@ def choose(
   """
   names = names_of(every)
   deciding = [one for one in sets if not one.partial] or sets
-  common = [c for c in names if all(c in one.images for one in deciding)]
+  named: dict[str, Thing] = {}
+  for code, short in names.items():
+    if all(code in one.images for one in deciding):
+      # The first of a name, such as the spouting whale, not the other whale.
+      named.setdefault((thing := _thing(code, short)).name, thing)
+  things = [*named.values()]
+  common = [thing.code for thing in things]
   if len(common) < max(2, number or 0):
     styles = ', '.join(one.style for one in deciding)
     raise UsageError(
@@ -93,7 +105,7 @@ def choose(
       'styles, or put a set with names, such as twemoji, beside them.',
       key='config.data.things',
     )
-  common = common[:number]
+  things, common = things[:number], common[:number]
   for one in sets:
     shown = sum(code in one.images for code in common)
     if one.partial and shown < FEWEST:
@@ -103,7 +115,6 @@ def choose(
         'style out.',
         key='config.data.things',
       )
-  things = [_thing(code, names[code]) for code in common]
   names_of_things = {thing.name for thing in things}
   said = {name for t in things for name in (t.name, *t.synonyms)}
   taken = {form for name in said for form in (name, plural(name))}
@@ -151,9 +162,11 @@ def _thing(code: str, short: str) -> Thing:
   # The name of the character, where it is another: 'automobile', 'lady beetle'.
   points = code.split('-')
   character = unicodedata.name(chr(int(points[0], 16)), '').lower()
-  other = character.removesuffix(' face').replace('-', ' ')
+  other = character.replace('-', ' ')
   known = len(points) == 1 and other and other != short
-  return Thing(short, code, (other,) if known else ())
+  # 'kissing face' is no name of a thing, nor is the colour that of the icon.
+  odd = other.endswith(' face') or other.startswith(('black ', 'white '))
+  return Thing(short, code, (other,) if known and not odd else ())
 
 
 def _within(phrase: str, names: Iterable[str]) -> bool:
@@ -179,6 +192,8 @@ def held_pair(a: Thing, b: Thing) -> bool:
 
 def is_plural(name: str) -> bool:
   """Whether a name takes no article: 'grapes', 'popcorn', but not 'bus'."""
+  if ' and ' in name:  # 'fork and knife'
+    return True
   noun = _split(name)[1]
   singular = noun.endswith(('ss', 'us', 'os', 'is'))
   return noun in MASS or (noun.endswith('s') and not singular)
@@ -187,8 +202,9 @@ def is_plural(name: str) -> bool:
 def article(words: str) -> str:
   """'a' or 'an', by sound: 'an hourglass', but 'a unicorn'."""
   words = words.lower()
-  vowel = words[0] in 'aeiou' and not words.startswith(('uni', 'ufo'))
-  return 'an' if vowel or words.startswith('hour') else 'a'
+  sounds = 'uni', 'ufo', 'eu', 'one '  # as if they began with a consonant
+  vowel = words[0] in 'aeiou' and not words.startswith(sounds)
+  return 'an' if vowel or words.startswith(('hour', 'x ')) else 'a'
 
 
 def plural(name: str) -> str:
@@ -199,12 +215,10 @@ def plural(name: str) -> str:
 
 def _split(name: str) -> tuple[str, str, str]:
   """'blue mug of beer' -> ('blue ', 'mug', ' of beer')."""
-  head, link, tail = name, '', ''
-  for word in (' of ', ' with '):
-    if not link:
-      head, link, tail = name.partition(word)
-  before, space, noun = head.rpartition(' ')
-  return before + space, noun, link + tail
+  link = LINK.search(name)
+  end = link.start() if link else len(name)
+  before, space, noun = name[:end].rpartition(' ')
+  return before + space, noun, name[end:]
 
 
 def _plural(noun: str) -> str:

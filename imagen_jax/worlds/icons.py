@@ -106,6 +106,17 @@ class IconsSource(Source):
     self._digest = _digest(data)
     self._levels = icon_images.load(self._digest, names, data.__getitem__)
 
+  def __getstate__(self) -> dict[str, typing.Any]:
+    # A worker opens the files of the images, instead of getting a copy.
+    stored = [getattr(level, 'filename', None) for level in self._levels]
+    levels = stored if all(stored) else self._levels
+    return self.__dict__ | {'_levels': levels}
+
+  def __setstate__(self, state: dict[str, typing.Any]) -> None:
+    self.__dict__ |= state
+    if isinstance(self._levels, list):
+      self._levels = icon_images.opened(self._levels)
+
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 of the icons and of the names of what they show."""

@@ -53,6 +53,8 @@ def test_a_job_gives_the_file_of_sample_py(studio, model, tmp_path):
 
 def test_a_prompt_is_shown_as_text():
   assert '&lt;red&gt;' in view.facts(Job('tiny', prompt=PROMPT), 0)
+  cleared = Job('tiny', prompt=PROMPT, steps=(16, None))
+  assert '16, default' in view.facts(cleared, 0)
   assert '&lt;red&gt;' in view.waiting(PROMPT)
 
 

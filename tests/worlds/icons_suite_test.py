@@ -1,5 +1,8 @@
 """The icons suite and its judge, with colours as features."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from imagen_jax.evaluation import report
 from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.extractors import Extractor
 from imagen_jax.io import model_folder
-from imagen_jax.worlds import icons, icons_judge, icons_suite
+from imagen_jax.worlds import icon_scenes, icons, icons_judge, icons_suite
 from imagen_jax.worlds.icon_scenes import CATEGORIES
 from imagen_jax.worlds.icons_suite import IconsSuite
 from tests.evaluation.runs import finish
@@ -70,6 +73,53 @@ def test_true_images_are_right_and_those_of_other_prompts_wrong(
   assert wrong['distance']['FD-EffLite0'] > 3 * near
   page = report.write(tmp_path).read_text()
   assert page.count('class="mark"') >= 5 and 'FD-EffLite0' in page
+
+
+def test_the_digest_is_of_every_scene_that_is_scored(suite, monkeypatch):
+  before = suite.digest()
+  assert dataclasses.replace(suite, num=10).digest() == before
+  original = icon_scenes.scene
+
+  def changed(world, i, category=None):
+    made = original(world, i, category)
+    if category != 'synonym' and category != 'pair':
+      return made
+    return dataclasses.replace(made, caption=f'{made.caption} too')
+
+  monkeypatch.setattr(icons, 'scene', changed)
+  assert suite.digest() != before
+
+
+def test_the_distance_is_from_scenes_of_the_same_categories(suite, monkeypatch):
+  asked = []
+  original = icon_scenes.scene
+
+  def counted(world, i, category=None):
+    asked.append(category)
+    return original(world, i, category)
+
+  monkeypatch.setattr(icons, 'scene', counted)
+  blank = np.zeros((64, 64, 3), np.uint8)
+  found = suite._distance({'single': [blank] * 5, 'pair': [blank] * 4})
+  assert (found['n'], found['n_real']) == (9, 18)
+  assert (asked.count('single'), asked.count('pair'), len(asked)) == (
+    15,
+    12,
+    27,
+  )
+
+
+def test_one_style_has_no_score(suite):
+  source = copy.copy(suite.source)
+  source.world = dataclasses.replace(source.world, styles=('3D',), looks=None)
+  one = dataclasses.replace(suite, source=source)
+  object.__setattr__(one, 'judge_of_renders', suite.judge_of_renders)
+  scenes = [one.scene(item) for item in one.items()[:3]]
+  images = [source.render(scene) for scene in scenes]
+  assert {*one._verdicts('single', scenes, images)} == {
+    'single',
+    'single_top5',
+  }
 
 
 def test_a_mirrored_pair_is_right_unless_the_prompt_has_a_relation(suite):

@@ -1,6 +1,7 @@
 """The icons world, on small packages."""
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from imagen_jax.data.sources import make_source
 from imagen_jax.errors import DataError, UsageError
 from imagen_jax.worlds import icon_images, icon_scenes, icon_things, icons
 from imagen_jax.worlds.icon_scenes import World, scene
-from imagen_jax.worlds.icon_sets import read_sets
+from imagen_jax.worlds.icon_sets import IconSet, read_sets
 from tests.worlds import tiny_icons
 
 MANY = tuple(
@@ -99,6 +100,39 @@ def test_icons_are_rasterised_once(folder, monkeypatch):
   again = icons.IconsSource(folder, 32, seed=1)
   assert (again[5]['image'] == first[5]['image']).all()
   assert again.fingerprint == first.fingerprint
+
+
+def test_a_workers_copy_reads_the_same_files(folder):
+  source = icons.IconsSource(folder, 32, seed=1)
+  packed = pickle.dumps(source)
+  assert len(packed) < 20_000 < sum(x.nbytes for x in source._levels)
+  copied = pickle.loads(packed)
+  assert (copied[5]['image'] == source[5]['image']).all()
+  assert copied.fingerprint == source.fingerprint
+
+
+def test_without_a_cache_a_copy_has_the_images(folder, monkeypatch):
+  monkeypatch.setattr(icon_images.paths, 'cache_folder', lambda: None)
+  source = icons.IconsSource(folder, 32, seed=1)
+  copied = pickle.loads(pickle.dumps(source))
+  assert (copied[5]['image'] == source[5]['image']).all()
+
+
+def test_of_things_with_one_name_there_is_the_first():
+  """'spouting whale' is called a whale, and there is another whale."""
+  names = {'1': 'whale', '2': 'spouting whale', '3': 'fox', '4': 'elder'}
+  one = IconSet('flat', 'MIT', dict.fromkeys(names, b''), names)
+  things = icon_things.choose([one], [one], None)
+  assert [t.name for t in things] == ['fox', 'whale', 'elder']
+  assert {t.name: t.code for t in things}['whale'] == '2'
+
+
+def test_names_of_characters_are_synonyms_if_they_name_a_thing():
+  codes = {'1f41e': 'ladybug', '1f617': 'kissing face', '2660': 'spade suit'}
+  things = [icon_things._thing(code, name) for code, name in codes.items()]
+  monday = icon_things._thing('1f617', 'whistle')
+  assert things[1].synonyms == things[2].synonyms == monday.synonyms == ()
+  assert icon_things._thing('1f41e', 'bug of luck').synonyms == ('lady beetle',)
 
 
 def test_a_damaged_icon_is_named(folder, tmp_path):
@@ -225,6 +259,14 @@ def test_most_things_lose_no_style_and_every_thing_keeps_one():
     ('ball of yarn', 'balls of yarn', 'a ball of yarn'),
     ('popcorn', 'popcorn', 'popcorn'),
     ('computer mouse', 'computer mice', 'a computer mouse'),
+    ('skis', 'skis', 'skis'),
+    ('snowman', 'snowmen', 'a snowman'),
+    ('fork and knife', 'fork and knife', 'fork and knife'),
+    ('sun over hills', 'suns over hills', 'a sun over hills'),
+    ('face in clouds', 'faces in clouds', 'a face in clouds'),
+    ('euro banknote', 'euro banknotes', 'a euro banknote'),
+    ('one piece swimsuit', 'one piece swimsuits', 'a one piece swimsuit'),
+    ('x ray', 'x rays', 'an x ray'),
   ],
 )
 def test_names_have_plurals_and_articles(one, many, phrase):
