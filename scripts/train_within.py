@@ -13,7 +13,7 @@ folder of `--out` while the next one trains.
 
 What follows `--` goes to train.py: `--config.…` for all stages,
 `--STAGE.config.…` for one. Runs are in folders of `--workdir`, each with a log.
-The same command again, with another `--out`, goes on with them for as long.
+The same command again, with another `--out`, resumes them for as long.
 
 The learning rate should be constant (`train.optimizer.decay=False`), since the
 number of steps is not known in advance. A TPU takes one process at a time,
