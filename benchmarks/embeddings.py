@@ -31,7 +31,7 @@ from imagen_jax.cli import embed as embed_command
 from imagen_jax.cli import prepare as prepare_command
 from imagen_jax.cli.configs import load_config
 from imagen_jax.data.sources import make_source
-from imagen_jax.io import embeddings, model_folder
+from imagen_jax.io import embeddings, model_folder, paths
 from imagen_jax.nets.t5 import SIZES, T5Encoder
 from imagen_jax.planning import compile as compiler
 from imagen_jax.text import encoder as text_encoder
@@ -93,7 +93,7 @@ def speed(args):
 def error(args):
   """What storing in bfloat16 and int8 changes."""
   with tempfile.TemporaryDirectory() as folder:
-    for record in model_folder.find_stages(model_folder.located(None)):
+    for record in model_folder.find_stages(paths.located(None)):
       _error_of_stage(record, pathlib.Path(folder) / record.name, args.num)
 
 

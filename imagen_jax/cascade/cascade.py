@@ -36,9 +36,8 @@ from imagen_jax.cascade.stage import SamplingConfig, Stage
 from imagen_jax.cascade.stage_run import StageRun
 from imagen_jax.dtypes import pinned, resolve_dtype
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import bucket, model_folder, text_folder
+from imagen_jax.io import bucket, model_folder, paths, text_folder
 from imagen_jax.io import images as image_io
-from imagen_jax.io.paths import user_path
 from imagen_jax.nets.network import Network
 from imagen_jax.typing import Image
 
@@ -72,14 +71,14 @@ def load(
       `weak_model`, or the folder's text encoder is of another kind.
     UsageError: a name in `stages` is unknown, or none is in `weak_model`.
   """
-  path = model_folder.located(path)
+  path = paths.located(path)
   records = model_folder.find_stages(path, stages)
   made = Cascade(bucket.at(path), records, resolve_dtype(dtype), fsdp, devices)
   # Its weights are read when prompts are embedded, if they are.
   if text := text_folder.found(made.path, records[0]):
     check_kind(text, records[0])
   if weak_model is not None:
-    weak_model = user_path(weak_model)
+    weak_model = paths.user_path(weak_model)
     made.weak = autoguidance.find(weak_model, records, made.stages)
   return made
 

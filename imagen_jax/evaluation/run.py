@@ -25,8 +25,7 @@ from imagen_jax.evaluation.config import EvalConfig
 from imagen_jax.evaluation.listener import Listener
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Suite
-from imagen_jax.io import model_folder
-from imagen_jax.io.paths import check_folder
+from imagen_jax.io import model_folder, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ def evaluate(
       model, or a file that it names cannot be used.
   """
   listener = listener or Listener()
-  check_folder(config.out, key='out')
+  paths.check_folder(config.out, key='out')
   records = _stages(config)
   suite = suites.make_suite(config, records)
   cascade = load(
@@ -117,7 +116,7 @@ def _run(
 
 def _stages(config: EvalConfig) -> list[model_folder.StageRecord]:
   """The stages to evaluate; with `from_truth`, super-resolution only."""
-  path = model_folder.located(config.model)
+  path = paths.located(config.model)
   records = model_folder.find_stages(path, config.stages)
   if not config.from_truth:
     return records

@@ -13,7 +13,6 @@ an untrusted model folder is safe to open.
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ from imagen_jax.errors import ModelError, UsageError, check_choice
 from imagen_jax.io import bucket, files, safetensors
 from imagen_jax.io.embeddings import STORES
 from imagen_jax.io.files import AnyPath
-from imagen_jax.io.paths import user_path
 from imagen_jax.io.safetensors import Tensor
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 2
-ASSETS = pathlib.Path(__file__).parents[1] / 'assets'  # of bundled models
 MAX_SIZE = 65536  # of an image's side, a text's length and an embedding
 RECORD, WEIGHTS = 'stage.json', 'weights.safetensors'
 # Parameters of a network that training needs beside the stage's own.
@@ -355,22 +352,6 @@ def model_digest(records: Sequence[StageRecord]) -> str:
   """16 hex digits that identify all weights, the text encoder's included."""
   digests = [weights_digest(r) + r.text['digest'] for r in records]
   return hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]
-
-
-def located(model: AnyPath | None) -> str:
-  """The folder of the model that a user names.
-
-  Args:
-    model: a folder; or the name of a bundled model, such as 'demo', unless
-      there is a folder of that name; None is the demo.
-  """
-  if model is None:
-    return str(ASSETS / 'demo')
-  path = user_path(model)
-  known = (folder.parent.name for folder in ASSETS.glob('*/base'))
-  if path in known and not os.path.lexists(path):
-    return str(ASSETS / path)
-  return path
 
 
 def _checkpoints(record: StageRecord) -> 'Checkpoints':

@@ -1,4 +1,4 @@
-"""Paths as users give them: `~`, a folder to write to, the cache."""
+"""Paths as users give them: `~`, a model's name, a folder to write to."""
 
 import os
 import pathlib
@@ -6,6 +6,8 @@ import pathlib
 from imagen_jax.errors import UsageError
 from imagen_jax.io import bucket
 from imagen_jax.io.files import AnyPath
+
+ASSETS = pathlib.Path(__file__).parents[1] / 'assets'  # of bundled models
 
 
 def user_path(path: AnyPath) -> str:
@@ -24,6 +26,22 @@ def user_path(path: AnyPath) -> str:
       f'{path} names a home directory that does not exist; give the whole '
       'path, or ./~… for a name that begins with ~.'
     ) from error
+
+
+def located(model: AnyPath | None) -> str:
+  """The folder of the model that a user names.
+
+  Args:
+    model: a folder; or the name of a bundled model, such as 'demo', unless
+      there is a folder of that name; None is the demo.
+  """
+  if model is None:
+    return str(ASSETS / 'demo')
+  path = user_path(model)
+  known = (folder.parent.name for folder in ASSETS.glob('*/base'))
+  if path in known and not os.path.lexists(path):
+    return str(ASSETS / path)
+  return path
 
 
 def cache_folder() -> pathlib.Path | None:

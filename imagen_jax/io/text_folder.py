@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from imagen_jax.errors import ModelError
 from imagen_jax.io import bucket, encoder_package
 from imagen_jax.io.files import AnyPath
-from imagen_jax.io.model_folder import ASSETS, StageRecord
+from imagen_jax.io.model_folder import StageRecord
+from imagen_jax.io.paths import ASSETS
 
 
 def find(configured: AnyPath) -> pathlib.Path:

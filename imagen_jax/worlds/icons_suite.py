@@ -26,7 +26,7 @@ from imagen_jax.evaluation.fid_suite import efflite0_scores
 from imagen_jax.evaluation.generation import read_images
 from imagen_jax.evaluation.scores import Categories
 from imagen_jax.evaluation.suite import Item, Records
-from imagen_jax.io import files, model_folder
+from imagen_jax.io import files, model_folder, paths
 from imagen_jax.worlds.icon_scenes import CATEGORIES, MIXTURE, Scene
 from imagen_jax.worlds.icons import IconsSource
 from imagen_jax.worlds.icons_judge import Judge, count, fit, foreground, halves
@@ -58,7 +58,7 @@ class IconsSuite(suites.Suite):
 
   @classmethod
   def from_config(cls, config: EvalConfig) -> 'IconsSuite':
-    path = model_folder.located(config.model)
+    path = paths.located(config.model)
     record = model_folder.find_stages(path, config.stages)[-1]
     data = _settings(record.config['data'])
     if not data:

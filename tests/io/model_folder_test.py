@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.errors import ModelError, UsageError
-from imagen_jax.io import files, model_folder, text_folder
+from imagen_jax.io import files, model_folder, paths, text_folder
 from imagen_jax.io.checkpoint import Checkpoints
 
 TEXT = {'dim': 8, 'max_len': 4, 'digest': 'abc'}
@@ -277,7 +277,7 @@ def test_a_text_encoder_beside_the_stages_takes_precedence(model, tmp_path):
 
 def test_a_missing_text_encoder_names_what_makes_it(tmp_path):
   needed = text_folder.existing
-  assert needed('demo') == model_folder.ASSETS / 'demo' / 'text'
+  assert needed('demo') == paths.ASSETS / 'demo' / 'text'
   path = tmp_path / 'runs' / 'text'
   with pytest.raises(ModelError, match=f'--config mine --workdir {path}.*demo'):
     needed(path, 'mine')
