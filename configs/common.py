@@ -414,7 +414,7 @@ def optimizer() -> dict[str, Any]:
     # Gradient norm at which to clip; None: no clipping. The paper gives no
     # value.
     'clip': 1.0,
-    # Arguments of optax.adam, optax.adafactor or optax.contrib.muon.
+    # Arguments of optax.adam, optax.adafactor or training/muon.py.
     'options': {},
   }
 

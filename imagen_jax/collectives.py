@@ -175,6 +175,16 @@ def per_device(
   )
 
 
+def whole(x: Array) -> jax.Array:
+  """An array of which each device has a part, gathered on all of them.
+
+  For use inside jitted code under `jax.set_mesh`; otherwise the identity.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def constrain_batch(x: Tree) -> Tree:
   """Keeps the leading axis of every array in `x` split over the mesh.
 

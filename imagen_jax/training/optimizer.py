@@ -1,5 +1,6 @@
 """The optimizer and its learning rate, from a config's `train` section."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,9 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from imagen_jax.errors import UsageError, check_choice
-
-# Of the quintic Newton–Schulz iteration (Jordan et al. 2024).
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+from imagen_jax.training.muon import muon
 
 
 def learning_rate(
@@ -59,7 +58,7 @@ def optimizer(
       layer then takes some 10,000 steps at 1e-4 to leave zero, so set
       `multiply_by_parameter_scale=False` in short runs.
     clip: largest global norm of the gradient; None does not clip.
-    **options: for `optax.adam`, `optax.adafactor` or `optax.contrib.muon`.
+    **options: for `optax.adam`, `optax.adafactor` or `muon.muon`.
 
   Returns:
     an `optax.GradientTransformation`.
@@ -67,7 +66,11 @@ def optimizer(
   Raises:
     UsageError: an unknown kind or option.
   """
-  kinds = {'adam': optax.adam, 'adafactor': _adafactor, 'muon': _muon}
+  kinds = {
+    'adam': optax.adam,
+    'adafactor': _adafactor,
+    'muon': functools.partial(muon, axes=matrix_axes),
+  }
   check_choice('train.optimizer.kind', kind, kinds)
   steps = [] if clip is None else [optax.clip_by_global_norm(clip)]
   try:
@@ -104,30 +107,6 @@ def _as_matrix(path: tuple, leaf: Any) -> Any:
   if axes is None or leaf.ndim != 3 or len(axes[0] + axes[1]) != 3:
     return leaf
   return leaf.reshape([math.prod(leaf.shape[i] for i in part) for part in axes])
-
-
-def _muon(
-  rate: optax.ScalarOrSchedule, **options: Any
-) -> optax.GradientTransformation:
-  """Muon for the kernels inside the network, Adam for all other parameters.
-
-  Updates are scaled to an RMS of 0.2, about Adam's (Liu et al. 2025), so
-  Adam's learning rates are a good starting point.
-  """
-  # One row a step makes optax iterate in a loop. Without, the steps of hundreds
-  # of kernels are most of a program's operations, and compiling and loading it
-  # take longer.
-  options.setdefault(
-    'ns_coeffs', (_NEWTON_SCHULZ,) * options.get('ns_steps', 5)
-  )
-  return optax.contrib.muon(
-    rate,
-    consistent_rms=0.2,
-    muon_weight_dimension_numbers=lambda params: (
-      jax.tree_util.tree_map_with_path(matrix_axes, params)
-    ),
-    **options,
-  )
 
 
 def matrix_axes(
