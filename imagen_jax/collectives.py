@@ -175,7 +175,7 @@ def per_device(
   )
 
 
-def whole(x: Array) -> jax.Array:
+def whole(x: Array) -> Array:
   """An array of which each device has a part, gathered on all of them.
 
   For use inside jitted code under `jax.set_mesh`; otherwise the identity.

@@ -4,7 +4,9 @@ The user brings the weights: a file for Inception, a Hugging Face folder for
 CLIP. The provenance of each score includes their digest.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -21,9 +23,12 @@ from imagen_jax.errors import check_choice
 from imagen_jax.evaluation import clip, efficientnet, inception
 from imagen_jax.evaluation.inception import MODES
 from imagen_jax.evaluation.weights import read_tensors, with_weights
+from imagen_jax.io import files, paths
 from imagen_jax.text.tokenizer import load_tokenizer
 
 BATCH = 16
+CHUNK = 16 * BATCH  # images whose features are kept in one file
+VERSION = 1  # of the networks here; in the names of kept features
 
 Images = Iterable[UInt8[np.ndarray, 'h w 3']]
 Features = Float[np.ndarray, 'n d']
@@ -132,6 +137,42 @@ def load_clip(folder: str | os.PathLike) -> TextExtractor:
     preprocessing=f'Pillow bicubic to {vision.image_size}, rounded',
     text=lambda prompts: encode(tokenizer(prompts, length)[0]),
   )
+
+
+def kept(extractor: Extractor) -> Callable[[Images], Features]:
+  """As `extractor.image`, with memory: for images that are compared again.
+
+  The user's cache directory has the features of every `CHUNK` images, under a
+  digest of their pixels and of the network.
+  """
+  base = paths.cache_folder()
+  if base is None:
+    return extractor.image
+
+  def one(images: list[UInt8[np.ndarray, 'h w 3']]) -> Features:
+    digest = hashlib.sha256(
+      f'{VERSION} {extractor.digest} {extractor.preprocessing}'.encode()
+    )
+    for image in images:
+      digest.update(f'{image.shape}'.encode() + image.tobytes())
+    path = base / 'features' / f'{digest.hexdigest()[:24]}.npy'
+    with contextlib.suppress(OSError, ValueError, EOFError):
+      found = np.load(path, allow_pickle=False)
+      if len(found) == len(images):
+        return found
+    found = extractor.image(images)
+    with contextlib.suppress(OSError):  # a full or read-only disk
+      with files.replacing(path) as temporary, temporary.open('wb') as file:
+        np.save(file, found)
+    return found
+
+  def image(images: Images) -> Features:
+    rows, found = iter(images), []
+    while chunk := list(itertools.islice(rows, CHUNK)):
+      found.append(one(chunk))
+    return np.concatenate(found)
+
+  return image
 
 
 def _image(size: int) -> jax.ShapeDtypeStruct:

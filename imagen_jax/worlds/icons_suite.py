@@ -21,7 +21,7 @@ from imagen_jax.errors import DataError, UsageError
 from imagen_jax.evaluation import scores
 from imagen_jax.evaluation import suite as suites
 from imagen_jax.evaluation.config import EvalConfig
-from imagen_jax.evaluation.extractors import Extractor, load_efficientnet
+from imagen_jax.evaluation.extractors import Extractor, kept, load_efficientnet
 from imagen_jax.evaluation.fid_suite import efflite0_scores
 from imagen_jax.evaluation.generation import read_images
 from imagen_jax.evaluation.scores import Categories
@@ -138,7 +138,8 @@ class IconsSuite(suites.Suite):
 
   @functools.cached_property
   def judge_of_renders(self) -> Judge:
-    return fit(self.source, self.extractor.image)
+    fitted = fit(self.source, kept(self.extractor))
+    return dataclasses.replace(fitted, features=self.extractor.image)
 
   def score(
     self, folder: pathlib.Path, records: Records
@@ -155,8 +156,10 @@ class IconsSuite(suites.Suite):
     items = self.items()
     generated = list(read_images(folder, records, items))
     true = [self.source.render(self.scene(item)) for item in items]
-    result: Categories = self._accuracies(items, generated)
-    own = self._accuracies(items, true)
+    judge = self.judge_of_renders
+    result: Categories = self._accuracies(items, generated, judge)
+    judge = dataclasses.replace(judge, features=kept(self.extractor))
+    own = self._accuracies(items, true, judge)
     for name, score in result.items():
       score['judge'] = own[name]['accuracy']
     some = {
@@ -168,21 +171,29 @@ class IconsSuite(suites.Suite):
     return {self.label: result, self.reference: own}
 
   def _accuracies(
-    self, items: Sequence[Item], images: Sequence[np.ndarray]
+    self,
+    items: Sequence[Item],
+    images: Sequence[np.ndarray],
+    judge: Judge,
   ) -> Categories:
     found: Categories = {}
     for category in self.categories:
       chosen = [i for i, item in enumerate(items) if item.category == category]
       shown = [self.scene(items[i]) for i in chosen]
-      right = self._verdicts(category, shown, [images[i] for i in chosen])
+      right = self._verdicts(
+        category, shown, [images[i] for i in chosen], judge
+      )
       found |= {name: scores.accuracy(v.tolist()) for name, v in right.items()}
     return found
 
   def _verdicts(
-    self, category: str, shown: Sequence[Scene], images: Sequence[np.ndarray]
+    self,
+    category: str,
+    shown: Sequence[Scene],
+    images: Sequence[np.ndarray],
+    judge: Judge,
   ) -> dict[str, np.ndarray]:
     """{score: whether each image is right} of the scenes of a category."""
-    judge = self.judge_of_renders
     if category in ('pair', 'heldout_pair'):
       seen = judge.parts(images)
       every = zip(shown, seen, images)
@@ -229,7 +240,7 @@ class IconsSuite(suites.Suite):
       for i in range(REAL * len(some))
     )
     found = efflite0_scores(
-      self.extractor.image(images), self.extractor.image(real)
+      self.extractor.image(images), kept(self.extractor)(real)
     )
     n = sum(map(len, generated.values()))
     return found | {'n': n, 'n_real': (REAL - 1) * n}

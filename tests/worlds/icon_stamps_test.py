@@ -247,7 +247,10 @@ def test_the_judge_knows_the_things_of_photos(folder, monkeypatch):
   items = suite.items()
   assert {suite.scene(item).style for item in items} == {0, 1}
   true = [suite.true_image(item, 64) for item in items]
-  assert suite._accuracies(items, true)['single']['accuracy'] >= 0.8
+  assert (
+    suite._accuracies(items, true, suite.judge_of_renders)['single']['accuracy']
+    >= 0.8
+  )
 
 
 def test_a_prepared_set_has_photos_if_their_style_is_asked_for(folder):

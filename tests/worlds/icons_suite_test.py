@@ -34,6 +34,11 @@ def _features(image):
   return np.array([*has, mask.mean()], np.float32)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp()))
+
+
 @pytest.fixture(scope='module')
 def suite(tmp_path_factory):
   folder = tiny_icons.write(tmp_path_factory.mktemp('icons'))
@@ -75,6 +80,31 @@ def test_true_images_are_right_and_those_of_other_prompts_wrong(
   assert page.count('class="mark"') >= 5 and 'FD-EffLite0' in page
 
 
+def test_true_images_are_not_given_to_the_network_again(suite, tmp_path):
+  """Neither those that the probe is fitted to, nor those that are scored."""
+  asked = []
+
+  def counted(images):
+    images = list(images)
+    asked.append(len(images))
+    return features(images)
+
+  few = dataclasses.replace(
+    suite, num=5, extractor=Extractor(counted, 'f' * 64, 'none')
+  )
+  true = lambda item: suite.true_image(item, 64)
+  first = finish(tmp_path, few, true)
+  before, generated = sum(asked), 5 + 2 * 5 + 15  # a pair has two parts
+  asked.clear()
+  again = dataclasses.replace(few)
+  assert finish(tmp_path, again, true, 'steps=1') == first
+  assert sum(asked) == generated < before / 4
+  other = dataclasses.replace(few, extractor=Extractor(counted, '0' * 64, ''))
+  asked.clear()
+  finish(tmp_path, other, true, 'steps=2')
+  assert sum(asked) == before
+
+
 def test_the_digest_is_of_every_scene_that_is_scored(suite, monkeypatch):
   before = suite.digest()
   assert dataclasses.replace(suite, num=10).digest() == before
@@ -113,10 +143,9 @@ def test_one_style_has_no_score(suite):
   source = copy.copy(suite.source)
   source.world = dataclasses.replace(source.world, styles=('3D',), looks=None)
   one = dataclasses.replace(suite, source=source)
-  object.__setattr__(one, 'judge_of_renders', suite.judge_of_renders)
   scenes = [one.scene(item) for item in one.items()[:3]]
   images = [source.render(scene) for scene in scenes]
-  assert {*one._verdicts('single', scenes, images)} == {
+  assert {*one._verdicts('single', scenes, images, suite.judge_of_renders)} == {
     'single',
     'single_top5',
   }
@@ -126,7 +155,7 @@ def test_a_mirrored_pair_is_right_unless_the_prompt_has_a_relation(suite):
   items = [i for i in suite.items() if i.category == 'pair']
   images = [suite.true_image(i, 64)[:, ::-1] for i in items]
   shown = [suite.scene(i) for i in items]
-  found = suite._verdicts('pair', shown, images)['pair']
+  found = suite._verdicts('pair', shown, images, suite.judge_of_renders)['pair']
   for verdict, scene in zip(found, shown):
     assert verdict == (scene.relation not in ('left of', 'right of'))
 
