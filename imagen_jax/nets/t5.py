@@ -1,7 +1,8 @@
 """The T5 encoder, Imagen's frozen text encoder (Section 2.1).
 
 One module covers v1.0 (ReLU), v1.1 and Flan (gated GELU). The layers are one
-`nn.scan` over stacked parameters, so that XXL's 24 compile as fast as one.
+`nn.scan` over stacked parameters, so that XXL's 24 compile as fast as one, but
+on a CPU in bfloat16 (`tower.unroll`).
 Specific to T5: RMS norm without bias before each sublayer, attention logits
 not divided by √head size, and a learned bias on the distance between two
 tokens, shared by all layers (Raffel et al. 2020, Section 2.1).
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 
 from imagen_jax import collectives
 from imagen_jax.nets.dot_product import Logits, attention
+from imagen_jax.nets.tower import unroll
 from imagen_jax.typing import Array, TextEmb, TextMask
 
 # T5 v1.1 and Flan by name, as in `T5Encoder(**SIZES['xxl'])`: Imagen's encoder
@@ -194,6 +196,7 @@ class T5Encoder(nn.Module):
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       length=self.num_layers,
+      unroll=unroll(self.num_layers, self.dtype),
     )(
       self.num_heads,
       self.head_dim,

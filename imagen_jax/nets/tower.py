@@ -26,6 +26,16 @@ ACTIVATIONS = {
 }
 
 
+def unroll(layers: int, dtype: DTypeLike) -> int:
+  """How many of the layers an iteration of the scan over them computes.
+
+  All on a CPU in bfloat16: there XLA converts a stack that a loop slices to
+  float32, as a whole and every time, which takes longer than the layers.
+  """
+  slow = dtype == jnp.bfloat16 and collectives.platform()[0] == 'cpu'
+  return max(layers, 2) if slow else 1  # 1 is a loop, even of one iteration
+
+
 class Tower(nn.Module):
   """A transformer whose parameters have dotted names.
 
@@ -107,6 +117,7 @@ class Tower(nn.Module):
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       length=self.num_hidden_layers,
+      unroll=unroll(self.num_hidden_layers, self.dtype),
     )
     names = {f.name for f in dataclasses.fields(block)} - {'parent', 'name'}
     sizes = {name: getattr(self, name) for name in names}

@@ -210,6 +210,23 @@ def test_bfloat16_is_close_and_its_output_float32(kind, tmp_path):
 
 
 @pytest.mark.parametrize('kind', CHANGES)
+def test_no_stack_of_layers_is_converted_on_a_cpu(kind, tmp_path):
+  loaded(tmp_path, kind)
+  half = load_text_encoder(tmp_path, 'bfloat16')
+  stacks = {
+    ','.join(map(str, leaf.shape))
+    for leaf in jax.tree.leaves(half.params['layers'])
+    if leaf.dtype == jnp.bfloat16
+  }
+  args = half.module, half.params, *padded_batch(3, 40)
+  _, program = encode_tokens.lower(*args).compile().as_text().split('\nENTRY ')
+  assert len(stacks) >= 2 and all(
+    f'bf16[{shape}]' in program for shape in stacks
+  )
+  assert not [shape for shape in stacks if f'f32[{shape}]' in program]
+
+
+@pytest.mark.parametrize('kind', CHANGES)
 def test_parameters_split_over_devices_give_the_same_embeddings(kind, tmp_path):
   whole = loaded(tmp_path, kind)
   mesh = sharding.make_mesh(2, 4)
