@@ -6,12 +6,14 @@ devices. The updates are equal up to rounding, and the state is optax's.
 """
 
 import collections
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Float
 from optax.contrib import MuonDimensionNumbers, MuonState
@@ -26,7 +28,10 @@ RMS = 0.2
 # Columns per row from which iterating on the Gram matrix is less work.
 WIDE = 3
 
+ROWS = (COEFFICIENTS,) * 5
+
 Axes = Callable[[tuple, Any], MuonDimensionNumbers | None]
+Coefficients = Sequence[Sequence[float]] | Float[np.ndarray, 'steps 3']
 Stack = Float[Array, 'k m n']
 
 
@@ -35,6 +40,7 @@ def muon(
   axes: Axes,
   *,
   ns_steps: int = 5,
+  ns_coeffs: Sequence[float] | Sequence[Sequence[float]] | None = None,
   beta: float = 0.95,
   eps: float = 1e-8,
   nesterov: bool = True,
@@ -51,6 +57,7 @@ def muon(
     axes: (path, parameter or its shape) -> the axes that are a matrix's rows
       and columns, any others are of a stack; None for Adam.
     ns_steps: Newton–Schulz iterations.
+    ns_coeffs: a, b and c of all iterations, or of each; None is Jordan's.
     beta: decay of Muon's momentum.
     eps: added to norms, and in Adam to the square root of the second moment.
     nesterov: whether the momentum of both is Nesterov's.
@@ -60,6 +67,9 @@ def muon(
 
   Returns:
     an `optax.GradientTransformation`, whose state fits `optax.contrib.muon`'s.
+
+  Raises:
+    ValueError: another number of coefficients.
   """
 
   def labels(params: Any) -> Any:
@@ -67,11 +77,19 @@ def muon(
       lambda path, x: 'adam' if axes(path, x) is None else 'muon', params
     )
 
+  given = np.asarray(ns_coeffs or (COEFFICIENTS,) * ns_steps, np.float32)
+  if given.shape not in ((3,), (ns_steps, 3)):
+    raise ValueError(
+      f'ns_coeffs has the shape {given.shape}; it takes three numbers, or a '
+      f'row of three for each of the {ns_steps} iterations'
+    )
+  rows = np.broadcast_to(given, (ns_steps, 3))
+
   def orthogonal(updates: Any, params: Any = None) -> Any:
-    return orthogonalised(updates, axes, ns_steps, eps)
+    return orthogonalised(updates, axes, rows, eps)
 
   kernels = optax.chain(
-    _momentum(beta, nesterov, ns_steps),
+    _momentum(beta, nesterov, given),
     optax.stateless(orthogonal),
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(rate),
@@ -88,15 +106,15 @@ def muon(
 
 
 def _momentum(
-  beta: float, nesterov: bool, ns_steps: int
+  beta: float, nesterov: bool, coefficients: np.ndarray
 ) -> optax.GradientTransformation:
   """The average of the gradients, without its bias to zero."""
 
   def init(params: Any) -> MuonState:
-    # The coefficients are not read: optax keeps them there.
-    coefficients = jnp.asarray((COEFFICIENTS,) * ns_steps)
     zeros = optax.tree.zeros_like(params)
-    return MuonState(jnp.zeros([], jnp.int32), zeros, coefficients)
+    # The coefficients are not read; optax keeps them there.
+    kept = jnp.asarray(coefficients)
+    return MuonState(jnp.zeros([], jnp.int32), zeros, kept)
 
   def update(
     updates: Any, state: MuonState, params: Any = None
@@ -118,7 +136,12 @@ def _momentum(
   return optax.GradientTransformation(init, update)
 
 
-def orthogonalised(tree: Any, axes: Axes, steps: int, eps: float = 1e-8) -> Any:
+def orthogonalised(
+  tree: Any,
+  axes: Axes,
+  coefficients: Coefficients = ROWS,
+  eps: float = 1e-8,
+) -> Any:
   """Every matrix with its singular values near 1, times a factor.
 
   The factor is `RMS` · √max(rows, columns), which gives entries with the root
@@ -128,7 +151,7 @@ def orthogonalised(tree: Any, axes: Axes, steps: int, eps: float = 1e-8) -> Any:
   Args:
     tree: of arrays.
     axes: (path, array) -> the axes that are a matrix's rows and columns.
-    steps: Newton–Schulz iterations.
+    coefficients: a row for each Newton–Schulz iteration.
     eps: added to the norm of a matrix.
   """
   found = jax.tree_util.tree_leaves_with_path(tree)
@@ -141,8 +164,9 @@ def orthogonalised(tree: Any, axes: Axes, steps: int, eps: float = 1e-8) -> Any:
     places.append(((rows, columns), sum(map(len, group)), number))
     back.append(undo)
     group.append(stack)
+  function = functools.partial(_divided, coefficients=coefficients, eps=eps)
   done = {
-    shape: RMS * shape[1] ** 0.5 * _divided(jnp.concatenate(group), steps, eps)
+    shape: RMS * shape[1] ** 0.5 * function(jnp.concatenate(group))
     for shape, group in stacks.items()
   }
   leaves = [
@@ -174,12 +198,14 @@ def _as_stack(
   return moved.reshape(shape), undo
 
 
-def _divided(stack: Stack, steps: int, eps: float) -> Stack:
+def _divided(stack: Stack, coefficients: Coefficients, eps: float) -> Stack:
   """`newton_schulz` of a stack, of which each device computes a part."""
   platform, devices = collectives.platform()
   # Products on a TPU or GPU are too imprecise for it.
   gram = platform == 'cpu' and stack.shape[2] >= WIDE * stack.shape[1]
-  function = lambda part: newton_schulz(part, steps, gram=gram, eps=eps)
+  function = functools.partial(
+    newton_schulz, coefficients=coefficients, gram=gram, eps=eps
+  )
   if len(stack) == 1 or devices == 1:
     return function(stack)
   fill = -len(stack) % devices
@@ -189,7 +215,11 @@ def _divided(stack: Stack, steps: int, eps: float) -> Stack:
 
 
 def newton_schulz(
-  x: Stack, steps: int = 5, *, gram: bool = False, eps: float = 1e-8
+  x: Stack,
+  coefficients: Coefficients = ROWS,
+  *,
+  gram: bool = False,
+  eps: float = 1e-8,
 ) -> Stack:
   """About U·Vᵀ of each X = U·S·Vᵀ, with at least as many columns as rows.
 
@@ -198,28 +228,34 @@ def newton_schulz(
 
   Args:
     x: matrices.
-    steps: iterations.
+    coefficients: a, b and c of each iteration.
     gram: whether to iterate on G: as all of these commute, G ← Q·G·Q with
       Q = a + b·G + c·G², and X is multiplied by the product of all Q once. For
       many more columns than rows that is less work. It squares the singular
       values, so that rounding matters more.
     eps: added to the norm of a matrix.
   """
-  a, b, c = COEFFICIENTS
   x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + eps)
-  factor = lambda g: b * g + c * g @ g  # without the multiple of 1
+  # A loop, not one after the other: the iterations of all shapes of kernels
+  # would be most of a program's operations.
+  rows = jnp.asarray(coefficients)
   if not gram:
-    plain = lambda _, x: a * x + factor(x @ x.mT) @ x
-    return jax.lax.fori_loop(0, steps, plain, x)
-  one = a * jnp.eye(x.shape[1], dtype=x.dtype)
-  g = x @ x.mT
-  q = one + factor(g)
+    plain = lambda x, row: (_factor(x @ x.mT, row) @ x, None)
+    return jax.lax.scan(plain, x, rows)[0]
 
-  def step(_: int, carry: tuple[Stack, Stack, Stack]) -> Any:
+  def step(carry: tuple[Stack, Stack, Stack], row: Array) -> tuple[Any, None]:
     g, q, product = carry
     g = q @ g @ q
-    q = one + factor(g)
-    return g, q, q @ product
+    q = _factor(g, row)
+    return (g, q, q @ product), None
 
-  _, _, product = jax.lax.fori_loop(0, steps - 1, step, (g, q, q))
+  g = x @ x.mT
+  q = _factor(g, rows[0])
+  (_, _, product), _ = jax.lax.scan(step, (g, q, q), rows[1:])
   return product @ x
+
+
+def _factor(g: Stack, row: Array) -> Stack:
+  """a + b·G + c·G²."""
+  a, b, c = row
+  return a * jnp.eye(g.shape[1], dtype=g.dtype) + b * g + c * (g @ g)

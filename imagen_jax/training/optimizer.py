@@ -75,7 +75,7 @@ def optimizer(
   steps = [] if clip is None else [optax.clip_by_global_norm(clip)]
   try:
     return optax.chain(*steps, kinds[kind](rate, **options))
-  except TypeError as error:
+  except (TypeError, ValueError) as error:
     raise UsageError(f'train.optimizer.options: {error}.') from error
 
 

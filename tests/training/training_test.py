@@ -382,7 +382,13 @@ def test_muon_orthogonalises_each_kernel_as_the_matrix_it_is(model, name):
 
 
 @pytest.mark.parametrize(
-  'options, named', [({'kind': 'sgdd'}, 'sgdd'), ({'b3': 0.9}, 'b3')]
+  'options, named',
+  [
+    ({'kind': 'sgdd'}, 'sgdd'),
+    ({'b3': 0.9}, 'b3'),
+    ({'kind': 'muon', 'ns_coeffs': (1, 2)}, r'ns_coeffs has the shape \(2,\)'),
+    ({'kind': 'muon', 'ns_coeffs': 'soon'}, 'soon'),
+  ],
 )
 def test_an_unknown_optimizer_or_option_is_refused(options, named):
   with pytest.raises(UsageError, match=named):
