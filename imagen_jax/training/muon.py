@@ -239,23 +239,25 @@ def newton_schulz(
   # A loop, not one after the other: the iterations of all shapes of kernels
   # would be most of a program's operations.
   rows = jnp.asarray(coefficients)
+
+  def plain(x: Stack, row: Array) -> tuple[Stack, None]:
+    g = x @ x.mT
+    return row[0] * x + (row[1] * g + row[2] * g @ g) @ x, None
+
   if not gram:
-    plain = lambda x, row: (_factor(x @ x.mT, row) @ x, None)
     return jax.lax.scan(plain, x, rows)[0]
+
+  def factor(g: Stack, row: Array) -> Stack:
+    one = jnp.eye(g.shape[1], dtype=g.dtype)
+    return row[0] * one + row[1] * g + row[2] * g @ g
 
   def step(carry: tuple[Stack, Stack, Stack], row: Array) -> tuple[Any, None]:
     g, q, product = carry
     g = q @ g @ q
-    q = _factor(g, row)
+    q = factor(g, row)
     return (g, q, q @ product), None
 
   g = x @ x.mT
-  q = _factor(g, rows[0])
+  q = factor(g, rows[0])
   (_, _, product), _ = jax.lax.scan(step, (g, q, q), rows[1:])
   return product @ x
-
-
-def _factor(g: Stack, row: Array) -> Stack:
-  """a + b·G + c·G²."""
-  a, b, c = row
-  return a * jnp.eye(g.shape[1], dtype=g.dtype) + b * g + c * (g @ g)
