@@ -27,7 +27,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 RMS = 0.2
 # Columns per row from which iterating on the Gram matrix is less work.
 WIDE = 3
-
 ROWS = (COEFFICIENTS,) * 5
 
 Axes = Callable[[tuple, Any], MuonDimensionNumbers | None]
@@ -227,7 +226,7 @@ def newton_schulz(
   values to about 0.7 to 1.2.
 
   Args:
-    x: matrices.
+    x: matrices; the result is float32.
     coefficients: a, b and c of each iteration.
     gram: whether to iterate on G: as all of these commute, G ← Q·G·Q with
       Q = a + b·G + c·G², and X is multiplied by the product of all Q once. For
@@ -235,6 +234,7 @@ def newton_schulz(
       values, so that rounding matters more.
     eps: added to the norm of a matrix.
   """
+  x = jnp.asarray(x, jnp.float32)
   x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + eps)
   # A loop, not one after the other: the iterations of all shapes of kernels
   # would be most of a program's operations.

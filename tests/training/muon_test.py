@@ -96,6 +96,15 @@ def test_devices_divide_the_matrices(data, fsdp):
   assert 'f32[7,8,8]' not in program.as_text()
 
 
+@pytest.mark.parametrize('gram', [False, True])
+def test_momentum_in_bfloat16_is_orthogonalised_in_float32(gram):
+  x = jax.random.normal(jax.random.key(0), (2, 4, 16), jnp.bfloat16)
+  found = newton_schulz(x, gram=gram)
+  assert found.dtype == jnp.float32
+  expected = newton_schulz(x.astype(jnp.float32), gram=gram)
+  np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize('condition', [1.0, 1e5])
 def test_iterating_on_the_gram_matrix_gives_the_same(condition):
   """Also of matrices with singular values that float32 loses in the square."""
