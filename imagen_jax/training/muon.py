@@ -23,11 +23,11 @@ from imagen_jax.typing import Array
 
 # Of the quintic Newton–Schulz iteration (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ROWS = (COEFFICIENTS,) * 5
 # Of the update, about Adam's (Liu et al. 2025): its learning rates fit.
 RMS = 0.2
 # Columns per row from which iterating on the Gram matrix is less work.
 WIDE = 3
-ROWS = (COEFFICIENTS,) * 5
 
 Axes = Callable[[tuple, Any], MuonDimensionNumbers | None]
 Coefficients = Sequence[Sequence[float]] | Float[np.ndarray, 'steps 3']
