@@ -29,8 +29,8 @@ ROWS = (COEFFICIENTS,) * 5
 RMS = 0.2
 # Columns per row from which iterating on the Gram matrix is less work.
 WIDE = 3
-# Operations of a stack that devices other than CPUs divide: some 0.1 ms of one,
-# which is more than it takes to gather the result.
+# Operations of a stack that devices other than CPUs divide: some 0.1 ms at the
+# peak of one, to be more than gathering takes. Estimated, not measured.
 LEAST = 1e10
 
 Axes = Callable[[tuple, Any], MuonDimensionNumbers | None]

@@ -58,6 +58,21 @@ def test_two_steps_are_those_of_optax(options):
   jax.tree.map(near, *seen)
 
 
+@pytest.mark.parametrize('steps', [5, 3])
+def test_it_iterates_in_a_loop_and_gives_what_optax_does(steps):
+  params = {'dense': {'kernel': jax.random.normal(jax.random.key(0), (8, 12))}}
+  theirs = optax.contrib.muon(1e-2, ns_steps=steps, consistent_rms=0.2)
+  ours = optimizer(1e-2, kind='muon', clip=None, ns_steps=steps)
+  of_ours = lambda grads: ours.update(grads, ours.init(params), params)[0]
+  of_theirs = lambda grads: theirs.update(grads, theirs.init(params), params)[0]
+  np.testing.assert_allclose(
+    of_ours(params)['dense']['kernel'],
+    of_theirs(params)['dense']['kernel'],
+    rtol=1e-5,
+  )
+  assert ' while(' in jax.jit(of_ours).lower(params).compile().as_text()
+
+
 @pytest.mark.parametrize('rows', [None, (3.4445, -4.7750, 2.0315)])
 def test_its_checkpoints_are_those_of_optax(rows):
   params = kernels()
